@@ -1,0 +1,3 @@
+from webhook_outbox import main
+
+raise SystemExit(main())

@@ -1,0 +1,5971 @@
+"""Tests of webhook_outbox: real files, sockets, TLS, processes; nothing of ours is mocked.
+
+`pytest` runs the plain ones in random order; `pytest -m long` the storms; `pytest -m bench -s` prints the measurements.
+Sections follow the module's banners, then properties, crashes, command line, README and packaging.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import contextlib
+import dataclasses
+import datetime
+import gc
+import hashlib
+import hmac
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import pathlib
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import tracemalloc
+import types
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import requests
+import trustme
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import webhook_outbox
+from webhook_outbox import (
+    Inbox,
+    NotFound,
+    NotInTransaction,
+    Outbox,
+    PayloadError,
+    RetryPolicy,
+    SchemaError,
+    SignatureError,
+    TimestampError,
+    TransactionLost,
+    UnsafeURL,
+    sign,
+    verify,
+)
+
+ROOT = pathlib.Path(__file__).resolve().parent
+LOOPBACK = ["127.0.0.0/8", "::1/128"]
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+settings.register_profile("default", deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("default")
+gc.freeze()  # each test collects garbage to see what it leaves; what is imported by now stays out of it
+
+# ── what tests share ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Clock:
+    """A wall clock that moves when a test says so."""
+
+    def __init__(self, now: float = 1_700_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def eventually(holds: Callable[[], Any], within: float = 10.0) -> Any:
+    """Wait until something is true and return it; for what other threads and processes do."""
+    end = time.monotonic() + within
+    while True:
+        value = holds()
+        if value or time.monotonic() > end:
+            assert value, f"not seen within {within} s"
+            return value
+        time.sleep(0.005)
+
+
+@dataclasses.dataclass
+class Request:
+    """One request as it came over the wire."""
+
+    line: str
+    headers: dict[str, str]  # lower-case names
+    body: bytes
+    raw: bytes
+    connection: int  # number of the connection it came on
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+def answer(status: int, body: bytes = b"", *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+class Receiver:
+    """A raw-socket loopback server that writes exact bytes. `play` gets (receiver, socket, request) for each request
+    and writes what it likes; it returns True to keep the connection. Bytes instead of a callable are simply sent.
+    A list is played one entry a request, its last entry for ever after."""
+
+    def __init__(self, play: Any = OK, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
+        self.play, self.tls = play, tls
+        self.requests: list[Request] = []
+        self.connections = 0
+        self.closed = False
+        self.open: set[socket.socket] = set()
+        self.threads: list[threading.Thread] = []
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.listener = socket.create_server((host, 0), backlog=256, family=family)
+        self.port = self.listener.getsockname()[1]
+        self._run(self._accept)
+
+    def url(self, path: str = "/hook", host: str = "127.0.0.1") -> str:
+        return f"http{'s' if self.tls else ''}://{host}:{self.port}{path}"
+
+    def _run(self, target: Callable[..., None], *args: Any) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while not self.closed:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            self.open.add(sock)
+            self._run(self._serve, sock, self.connections)
+
+    def _serve(self, sock: socket.socket, number: int) -> None:
+        raw = sock
+        with contextlib.suppress(OSError, ValueError):
+            if self.tls:
+                sock = self.tls.wrap_socket(sock, server_side=True)
+                self.open.add(sock)
+            self.serve(sock, number)
+        for each in {sock, raw}:
+            self.open.discard(each)
+            each.close()
+
+    def serve(self, sock: socket.socket, number: int) -> None:
+        """Read requests off one connection and play the answers."""
+        buffer = b""
+        while True:
+            while b"\r\n\r\n" not in buffer:
+                data = sock.recv(65536)
+                if not data:
+                    return
+                buffer += data
+            head, _, buffer = buffer.partition(b"\r\n\r\n")
+            line, *lines = head.decode("latin-1").split("\r\n")
+            headers = {name.lower(): value.strip() for name, _, value in (text.partition(":") for text in lines)}
+            length = int(headers.get("content-length", "0"))
+            while len(buffer) < length:
+                data = sock.recv(65536)
+                if not data:
+                    return
+                buffer += data
+            body, buffer = buffer[:length], buffer[length:]
+            request = Request(line, headers, body, head + b"\r\n\r\n" + body, number)
+            self.requests.append(request)
+            play = self.play
+            if isinstance(play, list):
+                play = play[min(len(self.requests), len(play)) - 1]
+            if isinstance(play, bytes):
+                sock.sendall(play)
+            elif not play(self, sock, request):
+                return
+
+    def close(self) -> None:
+        self.closed = True
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for sock in list(self.open):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Receiver]]:
+    """Make receivers that are closed at the end of the test."""
+    made: list[Receiver] = []
+
+    def make(play: Any = OK, **options: Any) -> Receiver:
+        made.append(Receiver(play, **options))
+        return made[-1]
+
+    yield make
+    for receiver in made:
+        receiver.close()
+
+
+class Authority:
+    """A throwaway certificate authority."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.ca, self.folder = trustme.CA(), folder
+        self.path = str(folder / "ca.pem")
+        self.ca.cert_pem.write_to_path(self.path)
+
+    def server(self, *names: str, **options: Any) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.ca.issue_cert(*(names or ("127.0.0.1", "localhost")), **options).configure_cert(context)
+        return context
+
+    def client(self) -> str:
+        """Return the path of a client certificate with its key."""
+        path = str(self.folder / "client.pem")
+        self.ca.issue_cert("client@example.com").private_key_and_cert_chain_pem.write_to_path(path)
+        return path
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture(params=["wal", "delete"])
+def database(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> str:
+    """A host's file with a table of its own, in WAL and in rollback mode."""
+    return make_database(tmp_path / "app.db", request.param)
+
+
+@pytest.fixture
+def wal(tmp_path: pathlib.Path) -> str:
+    """The same in WAL mode only, where the journal does not matter."""
+    return make_database(tmp_path / "app.db", "wal")
+
+
+def make_database(path: pathlib.Path, journal: str = "wal") -> str:
+    with contextlib.closing(sqlite3.connect(path)) as conn:
+        assert conn.execute(f"PRAGMA journal_mode = {journal}").fetchone() == (journal,)
+        conn.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, total REAL)")
+    return str(path)
+
+
+def make_outbox(path: str, **options: Any) -> Outbox:
+    """An outbox that may send to loopback over http, with quick retries and no jitter unless told otherwise."""
+    defaults: dict[str, Any] = {"allow_networks": LOOPBACK, "retry": RetryPolicy((0, 1, 1), jitter=0.0), "timeout": 5.0}
+    return Outbox(path, **{**defaults, **options})
+
+
+def emit(outbox: Outbox, type: str = "order.created", data: Any = None, **options: Any) -> str:
+    with outbox.transaction() as conn:
+        return outbox.emit(conn, type, {} if data is None else data, **options)
+
+
+def query(path: str, sql: str, *values: Any) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(path, timeout=10)) as conn:
+        rows = conn.execute(sql, values).fetchall()
+        conn.commit()
+        return rows
+
+
+def statuses(outbox: Outbox, event_id: str) -> dict[str, str]:
+    return {d.endpoint_id: d.status for d in outbox.event(event_id).deliveries}
+
+
+def run_python(code: str, *args: str, **options: Any) -> subprocess.Popen[str]:
+    """Start a Python process that can import the module and this file's helpers."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *args], text=True, env=environment, **{**pipes, **options}
+    )
+
+
+def command(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    environment = {**os.environ, **options.pop("env", {})}
+    defaults: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 60, "cwd": ROOT}
+    if "input" not in options:
+        defaults["stdin"] = subprocess.DEVNULL
+    arguments = [sys.executable, "-m", "webhook_outbox", *args]
+    return subprocess.run(arguments, env=environment, **{**defaults, **options})
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """Each test ends with the threads, connections and descriptors that it began with."""
+    gc.collect()
+    threads, before, pinned = set(threading.enumerate()), descriptors(), set(webhook_outbox._PINNED)
+    yield
+    gc.collect()
+    eventually(lambda: set(threading.enumerate()) <= threads, within=8)
+    assert set(webhook_outbox._PINNED) <= pinned
+    eventually(lambda: descriptors() <= before, within=2)
+
+
+# ── schema and emit ──────────────────────────────────────────────────────────────────────────────────────────────
+
+SHELL = shutil.which("sqlite3")
+needs_shell = pytest.mark.skipif(SHELL is None, reason="there is no sqlite3 shell here")
+EMIT_MODES: dict[str, dict[str, Any]] = {
+    "legacy": {"isolation_level": ""},
+    "deferred": {"isolation_level": "DEFERRED"},
+    "immediate": {"isolation_level": "IMMEDIATE"},
+    "exclusive": {"isolation_level": "EXCLUSIVE"},
+    "manual": {"isolation_level": None},
+    "autocommit off": {"autocommit": False},
+    "autocommit on": {"autocommit": True},
+}
+every_mode = pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(
+            mode, marks=pytest.mark.skipif("auto" in mode and sys.version_info < (3, 12), reason="new in Python 3.12")
+        )
+        for mode in EMIT_MODES
+    ],
+)
+
+
+def emit_host(path: str, mode: str = "manual", **options: Any) -> contextlib.closing[sqlite3.Connection]:
+    return contextlib.closing(sqlite3.connect(path, **{"timeout": 5, **EMIT_MODES[mode], **options}))
+
+
+def emit_begin(conn: sqlite3.Connection, mode: str) -> None:
+    if mode in ("manual", "autocommit on") and not conn.in_transaction:
+        conn.execute("BEGIN")
+
+
+def emit_end(conn: sqlite3.Connection, mode: str, word: str) -> None:
+    if mode == "autocommit on":  # there commit() and rollback() do nothing
+        conn.execute(word)
+    else:
+        {"COMMIT": conn.commit, "ROLLBACK": conn.rollback}[word]()
+
+
+def emit_dump(path: str) -> list[str]:
+    with contextlib.closing(sqlite3.connect(path)) as conn:
+        return list(conn.iterdump())
+
+
+def emit_nested(depth: int) -> Any:
+    data: Any = 1
+    for _ in range(depth):
+        data = [data]
+    return data
+
+
+def shell(path: str, sql: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(SHELL), "-bail", path], input=sql, capture_output=True, text=True, timeout=60)
+
+
+def test_opening_makes_the_tables_and_opening_again_changes_nothing(database):
+    Outbox(database)
+    dump = emit_dump(database)
+    tables = {name for (name,) in query(database, "SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")}
+    public = "endpoints events deliveries attempts failed inbox meta emit"
+    assert {"orders", *(f"webhook_{name}" for name in public.split())} <= tables
+    assert all(name.startswith(("webhook_", "sqlite_")) for name in tables - {"orders"})
+    Outbox(pathlib.Path(database), create=False)
+    Outbox(os.fsencode(database))
+    assert emit_dump(database) == dump
+
+
+def test_a_fresh_path_becomes_a_file(tmp_path):
+    emit(make_outbox(str(tmp_path / "new.db")))
+    assert query(str(tmp_path / "new.db"), "SELECT count(*) FROM webhook_events") == [(1,)]
+
+
+@pytest.mark.parametrize("what", [":memory:", "", "file:x.db?mode=memory", "text", "newer", "missing/folder.db", "."])
+def test_what_cannot_be_an_outbox_is_refused_and_left_alone(tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("text").write_text("this is no database\n" * 100)
+    make_database(tmp_path / "newer", "delete")
+    Outbox("newer")
+    query("newer", "UPDATE webhook_meta SET value = value + 1 WHERE key = 'schema_version'")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for create in (True, False):
+        with pytest.raises(SchemaError, match="newer webhook_outbox" if what == "newer" else None):
+            Outbox(what, create=create)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_create_false_only_checks(tmp_path, database):
+    dump = emit_dump(database)
+    with pytest.raises(SchemaError, match=r"no webhook tables.* init"):
+        Outbox(database, create=False)
+    assert emit_dump(database) == dump
+    with pytest.raises(SchemaError, match=r"does not exist.* init"):
+        Outbox(tmp_path / "missing.db", create=False)
+    assert not (tmp_path / "missing.db").exists()
+
+
+def test_processes_may_open_a_fresh_file_at_once(database, tmp_path):
+    code = """
+        import os, sys, time
+        from webhook_outbox import Outbox
+        open(sys.argv[2], "w").close()
+        while not os.path.exists(sys.argv[3]):
+            time.sleep(0.001)
+        print(Outbox(sys.argv[1])._identity)
+    """
+    ready, go = [tmp_path / f"ready{n}" for n in range(4)], tmp_path / "go"
+    processes = [run_python(code, database, str(path), str(go)) for path in ready]
+    eventually(lambda: all(path.exists() for path in ready), within=60)
+    go.touch()
+    answers = [(*process.communicate(timeout=60), process.returncode) for process in processes]
+    assert answers == [(Outbox(database)._identity + "\n", "", 0)] * 4
+
+
+def test_webhook_failed_has_exactly_its_public_columns(wal):
+    Outbox(wal)
+    columns = [row[1] for row in query(wal, "PRAGMA table_info(webhook_failed)")]
+    wanted = "id event_id endpoint_id type key attempts reason status_code error response first_attempt_at failed_at"
+    assert columns == wanted.split() == [field.name for field in dataclasses.fields(webhook_outbox.FailedDelivery)]
+
+
+@needs_shell
+def test_the_schema_made_by_hand_in_the_sqlite3_shell_is_a_whole_outbox(database, serve):
+    made = shell(database, webhook_outbox.schema_sql())
+    assert (made.returncode, made.stderr) == (0, "")
+    receiver, outbox = serve(), make_outbox(database, create=False)
+    outbox.add_endpoint(receiver.url(), secret=SECRET)
+    sent = shell(database, """INSERT INTO webhook_emit(type, data) VALUES ('order.created', '{"order_id": 1}');""")
+    assert (sent.returncode, sent.stderr) == (0, "")
+    assert outbox.drain(once=True).delivered == 1
+    event = verify(receiver.requests[0].body, receiver.requests[0].headers, SECRET)
+    assert (event.type, event.data) == ("order.created", {"order_id": 1})
+
+
+@every_mode
+def test_only_what_the_host_committed_is_delivered(database, serve, mode):
+    receiver, outbox = serve(), make_outbox(database)
+    outbox.add_endpoint(receiver.url(), body="data")
+
+    def order(n: int) -> None:
+        emit_begin(conn, mode)
+        conn.execute("INSERT INTO orders (id) VALUES (?)", (n,))
+        outbox.emit(conn.cursor() if n % 2 else conn, "order.created", n)
+
+    with emit_host(database, mode) as conn:
+        order(1)
+        emit_end(conn, mode, "ROLLBACK")
+        with contextlib.suppress(ZeroDivisionError), conn:
+            order(2)
+            raise ZeroDivisionError
+        if mode == "autocommit on":
+            emit_end(conn, mode, "ROLLBACK")
+        order(3)
+        conn.execute("SAVEPOINT a")
+        order(4)
+        conn.execute("SAVEPOINT b")
+        order(5)
+        for statement in ("RELEASE b", "ROLLBACK TO a", "RELEASE a", "SAVEPOINT c"):
+            conn.execute(statement)
+        order(6)
+        conn.execute("SAVEPOINT d")
+        order(7)
+        for statement in ("ROLLBACK TO d", "RELEASE d", "RELEASE c"):
+            conn.execute(statement)
+        assert conn.in_transaction
+        emit_end(conn, mode, "COMMIT")
+        order(8)  # never committed: the connection closes
+    assert outbox.drain(once=True).delivered == 2
+    assert {request.body for request in receiver.requests} == {b"3", b"6"}
+    assert query(database, "SELECT id FROM orders") == [(3,), (6,)]
+
+
+@every_mode
+def test_emit_is_never_silently_outside_a_transaction(wal, mode):
+    outbox = make_outbox(wal)
+    with emit_host(wal, mode) as conn:
+        if mode not in ("manual", "autocommit on"):
+            outbox.emit(conn, "order.created", {})
+            conn.rollback()
+            return
+        with pytest.raises(NotInTransaction, match="BEGIN"):
+            outbox.emit(conn, "order.created", {})
+        conn.execute("BEGIN")
+        conn.execute("COMMIT")
+        with pytest.raises(NotInTransaction, match="BEGIN"):
+            outbox.emit(conn.cursor(), "order.created", {})
+        assert not conn.in_transaction
+        with pytest.raises(NotInTransaction):
+            outbox.add_endpoint("https://example.com/", conn=conn)
+    assert outbox.events() == [] and outbox.endpoints() == []
+
+
+@pytest.mark.parametrize("other", ["outbox", "tables", "attached"])
+def test_a_connection_to_another_file_is_refused(database, tmp_path, other):
+    outbox, path = make_outbox(database), make_database(tmp_path / "other.db")
+    endpoint = outbox.add_endpoint("https://example.com/", id="crm")
+    if other == "outbox":
+        Outbox(path)
+    with emit_host(path) as conn:
+        if other == "attached":
+            conn.execute("ATTACH ? AS webhooks", (database,))
+        conn.execute("BEGIN")
+        conn.execute("INSERT INTO orders (id) VALUES (1)")
+        calls: list[Callable[[], Any]] = [
+            lambda: outbox.emit(conn, "order.created", {}),
+            lambda: outbox.add_endpoint("https://example.com/", conn=conn),
+            lambda: outbox.disable_endpoint(endpoint.id, conn=conn),
+        ]
+        for call in calls:
+            with pytest.raises(SchemaError, match="file"):
+                call()
+        assert conn.in_transaction
+        conn.execute("COMMIT")
+    assert query(path, "SELECT id FROM orders") == [(1,)] and outbox.events() == []
+    assert [e.id for e in outbox.endpoints() if e.enabled] == ["crm"]
+
+
+@pytest.mark.parametrize("text", [str, bytes, bytearray, lambda raw: raw.decode("latin-1").upper()])
+def test_the_hosts_factories_and_last_rowid_do_not_matter_and_stay(wal, text):
+    def row(cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> dict[str, Any]:
+        return dict(zip([column[0] for column in cursor.description], values, strict=True))
+
+    outbox = make_outbox(wal)
+    outbox.add_endpoint("https://example.com/", id="crm", headers={"x-a": "b"})
+    with emit_host(wal) as conn:
+        conn.text_factory, conn.row_factory = text, row
+        conn.execute("BEGIN")
+        cursor = conn.execute("INSERT INTO orders (id) VALUES (77)")
+        ids = [outbox.emit(conn, "order.created", {}, idempotency_key="once", key="k") for _ in range(2)]
+        assert cursor.lastrowid == 77
+        cursor.row_factory = None
+        assert cursor.execute("SELECT last_insert_rowid()").fetchone() == (77,)
+        assert (conn.text_factory, conn.row_factory) == (text, row)
+        assert ids[0] == ids[1] and ids[0].startswith("msg_")
+        added = outbox.add_endpoint("https://example.com/", id="erp", conn=conn)
+        assert (added.id, added.events) == ("erp", ("*",))
+        assert outbox.rotate_secret("erp", conn=conn).id == "erp"
+        assert outbox.endpoint("crm", conn=conn).headers == {"x-a": "b"}
+        assert [e.id for e in outbox.endpoints(conn=conn)] == ["crm", "erp"]
+        assert outbox.resend(ids[0], endpoint="erp", conn=conn) == 1
+        conn.execute("COMMIT")
+    assert outbox.event(ids[0]).type == "order.created"
+
+
+def test_the_hosts_own_pragmas_do_not_change_what_emit_does(wal):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint("https://example.com/", id="crm", events=["order.*", "order.created"])
+    with emit_host(wal) as conn:
+        for pragma in ("recursive_triggers", "reverse_unordered_selects", "foreign_keys", "case_sensitive_like"):
+            conn.execute(f"PRAGMA {pragma} = ON")
+        conn.execute("BEGIN")
+        for _ in range(3):
+            outbox.emit(conn, "order.created", {}, key="k")
+        conn.execute("COMMIT")
+    rows = query(wal, "SELECT status, queue FROM webhook_deliveries ORDER BY event")
+    assert rows == [("pending", "k"), ("queued", "k"), ("queued", "k")]
+
+
+@every_mode
+def test_only_our_insert_runs_on_the_hosts_connection(wal, mode):
+    """Also when it is the transaction's first statement: then the driver begins, as before the host's own INSERT."""
+    outbox, statements = make_outbox(wal), []
+    outbox.add_endpoint("https://example.com/")
+    with emit_host(wal, mode) as conn:
+        emit_begin(conn, mode)
+        conn.set_trace_callback(statements.append)
+        for n in range(2):
+            outbox.emit(conn, "order.created", n, key="k", headers={"x-a": "b"})
+        conn.set_trace_callback(None)
+        emit_end(conn, mode, "COMMIT")
+    begin = {"legacy": ["BEGIN"], "manual": []}.get(mode, [f"BEGIN {mode.upper()}"] if "auto" not in mode else [])
+    assert [text.strip() for text in statements if text.startswith("BEGIN")] == begin
+    ours = {text.split(" (")[0] for text in statements if not text.startswith("BEGIN")}
+    assert ours == {"INSERT INTO main.webhook_emit"} and len(outbox.events()) == 2
+
+
+def test_a_guest_leaves_the_hosts_pragmas_alone(database, serve):
+    names = (
+        "user_version application_id journal_mode synchronous foreign_keys busy_timeout cache_size temp_store "
+        "page_size auto_vacuum wal_autocheckpoint journal_size_limit mmap_size locking_mode secure_delete"
+    ).split()
+
+    def read(conn: sqlite3.Connection) -> list[Any]:
+        return [conn.execute(f"PRAGMA {name}").fetchone() for name in names]
+
+    query(database, "PRAGMA user_version = 7")
+    query(database, "PRAGMA application_id = 99")
+    with emit_host(database) as conn, emit_host(database) as witness:
+        conn.execute("PRAGMA foreign_keys = ON")
+        conn.execute("PRAGMA cache_size = 123")
+        before = read(conn), read(witness)
+        receiver, outbox = serve(), make_outbox(database)
+        outbox.add_endpoint(receiver.url(), conn=None)
+        conn.execute("BEGIN")
+        outbox.emit(conn, "order.created", {})
+        outbox.add_endpoint(receiver.url("/second"), conn=conn)
+        conn.execute("COMMIT")
+        assert outbox.drain(once=True).delivered == 1
+        outbox.prune(0)
+        assert (read(conn), read(witness)) == before
+    with emit_host(database) as later:
+        assert read(later) == before[1]
+
+
+def emit_bad_values(option: str) -> list[Any]:
+    import decimal
+
+    names = ["", "a b", "a\r\nb", "a:", "ä", "x" * 129, 5, "Host", "content-length", "Content-Type", "WEBHOOK-ID", "TE"]
+    names += ["webhook-x", "Connection", "transfer-encoding", "proxy-authorization", "Stripe-Signature", "expect"]
+    values = ["a\r\nb: c", "a\n", "a\0b", "snow \u2603", "", " a", "a\tb", 1, None, "a\x85b", "\ud800"]
+    lines: list[Any] = ["", "a\nb", "a\0", "x" * 257, 5, b"k", "\ud800"]
+    names_of_types = [
+        "",
+        ".a",
+        "a.",
+        "a..b",
+        "a b",
+        "a\n",
+        "a*",
+        "order.*",
+        "ä",
+        "a\0",
+        "x" * 257,
+        None,
+        b"a",
+        1,
+        ["a"],
+    ]
+    data = [math.nan, -math.inf, {"a": [1, math.inf]}, b"x", sqlite3.Timestamp(2026, 1, 1), {1}, 1j, decimal.Decimal(1)]
+    data += ["a\ud800b", {"\udc00": 1}, 10**5000, emit_nested(100_000), {(1, 2): 3}, {b"a": 1}, iter([]), object()]
+    data += ["x" * 10_000_000, "x" * (262_144 - 1), "ä" * 131_072]
+    headers = (
+        [{name: "v"} for name in names] + [{"x-a": value} for value in values] + [{"x-a": "1", "X-A": "2"}, "a", 5]
+    )
+    delays = [-1, math.nan, math.inf, "1", None, True, 1e10]
+    bad: dict[str, list[Any]] = {"type": names_of_types, "data": data, "headers": headers, "delay": delays}
+    return bad.get(option, lines)
+
+
+@pytest.mark.parametrize("option", ["type", "data", "headers", "delay", "key", "idempotency_key"])
+def test_a_bad_value_is_refused_before_anything_is_written(wal, option):
+    outbox, statements = make_outbox(wal), []
+    with emit_host(wal) as conn:
+        conn.set_trace_callback(statements.append)
+        conn.execute("BEGIN")
+        conn.execute("INSERT INTO orders (id) VALUES (1)")
+        before = list(statements)
+        for value in emit_bad_values(option):
+            with pytest.raises(PayloadError) as caught:
+                outbox.emit(conn, **{"type": "order.created", "data": {}, option: value})
+            assert isinstance(caught.value, ValueError) and len(str(caught.value)) < 300
+        assert statements == before and conn.in_transaction
+        conn.execute("COMMIT")
+    assert query(wal, "SELECT id FROM orders") == [(1,)] and outbox.events() == []
+
+
+def test_a_refused_emit_opens_no_transaction_in_legacy_mode(wal):
+    outbox = make_outbox(wal)
+    with emit_host(wal, "legacy") as conn:
+        with pytest.raises(PayloadError):
+            outbox.emit(conn, "bad type", {})
+        assert not conn.in_transaction
+    for nothing in (None, wal, object()):
+        with pytest.raises(PayloadError):
+            outbox.emit(nothing, "order.created", {})
+
+
+def test_data_that_sqlite_could_not_read_back_is_refused(wal):
+    """SQLite's JSON stops at a depth of 1000 or 2000, Python's may go deeper: an error here beats a failed row."""
+    outbox, limit = make_outbox(wal), sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        with pytest.raises(PayloadError, match="deep"):
+            emit(outbox, data=emit_nested(2_500))
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+@pytest.mark.parametrize("type", ["a", "order.created", "A-b_c.9", "1.2.3", "x" * 256, "webhook.own"])
+def test_every_good_type_is_taken(wal, type):
+    outbox = make_outbox(wal)
+    assert outbox.event(emit(outbox, type)).type == type
+
+
+GOOD_DATA = [
+    None, True, 0, -0.0, 1e300, 2**64, 10**300, "", "é\u2028\x7f\0\n\"\\ \U0001f600", [], {}, {"": {"a b": [1.5]}},
+    "x" * (262_144 - 2), emit_nested(400), (1, 2),
+]  # fmt: skip
+
+
+def test_every_json_value_is_stored_and_sent_as_it_is(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), body="data", events=["good.*"], max_in_flight=1)
+    with outbox.transaction() as conn:
+        ids = [outbox.emit(conn, "good.data", value) for value in GOOD_DATA]
+    assert outbox.drain(once=True).delivered == len(GOOD_DATA)
+    sent = {request.headers["webhook-id"]: request.body for request in receiver.requests}
+    for id, value in zip(ids, GOOD_DATA, strict=True):
+        assert json.loads(sent[id]) == outbox.event(id).data == (list(value) if isinstance(value, tuple) else value)
+        assert query(wal, "SELECT CAST(data AS BLOB) FROM webhook_events WHERE id = ?", id) == [(sent[id],)]
+
+
+def test_a_big_body_is_taken_with_a_warning(wal, caplog):
+    outbox = make_outbox(wal, max_body=30_000)
+    emit(outbox, data="x" * (20_480 - 2))
+    assert not caplog.records
+    emit(outbox, data="x" * 20_480)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "20482" in caplog.text
+    with pytest.raises(PayloadError, match="30,000"):
+        emit(outbox, data="x" * 30_000)
+
+
+@every_mode
+def test_a_full_disk_in_emit_undoes_the_emit_alone(database, mode):
+    """SQLITE_FULL with a statement journal (our trigger has one) takes back the statement, not the transaction."""
+    outbox, refused = make_outbox(database), 0
+    outbox.add_endpoint("https://example.com/")
+    with emit_host(database, mode) as conn:
+        emit_begin(conn, mode)
+        conn.execute("INSERT INTO orders (id) VALUES (1)")
+        (pages,) = conn.execute("PRAGMA page_count").fetchone()
+        for room in itertools.count():
+            conn.execute(f"PRAGMA max_page_count = {pages + room}")
+            try:
+                outbox.emit(conn, "order.created", "x" * 20_000)
+                break
+            except sqlite3.OperationalError as error:
+                assert "full" in str(error)
+                refused += 1
+            assert conn.in_transaction
+            assert conn.execute("SELECT count(*) FROM webhook_events").fetchone() == (0,)
+        conn.execute("INSERT INTO orders (id) VALUES (2)")
+        emit_end(conn, mode, "COMMIT")
+    assert refused > 3 and query(database, "SELECT id FROM orders") == [(1,), (2,)]
+    assert len(outbox.deliveries()) == 1
+
+
+@every_mode
+def test_a_transaction_that_sqlite_rolled_back_is_reported(database, mode):
+    """An interrupt, like an I/O error, makes SQLite roll the whole transaction back; tried at many steps."""
+    outbox, lost = make_outbox(database), 0
+    outbox.add_endpoint("https://example.com/")
+    with emit_host(database, mode) as conn:
+        for step in itertools.count(1, 11):
+            emit_begin(conn, mode)
+            conn.execute("INSERT INTO orders (id) VALUES (1)")
+            conn.execute("SAVEPOINT inner")
+            counter = itertools.count(1)
+            conn.set_progress_handler(lambda counter=counter, step=step: next(counter) >= step, 1)
+            try:
+                outbox.emit(conn, "order.created", {})
+                break
+            except TransactionLost as error:
+                assert "interrupted" in str(error) and "begin again" in str(error)
+                lost += 1
+            finally:
+                conn.set_progress_handler(None, 0)
+            assert not conn.in_transaction and conn.execute("SELECT * FROM orders").fetchall() == []
+            if mode == "autocommit off":  # the driver does not notice either: its rollback() would raise now
+                with pytest.raises(NotInTransaction):
+                    outbox.emit(conn, "order.created", {})
+                conn.execute("BEGIN")
+        emit_end(conn, mode, "COMMIT")
+    assert lost > 3 and len(outbox.events()) == len(query(database, "SELECT * FROM orders")) == 1
+
+
+def test_a_lock_is_the_hosts_business(database):
+    outbox = make_outbox(database)
+    with emit_host(database) as writer, emit_host(database, "legacy", timeout=0) as conn:
+        writer.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            outbox.emit(conn, "order.created", {})
+        writer.execute("ROLLBACK")
+        outbox.emit(conn, "order.created", {})
+        conn.commit()
+    assert len(outbox.events()) == 1
+
+
+def test_an_idempotency_key_gives_the_first_event_again(database):
+    outbox = make_outbox(database)
+    outbox.add_endpoint("https://example.com/")
+    with emit_host(database, "legacy") as conn:
+        lost = outbox.emit(conn, "order.created", {"n": 1}, idempotency_key="k")
+        conn.rollback()
+        first = outbox.emit(conn, "order.created", {"n": 1}, idempotency_key="k")
+        assert first != lost
+        assert outbox.emit(conn, "order.created", {"n": 1}, idempotency_key="k") == first
+        for type, data in (("order.created", {"n": 2}), ("order.paid", {"n": 1})):
+            with pytest.raises(PayloadError, match="idempotency_key"):
+                outbox.emit(conn, type, data, idempotency_key="k")
+        assert conn.in_transaction
+        conn.commit()
+        assert emit(outbox, data={"n": 1}, idempotency_key="k") == first
+        with pytest.raises(PayloadError, match="idempotency_key"):
+            emit(outbox, data={"n": 3}, idempotency_key="k")
+        other = emit(outbox, data={"n": 1}, idempotency_key="K")
+    assert {event.id for event in outbox.events()} == {first, other} and len(outbox.deliveries()) == 2
+
+
+def test_key_and_delay_are_recorded(wal, serve):
+    clock, receiver = Clock(), serve()
+    outbox = make_outbox(wal, clock=clock)
+    endpoint = outbox.add_endpoint(receiver.url(), body="data")
+    late, keyed = emit(outbox, data=1, delay=60), emit(outbox, data=2, key="customer-1")
+    assert [d.due_at for d in outbox.event(late).deliveries] == [clock.now + 60]
+    assert (outbox.event(late).key, outbox.event(keyed).key) == (None, "customer-1")
+    assert outbox.drain(once=True).pending == 1
+    clock.advance(59.9)
+    assert outbox.drain(once=True).delivered == 0
+    clock.advance(0.2)
+    assert outbox.drain(once=True).delivered == 1
+    assert [request.body for request in receiver.requests] == [b"2", b"1"]
+    assert {d.endpoint_id for d in outbox.deliveries(status="delivered")} == {endpoint.id}
+
+
+@pytest.mark.parametrize("body", ["standard", "data", "cloudevents"])
+def test_every_attempt_sends_the_same_bytes(database, serve, body):
+    clock, receiver = Clock(), serve([answer(500), answer(503), OK])
+    outbox = make_outbox(database, clock=clock, retry=RetryPolicy((0, 60, 60), jitter=0))
+    outbox.add_endpoint(receiver.url(), body=body, secret=SECRET)
+    id = emit(outbox, data={"z": 1, "a": ["é", 1.10, {"": None}]})
+    for _ in range(3):
+        outbox.drain(once=True)
+        clock.advance(65)
+    assert statuses(outbox, id).popitem()[1] == "delivered"
+    stored = '{"z":1,"a":["é",1.1,{"":null}]}'.encode()
+    assert len({request.body for request in receiver.requests}) == 1 and len(receiver.requests) == 3
+    assert receiver.requests[0].body.count(stored) == 1
+    assert {request.headers["webhook-id"] for request in receiver.requests} == {id}
+    for request in receiver.requests:
+        verify(request.body, request.headers, SECRET, now=clock.now)
+    assert len({request.headers["webhook-timestamp"] for request in receiver.requests}) == 3
+
+
+def test_event_ids_are_random_and_sort_by_time(wal):
+    clock, ids = Clock(), []
+    outbox = make_outbox(wal, clock=clock)
+    for _ in range(20):
+        ids += [min(pair := [emit(outbox), emit(outbox)])]
+        assert len(set(pair)) == 2
+        clock.advance(0.002)
+    assert ids == sorted(ids) and all(re.fullmatch(r"msg_[0-9a-f]{32}", id) for id in ids)
+    query(wal, "INSERT INTO webhook_emit (type, data) VALUES ('a', '1'), ('a', '2')")
+    one, two = [event.id for event in outbox.events(type="a")]
+    assert one != two and re.fullmatch(r"msg_[0-9a-f]{32}", one) and min(one, two) > ids[-1]
+
+
+SQL_EMITS: dict[str, tuple[str, str | None]] = {
+    "good": ("'order.created', '{\"n\": 1}', NULL, NULL", None),
+    "all": ("'order.created', '[1, 2]', 'k', '{\"x-a\": \"b\"}'", None),
+    "type": ("'order created', '{}', NULL, NULL", "type must be"),
+    "no type": ("NULL, '{}', NULL, NULL", "type must be"),
+    "dots": ("'a..b', '{}', NULL, NULL", "type must be"),
+    "long": ("printf('%.257c', 'x'), '{}', NULL, NULL", "type must be"),
+    "nul type": ("'a' || char(0, 34), '{}', NULL, NULL", "type must be"),
+    "json": ("'a', '{n: 1', NULL, NULL", "data must be JSON"),
+    "nan": ("'a', 'NaN', NULL, NULL", "data must be JSON"),
+    "null": ("'a', NULL, NULL, NULL", "data must be JSON"),
+    "nul data": ("'a', '{}' || char(0) || 'x', NULL, NULL", "data must be JSON"),
+    "large": ("'a', '\"' || printf('%.262143c', 'x') || '\"', NULL, NULL", "data is too large"),
+    "headers": ("'a', '{}', NULL, '[]'", "headers must be"),
+}
+
+
+@pytest.mark.parametrize("language", ["python", pytest.param("shell", marks=needs_shell)])
+def test_plain_sql_emits_under_the_same_rules(wal, language):
+    outbox, wrong = make_outbox(wal), []
+    outbox.add_endpoint("https://example.com/")
+    for name, (values, refusal) in SQL_EMITS.items():
+        insert = f"INSERT INTO webhook_emit (type, data, key, headers) VALUES ({values})"
+        said, ((before,),) = "", query(wal, "SELECT count(*) FROM webhook_events")
+        if language == "shell":
+            said = shell(wal, insert + ";").stderr
+        else:
+            with emit_host(wal, "legacy") as conn:
+                conn.execute("INSERT INTO orders DEFAULT VALUES")
+                try:
+                    conn.execute(insert)
+                except sqlite3.IntegrityError as error:
+                    said = str(error)
+                conn.commit()  # the host's row stays, whatever became of the event
+        stored = query(wal, "SELECT count(*) FROM webhook_events")[0][0] - before
+        if (stored, f"webhook_emit: {refusal}" in said if refusal else not said) != (not refusal, True):
+            wrong.append((name, stored, said))
+    assert not wrong
+    assert len(query(wal, "SELECT id FROM orders")) == (len(SQL_EMITS) if language == "python" else 0)
+    assert len(outbox.deliveries()) == sum(refusal is None for _, refusal in SQL_EMITS.values())
+    assert {json.dumps(event.data) for event in outbox.events()} == {'{"n": 1}', "[1, 2]"}
+
+
+def test_an_id_given_in_sql_cannot_carry_a_header(wal):
+    make_outbox(wal)
+    for id in (
+        "'a.b'",
+        "''",
+        "'a' || char(13, 10)",
+        "'a' || char(0, 13, 10) || 'X: y'",
+        "x'6100'",
+        "hex(zeroblob(65))",
+    ):
+        with pytest.raises(sqlite3.IntegrityError, match="id must be"):
+            query(wal, f"INSERT INTO webhook_emit (type, data, id) VALUES ('a', '1', {id})")
+
+
+@pytest.mark.parametrize("column", ["data", "key", "headers"])
+def test_text_that_is_no_utf8_never_stops_the_drain(wal, serve, column):
+    receiver, outbox = serve(), make_outbox(wal, retry=RetryPolicy((0.0,)))
+    outbox.add_endpoint(receiver.url(), id="crm")
+    values = {"data": "'1'", "key": "NULL", "headers": "NULL", column: "CAST(x'7B2261223A22FF227D' AS TEXT)"}
+    columns, texts = ", ".join(values), ", ".join(values.values())
+    query(wal, f"INSERT INTO webhook_emit (type, {columns}) VALUES ('bad', {texts})")
+    good = emit(outbox)
+    assert outbox.drain(once=True).pending == 0
+    assert statuses(outbox, good) == {"crm": "delivered"}
+    assert {event.type for event in outbox.events()} == {"bad", "order.created"}
+    assert [row.reason for row in outbox.failed()] == ([] if column == "key" else ["internal"])
+
+
+# ── outbox ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+URL = "https://example.com/hooks?token=canary-query"
+ABORT = answer(400, b"no", "webhook-delivery: abort-message")
+
+
+def test_endpoints_are_added_listed_updated_and_removed(database):
+    clock = Clock()
+    outbox = make_outbox(database, clock=clock)
+    options = {
+        "events": ("order.*", "user.created"), "description": "a CRM", "headers": {"authorization": "env:TOKEN"},
+        "body": "data", "signing": "standard+github", "rate": 2.5, "max_in_flight": 3, "ordered": True,
+        "on_dead": "hold", "timeout": 4.0, "cert": (__file__, __file__), "ca": __file__,
+    }  # fmt: skip
+    full = outbox.add_endpoint(URL, id="crm", **options)
+    assert {name: getattr(full, name) for name in options} == options
+    assert (full.id, full.url, full.enabled, full.created_at, full.failing_since) == ("crm", URL, True, clock.now, None)
+    clock.advance(1)
+    plain = outbox.add_endpoint(URL, events="order.created", cert=__file__)
+    assert re.fullmatch(r"ep_[0-9a-f]{16}", plain.id) and plain.events == ("order.created",)
+    unsecret = [dataclasses.replace(endpoint, secret=None) for endpoint in (full, plain)]
+    assert outbox.endpoints() == unsecret and outbox.endpoint("crm") == unsecret[0]
+    changes = {"url": "https://example.com/v2", "rate": None, "ordered": False, "events": ("*",), "cert": None}
+    changed = outbox.update_endpoint("crm", **changes)
+    assert {name: getattr(changed, name) for name in changes} == changes
+    assert changed.description == "a CRM" and outbox.update_endpoint("crm") == changed
+    outbox.remove_endpoint("crm")
+    assert outbox.endpoints() == [unsecret[1]]
+
+
+def test_an_endpoint_that_is_not_there_is_named_in_the_error(wal):
+    outbox = make_outbox(wal)
+    id = emit(outbox)
+    verbs = "endpoint update_endpoint remove_endpoint enable_endpoint disable_endpoint rotate_secret ping".split()
+    calls: list[Callable[[], Any]] = [*(lambda verb=verb: getattr(outbox, verb)("gone") for verb in verbs)]
+    calls += [lambda: outbox.backfill("gone", since=0), lambda: outbox.resend(id, endpoint="gone")]
+    for call in calls:
+        with pytest.raises(NotFound, match="no endpoint gone"):
+            call()
+    for call in (outbox.event, outbox.resend, outbox.attempts):
+        with pytest.raises(NotFound, match="no event gone"):
+            call("gone")
+    with pytest.raises(LookupError):
+        outbox.endpoint("a\nb\x1b[1m")
+
+
+def test_a_disabled_endpoint_holds_its_deliveries_and_backfill_brings_the_rest(database, serve):
+    clock, receiver = Clock(), serve()
+    outbox = make_outbox(database, clock=clock)
+    outbox.add_endpoint(receiver.url(), id="crm", body="data")
+    before = emit(outbox, data="before")
+    disabled = outbox.disable_endpoint("crm", "maintenance")
+    assert (disabled.enabled, disabled.disabled_reason) == (False, "maintenance")
+    assert statuses(outbox, before) == {"crm": "held"}
+    clock.advance(10)
+    meanwhile = emit(outbox, data="meanwhile")
+    emit(outbox, data="to nobody", type="webhook.own")
+    assert outbox.drain(once=True).delivered == outbox.drain(until_empty=True).pending == 0
+    assert statuses(outbox, meanwhile) == {}
+    enabled = outbox.enable_endpoint("crm")
+    assert (enabled.enabled, enabled.disabled_reason) == (True, "")
+    assert outbox.drain(once=True).delivered == 1
+    assert outbox.backfill("crm", since=clock.now, dry_run=True) == 1 and statuses(outbox, meanwhile) == {}
+    assert outbox.backfill("crm", since=clock.now + 1) == outbox.backfill("crm", since=0, until=clock.now) == 0
+    assert outbox.backfill("crm", since=0, type="user.*") == 0
+    assert [outbox.backfill("crm", since=0, type="order.*") for _ in range(2)] == [1, 0]
+    outbox.drain(once=True)
+    assert [request.body for request in receiver.requests] == [b'"before"', b'"meanwhile"']
+
+
+def test_rotation_signs_with_both_secrets_until_the_grace_ends(database, serve):
+    clock, receiver = Clock(), serve()
+    outbox = make_outbox(database, clock=clock)
+    old = outbox.add_endpoint(receiver.url(), id="crm").secret
+    new = outbox.rotate_secret("crm", grace=100).secret
+    assert new != old and outbox.endpoint("crm").secret is None
+
+    def secrets_that_sign() -> list[bool]:
+        emit(outbox)
+        outbox.drain(once=True)
+        request, found = receiver.requests[-1], []
+        for secret in (old, new):
+            try:
+                verify(request.body, request.headers, secret, now=clock.now)
+                found.append(True)
+            except SignatureError:
+                found.append(False)
+        assert len(request.headers["webhook-signature"].split(" ")) == max(1, sum(found))
+        return found
+
+    assert secrets_that_sign() == [True, True]
+    clock.advance(99)
+    assert secrets_that_sign() == [True, True]
+    clock.advance(2)
+    assert secrets_that_sign() == [False, True]
+    assert outbox.rotate_secret("crm", secret=SECRET, grace=0).secret == SECRET
+    assert json.loads(query(database, "SELECT secrets FROM webhook_endpoints")[0][0]) == [[SECRET, None]]
+    assert secrets_that_sign() == [False, False]
+    verify(receiver.requests[-1].body, receiver.requests[-1].headers, SECRET, now=clock.now)
+
+
+def test_patterns_choose_the_endpoints_and_overlaps_count_once(wal):
+    outbox = make_outbox(wal)
+    every_type = "order order.created order.item.added orders.created ORDER.created webhook.ping a webhooks".split()
+    expected: dict[tuple[str, ...], set[str]] = {
+        ("*",): set(every_type) - {"webhook.ping"},
+        ("order.created",): {"order.created"},
+        ("order.*",): {"order.created", "order.item.added"},
+        ("order.item.*", "order"): {"order.item.added", "order"},
+        ("webhook.*",): {"webhook.ping"},
+        ("webhook.ping", "*"): set(every_type),
+        ("*", "webhook.*", "webhook.ping", "order.*", "order.created", "*"): set(every_type),
+        ("order.*", "order.created", "order.item.*", "order.item.added"): {"order.created", "order.item.added"},
+    }
+    ids = {outbox.add_endpoint(URL, events=patterns).id: patterns for patterns in expected}
+    for endpoint in outbox.endpoints():
+        assert set(endpoint.events) == set(ids[endpoint.id])
+    for type in every_type:
+        deliveries = [d.endpoint_id for d in outbox.event(emit(outbox, type)).deliveries]
+        assert sorted(deliveries) == sorted(id for id, patterns in ids.items() if type in expected[patterns]), type
+    changed = next(iter(ids))
+    outbox.update_endpoint(changed, events=["a", "b.*"])
+    assert changed not in statuses(outbox, emit(outbox, "order")) and changed in statuses(outbox, emit(outbox, "b.c"))
+
+
+BAD_OPTIONS: dict[str, list[Any]] = {
+    "events": [[], "", [""], ["order*"], ["*.created"], ["a..b"], ["a b"], ["?"], [1], ["[a]"], ["x" * 257], 5],
+    "id": ["", "a b", "a.b", "a\n", "x" * 65, "ä", 5],
+    "description": ["a\nb", "x" * 1001, None, 5],
+    "headers": [{"host": "x"}, {"a": "b\r\n"}, {"a": 1}, [("a", "b")], "a: b", 5],
+    "body": ["xml", "", None, ["data"]],
+    "signing": ["", "rsa", "standard+", "standard,github", None],
+    "rate": [0, -1, math.nan, math.inf, "5", True],
+    "max_in_flight": [0, -1, "5", None, math.nan, 10_001, 1.5],
+    "on_dead": ["", "stop", None, ["skip"]],
+    "timeout": [0, -1, math.nan, 3601, "5"],
+    "cert": ["/nowhere.pem", (__file__, "/nowhere"), (), (__file__,) * 3, 5],
+    "ca": ["/nowhere.pem", 5, (__file__, __file__)],
+}  # fmt: skip
+BAD_SECRETS = [
+    "", "plain", "whsec_", "whsec_???", "whsec_" + base64.b64encode(b"x" * 23).decode(), "whsec_" + "A" * 33, "env:",
+    "whsec_" + base64.b64encode(b"x" * 65).decode(), SECRET + "\n", SECRET + " ", SECRET.removeprefix("whsec_"),
+    SECRET.replace("M", "-", 1), "env:A B", "env:1A", "file:", "file:a\nb", b"whsec_" + b"A" * 32, 5,
+]  # fmt: skip
+BAD_URLS = [
+    "", "example.com", "ftp://example.com/", "https://", "https://user:pw@example.com/", "https://example.com/#", 5,
+    "https://exa mple.com/", "https://example.com/\r\nX: y", "https://a.example/\\", "https://10.0.0.1/",
+    "https://[::ffff:a00:1]/",
+    "https://169.254.169.254/", "https://example.com:22/", "https://a.example:x/", "https://example.com/" + "x" * 2048,
+]  # fmt: skip
+
+
+def test_a_bad_endpoint_option_is_refused_and_nothing_is_written(wal):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(URL, id="crm")
+    dump = emit_dump(wal)
+
+    def refused(error: type[Exception], call: Callable[..., Any], *args: Any, **options: Any) -> None:
+        with pytest.raises(error) as caught:
+            call(*args, **options)
+        assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
+
+    wrong: list[tuple[str, Any]] = []
+    for name, value in [(name, value) for name, values in BAD_OPTIONS.items() for value in values]:
+        try:
+            refused(PayloadError, outbox.add_endpoint, URL, **{name: value})
+            if name != "id":
+                refused(PayloadError, outbox.update_endpoint, "crm", **{name: value})
+        except (TypeError, pytest.fail.Exception) as error:
+            wrong.append((f"{name}={value!r:.20}", str(error)))
+    assert not wrong and emit_dump(wal) == dump
+    for secret in BAD_SECRETS:
+        refused(PayloadError, outbox.add_endpoint, URL, secret=secret)
+        refused(PayloadError, outbox.rotate_secret, "crm", secret=secret)
+    for url in BAD_URLS:
+        refused(UnsafeURL, Outbox(wal).add_endpoint, url)
+        refused(UnsafeURL, Outbox(wal).update_endpoint, "crm", url=url)
+    refused(UnsafeURL, Outbox(wal).add_endpoint, "http://example.com/")
+    refused(PayloadError, outbox.add_endpoint, URL, id="crm")
+    refused(PayloadError, outbox.update_endpoint, "crm", secret=SECRET)
+    refused(PayloadError, outbox.update_endpoint, "crm", colour="red")
+    refused(PayloadError, outbox.rotate_secret, "crm", grace=-1)
+    refused(PayloadError, outbox.disable_endpoint, "crm", "a\nb")
+    assert emit_dump(wal) == dump
+
+
+def test_good_secrets_are_kept_and_missing_ones_are_made(wal):
+    outbox = make_outbox(wal)
+    shortest, longest = ("whsec_" + base64.b64encode(b"x" * size).decode() for size in (24, 64))
+    for secret in (SECRET, shortest, longest, "env:HOOK_SECRET", "file:/run/secrets/hook"):
+        assert outbox.add_endpoint(URL, secret=secret).secret == secret
+    made = {outbox.add_endpoint(URL).secret for _ in range(3)} | {outbox.rotate_secret(outbox.endpoints()[0].id).secret}
+    assert len(made) == 4
+    assert all(len(base64.b64decode(text.removeprefix("whsec_"), validate=True)) == 32 for text in made)
+
+
+def test_a_repr_shows_no_secret(wal):
+    outbox = make_outbox(wal)
+    headers = {"authorization": "Bearer canary-header"}
+    added = outbox.add_endpoint(URL, headers=headers)
+    seen = [added, outbox.rotate_secret(added.id), outbox.endpoint(added.id), outbox.endpoints(), outbox]
+    seen += [outbox.disable_endpoint(added.id, "broken"), outbox.stats(), {"endpoint": added}]
+    text = " ".join(f"{value!r} {value}" for value in seen)
+    assert "canary" not in text and "whsec_" not in text and added.secret not in text
+    assert added.id in text and "https://example.com/hooks?..." in text and "broken" in text
+
+
+def failing_outbox(path: str, serve: Callable[..., Receiver]) -> tuple[Outbox, Clock, Receiver, list[Any]]:
+    """Return an outbox with six failed rows: of two endpoints, two types, two reasons, 100 seconds apart."""
+    clock = Clock()
+    receiver = serve(lambda self, sock, request: not sock.sendall(self.answers[request.line.split()[1]]))
+    receiver.answers = {"/a": answer(500), "/b": ABORT}
+    outbox = make_outbox(path, clock=clock, retry=RetryPolicy((0.0,)))
+    for id in ("a", "b"):
+        outbox.add_endpoint(receiver.url(f"/{id}"), id=id)
+    for type in ("order.created", "order.paid", "user.created"):
+        emit(outbox, type, {"type": type}, key="k")
+        assert outbox.drain(once=True).failed == 2
+        clock.advance(100)
+    rows = outbox.failed()
+    assert len(rows) == 6 and [row.id for row in rows] == sorted(row.id for row in rows)
+    return outbox, clock, receiver, rows
+
+
+def test_failed_rows_say_what_happened_and_can_be_filtered_and_paged(database, serve):
+    outbox, clock, _, rows = failing_outbox(database, serve)
+    first = next(row for row in rows if row.endpoint_id == "b")
+    assert dataclasses.replace(first, id=0, failed_at=0.0) == webhook_outbox.FailedDelivery(
+        0, outbox.events()[-1].id, "b", "order.created", "k", 1, "aborted", 400, first.error, "no", clock.now - 300, 0.0
+    )
+    assert first.error and clock.now - 300 <= first.failed_at < clock.now - 200
+    filters: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
+        "ids": ({"ids": [rows[0].id, rows[4].id, 999]}, lambda row: row in (rows[0], rows[4])),
+        "no ids": ({"ids": []}, lambda row: False),
+        "endpoint": ({"endpoint": "a"}, lambda row: row.endpoint_id == "a"),
+        "type": ({"type": "order.paid"}, lambda row: row.type == "order.paid"),
+        "group": ({"type": "order.*"}, lambda row: row.type.startswith("order.")),
+        "reason": ({"reason": "status"}, lambda row: row.reason == "status"),
+        "since": ({"since": rows[2].failed_at}, lambda row: row.failed_at >= rows[2].failed_at),
+        "until": ({"until": rows[2].failed_at}, lambda row: row.failed_at < rows[2].failed_at),
+        "both": ({"endpoint": "a", "type": "user.*"}, lambda row: (row.endpoint_id, row.type) == ("a", "user.created")),
+    }
+    dump = emit_dump(database)
+    for name, (options, holds) in filters.items():
+        expected = [row for row in rows if holds(row)]
+        assert outbox.failed(**options) == expected, name
+        assert outbox.replay(**options, dry_run=True) == outbox.discard(**options, dry_run=True) == len(expected), name
+    pages = [outbox.failed(limit=2)]
+    for _ in range(2):
+        pages.append(outbox.failed(limit=2, after=pages[-1][-1].id))
+    assert outbox.failed(after=pages[-1][-1].id) == [] and [row for page in pages for row in page] == rows
+    for verb in (outbox.replay, outbox.discard):
+        with pytest.raises(PayloadError, match="all=True"):
+            verb(endpoint=None)
+        with pytest.raises(PayloadError, match="reason"):
+            verb(reason="bad luck")
+        assert verb(all=True, dry_run=True) == 6
+    assert emit_dump(database) == dump
+
+
+@pytest.mark.filterwarnings("ignore:The default datetime adapter")
+def test_a_time_that_is_no_number_discards_nothing(wal, serve):
+    """SQLite sorts text after every number: until='2026-01-01' would mean every row."""
+    outbox, _, _, rows = failing_outbox(wal, serve)
+    for moment in ("2000-01-01", sqlite3.Timestamp(2000, 1, 1), math.nan, True):
+        for call in (outbox.discard, outbox.replay, outbox.failed, outbox.events, outbox.deliveries):
+            with pytest.raises(PayloadError):
+                call(until=moment)
+        with pytest.raises(PayloadError):
+            outbox.backfill("a", since=0, until=moment)
+    for ids in ("12", 5, ["x"], [1.5]):
+        with pytest.raises(PayloadError):
+            outbox.discard(ids=ids)
+    assert outbox.failed() == rows
+
+
+def test_replay_and_discard_take_exactly_what_the_filter_says(database, serve):
+    outbox, _, receiver, rows = failing_outbox(database, serve)
+    gone = [row for row in rows if row.type == "order.paid"]
+    assert outbox.discard(type="order.paid") == 2
+    assert outbox.failed() == [row for row in rows if row not in gone]
+    assert statuses(outbox, gone[0].event_id) == {"a": "failed", "b": "failed"}
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(0, 0, 0, 0)
+    assert outbox.replay(type="order.paid") == 0
+    receiver.answers["/b"] = OK
+    assert outbox.replay(endpoint="b") == 2 and outbox.stats().pending == 2
+    assert outbox.drain(once=True).delivered == 2
+    assert {row.endpoint_id for row in outbox.failed()} == {"a"} and len(outbox.failed()) == 2
+    assert outbox.replay(all=True) == 2 and outbox.failed() == []
+    assert outbox.drain(once=True).failed == 2 and len(outbox.failed()) == 2
+    assert outbox.discard(all=True) == 2 and outbox.failed() == [] and outbox.discard(all=True) == 0
+
+
+def test_a_replay_is_the_same_event_with_a_fresh_budget_and_the_current_secret(database, serve):
+    receiver = serve([answer(500)] * 5 + [OK])
+    outbox = make_outbox(database, retry=RetryPolicy((0, 0)))
+    old = outbox.add_endpoint(receiver.url(), id="crm").secret
+    id = emit(outbox, data={"n": 1})
+    assert outbox.drain(once=True).failed == 1
+    new = outbox.rotate_secret("crm", grace=0).secret
+    for _ in range(2):
+        assert [row.attempts for row in outbox.failed()] == [2]
+        assert outbox.replay(endpoint="crm") == 1
+        assert [(d.status, d.attempts) for d in outbox.deliveries()] == [("pending", 0)]
+        report = outbox.drain(once=True)
+    assert (report.retried, report.delivered, outbox.failed()) == (1, 1, [])
+    assert {(request.headers["webhook-id"], request.body) for request in receiver.requests} == {
+        (id, receiver.requests[0].body)
+    }
+    for number, request in enumerate(receiver.requests):
+        verify(request.body, request.headers, old if number < 2 else new)
+    assert [attempt.reason for attempt in outbox.attempts(id)] == ["status"] * 5 + [None]
+
+
+def test_resend_delivers_again_whatever_became_of_it(database, serve):
+    outbox, _, receiver, rows = failing_outbox(database, serve)
+    receiver.answers["/b"], failed = OK, len(rows)
+    id = rows[0].event_id
+    assert outbox.resend(id) == 2 and len(outbox.failed()) == failed - 2
+    assert statuses(outbox, id) == {"a": "pending", "b": "pending"}
+    outbox.drain(once=True)
+    assert statuses(outbox, id) == {"a": "failed", "b": "delivered"}
+    before = len(receiver.requests)
+    assert outbox.resend(id, endpoint="b") == 1
+    assert outbox.drain(once=True).delivered == 1
+    outbox.add_endpoint(receiver.url("/b"), id="late", events=["other"])
+    assert outbox.resend(id, endpoint="late") == 1 and outbox.drain(once=True).delivered == 1
+    again = receiver.requests[before:]
+    assert {request.headers["webhook-id"] for request in again} == {id}
+    assert len({request.body for request in receiver.requests if request.headers["webhook-id"] == id}) == 1
+
+
+def test_admin_calls_join_the_callers_transaction(database, serve):
+    outbox, _, _, rows = failing_outbox(database, serve)
+    dump = emit_dump(database)
+
+    def everything(conn: sqlite3.Connection) -> None:
+        outbox.add_endpoint(URL, id="new", conn=conn)
+        outbox.update_endpoint("a", rate=1, ordered=True, conn=conn)
+        outbox.disable_endpoint("a", conn=conn)
+        outbox.enable_endpoint("a", conn=conn.cursor())
+        outbox.rotate_secret("a", conn=conn)
+        assert outbox.backfill("new", since=0, conn=conn) == 3
+        assert outbox.replay(ids=[rows[0].id], conn=conn) == outbox.discard(ids=[rows[1].id], conn=conn) == 1
+        assert outbox.resend(rows[2].event_id, conn=conn) == 3
+        outbox.remove_endpoint("b", conn=conn)
+        assert [endpoint.id for endpoint in outbox.endpoints(conn=conn)] == ["a", "new"]
+        assert conn.in_transaction and [endpoint.id for endpoint in outbox.endpoints()] == ["a", "b"]
+
+    with emit_host(database, "legacy") as conn:
+        conn.execute("INSERT INTO orders (id) VALUES (1)")
+        everything(conn)
+        conn.rollback()
+        assert emit_dump(database) == dump
+        conn.execute("SAVEPOINT outer")
+        everything(conn)
+        conn.execute("ROLLBACK TO outer")
+        conn.execute("RELEASE outer")
+        assert emit_dump(database) == dump
+        conn.execute("BEGIN")
+        with pytest.raises(PayloadError, match="already"):
+            outbox.add_endpoint(URL, id="a", conn=conn)
+        with pytest.raises(NotFound):
+            outbox.remove_endpoint("gone", conn=conn)
+        everything(conn)
+        conn.commit()
+    assert [endpoint.id for endpoint in outbox.endpoints()] == ["a", "new"]
+
+
+def test_removing_an_endpoint_takes_its_waiting_and_failed_rows_along(database, serve):
+    outbox, _, receiver, rows = failing_outbox(database, serve)
+    receiver.answers["/b"] = OK
+    outbox.resend(rows[0].event_id, endpoint="b")
+    outbox.drain(once=True)
+    waiting = emit(outbox, key="k")
+    outbox.remove_endpoint("b")
+    assert statuses(outbox, rows[0].event_id) == {"a": "failed", "b": "delivered"}
+    assert statuses(outbox, waiting) == {"a": "pending"}
+    assert {row.endpoint_id for row in outbox.failed()} == {"a"}
+    assert outbox.drain(once=True).failed == 1
+
+
+def test_the_record_can_be_filtered_and_paged(database, serve):
+    outbox, clock, _, rows = failing_outbox(database, serve)
+    waiting = emit(outbox, "order.created", [1], delay=50)
+    outbox.disable_endpoint("b")
+    clock.advance(100)
+    lonely = emit(outbox, "webhook.own")
+    events = outbox.events()
+    newest_first = "webhook.own order.created user.created order.paid order.created".split()
+    assert [event.type for event in events] == newest_first
+    assert (events[1].id, events[1].data, events[1].key, events[1].deliveries) == (waiting, [1], None, ())
+    assert outbox.events(type="order.*") == [events[1], events[3], events[4]]
+    assert outbox.events(since=events[2].created_at, until=events[1].created_at) == [events[2]]
+    assert outbox.events(ids=[lonely, "msg_gone"]) == [events[0]]
+    assert outbox.events(limit=2) + outbox.events(limit=9, after=events[1].id) == events
+    deliveries = outbox.deliveries()
+    assert len(deliveries) == 8 and outbox.event(lonely).deliveries == ()
+    assert [d.status for d in deliveries] == ["held", "pending"] + ["failed"] * 6
+    assert outbox.event(waiting).deliveries == tuple(deliveries[:2]) == tuple(outbox.deliveries(event_id=waiting))
+    assert outbox.deliveries(endpoint="a") == deliveries[1::2]
+    assert outbox.deliveries(status="held") == deliveries[:1]
+    assert outbox.deliveries(type="order.paid", status="failed") == deliveries[4:6]
+    assert outbox.deliveries(until=events[3].created_at) == deliveries[6:]
+    pages = [outbox.deliveries(limit=3)]
+    for _ in range(2):
+        pages.append(outbox.deliveries(limit=3, after=(pages[-1][-1].event_id, pages[-1][-1].endpoint_id)))
+    assert [row for page in pages for row in page] == deliveries
+    with pytest.raises(PayloadError, match="status"):
+        outbox.deliveries(status="queued")
+    tried = outbox.attempts(rows[0].event_id)
+    assert [attempt.endpoint_id for attempt in outbox.attempts(rows[0].event_id, "b")] == ["b"] and len(tried) == 2
+    seen = {(attempt.endpoint_id, attempt.status_code, attempt.reason, attempt.response or "") for attempt in tried}
+    assert seen == {("a", 500, "status", ""), ("b", 400, "aborted", "no")}
+    assert all(attempt.at == rows[0].first_attempt_at and 0 <= attempt.duration < 60 for attempt in tried)
+
+
+def test_stats_count_what_waits(database, serve):
+    outbox, clock, receiver, _ = failing_outbox(database, serve)
+    for _ in range(3):
+        emit(outbox, key="k")
+    emit(outbox, delay=1000)
+    outbox.disable_endpoint("b")
+    clock.advance(30)
+    stats = outbox.stats()
+    assert (stats.pending, stats.due, stats.held, stats.failed) == (4, 1, 4, 6)
+    assert stats.oldest_due_age == pytest.approx(30)
+    one, two = stats.endpoints
+    assert (one.id, one.enabled, one.pending, one.failed, one.attempts, one.delivered) == ("a", True, 4, 3, 3, 0)
+    assert (two.id, two.enabled, two.pending, two.failed) == ("b", False, 4, 3)
+    assert one.last_error and one.failing_since is not None and one.history == (0,) * 12
+    receiver.answers["/a"] = OK
+    outbox.drain(once=True)
+    one = outbox.stats().endpoints[0]
+    assert (one.pending, one.delivered, one.failing_since, one.history[-1]) == (1, 3, None, 3) and one.p50 <= one.p95
+
+
+def test_prune_removes_what_is_finished_and_old_and_nothing_else(database, serve):
+    outbox, clock, receiver, rows = failing_outbox(database, serve)
+    receiver.answers["/a"] = receiver.answers["/b"] = OK
+    delivered, late = emit(outbox), emit(outbox, delay=500)
+    half = emit(outbox, "order.half")
+    assert outbox.drain(once=True).delivered == 4
+    back = "UPDATE webhook_deliveries SET status = 'pending', due_at = 9e9 WHERE endpoint_id = 'b' AND event IN "
+    query(database, back + "(SELECT seq FROM webhook_events WHERE type = 'order.half')")
+    many = "INSERT INTO webhook_emit (type, data, created_at) SELECT 'webhook.own', '1', ? FROM json_each(?)"
+    query(database, many, clock.now, json.dumps([0] * 1200))
+    clock.advance(550)
+    assert outbox.drain(once=True).delivered == 2
+    recent = emit(outbox, "webhook.own")
+    assert outbox.prune() == 0
+    assert outbox.prune(540) == 1201
+    assert {event.id for event in outbox.events()} == {row.event_id for row in rows} | {late, half, recent}
+    with pytest.raises(NotFound):
+        outbox.attempts(delivered)
+    orphans = "SELECT count(*) FROM webhook_{0} WHERE event NOT IN (SELECT seq FROM webhook_events)"
+    assert query(database, orphans.format("attempts")) == query(database, orphans.format("deliveries")) == [(0,)]
+    assert outbox.failed() == rows and len(outbox.attempts(rows[0].event_id)) == 2
+    clock.advance(1)
+    outbox.discard(all=True)
+    assert outbox.prune(0) == 5 and [event.id for event in outbox.events()] == [half]
+    assert query(database, "SELECT count(*) FROM webhook_attempts") == [(2,)]
+
+
+def test_what_the_drain_reads_is_found_through_the_due_index(wal):
+    """The cost of a turn grows with live endpoints, never with the backlog."""
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(URL)
+    query(wal, "INSERT INTO webhook_emit (type, data) SELECT 'a', '1' FROM json_each(?)", json.dumps([0] * 500))
+    for analyzed in (False, True):
+        with emit_host(wal) as conn:
+            if analyzed:  # the host may run ANALYZE at any time
+                conn.execute("ANALYZE")
+            statements: list[str] = []
+            conn.set_trace_callback(statements.append)
+            webhook_outbox._pick(conn, "a", 1.0, [1, 2])
+            webhook_outbox._earliest(conn)
+            webhook_outbox._next_due(conn, "a", 1.0)
+            conn.set_trace_callback(None)
+            assert len(statements) == 3
+            for sql in statements:
+                plan = [row[3] for row in conn.execute("EXPLAIN QUERY PLAN " + sql)]
+                ours = [step for step in plan if re.search(r"(SCAN|SEARCH) (TABLE )?(webhook_deliveries|d)\b", step)]
+                assert ours, plan
+                assert all(re.search(r"SEARCH .*webhook_deliveries_due", step) for step in ours), plan
+
+
+# ── signing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SIGNED_BODY = '{"type":"order.created","data":{"name":"Žofie ✓"}}'.encode()
+SIGNED_AT = 1_614_265_330
+SECRET_TWO = "whsec_" + base64.b64encode(bytes(range(32, 64))).decode()
+SCHEMES = ["standard", "stripe", "github"]
+Serve = Callable[..., Receiver]
+
+
+def hmac_by_hand(key: bytes, message: bytes) -> bytes:
+    return hmac.new(key, message, hashlib.sha256).digest()
+
+
+def signed_by_hand(
+    scheme: str, body: bytes = SIGNED_BODY, *, id: str = "msg_1", at: Any = SIGNED_AT, secret: str = SECRET
+) -> dict[str, str]:
+    """Return the headers of another sender, made from the schemes' own documents without code of ours."""
+    if scheme == "stripe":
+        return {"Stripe-Signature": f"t={at},v1={hmac_by_hand(secret.encode(), f'{at}.'.encode() + body).hex()}"}
+    if scheme == "github":
+        return {"X-Hub-Signature-256": "sha256=" + hmac_by_hand(secret.encode(), body).hex()}
+    mac = hmac_by_hand(base64.b64decode(secret.removeprefix("whsec_")), f"{id}.{at}.".encode() + body)
+    return {"webhook-id": id, "webhook-timestamp": str(at), "webhook-signature": "v1," + base64.b64encode(mac).decode()}
+
+
+@pytest.mark.parametrize(
+    ("secret", "id", "at", "body", "signature"),
+    [
+        (
+            SECRET,
+            "msg_p5jXN8AQM9LWM0D4loKWxJek",
+            1614265330,
+            b'{"test": 2432232314}',
+            "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
+        ),
+        (
+            "whsec_plJ3nmyCDGBKInavdOK15jsl",
+            "msg_loFOjxBNrRLzqYUf",
+            1731705121,
+            b'{"event_type":"ping","data":{"success":true}}',
+            "v1,rAvfW3dJ/X/qxhsaXPOyyCGmRKsaKWcsNccKXlIktD0=",
+        ),
+    ],
+)
+def test_sign_gives_the_published_signatures_for_every_form_of_the_key(
+    secret: str, id: str, at: int, body: bytes, signature: str
+) -> None:
+    bare = secret.removeprefix("whsec_")
+    for form in (secret, bare, base64.b64decode(bare)):
+        assert sign(form, id, at, body) == signature
+        headers = {"webhook-id": id, "webhook-timestamp": str(at), "webhook-signature": signature}
+        assert verify(body, headers, form, now=at).body == body
+
+
+def test_githubs_published_signature_verifies() -> None:
+    signature = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
+    secret = "It's a Secret to Everybody"
+    event = verify(b"Hello, World!", {"X-Hub-Signature-256": signature}, secret, scheme="github")
+    assert (event.timestamp, event.type, event.data, event.body) == (None, "", None, b"Hello, World!")
+    with pytest.raises(SignatureError):
+        verify(b"Hello, World?", {"X-Hub-Signature-256": signature}, secret, scheme="github")
+
+
+CANARY = "canarycanarycanarycanary"
+
+
+def test_sign_refuses_a_key_that_is_short_or_no_base64_without_showing_it() -> None:
+    short = base64.b64encode(b"c" * 15).decode()
+    texts = ["", "whsec_", "whsec_" + short, short, f"{CANARY}é", f"{CANARY}\udc80", f"whsec_whsec_{CANARY}"]
+    texts += [f"whsec_{text}" for text in (f"{CANARY}!", f" {CANARY}", f"{CANARY}\n", f"{CANARY}-_", f"{CANARY}A")]
+    for secret in [*texts, b"", b"c" * 15, None, object(), 0, 32, [32, 32]]:
+        with pytest.raises(PayloadError) as error:
+            print(secret, "signed", sign(secret, "msg_1", SIGNED_AT, b"{}"))  # type: ignore[arg-type]
+        assert CANARY not in str(error.value) and error.value.__cause__ is None
+
+
+# What follows takes bytes off the wire to verifiers that other people wrote.
+
+
+@dataclasses.dataclass
+class Caught:
+    """A request off the wire, with the secrets that must verify it and one that must not, in each of its schemes."""
+
+    story: str
+    request: Request
+    schemes: list[str]
+    good: list[str]
+    bad: str
+
+
+def catch_on_the_wire(folder: pathlib.Path, serve: Serve) -> Iterator[Caught]:
+    """Send events through a failure, a rotation and the end of its grace, for every kind of signing."""
+    for signing in ("standard", "stripe", "github", "standard+github", "standard+stripe+github"):
+        schemes = signing.split("+")
+        clock = Clock(time.time() - 60)  # the verifiers look at the real time, and take five minutes
+        receiver = serve([answer(500), OK])
+        outbox = make_outbox(make_database(folder / f"{signing}.db"), clock=clock, retry=RetryPolicy((0, 7), 0.0))
+        endpoint = outbox.add_endpoint(receiver.url(), signing=signing, secret=SECRET)
+        id = emit(outbox, "order.created", {"name": "Žofie ✓ 漢字 \u2028 \U0001f600", "total": 49.99})
+        outbox.drain(once=True)
+        clock.advance(7)
+        assert outbox.drain(once=True).delivered == 1
+        first, second = receiver.requests
+        yield Caught("first attempt", first, schemes, [SECRET], SECRET_TWO)
+        yield Caught("retry", second, schemes, [SECRET], SECRET_TWO)
+        assert first.body == second.body and "Žofie ✓ 漢字".encode() in first.body
+        assert first.headers["webhook-id"] == second.headers["webhook-id"] == id
+        assert int(second.headers["webhook-timestamp"]) == int(first.headers["webhook-timestamp"]) + 7
+        if schemes != ["standard"]:
+            assert ("webhook-signature" in first.headers) == ("standard" in schemes)
+        outbox.rotate_secret(endpoint.id, secret=SECRET_TWO, grace=30)
+        emit(outbox)
+        outbox.drain(once=True)
+        both = [scheme for scheme in schemes if scheme != "github"]  # its one header has room for the new one only
+        yield Caught("in the grace", receiver.requests[-1], both, [SECRET_TWO, SECRET], "whsec_" + "A" * 32)
+        if "github" in schemes:
+            yield Caught("in the grace", receiver.requests[-1], ["github"], [SECRET_TWO], SECRET)
+        clock.advance(31)
+        emit(outbox)
+        outbox.drain(once=True)
+        yield Caught("after the grace", receiver.requests[-1], schemes, [SECRET_TWO], SECRET)
+
+
+def accepts_standard(body: bytes, headers: dict[str, str], secret: str) -> bool:
+    import standardwebhooks
+
+    try:
+        assert standardwebhooks.Webhook(secret).verify(body, headers) == json.loads(body)
+    except standardwebhooks.WebhookVerificationError:
+        return False
+    return True
+
+
+def accepts_stripe(body: bytes, headers: dict[str, str], secret: str) -> bool:
+    import stripe
+
+    try:
+        return bool(stripe.WebhookSignature.verify_header(body, headers["stripe-signature"], secret, 300))
+    except stripe.SignatureVerificationError:
+        return False
+
+
+def accepts_github(body: bytes, headers: dict[str, str], secret: str) -> bool:
+    import gidgethub.sansio
+
+    try:
+        gidgethub.sansio.validate_event(body, signature=headers["x-hub-signature-256"], secret=secret)
+    except gidgethub.ValidationFailure:
+        return False
+    return True
+
+
+def accepts_ours(scheme: str) -> Callable[[bytes, dict[str, str], str], bool]:
+    def accepts(body: bytes, headers: dict[str, str], secret: str) -> bool:
+        try:
+            return verify(body, headers, secret, scheme=scheme).body == body
+        except SignatureError:
+            return False
+
+    return accepts
+
+
+def test_what_is_sent_verifies_with_the_libraries_of_others(tmp_path: pathlib.Path, serve: Serve) -> None:
+    for module in ("standardwebhooks", "stripe", "gidgethub"):
+        pytest.importorskip(module)
+    others = {"standard": accepts_standard, "stripe": accepts_stripe, "github": accepts_github}
+    judged = 0
+    for caught in catch_on_the_wire(tmp_path, serve):
+        body, headers = caught.request.body, caught.request.headers
+        for scheme in caught.schemes:
+            for accepts in (others[scheme], accepts_ours(scheme)):
+                for secret in caught.good:
+                    assert accepts(body, headers, secret), (caught.story, scheme, accepts)
+                assert not accepts(body, headers, caught.bad), (caught.story, scheme, accepts)
+                assert not accepts(body.replace(b":", b": ", 1), headers, caught.good[0]), (caught.story, scheme)
+                judged += 1
+    assert judged == 2 * (4 + 4 + 4 + 8 + 12)
+
+
+VERIFY_IN_NODE = """
+import { readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import { verify as octokit } from "@octokit/webhooks-methods";
+const require = createRequire(import.meta.url);
+const { Webhook } = require("standardwebhooks");
+const stripe = require("stripe")("sk_test_none");
+const accepts = {
+  standard: (body, headers, secret) => { new Webhook(secret).verify(body, headers); return true; },
+  stripe: (body, headers, secret) => {
+    stripe.webhooks.constructEvent(body, headers["stripe-signature"], secret); return true; },
+  github: (body, headers, secret) => octokit(secret, body, headers["x-hub-signature-256"]),
+};
+const refusals = /No matching signature|No signatures found matching/;
+for (const { scheme, body, headers, secret } of JSON.parse(readFileSync(0))) {
+  let accepted;
+  try { accepted = await accepts[scheme](Buffer.from(body, "base64").toString("utf8"), headers, secret); }
+  catch (error) { if (!refusals.test(error.message)) throw error; accepted = false; }
+  console.log(accepted);
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def node_verifiers(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with the npm packages, or a skip where Node or the registry is missing."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if not node or not npm:
+        pytest.skip("node and npm are needed")
+    folder = tmp_path_factory.mktemp("node")
+    (folder / "package.json").write_text('{"private": true}')
+    packages = ["standardwebhooks", "stripe", "@octokit/webhooks-methods"]
+    options = ["--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=1", "--loglevel=error"]
+    try:
+        done = subprocess.run(
+            [npm, "install", *options, *packages], cwd=folder, capture_output=True, text=True, timeout=180
+        )
+    except subprocess.TimeoutExpired:
+        pytest.skip("the npm registry does not answer")
+    if done.returncode:
+        pytest.skip("npm install failed: " + done.stderr.strip()[:200])
+    (folder / "verify.mjs").write_text(VERIFY_IN_NODE)
+    return folder
+
+
+@pytest.mark.long
+def test_what_is_sent_verifies_with_the_libraries_of_others_in_node(
+    node_verifiers: pathlib.Path, tmp_path: pathlib.Path, serve: Serve
+) -> None:
+    cases, expected, stories = [], [], []
+    for caught in catch_on_the_wire(tmp_path, serve):
+        body, headers = base64.b64encode(caught.request.body).decode(), caught.request.headers
+        changed = base64.b64encode(caught.request.body.replace(b":", b": ", 1)).decode()
+        for scheme in caught.schemes:
+            tries = [(body, secret, "true") for secret in caught.good]
+            for sent, secret, verdict in [*tries, (body, caught.bad, "false"), (changed, caught.good[0], "false")]:
+                cases.append({"scheme": scheme, "body": sent, "headers": headers, "secret": secret})
+                expected.append(verdict)
+                stories.append((caught.story, scheme))
+    done = subprocess.run(
+        ["node", "verify.mjs"], input=json.dumps(cases), cwd=node_verifiers, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(zip(stories, done.stdout.split(), strict=True)) == list(zip(stories, expected, strict=True))
+
+
+@pytest.mark.parametrize("source", ["env", "file"])
+def test_a_secret_outside_the_database_is_read_at_each_attempt(
+    source: str,
+    wal: str,
+    serve: Serve,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    place = tmp_path / "secret"
+    name = "WEBHOOK_TEST_SECRET" if source == "env" else str(place)
+
+    def put(value: str) -> None:
+        if source == "env":
+            monkeypatch.setenv(name, value)
+        else:
+            place.write_text(value + "\n")
+
+    monkeypatch.delenv("WEBHOOK_TEST_SECRET", raising=False)
+    receiver, clock = serve([answer(500), OK]), Clock()
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 1, 1, 1), 0.0))
+    outbox.add_endpoint(receiver.url(), secret=f"{source}:{name}")
+    id = emit(outbox)
+    broken = f"whsec_{CANARY}!"
+    for ready in (lambda: None, lambda: put(broken), lambda: put(SECRET), lambda: put(SECRET_TWO)):
+        ready()
+        outbox.drain(once=True)
+        clock.advance(1)
+    missing, unusable, refused, delivered = outbox.attempts(id)
+    assert [a.reason for a in outbox.attempts(id)] == ["internal", "internal", "status", None]
+    assert missing.error and name in missing.error and missing.status_code is None
+    assert unusable.error and "base64" in unusable.error
+    for request, secret, attempt in zip(receiver.requests, (SECRET, SECRET_TWO), (refused, delivered), strict=True):
+        assert verify(request.body, request.headers, secret, now=attempt.at).id == id
+    written = "".join(
+        map(str, query(wal, "SELECT * FROM webhook_attempts") + query(wal, "SELECT * FROM webhook_endpoints"))
+    )
+    for text in (CANARY, SECRET[6:], SECRET_TWO[6:]):
+        assert text not in caplog.text and text not in written
+
+
+def test_an_empty_secret_signs_nothing(
+    wal: str, serve: Serve, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody can sign with an empty key, and a file is empty for a moment while an editor writes it."""
+    monkeypatch.setenv("WEBHOOK_TEST_SECRET", "")
+    (tmp_path / "secret").write_text("\n")
+    receiver, outbox = serve(), make_outbox(wal)
+    for signing in (*SCHEMES, "standard+github"):
+        outbox.add_endpoint(receiver.url(), secret="env:WEBHOOK_TEST_SECRET", signing=signing)
+        outbox.add_endpoint(receiver.url(), secret=f"file:{tmp_path / 'secret'}", signing=signing)
+    id = emit(outbox)
+    assert outbox.drain(once=True).retried == 8
+    assert [a.reason for a in outbox.attempts(id)] == ["internal"] * 8
+    assert not receiver.requests
+
+
+# What arrives.
+
+
+def refusal(headers: Any, secret: Any = SECRET, body: Any = SIGNED_BODY, **options: Any) -> SignatureError:
+    """Return the error that verify must raise."""
+    with pytest.raises(SignatureError) as error:
+        print(verify(body, headers, secret, **{"now": SIGNED_AT, **options}), "came out of", headers, secret, body)
+    return error.value
+
+
+def header_message(headers: dict[str, str]) -> Any:
+    import email.message
+
+    message = email.message.Message()
+    for name, value in headers.items():
+        message[name] = value
+    return message
+
+
+HEADER_FORMS: dict[str, Callable[[dict[str, str]], Any]] = {
+    "as it is": dict,
+    "lower": lambda h: {name.lower(): value for name, value in h.items()},
+    "UPPER": lambda h: {name.upper(): value for name, value in h.items()},
+    "Title": lambda h: {name.title(): value for name, value in h.items()},
+    "bytes": lambda h: {name.encode(): value.encode() for name, value in h.items()},
+    "list of pairs": lambda h: list(h.items()),
+    "ASGI": lambda h: [(name.lower().encode(), value.encode()) for name, value in h.items()],
+    "iterator": lambda h: iter(h.items()),
+    "http.server": header_message,
+    "requests": requests.structures.CaseInsensitiveDict,
+    "proxy": types.MappingProxyType,
+    "with others": lambda h: {"Host": "a", **h, "Cookie": "b", b"X-Raw": b"\xff\xfe", "n": 5, 7: None},
+    "twice the same": lambda h: [*h.items(), *((name.upper(), value) for name, value in h.items())],
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_verify_takes_headers_and_body_from_any_framework(scheme: str) -> None:
+    for form, make in HEADER_FORMS.items():
+        event = verify(SIGNED_BODY, make(signed_by_hand(scheme)), SECRET, scheme=scheme, now=SIGNED_AT)
+        assert (event.type, event.data, event.body) == ("order.created", {"name": "Žofie ✓"}, SIGNED_BODY), form
+        assert event.id == ("msg_1" if scheme == "standard" else "")
+        assert event.timestamp == (None if scheme == "github" else SIGNED_AT)
+    for buffer in (bytearray, memoryview):
+        event = verify(buffer(SIGNED_BODY), signed_by_hand(scheme), SECRET, scheme=scheme, now=SIGNED_AT)
+        assert type(event.body) is bytes and event.body == SIGNED_BODY
+    for text in ("{}", None, {"type": "a"}, 5, ["{}"]):
+        assert "raw bytes" in str(refusal(signed_by_hand(scheme, b"{}"), body=text, scheme=scheme))
+    for wrong in (None, 5, "abc", [("a",)], [1, 2], object(), [("webhook-id", "a", "b")], {1: 2}):
+        refusal(wrong, scheme=scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_one_of_several_secrets_is_enough(scheme: str) -> None:
+    headers = signed_by_hand(scheme)
+    for secrets in ([SECRET], (SECRET_TWO, SECRET), [SECRET, SECRET_TWO], iter([SECRET_TWO, SECRET])):
+        assert verify(SIGNED_BODY, headers, secrets, scheme=scheme, now=SIGNED_AT).body == SIGNED_BODY
+    refusal(headers, [SECRET_TWO, "whsec_" + "A" * 32], scheme=scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_secret_of_the_wrong_type_opens_no_door(scheme: str) -> None:
+    """bytes(32) is a key of 32 zeros, and a bytearray a list of numbers: whoever guesses that signs with zeros."""
+    wrong = [None, "", b"", 5, 32, 1.5, [], (), {}, object(), [""], [None], [b""], [SECRET_TWO, None], [[SECRET]]]
+    for secret in wrong:
+        refusal(signed_by_hand(scheme), secret, scheme=scheme)
+    null = base64.b64encode(bytes(24)).decode()
+    text = b"a secret that somebody keeps in a mutable buffer"
+    for secret in (32, [32], (24, 32), bytearray(text), memoryview(text), [SECRET_TWO, 32], {32: SECRET}):
+        refusal(signed_by_hand(scheme, secret=null), secret, scheme=scheme)
+
+
+@pytest.mark.parametrize("scheme", ["standard", "stripe"])
+def test_the_tolerance_holds_both_ways_to_the_second(scheme: str) -> None:
+    headers = signed_by_hand(scheme)
+    for away in (0, 300, -300):
+        assert verify(SIGNED_BODY, headers, SECRET, scheme=scheme, now=SIGNED_AT + away).timestamp == SIGNED_AT
+    for away in (300.5, -300.5, 301, -301, 1e12, math.inf, -math.inf, math.nan):
+        assert type(refusal(headers, scheme=scheme, now=SIGNED_AT + away)) is TimestampError
+    assert verify(SIGNED_BODY, headers, SECRET, scheme=scheme, now=SIGNED_AT + 10, tolerance=10).body == SIGNED_BODY
+    assert type(refusal(headers, scheme=scheme, now=SIGNED_AT + 11, tolerance=10)) is TimestampError
+    assert type(refusal(headers, scheme=scheme, now=None)) is TimestampError  # the real time
+    assert verify(SIGNED_BODY, signed_by_hand(scheme, at=int(time.time())), SECRET, scheme=scheme).body == SIGNED_BODY
+
+
+@pytest.mark.parametrize("scheme", ["standard", "stripe"])
+def test_only_a_canonical_timestamp_is_read(scheme: str) -> None:
+    """Whoever parses leniently signs one text and checks another; so here even a right signature does not help."""
+    lenient = signed_by_hand(scheme, at=12)
+    odd = [
+        " 12 ",
+        "12 ",
+        "\t12",
+        "12\n",
+        "1_2",
+        "+12",
+        "012",
+        "00",
+        "-1",
+        "12.0",
+        "1e1",
+        "0x0c",
+        "",
+        "١٢",
+        "1²",
+        "9" * 400,
+    ]
+    for text in odd:
+        headers = signed_by_hand(scheme, at=text)
+        if scheme == "standard":
+            headers["webhook-signature"] += " " + lenient["webhook-signature"]
+        else:
+            headers["Stripe-Signature"] += "," + lenient["Stripe-Signature"].partition(",")[2]
+        assert type(refusal(headers, scheme=scheme, now=12, tolerance=math.inf)) is SignatureError, text
+    for text in ("0", "9" * 15):
+        headers = signed_by_hand(scheme, at=text)
+        assert type(refusal(headers, scheme=scheme)) is TimestampError
+        assert verify(SIGNED_BODY, headers, SECRET, scheme=scheme, now=int(text)).timestamp == int(text)
+
+
+def test_a_signature_has_one_spelling() -> None:
+    """Lenient decoders take most of these for the same bytes."""
+    headers = signed_by_hand("standard")
+    text = headers["webhook-signature"].removeprefix("v1,")
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    left_over = text[:-2] + alphabet[alphabet.index(text[-2]) ^ 1] + "="
+    assert base64.b64decode(left_over) == base64.b64decode(text)
+    spellings = [f"{text[:9]}{junk}{text[9:]}" for junk in ("!", "\n", "=", "\0", "é", "\udcff", ",")]
+    spellings += [
+        left_over,
+        text + "AAAA",
+        text[:-1],
+        text + "=",
+        "\t" + text,
+        "",
+        text[:20],
+        base64.b64decode(text).hex(),
+    ]
+    wholes = [f"v1,{spelling}" for spelling in spellings]
+    wholes += ["V1," + text, text, "v1a," + text, "v1" + text, "v1;" + text, "v2," + text, ",", "v1"]
+    for whole in wholes:
+        refusal({**headers, "webhook-signature": whole})
+    for changed in (
+        str.upper,
+        lambda v: v.replace("sha256=", "sha1="),
+        lambda v: v + "0",
+        lambda v: v.partition("=")[2],
+    ):
+        refusal({k: changed(v) for k, v in signed_by_hand("github").items()}, scheme="github")
+
+
+def test_unknown_versions_are_passed_over_and_seventeen_signatures_refused() -> None:
+    good = signed_by_hand("standard")
+    signature = good["webhook-signature"]
+    for text in (f"v1a,abc v2,def {signature}", f"{signature} v9", f"  {signature}", "v1,AAAA " * 15 + signature):
+        assert verify(SIGNED_BODY, {**good, "webhook-signature": text}, SECRET, now=SIGNED_AT).id == "msg_1"
+    assert "16" in str(refusal({**good, "webhook-signature": "v1,AAAA " * 16 + signature}))
+    assert "16" in str(refusal({**good, "webhook-signature": signature + " v1,AAAA" * 16}))
+    at, _, last = signed_by_hand("stripe")["Stripe-Signature"].partition(",")
+    for text in (f"{at},v0=abc,x,{last},v2=00", f"{last},{at}", f"{at},{'v1=00,' * 15}{last}"):
+        assert (
+            verify(SIGNED_BODY, {"Stripe-Signature": text}, SECRET, scheme="stripe", now=SIGNED_AT).body == SIGNED_BODY
+        )
+    for text in (
+        f"{at},{last}".replace("v1", "v0"),
+        f"{at},{at},{last}",
+        last,
+        at,
+        f"{at},{'v1=00,' * 16}{last}",
+        f"{at} {last}",
+    ):
+        refusal({"Stripe-Signature": text}, scheme="stripe")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_header_is_needed_and_must_not_come_twice_with_two_values(scheme: str) -> None:
+    good = signed_by_hand(scheme)
+    for name in good:
+        for headers in ({k: v for k, v in good.items() if k != name}, {**good, name: ""}, {**good, name: None}, {}):
+            refusal(headers, scheme=scheme)
+        for pairs in ([(name.upper(), "other"), *good.items()], [*good.items(), (name.upper(), "other")]):
+            assert "twice" in str(refusal(pairs, scheme=scheme))
+
+
+def test_headers_of_others_may_come_twice() -> None:
+    """Two proxies on the way leave two Via or X-Forwarded-For headers, and frameworks hand on both."""
+    for scheme in SCHEMES:
+        headers = [("Via", "1.1 a"), *signed_by_hand(scheme).items(), ("via", "1.1 b")]
+        assert verify(SIGNED_BODY, headers, SECRET, scheme=scheme, now=SIGNED_AT).body == SIGNED_BODY
+
+
+def test_odd_ids_and_wrong_options_are_refused() -> None:
+    for id in ("a.b", "a\nb", "é", "a" * 257, "a\x00"):
+        refusal(signed_by_hand("standard", id=id))
+    for options in ({"scheme": "svix"}, {"scheme": None}, {"scheme": []}, {"tolerance": "5"}, {"now": "x"}):
+        refusal(signed_by_hand("standard"), **options)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_authentic_body_need_not_be_an_envelope_or_json(scheme: str) -> None:
+    for body in (
+        b"",
+        b"plain text",
+        b"\xff\xfe\x00",
+        b'{"type":',
+        b"[" * 100_000,
+        b'{"type":"a","data":' + b"9" * 5000 + b"}",
+    ):
+        refusal(signed_by_hand(scheme, body), body=body + b" ", scheme=scheme)
+        event = verify(body, signed_by_hand(scheme, body), SECRET, scheme=scheme, now=SIGNED_AT)
+        assert (event.type, event.data, event.body) == ("", None, body)
+    for body, type, data in ((b"[1]", "", [1]), (b'{"type":5}', "", {"type": 5}), (b'{"type":"a"}', "a", None)):
+        event = verify(body, signed_by_hand(scheme, body), SECRET, scheme=scheme, now=SIGNED_AT)
+        assert (event.type, event.data, event.body) == (type, data, body)
+
+
+def test_an_id_that_is_signed_goes_before_one_that_is_not() -> None:
+    """Else who records a Stripe request replays it with a webhook-id of his own, past the inbox."""
+    event, ours = b'{"id":"evt_1","object":"event","type":"a","data":{}}', b'{"id":"order_1","type":"a"}'
+    for scheme, body, header, id in (
+        ("standard", event, "msg_1", "msg_1"),
+        ("stripe", event, "", "evt_1"),
+        ("stripe", event, "msg_invented", "evt_1"),
+        ("stripe", ours, "msg_1", "msg_1"),
+        ("github", ours, "msg_1", "msg_1"),
+    ):
+        headers = {"webhook-id": header, **signed_by_hand(scheme, body)}
+        assert verify(body, headers, SECRET, scheme=scheme, now=SIGNED_AT).id == id
+
+
+def test_signatures_are_compared_in_constant_time() -> None:
+    """No test on a noisy machine can measure it, so read the source: each scheme goes through compare_digest."""
+    tree = ast.parse((ROOT / "webhook_outbox.py").read_text(encoding="utf-8"))
+    functions = {node.name: list(ast.walk(node)) for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+    def calls(name: str) -> set[str]:
+        return {ast.unparse(node.func) for node in functions[name] if isinstance(node, ast.Call)}
+
+    assert "hmac.compare_digest" in calls("_any_equal")
+    assert not [node for node in functions["_any_equal"] if isinstance(node, (ast.Eq, ast.In, ast.Break))]
+    assert all("_any_equal" in calls(f"_verify_{scheme}") for scheme in SCHEMES)
+
+
+def test_a_megabyte_of_header_is_refused_soon() -> None:
+    began = time.process_time()
+    for scheme, filler in itertools.product(SCHEMES, (" ", ",", "v1,", "t=1,", "v1=a,", "9", "v1, ", "=")):
+        good = signed_by_hand(scheme)
+        for name in good:
+            refusal({**good, name: filler * (1_000_000 // len(filler))}, scheme=scheme)
+    assert time.process_time() - began < 10
+
+
+hostile_text = st.one_of(
+    st.text(max_size=40),
+    st.sampled_from(
+        ["v1,AAAA", "v1,", "t=1,v1=00", f"t={SIGNED_AT},v1=", "sha256=", "sha256=00", str(SIGNED_AT), "msg_1"]
+    ),
+    st.lists(st.sampled_from(["v1", ",", "=", "t", " ", "0", "9", "sha256", "é", "\udc80", "\0"]), max_size=60).map(
+        "".join
+    ),
+)
+hostile_value = st.one_of(hostile_text, st.binary(max_size=40), st.none(), st.integers(), st.lists(st.text(max_size=3)))
+hostile_name = st.one_of(
+    st.sampled_from(
+        ["webhook-id", "Webhook-Timestamp", "WEBHOOK-SIGNATURE", "stripe-signature", b"x-hub-signature-256"]
+    ),
+    st.text(max_size=5),
+    st.binary(max_size=5),
+    st.integers(),
+)
+hostile_headers = st.one_of(
+    st.dictionaries(hostile_name, hostile_value, max_size=8),
+    st.lists(st.tuples(hostile_name, hostile_value), max_size=8),
+    st.lists(hostile_value, max_size=3),
+    hostile_value,
+)
+hostile_secret = st.one_of(st.just(SECRET), hostile_value, st.lists(hostile_value, max_size=3), st.binary(min_size=16))
+
+
+@settings(max_examples=400)
+@given(
+    st.one_of(st.binary(), hostile_value),
+    hostile_headers,
+    hostile_secret,
+    st.one_of(st.sampled_from(SCHEMES), hostile_value),
+    st.one_of(st.none(), st.integers(), st.floats(), st.just(SIGNED_AT)),
+    st.one_of(st.floats(), st.just(math.inf)),
+)
+def test_whatever_arrives_verify_raises_one_family_of_errors(
+    body: Any, headers: Any, secret: Any, scheme: Any, now: Any, tolerance: Any
+) -> None:
+    with contextlib.suppress(SignatureError):
+        verify(body, headers, secret, scheme=scheme, now=now, tolerance=tolerance)
+
+
+@given(
+    st.binary(min_size=16, max_size=80),
+    st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True),
+    st.integers(0, 10**15 - 1),
+    st.binary(max_size=300),
+    st.sampled_from(
+        [bytes, lambda key: base64.b64encode(key).decode(), lambda key: f"whsec_{base64.b64encode(key).decode()}"]
+    ),
+)
+def test_what_sign_signs_verify_verifies(
+    key: bytes, id: str, at: int, body: bytes, form: Callable[[bytes], Any]
+) -> None:
+    headers = {"webhook-id": id, "webhook-timestamp": str(at), "webhook-signature": sign(form(key), id, at, body)}
+    event = verify(body, headers, key, now=at)
+    assert (event.id, event.timestamp, event.body) == (id, at, body)
+
+
+def flipped(value: bytes, bit: int) -> bytes:
+    return bytes(byte ^ (1 << bit % 8 if place == bit // 8 else 0) for place, byte in enumerate(value))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_one_bit_more_or_less_anywhere_is_refused(scheme: str) -> None:
+    good = signed_by_hand(scheme)
+    assert verify(SIGNED_BODY, good, SECRET, scheme=scheme, now=0, tolerance=math.inf).body == SIGNED_BODY
+    for bit in range(8 * len(SIGNED_BODY)):
+        refusal(good, body=flipped(SIGNED_BODY, bit), scheme=scheme, tolerance=math.inf)
+    for name, value in good.items():
+        for bit in range(8 * len(value)):
+            changed = {**good, name: flipped(value.encode(), bit).decode("latin-1")}
+            refusal(changed, scheme=scheme, tolerance=math.inf)
+
+
+@given(st.binary(min_size=1, max_size=200), st.sampled_from(SCHEMES), st.data())
+def test_one_bit_more_or_less_in_any_body_is_refused(body: bytes, scheme: str, data: st.DataObject) -> None:
+    good = signed_by_hand(scheme, body)
+    refusal(good, body=flipped(body, data.draw(st.integers(0, 8 * len(body) - 1))), scheme=scheme)
+
+
+# ── retry policy ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+STANDARD_DELAYS = (0, 5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
+DAY = 86_400.0
+
+
+def test_the_standard_policy_is_that_of_the_specification() -> None:
+    policy = RetryPolicy()
+    assert (policy.delays, policy.jitter, policy.overload_delay) == (STANDARD_DELAYS, 0.2, 60.0)
+    assert sum(policy.delays) == pytest.approx(75 * 3600, rel=0.01)
+    assert RetryPolicy((0, 5)).overload_delay == 0.0
+    assert RetryPolicy((0, 5), overload_delay=7).overload_delay == 7
+    for name in ("delays", "jitter", "overload_delay"):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(policy, name, 1)
+    assert RetryPolicy([0, 5]) == RetryPolicy((0.0, 5.0)) and len({RetryPolicy(), RetryPolicy()}) == 1
+
+
+def test_an_exponential_policy_grows_to_its_cap() -> None:
+    assert RetryPolicy.exponential(2, 3, 50, 6).delays == (0, 2, 6, 18, 50, 50)
+    assert RetryPolicy.exponential(1, attempts=1).delays == (0,)
+    assert RetryPolicy.exponential(10, cap=5, attempts=3).delays == (0, 5, 5)
+    assert RetryPolicy.exponential(1, 1, attempts=4).delays == (0, 1, 1, 1)
+    assert max(RetryPolicy.exponential(1, 1e300, attempts=1000).delays) == DAY
+
+
+def test_a_policy_that_makes_no_sense_is_refused() -> None:
+    for options in (
+        *({"delays": d} for d in ((), (-1,), (math.nan,), (0, math.inf), ("a",), None, 5, (None,))),
+        *({"jitter": j} for j in (-0.1, math.nan, math.inf, 11)),
+        *({"overload_delay": o} for o in (-1, math.nan, math.inf)),
+    ):
+        with pytest.raises(PayloadError):
+            print(options, "made", RetryPolicy(**options))  # type: ignore[arg-type]
+    for values in ((0,), (-1,), (math.nan,), (1, 0.5), (1, math.inf), (1, 2, 0), (1, 2, 9, 0), (1, 2, 9, 1001)):
+        with pytest.raises(PayloadError):
+            print(values, "made", RetryPolicy.exponential(*values))
+
+
+def test_retry_after_is_read_as_the_rfc_says() -> None:
+    now = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
+
+    def read(*values: str) -> float | None:
+        return webhook_outbox._retry_after(values, now)
+
+    assert [read(v) for v in ("0", "1", "120", "00120", "86400")] == [0, 1, 120, 120, DAY]
+    assert [read(v) for v in ("86401", "999999", "1" + "0" * 9, "9" * 400)] == [DAY] * 4
+    for value in (
+        "-1",
+        "1e9",
+        "nan",
+        "inf",
+        "120.5",
+        "",
+        "+5",
+        "0x10",
+        "5 ",
+        "1_0",
+        "١٢",
+        "²",
+        "soon",
+        "Tue, ",
+        "Tue, 99 Nov",
+    ):
+        assert read(value) is None, value
+    assert read("Tue, 14 Nov 2023 22:15:20 GMT") == 120
+    assert read("Tuesday, 14-Nov-23 22:15:20 GMT") == 120
+    assert read("Tue, 14 Nov 2023 22:11:20 GMT") == 0
+    assert read("Fri, 31 Dec 9999 23:59:59 GMT") == DAY
+    assert read("5", "120") == 120 and read("nan", "7") == 7 and read() is None
+
+
+def retry_times(outbox: Outbox, clock: Clock, event: str) -> list[float]:
+    """Drain just before and at each due time; return when the attempts were made."""
+    for tries in itertools.count(1):
+        outbox.drain(once=True)
+        (delivery,) = outbox.event(event).deliveries
+        if delivery.status != "pending":
+            return [attempt.at for attempt in outbox.attempts(event)]
+        assert delivery.attempts == tries and delivery.due_at > clock.now
+        clock.now = delivery.due_at - 0.01
+        assert outbox.drain(once=True).retried == 0
+        clock.now = delivery.due_at
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("policy", "dice"),
+    [(RetryPolicy(), 0.0), (RetryPolicy(), 1.0), (RetryPolicy((3, 1, 0.5, 10), 0.5), 0.4), (RetryPolicy((0,)), 1.0)],
+    ids=["standard", "standard late", "own", "single"],
+)
+def test_attempts_follow_the_schedule_entry_by_entry(
+    policy: RetryPolicy, dice: float, database: str, serve: Serve
+) -> None:
+    clock, receiver = Clock(), serve(answer(500))
+    outbox = make_outbox(database, clock=clock, rng=lambda: dice, retry=policy)
+    outbox.add_endpoint(receiver.url(), id="crm")
+    begin, id = clock.now, emit(outbox)
+    if policy.delays[0]:
+        assert outbox.drain(once=True).pending == 1 and not receiver.requests
+        clock.advance(policy.delays[0])
+    times = retry_times(outbox, clock, id)
+    assert times[0] - begin == policy.delays[0]
+    waits = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert waits == pytest.approx([delay * (1 + policy.jitter * dice) for delay in policy.delays[1:]], abs=1e-3)
+    assert len(receiver.requests) == len(policy.delays) == len(times)
+    (failed,) = outbox.failed()
+    assert (failed.reason, failed.status_code, failed.attempts) == ("status", 500, len(times))
+    assert (failed.event_id, failed.endpoint_id, failed.first_attempt_at) == (id, "crm", times[0])
+    assert len({request.body for request in receiver.requests}) == 1
+    assert [int(r.headers["webhook-timestamp"]) for r in receiver.requests] == [int(at) for at in times]
+
+
+HINTS = {
+    "later than the schedule": ("100", 100.0, 100.0),
+    "earlier than the schedule": ("3", 3.0, 20.0),
+    "a date": ("Tue, 14 Nov 2023 22:15:20 GMT", 120.0, 120.0),
+    "far too long": ("9" * 400, DAY, DAY),
+    "year 9999": ("Fri, 31 Dec 9999 23:59:59 GMT", DAY, DAY),
+    "past": ("Tue, 14 Nov 2023 22:11:20 GMT", 0.0, 20.0),
+    "garbage": ("1e9", 0.0, 20.0),
+}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("hint", HINTS)
+def test_retry_after_holds_the_whole_endpoint_and_no_other(hint: str, status: int, wal: str, serve: Serve) -> None:
+    value, held, due = HINTS[hint]
+    clock = Clock()
+    busy, well = serve([answer(status, b"", f"Retry-After: {value}"), OK]), serve()
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 20, 20), 0.0))
+    outbox.add_endpoint(busy.url(), id="busy")
+    outbox.add_endpoint(well.url(), id="well")
+    first = emit(outbox)
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(delivered=1, retried=1, failed=0, pending=1)
+    assert {d.endpoint_id: d.due_at for d in outbox.event(first).deliveries}["busy"] == clock.now + due
+    begin, second = clock.now, emit(outbox)
+    if held:
+        outbox.drain(once=True)
+        assert (len(busy.requests), len(well.requests)) == (1, 2)
+        clock.now = begin + held - 0.01
+        assert outbox.drain(once=True).delivered == 0
+        clock.now = begin + held
+    outbox.drain(once=True)
+    assert statuses(outbox, second) == {"busy": "delivered", "well": "delivered"}
+    if due > held:
+        clock.now = begin + due - 0.01
+        outbox.drain(once=True)
+        assert statuses(outbox, first)["busy"] == "pending"
+        clock.now = begin + due
+        outbox.drain(once=True)
+    assert [(a.at, a.status_code) for a in outbox.attempts(first, "busy")] == [(begin, status), (begin + due, 200)]
+
+
+def test_retry_after_is_not_lifted_by_an_answer_that_was_on_its_way(wal: str, serve: Serve) -> None:
+    """A limit is reached while earlier requests are still being worked on; their 200 does not mean: come again."""
+    clock = Clock()
+    outbox = make_outbox(wal, clock=clock)
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        if request.headers["webhook-id"] == limited:
+            sock.sendall(answer(429, b"", "Retry-After: 100"))
+        else:
+            if request.headers["webhook-id"] == slow:
+                eventually(lambda: outbox.attempts(limited))
+            sock.sendall(OK)
+        return True
+
+    receiver = serve(play)
+    outbox.add_endpoint(receiver.url())
+    slow, limited = emit(outbox), emit(outbox)
+    report = outbox.drain(once=True)
+    assert (report.delivered, report.retried) == (1, 1)
+    emit(outbox)
+    clock.advance(99)
+    assert outbox.drain(once=True).delivered == 0 and len(receiver.requests) == 2
+
+
+def test_retry_after_outlives_the_drain_and_means_nothing_on_other_answers(wal: str, serve: Serve) -> None:
+    clock, busy = Clock(), serve([answer(502, b"", "Retry-After: 900"), answer(503, b"", "Retry-After: 900"), OK])
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 1, 1), 0.0))
+    outbox.add_endpoint(busy.url())
+    id = emit(outbox)
+    outbox.drain(once=True)
+    clock.advance(1)
+    outbox.drain(once=True)
+    assert len(busy.requests) == 2
+    clock.advance(899.9)
+    later = make_outbox(wal, clock=clock)
+    assert later.drain(once=True).pending == 1 and len(busy.requests) == 2
+    clock.advance(0.1)
+    outbox.resend(id)
+    assert later.drain(once=True).delivered == 1
+
+
+@pytest.mark.parametrize("cause", [429, 502, 504, "silence", 500, 503, 404])
+def test_overload_waits_at_least_the_overload_delay(cause: Any, wal: str, serve: Serve) -> None:
+    def silence(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        return bool(sock.recv(1))
+
+    receiver = serve(silence if cause == "silence" else answer(cause))
+    for policy, waits in (
+        (RetryPolicy((0, 5, 50), 0.0, overload_delay=40), (40, 50)),
+        (RetryPolicy((0, 5, 5), 0.0), (5, 5)),
+        (dataclasses.replace(RetryPolicy(), jitter=0.0), (60, 300)),
+    ):
+        clock = Clock()
+        outbox = make_outbox(wal, clock=clock, retry=policy, timeout=0.3)
+        endpoint = outbox.add_endpoint(receiver.url())
+        id = emit(outbox)
+        for wait, scheduled in zip(waits, policy.delays[1:], strict=False):
+            outbox.drain(once=True)
+            due = {d.endpoint_id: d.due_at for d in outbox.event(id).deliveries}[endpoint.id]
+            assert due - clock.now == pytest.approx(wait if cause in (429, 502, 504, "silence") else scheduled)
+            clock.now = due
+        assert outbox.attempts(id)[0].reason == ("timeout" if cause == "silence" else "status")
+        outbox.remove_endpoint(endpoint.id)
+
+
+def held_and_sent(outbox: Outbox, clock: Clock, first: bytes, serve: Serve) -> tuple[str, str, Receiver]:
+    """Let one event get the answer `first` while another of the endpoint waits until ten seconds later."""
+    receiver = serve([first, OK])
+    outbox.add_endpoint(receiver.url(), id="crm")
+    one, two = emit(outbox), emit(outbox, delay=10)
+    outbox.drain(once=True)
+    clock.advance(10)
+    outbox.drain(once=True)
+    return one, two, receiver
+
+
+def test_410_gives_up_disables_and_holds_the_rest(database: str, serve: Serve) -> None:
+    clock = Clock()
+    outbox = make_outbox(database, clock=clock)
+    one, two, receiver = held_and_sent(outbox, clock, answer(410, b"bye"), serve)
+    (failed,) = outbox.failed()
+    assert (failed.event_id, failed.reason, failed.status_code, failed.response) == (one, "gone", 410, "bye")
+    assert (statuses(outbox, one), statuses(outbox, two)) == ({"crm": "failed"}, {"crm": "held"})
+    endpoint = outbox.endpoint("crm")
+    assert not endpoint.enabled and "410" in endpoint.disabled_reason
+    assert len(receiver.requests) == 1
+    outbox.enable_endpoint("crm")
+    assert outbox.drain(once=True).delivered == 1
+    assert statuses(outbox, two) == {"crm": "delivered"}
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_a_receiver_may_ask_for_an_end_of_the_endpoint(status: int, wal: str, serve: Serve) -> None:
+    clock = Clock()
+    outbox = make_outbox(wal, clock=clock)
+    one, two, receiver = held_and_sent(outbox, clock, answer(status, b"", "Webhook-Delivery: disable"), serve)
+    assert statuses(outbox, one) == {"crm": "delivered" if status == 200 else "held"}
+    assert statuses(outbox, two) == {"crm": "held"}
+    endpoint = outbox.endpoint("crm")
+    assert not endpoint.enabled and "webhook-delivery" in endpoint.disabled_reason and not outbox.failed()
+    outbox.enable_endpoint("crm")
+    assert outbox.drain(once=True).delivered == (1 if status == 200 else 2)
+    assert len(receiver.requests) == (2 if status == 200 else 3)
+
+
+def test_a_receiver_may_ask_for_an_end_of_the_delivery(wal: str, serve: Serve) -> None:
+    clock = Clock()
+    outbox = make_outbox(wal, clock=clock)
+    one, two, _ = held_and_sent(outbox, clock, answer(422, b"", "webhook-delivery: abort-message"), serve)
+    (failed,) = outbox.failed()
+    assert (failed.event_id, failed.reason, failed.status_code, failed.attempts) == (one, "aborted", 422, 1)
+    assert statuses(outbox, two) == {"crm": "delivered"} and outbox.endpoint("crm").enabled
+
+
+@pytest.mark.parametrize("break_", [False, True], ids=["without a break", "with a success between"])
+def test_a_delivery_expires_when_its_endpoint_failed_for_its_whole_window(break_: bool, wal: str, serve: Serve) -> None:
+    """Retry-After can stretch a schedule beyond its window of here 30 s; a success in between starts it anew."""
+    clock, slow = Clock(), answer(503, b"", "Retry-After: 29")
+    receiver = serve([slow, OK, answer(500)] if break_ else [slow, answer(500)])
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 10, 10, 10), 0.0))
+    outbox.add_endpoint(receiver.url(), id="crm", max_in_flight=1)
+    id = emit(outbox)
+    if break_:
+        emit(outbox, delay=1)
+    outbox.drain(once=True)
+    clock.advance(29)
+    assert outbox.drain(once=True).retried == 1 and not outbox.failed()
+    clock.advance(10)
+    outbox.drain(once=True)
+    assert [(f.event_id, f.attempts, f.reason, f.status_code) for f in outbox.failed()] == (
+        [] if break_ else [(id, 3, "expired", 500)]
+    )
+    assert len(receiver.requests) == 3 + break_
+
+
+def test_a_drain_that_was_off_for_a_week_delivers(database: str, serve: Serve) -> None:
+    clock, receiver = Clock(), serve([answer(500), answer(500), OK])
+    outbox = make_outbox(database, clock=clock, retry=RetryPolicy())
+    outbox.add_endpoint(receiver.url(), id="crm", max_in_flight=1)
+    tried = emit(outbox)
+    outbox.drain(once=True)
+    untried = emit(outbox, delay=6)
+    clock.advance(7 * DAY)
+    receiver.play = OK
+    assert outbox.drain(once=True).delivered == 2
+    assert statuses(outbox, tried) == statuses(outbox, untried) == {"crm": "delivered"} and not outbox.failed()
+
+
+def test_an_event_that_waited_for_a_week_has_its_whole_budget(wal: str, serve: Serve) -> None:
+    clock, receiver = Clock(), serve(answer(500))
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 1, 1), 0.0))
+    outbox.add_endpoint(receiver.url(), id="crm")
+    emit(outbox)
+    outbox.drain(once=True)
+    id = emit(outbox)
+    clock.advance(7 * DAY)
+    retry_times(outbox, clock, id)
+    assert [(f.attempts, f.reason) for f in outbox.failed() if f.event_id == id] == [(3, "status")]
+
+
+def test_redirects_are_not_followed_and_named(wal: str, serve: Serve) -> None:
+    secret_place = serve()
+    outbox = make_outbox(wal, resolver=lambda host, port: pytest.fail("a lookup"))
+    place = secret_place.url("/inside")
+    for status in (301, 302, 303, 307, 308):
+        outbox.add_endpoint(serve(answer(status, b"", f"Location: {place}?token=canary")).url(), id=f"r{status}")
+    outbox.add_endpoint(serve(answer(304)).url(), id="r304")
+    id = emit(outbox)
+    assert outbox.drain(once=True).retried == 6
+    for attempt in outbox.attempts(id):
+        assert (attempt.reason, f"r{attempt.status_code}") == ("status", attempt.endpoint_id)
+        assert attempt.error and ("Location" in attempt.error and place in attempt.error or attempt.status_code == 304)
+        assert "canary" not in attempt.error
+    assert secret_place.connections == 0
+
+
+def test_client_errors_are_retried(wal: str, serve: Serve) -> None:
+    clock, codes = Clock(), (400, 401, 403, 404, 405, 409, 413, 418, 422, 451)
+    outbox = make_outbox(wal, clock=clock)
+    for status in codes:
+        outbox.add_endpoint(serve([answer(status, b"why"), OK]).url(), id=f"r{status}")
+    id = emit(outbox)
+    assert outbox.drain(once=True).retried == len(codes)
+    for attempt in outbox.attempts(id):
+        assert (attempt.reason, attempt.response) == (
+            "status",
+            "why",
+        ) and attempt.endpoint_id == f"r{attempt.status_code}"
+        assert attempt.error and str(attempt.status_code) in attempt.error
+    clock.advance(1)
+    assert outbox.drain(once=True).delivered == len(codes)
+
+
+# ── receiving ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def inbox(database: str) -> Inbox:
+    made = Inbox(database)
+    query(database, "CREATE TABLE invoices (id INTEGER PRIMARY KEY, event TEXT NOT NULL)")
+    return made
+
+
+@contextlib.contextmanager
+def receiving(path: str, **options: Any) -> Iterator[sqlite3.Connection]:
+    """A receiver's connection: one transaction, committed unless the block raises, and closed."""
+    with contextlib.closing(sqlite3.connect(path, timeout=30, **options)) as conn, conn:
+        yield conn
+
+
+def test_an_event_is_accepted_once(inbox: Inbox, database: str) -> None:
+    with receiving(database) as conn:
+        assert inbox.accept(conn, "msg_1") is True
+        assert inbox.accept(conn, "msg_1") is False
+        assert inbox.accept(conn.cursor(), "msg_2") is True
+    with receiving(database) as conn:
+        conn.row_factory = sqlite3.Row
+        conn.text_factory = bytes
+        assert [inbox.accept(conn, id) for id in ("msg_1", "msg_2", "msg_3", "MSG_1", "'; --")] == [
+            False,
+            False,
+            *[True] * 3,
+        ]
+        assert [Inbox(database).accept(conn, id) for id in ("msg_3", "msg_1")] == [False, False]
+
+
+def test_a_handler_that_fails_leaves_no_trace(inbox: Inbox, database: str) -> None:
+    with pytest.raises(ZeroDivisionError), receiving(database) as conn:
+        assert inbox.accept(conn, "msg_1")
+        conn.execute("INSERT INTO invoices (event) VALUES ('msg_1')")
+        raise ZeroDivisionError
+    assert query(database, "SELECT * FROM webhook_inbox") == query(database, "SELECT * FROM invoices") == []
+    with receiving(database) as conn:
+        conn.execute("SAVEPOINT handler")
+        assert inbox.accept(conn, "msg_1")
+        conn.execute("ROLLBACK TO handler")
+        assert inbox.accept(conn, "msg_1")
+    with receiving(database) as conn:
+        assert not inbox.accept(conn, "msg_1")
+
+
+def test_accept_needs_the_receivers_transaction(inbox: Inbox, database: str, tmp_path: pathlib.Path) -> None:
+    options: list[dict[str, Any]] = [{"isolation_level": None}]
+    if sys.version_info >= (3, 12):
+        options.append({"autocommit": True})
+    for option in options:
+        with contextlib.closing(sqlite3.connect(database, **option)) as conn:
+            with pytest.raises(NotInTransaction):
+                inbox.accept(conn, "msg_1")
+            conn.execute("BEGIN")
+            assert inbox.accept(conn, "msg_1")
+            assert conn.in_transaction
+            conn.execute("ROLLBACK")
+    assert query(database, "SELECT * FROM webhook_inbox") == []
+    for id in ("", "a" * 257, "a\nb", None, 5, b"msg_1"):
+        with receiving(database) as conn, pytest.raises(PayloadError):
+            inbox.accept(conn, id)  # type: ignore[arg-type]
+    with receiving(str(tmp_path / "other.db")) as conn, pytest.raises(SchemaError):
+        inbox.accept(conn, "msg_1")
+    for nowhere in (":memory:", ""):
+        with pytest.raises(SchemaError):
+            Inbox(nowhere)
+
+
+def test_of_two_that_accept_at_once_one_wins(inbox: Inbox, database: str) -> None:
+    """In every third round the first to accept fails afterwards; then the other must win."""
+    rounds = 12
+    barrier = threading.Barrier(2)
+    won: list[list[int]] = [[] for _ in range(rounds)]
+    lost: list[list[int]] = [[] for _ in range(rounds)]
+
+    def receive(number: int) -> None:
+        for turn in range(rounds):
+            barrier.wait(30)
+            with contextlib.suppress(ZeroDivisionError), receiving(database) as conn:
+                if not inbox.accept(conn, f"msg_{turn}"):
+                    continue
+                conn.execute("INSERT INTO invoices (event) VALUES (?)", (f"msg_{turn}",))
+                if turn % 3 == 0 and not lost[turn]:
+                    lost[turn].append(number)
+                    raise ZeroDivisionError
+                won[turn].append(number)
+
+    threads = [threading.Thread(target=receive, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [len(each) for each in won] == [1] * rounds
+    assert [len(each) for each in lost] == [1, 0, 0] * (rounds // 3)
+    assert query(database, "SELECT count(*), count(DISTINCT event) FROM invoices") == [(rounds, rounds)]
+
+
+def test_an_inbox_that_power_loss_could_empty_says_so_once(
+    inbox: Inbox, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def accept(id: str, level: str) -> int:
+        with receiving(database) as conn:
+            conn.execute(f"PRAGMA synchronous = {level}")
+            inbox.accept(conn, id)
+            assert conn.execute("PRAGMA synchronous").fetchone() == (
+                {"OFF": 0, "NORMAL": 1, "FULL": 2, "EXTRA": 3}[level],
+            )
+        return len([r for r in caplog.records if r.levelno == logging.WARNING and "FULL" in r.getMessage()])
+
+    assert [accept("a", "FULL"), accept("b", "EXTRA")] == [0, 0]
+    assert [accept("c", "NORMAL"), accept("d", "NORMAL"), accept("e", "OFF"), accept("f", "FULL")] == [1, 1, 1, 1]
+
+
+def test_the_inbox_forgets_what_is_older_than_told(inbox: Inbox, database: str) -> None:
+    with receiving(database) as conn:
+        for id in ("old", "new"):
+            inbox.accept(conn, id)
+        conn.execute("UPDATE webhook_inbox SET received_at = received_at - 1000 WHERE id = 'old'")
+    assert (inbox.prune(5000), inbox.prune(500), inbox.prune(500)) == (0, 1, 0)
+    with receiving(database) as conn:
+        assert (inbox.accept(conn, "old"), inbox.accept(conn, "new")) == (True, False)
+
+
+def test_an_order_makes_one_invoice_however_often_its_webhook_comes(
+    inbox: Inbox, database: str, serve: Serve, tmp_path: pathlib.Path
+) -> None:
+    """The README's example over real sockets: the first handler dies after accept, the second answer gets lost."""
+    clock, results = Clock(time.time()), []
+
+    def invoice(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        try:
+            event = verify(request.body, request.headers, SECRET)
+        except SignatureError:
+            sock.sendall(answer(400))
+            return True
+        try:
+            with receiving(database) as conn:
+                first = inbox.accept(conn, event.id)
+                if first:
+                    conn.execute("INSERT INTO invoices (event) VALUES (?)", (event.id,))
+                if len(results) == 0:
+                    raise ZeroDivisionError
+        except ZeroDivisionError:
+            results.append("failed")
+            sock.sendall(answer(500))
+            return True
+        results.append("invoice" if first else "duplicate")
+        if len(results) == 2:
+            return False  # committed, and then the connection breaks before the answer
+        sock.sendall(OK)
+        return True
+
+    receiver = serve(invoice)
+    outbox = make_outbox(make_database(tmp_path / "shop.db"), clock=clock, retry=RetryPolicy((0, 1, 1, 1), 0.0))
+    outbox.add_endpoint(receiver.url(), secret=SECRET)
+    id = emit(outbox, "order.created", {"order_id": "1234", "total": 49.99})
+    retry_times(outbox, clock, id)
+    outbox.resend(id)
+    assert outbox.drain(once=True).delivered == 1
+    assert results == ["failed", "invoice", "duplicate", "duplicate"]
+    assert query(database, "SELECT event FROM invoices") == [(id,)]
+    url, body = receiver.url(), receiver.requests[0].body
+    forged = {"webhook-id": "msg_x", "webhook-timestamp": str(int(time.time())), "webhook-signature": "v1,AAAA"}
+    assert requests.post(url, data=body, headers=forged, timeout=10).status_code == 400
+    assert query(database, "SELECT event FROM invoices") == [(id,)]
+
+
+# ── network guard ────────────────────────────────────────────────────────────────────────────────────────────────
+
+# verdict, what the resolver answers (- no lookup, ! it raises OSError), URL with Python's escapes
+GUARD_CASES = r"""
+block - https://127.0.0.1/hook
+block - https://0/
+block - https://2130706433/
+block - https://0x7f.0.0.1/
+block - https://0xa9fea9fe/
+block - https://10.0.0.1/
+block - https://192.168.255.255/
+block - https://169.254.169.254/latest/meta-data/
+block - https://192.0.0.192/opc/v2/
+block - https://198.19.255.255/
+block - https://239.255.255.250/
+block - https://[::1]/
+block - https://[::ffff:127.0.0.1]/
+block - https://[fd20:ce::254]/
+block - https://[::1%25lo]/
+block - https://[2001:db8::1]/
+block - https://[100::1]/
+block 127.0.0.1 https://localhost./
+block 10.96.0.1 https://kubernetes.default.svc/
+block 127.0.0.1,93.184.216.34 https://hooks.example.com/
+block 93.184.216.34,127.0.0.1 https://hooks.example.com/
+block ! https://nx.example.invalid/
+block 127.0.0.1 https://example.com@127.0.0.1/
+block 127.0.0.1 https://example.com%00.evil.test/
+block 93.184.216.34 https://example.com\r\nX-Injected: 1/
+block - \x20https://127.0.0.1/
+block - https://127\u30020\u30020\u30021/
+block - https://::1/
+block - //127.0.0.1/
+block 127.0.0.1 https://aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa.example.com/
+block 93.184.216.34 https://example.com:443:80/
+block 93.184.216.34 https://example.com:25/
+block 93.184.216.34 ftp://example.com/
+block 93.184.216.34 ws://example.com/
+allow 93.184.216.34 https://example.com/hook
+allow 93.184.216.34 https://b\u00fccher.example/hook
+allow 93.184.216.34 https://example.com/@127.0.0.1/http://10.0.0.1
+allow - https://[2606:4700:4700::1111]/hook
+allow 100.128.0.0 https://example.com/hook
+allow 169.253.255.255 https://example.com/hook
+allow 198.20.0.0 https://example.com/hook
+allow 128.0.0.1 https://example.com/hook
+"""
+GUARD_V4 = """0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24
+192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15
+198.51.100.0/24 203.0.113.0/24 224.0.0.0/3""".split()
+GUARD_V6 = "2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48 3ffe::/16 3fff::/20 ::/3 4000::/2 8000::/1".split()
+
+
+def guard_dial(url: str, addresses: str, guard: webhook_outbox._Guard) -> None:
+    """Go the way of a real attempt up to the moment of connecting: an option that no system knows stops it there."""
+
+    def resolver(host: str, port: int) -> list[str]:
+        assert addresses != "-", f"{host} was looked up"
+        if addresses == "!":
+            raise OSError(-2, "Name or service not known")
+        return addresses.split(",")
+
+    parts = requests.utils.urlparse(webhook_outbox._prepare_url(url, guard).url)
+    end = time.monotonic() + 60
+    opening = webhook_outbox._Opening(guard, webhook_outbox._Lookups(resolver), parts.scheme, end, end)
+    opening.dial(parts.hostname, parts.port or 443, [(9999, 9999, 1)])
+
+
+@pytest.mark.parametrize("case", GUARD_CASES.strip().splitlines())
+def test_every_known_trick_with_an_address_is_refused_and_ordinary_receivers_are_not(wal, case):
+    verdict, addresses, text = case.split(" ", 2)
+    url = text.encode().decode("unicode_escape")
+    if verdict == "allow":
+        with pytest.raises(OSError, match="rotocol not available"):
+            guard_dial(url, addresses, webhook_outbox._Guard())
+    else:
+        with pytest.raises((UnsafeURL, webhook_outbox._Blocked, webhook_outbox._NoAddress)):
+            guard_dial(url, addresses, webhook_outbox._Guard())
+
+    def resolver(host: str, port: int) -> list[str]:
+        if addresses in "!-":
+            raise OSError("no lookup")
+        return addresses.split(",")
+
+    outbox = make_outbox(wal, allow_networks=(), resolver=resolver)
+    with contextlib.ExitStack() as stack:
+        if verdict == "block" and (addresses == "-" or "example.com" in url and "hooks" not in url):
+            stack.enter_context(pytest.raises(UnsafeURL))
+        endpoint = outbox.add_endpoint(url)
+        if verdict == "block":
+            attempt = outbox.ping(endpoint.id)
+            assert attempt.reason == ("dns" if addresses == "!" else "blocked")
+            assert attempt.status_code is None and len(attempt.error.splitlines()) == 1
+
+
+def test_both_edges_of_every_special_range_are_refused_and_their_neighbours_judged_by_the_table():
+    guard = webhook_outbox._Guard()
+    networks = [ipaddress.ip_network(text) for text in GUARD_V4 + GUARD_V6]
+    for network in networks:
+        assert all(guard.refusal(str(network[edge]), "https") for edge in (0, -1)), network
+        for neighbour in (int(network[0]) - 1, int(network[-1]) + 1):
+            if 0 <= neighbour < 1 << network.max_prefixlen:
+                address = type(network[0])(neighbour)
+                denied = any(address in other for other in networks)
+                assert bool(guard.refusal(str(address), "https")) is denied, address
+    assert not guard.refusal("8.8.8.8", "https") and not guard.refusal("2001:4860:4860::8888", "https")
+    for inside in "fe80::1 fc00::1 ff02::1 ::7f00:1 64:ff9b:1::808:808 ::ffff:0:8.8.8.8".split():
+        assert guard.refusal(inside, "https"), inside
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_wrapped_address_is_judged_by_what_is_inside(number):
+    guard, inner = webhook_outbox._Guard(), ipaddress.IPv4Address(number)
+    denied = any(inner in ipaddress.ip_network(text) for text in GUARD_V4)
+    for text in (str(inner), f"::ffff:{inner}", f"64:ff9b::{inner}", f"::FFFF:{number >> 16:x}:{number & 0xFFFF:x}"):
+        assert bool(guard.refusal(text, "https")) is denied, text
+
+
+def test_networks_that_are_allowed_open_themselves_only_and_also_over_http():
+    guard = webhook_outbox._Guard((ipaddress.ip_network("10.1.0.0/16"), ipaddress.ip_network("fd00::/8")))
+    for address in "10.1.2.3 ::ffff:10.1.2.3 64:ff9b::10.1.255.255 fd00::1".split():
+        assert guard.refusal(address, "https") is None and guard.refusal(address, "http") is None, address
+    for address in "8.8.8.8 2606:4700::1 ::ffff:8.8.8.8".split():
+        assert guard.refusal(address, "https") is None and guard.refusal(address, "http"), address
+        assert webhook_outbox._Guard((), allow_http=True).refusal(address, "http") is None
+    inside = "10.2.0.0 10.0.255.255 ::ffff:10.2.0.0 127.0.0.1 fc00::1 10.1.2.3%lo fd00::1%eth0 8.8.8.8%25".split()
+    for address in [
+        *inside,
+        "",
+        " 8.8.8.8",
+        "8.8.8.8\n",
+        "８.8.8.8",
+        "08.8.8.8",
+        "134744072",
+        "example.com",
+        "8.8.8.8/32",
+    ]:
+        assert guard.refusal(address, "https"), address
+        assert webhook_outbox._Guard(allow_http=True).refusal(address, "http"), address
+
+
+GUARD_ODD = r"""https:// https:///x https://user:canary@example.com/ https://example.com/#f https://example.com/# ws://a/b
+https://example.com\x5c@x/ https://example.com/\t https://exa\tmple.com/ https://example.com/\x7f http:example.com file:///x
+https://example.com:22/ https://example.com:65536/ https://example.com:6667/ https://example.com:10080/ https://a..b/
+https://example.com:\u0664\u0664\u0663/ https://example.com:+443/ https://[::1/ https://[1.2.3.4]/ https://.a/ https://%31/
+http://example.com/ http://127.0.0.1/ https://example.com\u2028/ https://[fe80::1]:443/ https://017700000001/
+https://a.b:0/
+https://127.1/ https://\u2460\u2461\u2466.0.0.1/ https://xn--a\u00fc.example/ https://[64:ff9b::7f00:1]/ https://a.b:/""".split()
+GUARD_ODD += ["https://example.com/" + "a" * 2048, "https://" + "a." * 127 + "com/", "https://example.com/ x", ""]
+
+
+def test_a_url_that_is_malformed_or_odd_is_refused_at_registration(wal):
+    outbox = make_outbox(wal, allow_networks=())
+    for url in [*(text.encode().decode("unicode_escape") for text in GUARD_ODD), 7, None, b"https://a.b/"]:
+        with pytest.raises(UnsafeURL) as caught:
+            outbox.add_endpoint(url)
+            pytest.fail(f"registered {url!r}")
+        assert "canary" not in str(caught.value) and len(str(caught.value)) < 200
+    assert outbox.endpoints() == []
+
+
+def test_a_url_that_may_be_reached_is_registered_as_written(wal):
+    private: dict[str, Any] = {"allow_networks": ["10.0.0.0/8"]}
+    for url, options in {
+        "https://example.com:8443/a%20b?c=d%26e": {},
+        "HTTPS://Example.COM:443": {},
+        "https://[2606:4700::1]:8443/": {},
+        "https://8.8.8.8/": {},
+        "http://example.com:80/": {"allow_http": True},
+        "http://10.1.2.3:8080/": private,
+        "https://[::ffff:10.1.2.3]/": private,
+    }.items():
+        assert make_outbox(wal, **{"allow_networks": (), **options}).add_endpoint(url).url == url
+
+
+def test_an_address_is_judged_again_by_the_outbox_that_sends(wal, serve):
+    """The row may come from SQL, or from a process that allows more."""
+    receiver = serve()
+    make_outbox(wal).add_endpoint(receiver.url(), id="inside")
+    clock = Clock()
+    strict = make_outbox(wal, allow_networks=(), clock=clock)
+    event_id = emit(strict)
+    assert strict.drain(once=True).retried == 1
+    assert [a.reason for a in strict.attempts(event_id)] == ["blocked"]
+    assert strict.ping("inside").reason == "blocked"
+    assert receiver.connections == 0
+
+
+# ── transport ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def transport_resolver(table: dict[str, Any]) -> Callable[[str, int], Any]:
+    """Answer from a table; a list of lists is played one answer a lookup, an exception is raised."""
+
+    def resolver(host: str, port: int) -> Any:
+        value = table[host]
+        if isinstance(value, list) and value and isinstance(value[0], list):
+            value = value.pop(0) if len(value) > 1 else value[0]
+        if isinstance(value, BaseException):
+            raise value
+        return value() if callable(value) else value
+
+    return resolver
+
+
+def test_each_connection_is_judged_on_its_own_lookup_so_that_dns_cannot_rebind(wal, serve):
+    """127.0.0.0/24 stands for the outside here, 127.1.1.1 for the inside."""
+    receiver = serve(answer(500, b"", "Connection: close"))
+    with contextlib.closing(socket.create_server(("127.1.1.1", receiver.port))) as inside:
+        inside.setblocking(False)
+        lookups = [["127.0.0.1"], ["127.1.1.1"], ["127.0.0.1", "127.1.1.1"], ["127.1.1.1", "127.0.0.1"]]
+        clock = Clock()
+        outbox = make_outbox(
+            wal,
+            allow_networks=["127.0.0.0/24"],
+            retry=RetryPolicy((0, 1, 1, 1), jitter=0),
+            clock=clock,
+            resolver=transport_resolver({"rebind.test": lookups}),
+        )
+        outbox.add_endpoint(receiver.url(host="rebind.test"))
+        event_id = emit(outbox)
+        for _ in range(4):
+            outbox.drain(once=True)
+            clock.advance(1)
+        assert [a.reason for a in outbox.attempts(event_id)] == ["status", "blocked", "blocked", "blocked"]
+        assert "127.1.1.1" in outbox.attempts(event_id)[1].error
+        assert receiver.connections == 1 and lookups == [["127.1.1.1", "127.0.0.1"]]
+        with pytest.raises(BlockingIOError):
+            inside.accept()
+
+
+def test_a_resolver_that_fails_in_any_way_costs_only_its_own_endpoint(wal, serve):
+    receiver = serve()
+    answers = {
+        "encode": (UnicodeError("label empty or too long"), {"dns"}),
+        "error": (OSError(-3, "Temporary failure in name resolution"), {"dns"}),
+        "late": (TimeoutError("slow"), {"dns"}),
+        "value": (ValueError("odd\nname"), {"dns"}),
+        "empty": ([], {"dns"}),
+        "none": (None, {"dns"}),
+        "text": ("127.0.0.1", {"blocked"}),
+        "garbage": (["not an\naddress"], {"blocked"}),
+        "number": ([2130706433], {"blocked", "internal"}),
+        "scope": (["fe80::1%lo"], {"blocked"}),
+        "fine": (["127.0.0.1", "127.0.0.1"], {None}),
+    }
+    table = {f"{name}.test": found for name, (found, _) in answers.items()}
+    outbox = make_outbox(wal, resolver=transport_resolver(table), clock=Clock())
+    for name in answers:
+        outbox.add_endpoint(receiver.url(host=f"{name}.test"), id=name)
+    event_id = emit(outbox)
+    report = outbox.drain(once=True)
+    assert (report.delivered, report.retried) == (1, len(answers) - 1)
+    for name, (_, reasons) in answers.items():
+        (attempt,) = outbox.attempts(event_id, name)
+        assert attempt.reason in reasons, (name, attempt)
+        assert attempt.error is None or attempt.error.isprintable()
+    assert receiver.connections == 1
+
+
+def test_a_hanging_lookup_ends_in_time_keeps_one_thread_a_host_and_delays_nobody(wal, serve):
+    receiver, release, lookups, notices = serve(), threading.Event(), [], []
+
+    def resolver(host: str, port: int) -> list[str]:
+        lookups.append(host)
+        if host == "slow.test":
+            release.wait(60)
+        return ["127.0.0.1"]
+
+    outbox = make_outbox(wal, resolver=resolver, timeout=0.8, observer=notices.append, clock=Clock())
+    slow = [outbox.add_endpoint(receiver.url(f"/{n}", host="slow.test")).id for n in range(6)]
+    outbox.add_endpoint(receiver.url(host="fast.test"), id="fast", timeout=20)
+    event_id = emit(outbox)
+    try:
+        report = outbox.drain(once=True)
+    finally:
+        release.set()
+    assert (report.delivered, report.retried) == (1, 6)
+    for endpoint_id in slow:
+        (attempt,) = outbox.attempts(event_id, endpoint_id)
+        assert attempt.reason == "dns" and attempt.duration < 0.8 + 1.0
+    assert lookups.count("slow.test") == 1
+    assert notices[0].kind == "delivered" and notices[0].endpoint_id == "fast"
+
+
+def test_lookups_that_are_stuck_are_limited_and_the_next_ones_fail_at_once():
+    release, asked = threading.Event(), []
+
+    def resolver(host: str, port: int) -> list[str]:
+        asked.append(host)
+        release.wait(60)
+        return ["127.0.0.1"]
+
+    lookups = webhook_outbox._Lookups(resolver)
+    try:
+        for n in range(40):
+            with pytest.raises(webhook_outbox._NoAddress, match="too long" if n < 32 else "stuck"):
+                lookups.find(f"host{n}.test", 443, time.monotonic())
+    finally:
+        release.set()
+    eventually(lambda: not lookups._running)
+    assert len(asked) == 32 and lookups.find("host0.test", 443, time.monotonic() + 9) == ["127.0.0.1"]
+
+
+def test_names_that_cannot_be_encoded_do_not_resolve():
+    for host in ("a" * 64 + ".example", "a..example", "\udcff.example", "x" * 300):
+        with pytest.raises(webhook_outbox._NoAddress):
+            webhook_outbox._Lookups(None).find(host, 443, time.monotonic() + 9)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_localhost_may_be_reached_where_loopback_is_allowed(wal, serve, authority, tls):
+    receiver = serve(tls=authority.server() if tls else None)
+    outbox = make_outbox(wal)
+    endpoint = outbox.add_endpoint(receiver.url(host="localhost"), ca=authority.path)
+    assert outbox.ping(endpoint.id).reason is None
+    emit(outbox)
+    assert outbox.drain(once=True).delivered == 1
+    assert {request.headers["host"] for request in receiver.requests} == {f"localhost:{receiver.port}"}
+    outbox = make_outbox(wal, resolver=transport_resolver({"localhost": ["127.1.1.1", "::1", "127.0.0.1"]}))
+    assert outbox.ping(endpoint.id).reason is None, "it goes on to the next address of a name"
+
+
+def test_every_certificate_that_is_not_the_hosts_own_and_trusted_is_refused_before_a_byte_is_sent(
+    wal, serve, authority, tmp_path
+):
+    stranger = trustme.CA()
+    alone = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    (tmp_path / "alone.pem").write_bytes(stranger.private_key_pem.bytes() + stranger.cert_pem.bytes())
+    alone.load_cert_chain(tmp_path / "alone.pem")
+    unknown = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    stranger.issue_cert("127.0.0.1").configure_cert(unknown)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    old = [now - datetime.timedelta(days=days) for days in (9, 1)]
+    servers = {
+        "host": serve(tls=authority.server("other.example")),
+        "expired": serve(tls=authority.server("127.0.0.1", not_before=old[0], not_after=old[1])),
+        "early": serve(tls=authority.server("127.0.0.1", not_before=now + datetime.timedelta(days=9))),
+        "alone": serve(tls=alone),
+        "unknown": serve(tls=unknown),
+        "default": serve(tls=authority.server()),
+    }
+    good = serve(tls=authority.server())
+    outbox = make_outbox(wal, clock=Clock())
+    for name, receiver in servers.items():
+        outbox.add_endpoint(receiver.url(), id=name, ca=None if name == "default" else authority.path)
+    outbox.add_endpoint(good.url(), ca=authority.path)
+    event_id = emit(outbox)
+    report = outbox.drain(once=True)
+    assert (report.delivered, report.retried) == (1, len(servers))
+    for name, receiver in servers.items():
+        (attempt,) = outbox.attempts(event_id, name)
+        assert attempt.reason == "tls" and attempt.error.isprintable() and len(attempt.error) > 9, attempt
+        assert receiver.requests == [] and outbox.ping(name).reason == "tls"
+
+
+@pytest.mark.parametrize("kind", ["path", "pair", None])
+def test_a_client_certificate_opens_a_receiver_that_asks_for_one(wal, serve, authority, tmp_path, kind):
+    context = authority.server()
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(authority.path)
+    receiver, path = serve(tls=context), authority.client()
+    whole = pathlib.Path(path).read_text()
+    cut = whole.index("-----BEGIN CERTIFICATE")
+    for name, text in (("key.pem", whole[:cut]), ("cert.pem", whole[cut:])):
+        (tmp_path / name).write_text(text)
+    pair = (str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"))
+    outbox = make_outbox(wal, clock=Clock())
+    outbox.add_endpoint(receiver.url(), ca=authority.path, cert={"path": path, "pair": pair}.get(kind))
+    event_id = emit(outbox)
+    outbox.drain(once=True)
+    (attempt,) = outbox.attempts(event_id)
+    if kind:
+        assert attempt.reason is None and len(receiver.requests) == 1
+    else:  # TLS 1.3 tells the client after its handshake, so the refusal may come as an alert or as a reset
+        assert attempt.reason in ("tls", "connect") and receiver.requests == []
+
+
+def transport_proxy(upstream: dict[str, int], status: int = 200) -> Callable[..., bool]:
+    """Play a proxy: CONNECT to a table of names, and answer requests in absolute form itself."""
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        verb, target, _ = request.line.split(" ")
+        if verb != "CONNECT" or status != 200:
+            sock.sendall(answer(status, b"from the proxy"))
+            return verb != "CONNECT"
+        with socket.create_connection(("127.0.0.1", upstream[target])) as out:
+            sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            while True:
+                for ready in select.select([sock, out], [], [], 10)[0]:
+                    data = ready.recv(65536)
+                    if not data:
+                        return False
+                    (out if ready is sock else sock).sendall(data)
+
+    return play
+
+
+@pytest.mark.parametrize("credentials", ["", "user:canary-in-proxy@"])
+def test_an_explicit_proxy_carries_https_and_http_and_judges_in_the_guards_place(wal, serve, authority, credentials):
+    receiver = serve(tls=authority.server("hooks.test"))
+    proxy = serve(transport_proxy({"hooks.test:8443": receiver.port}))
+
+    def resolver(host: str, port: int) -> list[str]:
+        raise AssertionError("looked up")
+
+    address = f"http://{credentials}127.0.0.1:{proxy.port}"
+    outbox = make_outbox(wal, allow_networks=(), allow_http=True, proxy=address, resolver=resolver)
+    outbox.add_endpoint("https://hooks.test:8443/a?b=c", id="https", ca=authority.path)
+    outbox.add_endpoint("http://plain.test:8080/a?b=c", id="http")
+    assert outbox.ping("https").reason is None and outbox.ping("http").response == "from the proxy"
+    emit(outbox)
+    assert outbox.drain(once=True).delivered == 2
+    assert {r.line for r in receiver.requests} == {"POST /a?b=c HTTP/1.1"} and len(receiver.requests) == 2
+    lines = sorted({r.line for r in proxy.requests})
+    assert lines == ["CONNECT hooks.test:8443 HTTP/1.1", "POST http://plain.test:8080/a?b=c HTTP/1.1"] or lines == [
+        "CONNECT hooks.test:8443 HTTP/1.0",
+        "POST http://plain.test:8080/a?b=c HTTP/1.1",
+    ]
+    expected = "Basic " + base64.b64encode(credentials[:-1].encode()).decode() if credentials else None
+    assert {r.headers.get("proxy-authorization") for r in proxy.requests} == {expected}
+    assert not any("proxy-authorization" in r.headers for r in receiver.requests)
+
+
+def test_a_proxy_that_refuses_or_is_down_is_a_failed_attempt_without_its_password(wal, serve, authority):
+    proxy = serve(transport_proxy({}, status=407))
+    outbox = make_outbox(wal, proxy=f"http://user:canary@127.0.0.1:{proxy.port}")
+    outbox.add_endpoint("https://hooks.test/", id="refused")
+    attempt = outbox.ping("refused")
+    assert attempt.reason == "connect" and "407" in attempt.error and "canary" not in repr(attempt)
+    proxy.close()
+    attempt = outbox.ping("refused")
+    assert attempt.reason == "connect" and "canary" not in repr(attempt)
+
+
+def test_the_environment_does_not_touch_a_delivery(wal, serve, authority, tmp_path, monkeypatch):
+    victim, plain = serve(), serve(answer(200, b"", "Set-Cookie: session=stolen; Path=/"))
+    secure, stranger = serve(tls=authority.server()), trustme.CA()
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login canary password canary\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    (tmp_path / "empty.pem").write_bytes(stranger.cert_pem.bytes())
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, victim.url(""))
+        monkeypatch.setenv(name.upper(), victim.url(""))
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(plain.url(), id="plain", max_in_flight=1)
+    outbox.add_endpoint(plain.url("/bearer"), id="bearer", headers={"Authorization": "Bearer mine"}, max_in_flight=1)
+    outbox.add_endpoint(secure.url(), id="own", ca=authority.path)
+    outbox.add_endpoint(secure.url(), id="default")
+    for variable, path in itertools.product(
+        ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"), (authority.path, str(tmp_path / "empty.pem"))
+    ):
+        monkeypatch.setenv(variable, path)
+        event_id = emit(outbox)
+        outbox.drain(once=True)
+        outcomes = {a.endpoint_id: a.reason for a in outbox.attempts(event_id)}
+        assert outcomes == {"plain": None, "bearer": None, "own": None, "default": "tls"}, variable
+        monkeypatch.delenv(variable)
+    assert {r.headers.get("authorization") for r in plain.requests} == {None, "Bearer mine"}
+    assert not any("cookie" in r.headers for r in plain.requests)
+    assert victim.connections == 0
+
+
+# ── exchange ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def exchange_cut(data: bytes) -> Callable[..., bool]:
+    """Send bytes and close."""
+    return lambda receiver, sock, request: bool(sock.sendall(data))
+
+
+def exchange_endless(head: bytes, piece: bytes, pause: float = 0.0) -> Callable[..., bool]:
+    """Send a head, then the same piece for ever."""
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        sock.sendall(head)
+        while not receiver.closed:
+            sock.sendall(piece)
+            time.sleep(pause)
+        return False
+
+    return play
+
+
+def exchange_drip(data: bytes) -> Callable[..., bool]:
+    """Send one byte each 0.1 s."""
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        for byte in data:
+            sock.sendall(bytes([byte]))
+            time.sleep(0.1)
+        return True
+
+    return play
+
+
+def exchange_reset(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    return False
+
+
+class ExchangeDeaf(Receiver):
+    """Accepts connections, and does with them what `play` says without reading a request."""
+
+    def serve(self, sock: socket.socket, number: int) -> None:
+        self.play(self, sock, None)
+        while sock.recv(65536):
+            pass
+
+
+EXCHANGE_CHUNKED = b"HTTP/1.1 %d X\r\nTransfer-Encoding: chunked\r\n\r\n"
+EXCHANGE_LONG = b"HTTP/1.1 %d X\r\nContent-Length: 1000000000000\r\n\r\n"
+EXCHANGE_BOMB = zlib.compress(bytes(1 << 26), 9)
+# name, what the receiver does, reason and status of the attempt
+EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
+    "2 close": (exchange_cut(b""), "protocol", None),
+    "2 reset": (exchange_reset, ("connect", "protocol"), None),
+    "3 silence": (b"", "timeout", None),
+    "5 header drip": (exchange_drip(answer(200, b"", "X: " + "x" * 99)), "timeout", None),
+    "6 body drip": (exchange_endless(EXCHANGE_LONG % 200, b"x", 0.1), "timeout", None),
+    "6 chunk drip": (exchange_endless(EXCHANGE_CHUNKED % 200, b"1\r\nx\r\n", 0.1), "timeout", None),
+    "6 redirect drip": (exchange_endless(EXCHANGE_LONG % 302, b"x", 0.1), "timeout", None),
+    "7 continue fast": (exchange_endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "protocol", None),
+    "7 continue slow": (exchange_endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.1), "timeout", None),
+    "8 processing": (b"HTTP/1.1 102 Processing\r\n\r\n", "protocol", None),
+    "8 hints": (b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + OK, "protocol", None),
+    "8 odd": (b"HTTP/1.1 199 Odd\r\n\r\n", "protocol", None),
+    "9 upgrade": (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "protocol", None),
+    "10 endless body": (exchange_endless(EXCHANGE_LONG % 200, bytes(65536)), None, 200),
+    "10 endless error": (exchange_endless(EXCHANGE_LONG % 500, bytes(65536)), "status", 500),
+    "10 endless chunks": (exchange_endless(EXCHANGE_CHUNKED % 500, b"8\r\n12345678\r\n" * 999), "status", 500),
+    "10 endless chunk": (exchange_endless(EXCHANGE_CHUNKED % 200 + b"ffffffff\r\n", bytes(65536)), None, 200),
+    "10 endless unframed": (exchange_endless(b"HTTP/1.1 404 X\r\n\r\n", b"x" * 65536), "status", 404),
+    "11 bomb": (answer(200, EXCHANGE_BOMB, "Content-Encoding: deflate"), None, 200),
+    "12 redirect endless": (
+        exchange_endless((EXCHANGE_LONG % 302)[:-2] + b"Location: /x\r\n\r\n", bytes(65536)),
+        "status",
+        302,
+    ),
+    "13 location bytes": (answer(302)[:-2] + b"Location: http://\xff\xfe/\x00\x1b[31m\r\n\r\n", "status", 302),
+    "13 location odd": (answer(307, b"", "Location: http://[::1"), "status", 307),
+    "15 flood": (exchange_endless(b"HTTP/1.1 200 OK\r\n", b"X-Flood: 1\r\n" * 999), "protocol", None),
+    "15 giant line": (exchange_endless(b"HTTP/1.1 200 OK\r\nX: ", b"x" * 65536), "protocol", None),
+    "15 giant status": (exchange_endless(b"HTTP/1.1 200 ", b"x" * 65536), "protocol", None),
+    "16 bad chunk": (EXCHANGE_CHUNKED % 500 + b"zz\r\nx\r\n", "status", 500),
+    "16 bad chunk end": (EXCHANGE_CHUNKED % 200 + b"1\r\nxyz\r\n", None, 200),
+    "16 short body": (exchange_cut(answer(500, b"x" * 9)[:-3]), "status", 500),
+    "16 short success": (exchange_cut(answer(200, b"x" * 9)[:-3]), None, 200),
+    "16 two lengths": (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok", None, 200),
+    "16 negative": (exchange_cut(b"HTTP/1.1 503 X\r\nContent-Length: -1\r\n\r\nno"), "status", 503),
+    "16 old": (exchange_cut(b"<html>ok</html>"), "protocol", None),
+    "16 garbage": (b"\x00\xff\r\n\r\n", "protocol", None),
+    "16 cut head": (exchange_cut(b"HTTP/1.1 200 OK\r\nContent-Le"), "protocol", None),
+    "17 099": (answer(99).replace(b" 99 ", b" 099 "), "protocol", None),
+    "17 600": (answer(600), "protocol", None),
+    "17 999": (answer(999), "protocol", None),
+    "19 gone": (answer(410), "gone", 410),
+    "20 429": (answer(429), "status", 429),
+    "20 502": (answer(502), "status", 502),
+    "20 503": (answer(503), "status", 503),
+    "20 504": (answer(504), "status", 504),
+    "25 partition": (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", "timeout", None),
+}
+EXCHANGE_TIMEOUT = 1.0
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_no_fault_of_a_receiver_lasts_longer_costs_memory_or_touches_the_others(wal, serve, authority, tls):
+    context = authority.server() if tls else None
+    victim = serve()
+    faults = {
+        **EXCHANGE_FAULTS,
+        "14 internal": (answer(302, b"", "Location: " + victim.url("/?token=x")), "status", 302),
+    }
+    servers = {name: serve(play, tls=context) for name, (play, _, _) in faults.items()}
+    healthy = [serve(tls=context) for _ in range(3)]
+    clock = Clock()
+    outbox = make_outbox(wal, timeout=20, workers=200, clock=clock)
+    for name, receiver in servers.items():
+        timeout = EXCHANGE_TIMEOUT if faults[name][1] == "timeout" else None  # the others end by themselves
+        outbox.add_endpoint(receiver.url(), id=name.replace(" ", "-"), ca=authority.path, timeout=timeout)
+    for receiver in healthy:
+        outbox.add_endpoint(receiver.url(), ca=authority.path)
+    event_id = emit(outbox)
+    tracemalloc.start()
+    try:
+        report = outbox.drain(once=True)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    good = [name for name, (_, reason, _) in faults.items() if reason is None]
+    assert report.delivered == len(good) + len(healthy) and report.failed == 1
+    assert all(len(receiver.requests) == 1 for receiver in [*healthy, *servers.values()]) and victim.connections == 0
+    for name, (_, reason, status) in faults.items():
+        (attempt,) = outbox.attempts(event_id, name.replace(" ", "-"))
+        assert attempt.status_code == status, (name, attempt)
+        assert attempt.reason in (reason if isinstance(reason, tuple) else (reason,)), (name, attempt)
+        assert attempt.duration < (EXCHANGE_TIMEOUT + 1.0 if reason == "timeout" else 20), (name, attempt)
+        assert len(attempt.response or "") <= 4096
+        if reason is not None:
+            assert attempt.error.isprintable() and 0 < len(attempt.error) <= 300, (name, attempt)
+        if status in (302, 307):
+            assert "redirects are not followed" in attempt.error and "token" not in attempt.error, attempt
+    expected = {None: "delivered", "gone": "failed"}
+    assert statuses(outbox, event_id) == {
+        **{name.replace(" ", "-"): expected.get(reason, "pending") for name, (_, reason, _) in faults.items()},
+        **{endpoint.id: "delivered" for endpoint in outbox.endpoints() if endpoint.id.startswith("ep_")},
+    }
+    assert [e.id for e in outbox.endpoints() if not e.enabled] == ["19-gone"]
+    for receiver in servers.values():
+        receiver.play = OK
+    clock.advance(1)
+    report = outbox.drain(once=True)
+    assert (report.delivered, report.retried, report.pending) == (len(faults) - len(good) - 1, 0, 0)
+
+
+def test_a_connection_that_cannot_be_made_ends_in_time_and_is_tried_again(wal, authority):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as closed:
+        port = closed.getsockname()[1]
+    record = b"\x16\x03\x03\x40\x00" + bytes(99)
+    made = {
+        "refused": (f"https://127.0.0.1:{port}/", None, "connect"),
+        "stall": (None, lambda *_: None, "timeout"),
+        "drip": (None, exchange_drip(record), "timeout"),
+        "plain": (None, exchange_cut(OK), "tls"),
+        "hello": (None, exchange_cut(b"\x15\x03\x03\x00\x02\x02\x28"), "tls"),
+    }
+    outbox = make_outbox(wal, timeout=20, clock=Clock())
+    servers: dict[str, Receiver] = {}
+    try:
+        for name, (url, play, reason) in made.items():
+            if play is not None:
+                servers[name] = ExchangeDeaf(play)
+                url = servers[name].url().replace("http:", "https:")
+            outbox.add_endpoint(url, id=name, timeout=EXCHANGE_TIMEOUT if reason == "timeout" else None)
+        servers["fine"] = Receiver(tls=authority.server())
+        outbox.add_endpoint(servers["fine"].url(), id="fine", ca=authority.path)
+        event_id = emit(outbox)
+        report = outbox.drain(once=True)
+        assert (report.delivered, report.retried) == (1, len(made))
+        for name, (_, _, reason) in made.items():
+            (attempt,) = outbox.attempts(event_id, name)
+            assert attempt.reason == reason and attempt.status_code is None, (name, attempt)
+            assert attempt.duration < (EXCHANGE_TIMEOUT + 1.0 if reason == "timeout" else 20), (name, attempt)
+            assert attempt.error.isprintable(), (name, attempt)
+        attempt = outbox.ping("drip")
+        assert attempt.reason == "timeout" and attempt.duration < EXCHANGE_TIMEOUT + 1.0
+    finally:
+        for receiver in servers.values():
+            receiver.close()
+
+
+def test_retry_after_moves_the_next_attempt_back_and_never_forward(wal, serve):
+    clock = Clock()
+    date = "Tue, 14 Nov 2023 22:14:20 GMT"  # a minute after the clock's start
+    hints = {
+        (): 1.0,
+        ("0",): 1.0,
+        ("-1",): 1.0,
+        ("1e9",): 1.0,
+        ("9" * 400,): 86_400.0,
+        ("nan",): 1.0,
+        ("120.5",): 1.0,
+        ("120",): 120.0,
+        ("007",): 7.0,
+        (date,): 60.0,
+        ("Mon, 13 Nov 2023 22:13:20 GMT",): 1.0,
+        ("Fri, 31 Dec 9999 23:59:59 GMT",): 86_400.0,
+        ("Fri, 99 Dec 2023 99:99:99 GMT",): 1.0,
+        ("٧",): 1.0,
+        ("5", "90"): 90.0,
+        ("nonsense", "90"): 90.0,
+        ("",): 1.0,
+    }
+    outbox, ids = make_outbox(wal, clock=clock), {}
+    for (values, wait), status in itertools.product(hints.items(), (429, 503, 500)):
+        head = f"HTTP/1.1 {status} X\r\n" + "".join(f"Retry-After: {value}\r\n" for value in values)
+        receiver = serve(head.encode() + b"Content-Length: 0\r\n\r\n")
+        ids[outbox.add_endpoint(receiver.url()).id] = (values, status, wait if status != 500 else 1.0)
+    event_id = emit(outbox)
+    assert outbox.drain(once=True).retried == len(ids)
+    for delivery in outbox.event(event_id).deliveries:
+        values, status, wait = ids[delivery.endpoint_id]
+        assert delivery.due_at - clock.now == pytest.approx(wait), (values, status)
+
+
+EXCHANGE_ODD = [
+    b"HTTP/1.1 103 Early Hints\r\n\r\n",
+    b"HTTP/1.1 102 Processing\r\n\r\n",
+    b"HTTP/1.1 199 X\r\n\r\n",
+    b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+    OK + answer(200, b"stale"),
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n folded\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: \0\r\n\r\nok",
+    EXCHANGE_CHUNKED % 200 + b"2\r\nok\r\n0\r\n\r\nHTTP",
+    EXCHANGE_CHUNKED % 200 + b"-2\r\nok\r\n0\r\n\r\n",
+    EXCHANGE_CHUNKED % 200 + b"2\r\nokay\r\n0\r\n\r\n",
+    b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    answer(200, b"ok", "Connection: close"),
+    answer(204, b"ok"),
+    answer(500, b"x" * 200_000),
+    b"HTTP/0.9\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_after_an_odd_answer_the_next_event_gets_its_own_answer(wal, serve, authority, tls):
+    """Stock clients reuse the connection, and the answer that was held back goes to the wrong event."""
+
+    def player(odd: bytes) -> Callable[..., bool]:
+        def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+            own = answer(200, request.headers["webhook-id"].encode())
+            first = len(receiver.requests) == 1
+            sock.sendall(odd if first else own if request.connection > 1 else answer(200, b"late") + own)
+            return True
+
+        return play
+
+    context = authority.server() if tls else None
+    receivers = [serve(player(odd), tls=context) for odd in EXCHANGE_ODD]
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)), workers=200)
+    for number, receiver in enumerate(receivers):
+        outbox.add_endpoint(receiver.url(), id=str(number), max_in_flight=1, ca=authority.path)
+    first, second = emit(outbox), emit(outbox)
+    outbox.drain(once=True)
+    for odd, receiver in zip(EXCHANGE_ODD, receivers, strict=True):
+        assert [(r.headers["webhook-id"], r.connection) for r in receiver.requests] == [(first, 1), (second, 2)], odd
+    assert {(a.reason, a.response) for a in outbox.attempts(second)} == {(None, second)}
+
+
+EXCHANGE_REUSE: list[tuple[Any, int | None]] = [  # with the connections that 8 requests take
+    (OK, 1),
+    (EXCHANGE_CHUNKED % 200 + b"2;ext=1\r\nok\r\n0003\r\nabc\r\n0\r\n\r\n", 1),
+    (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 100 C\r\nX: y\r\n\r\n" + OK, 1),
+    (b"HTTP/1.1 204 No Content\r\n\r\n", 1),
+    (b"HTTP/1.1 200\ncontent-LENGTH:2 \nconnection: keep-alive\n\nok", 1),
+    (b"HTTP/1.0 200 OK\r\nConnection: Keep-Alive\r\nContent-Length: 0\r\n\r\n", 1),
+    (answer(200, b"x" * 60_000), 1),
+    (answer(200, b"ok", "Connection: close"), 8),
+    (exchange_cut(OK), 8),
+    (exchange_cut(answer(200, b"ok", "Connection: close")), 8),
+    (exchange_cut(b"HTTP/1.1 200 OK\r\n\r\nok"), 8),
+    (lambda r, sock, q: bool(sock.sendall(OK)) or q.connection % 2 == 0, None),
+]
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_connection_is_reused_exactly_when_it_may_be_and_nothing_is_lost_or_doubled(wal, serve, authority, tls):
+    context = authority.server() if tls else None
+    receivers = [serve(play, tls=context) for play, _ in EXCHANGE_REUSE]
+    outbox = make_outbox(wal, workers=200, timeout=20)
+    for receiver in receivers:
+        outbox.add_endpoint(receiver.url(), max_in_flight=1, ca=authority.path)
+    ids = [emit(outbox) for _ in range(8)]
+    report = outbox.drain(once=True)
+    assert (report.delivered, report.retried) == (8 * len(receivers), 0)
+    for (play, connections), receiver in zip(EXCHANGE_REUSE, receivers, strict=True):
+        assert [request.headers["webhook-id"] for request in receiver.requests] == ids, play
+        assert receiver.connections == (connections or receiver.connections), play
+    assert {a.reason for id in ids for a in outbox.attempts(id)} == {None}
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_connection_that_is_closed_between_requests_costs_no_failure_and_no_duplicate(wal, serve, authority, tls):
+    receiver = serve(tls=authority.server() if tls else None)
+    outbox = make_outbox(wal, workers=1)
+    outbox.add_endpoint(receiver.url(), ca=authority.path)
+    ids = []
+    with outbox:
+        for _ in range(4):
+            ids.append(emit(outbox))
+            eventually(lambda: statuses(outbox, ids[-1]).popitem()[1] == "delivered")
+            for sock in list(receiver.open):
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+    assert [request.headers["webhook-id"] for request in receiver.requests] == ids
+    assert [len(outbox.attempts(id)) for id in ids] == [1] * 4 and receiver.connections == 4
+
+
+class ExchangeSlow(Receiver):
+    """Reads at its own pace, from a small window; `pace` bytes at a time, none for ever when 0."""
+
+    pace = 65536
+
+    def serve(self, sock: socket.socket, number: int) -> None:
+        while self.pace == 0 and not self.closed:
+            time.sleep(0.02)
+        super().serve(sock, number)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_large_body_reaches_a_slow_reader_whole_and_one_that_never_reads_ends_in_time(wal, authority, tls):
+    context = authority.server() if tls else None
+    slow, never, early = ExchangeSlow(tls=context), ExchangeSlow(tls=context), ExchangeDeaf(None, tls=context)
+    never.pace = 0
+    early.play = lambda receiver, sock, request: sock.sendall(answer(413, b"too large"))
+    for receiver in (slow, never, early):
+        receiver.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    try:
+        outbox = make_outbox(wal, max_body=1 << 24, clock=Clock())
+        for receiver, name, timeout in ((slow, "slow", 30.0), (never, "never", 1.0), (early, "early", 30.0)):
+            outbox.add_endpoint(receiver.url(), id=name, ca=authority.path, timeout=timeout, body="data")
+        data = {"text": "xyzé" * 2_000_000}
+        event_id = emit(outbox, data=data)
+        report = outbox.drain(once=True)
+        assert (report.delivered, report.retried) == (1, 2)
+        outcomes = {a.endpoint_id: (a.reason, a.status_code) for a in outbox.attempts(event_id)}
+        assert outcomes == {"slow": (None, 200), "never": ("timeout", None), "early": ("status", 413)}
+        assert json.loads(slow.requests[0].body) == data
+        assert outbox.attempts(event_id, "never")[0].duration < 1.0 + 1.0
+    finally:
+        for receiver in (slow, never, early):
+            receiver.close()
+
+
+def exchange_read(pieces: list[bytes], end: bool = True) -> webhook_outbox._Answer:
+    """Feed pieces until the answer is known, then the end of the connection."""
+    reader = webhook_outbox._Answer()
+    if not any(reader.feed(piece) for piece in pieces) and end:
+        reader.end()
+    return reader
+
+
+def exchange_split(data: bytes, cuts: list[int]) -> list[bytes]:
+    at = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
+    return [data[a:b] for a, b in itertools.pairwise(at)]
+
+
+@st.composite
+def exchange_answers(draw: Any) -> bytes:
+    body, eol = draw(st.binary(max_size=200)), draw(st.sampled_from([b"\r\n", b"\n"]))
+    status = draw(st.sampled_from([200, 201, 204, 302, 304, 400, 410, 429, 503, 599]))
+    head = [b"HTTP/1.%d %d%s" % (draw(st.integers(0, 1)), status, draw(st.sampled_from([b"", b" ", b" OK then"])))]
+    names = ["X-Other", "Retry-After", "Location", "Connection", "WEBHOOK-Delivery"]
+    head += [
+        f"{name}: {draw(st.sampled_from(['', 'close', 'keep-alive', '7']))}".encode()
+        for name in draw(st.lists(st.sampled_from(names)))
+    ]
+    kind = draw(st.sampled_from(["length", "chunked", "close"])) if status not in (204, 304) else ""
+    if kind == "chunked":
+        size, parts = draw(st.integers(1, 64)), []
+        for at in range(0, len(body), size):
+            parts.append(
+                b"%x" % len(body[at : at + size])
+                + draw(st.sampled_from([b"", b" ", b";a=b"]))
+                + eol
+                + body[at : at + size]
+                + eol
+            )
+        payload = b"".join(parts) + b"0" + eol + eol
+        head.append(b"Transfer-Encoding: chunked")
+    else:
+        payload = body if kind else b""
+        head += [b"Content-Length: %d" % len(body)] if kind == "length" else []
+    skipped = (b"HTTP/1.1 100 Continue" + eol + eol) * draw(st.integers(0, 3))
+    return skipped + eol.join([*head, b"", b""]) + payload
+
+
+@given(exchange_answers(), st.lists(st.integers(0, 1 << 16), max_size=12))
+def test_an_answer_reads_the_same_however_it_is_cut(data, cuts):
+    whole = exchange_read([data])
+    assert whole.status is not None and not whole.error
+    for pieces in (exchange_split(data, cuts), exchange_split(data, list(range(len(data))))):
+        parts = exchange_read(pieces)
+        assert (parts.status, parts.headers, parts.error, parts.reusable) == (
+            whole.status,
+            whole.headers,
+            whole.error,
+            whole.reusable,
+        )
+        # A success without framing is known once its head is there; of its body we take what came along.
+        assert parts.body == whole.body or 200 <= whole.status < 300 and not whole.reusable
+
+
+@given(
+    st.sampled_from(
+        [b"", b"HTTP/1.1 ", b"HTTP/1.1 200 OK\r\n", EXCHANGE_CHUNKED % 500, EXCHANGE_LONG % 404, answer(302)]
+    ),
+    st.lists(
+        st.one_of(st.binary(), st.sampled_from([b"\r\n", b"\n", b"0", b":", b"HTTP/1.1 100 C\r\n\r\n"])), max_size=20
+    ),
+    st.booleans(),
+)
+def test_no_bytes_make_the_reader_raise_and_every_answer_has_a_status_or_an_error(start, pieces, end):
+    reader = exchange_read([start, *pieces], end)
+    assert (reader.status is not None) != bool(reader.error) or not end
+    assert reader.status is None or 200 <= reader.status <= 599
+    assert len(reader.body) <= 65_536 + 4096 and not (end and reader.error and reader.reusable)
+    outcome = webhook_outbox._judge(reader, ["secret"], 0.0)
+    assert outcome.error is None or outcome.error.isprintable()
+    json.dumps(outcome.response).encode()
+
+
+EXCHANGE_READ = [  # bytes, status, reusable
+    (OK, 200, True),
+    (OK + b"x", 200, False),
+    (answer(500), 500, True),
+    (answer(99).replace(b" 99 ", b" 099 "), None, False),
+    (answer(600), None, False),
+    (answer(999), None, False),
+    (answer(20), None, False),
+    (answer(2000), None, False),
+    (b"HTTP/1.1 -20 X\r\n\r\n", None, False),
+    (b"HTTP/2 200\r\n\r\n", None, False),
+    (b"HTTP/1.2 200 OK\r\n\r\n", None, False),
+    (b"http/1.1 200 OK\r\n\r\n", None, False),
+    (b" " + OK, None, False),
+    (b"\r\n" + OK, None, False),
+    (b"HTTP/1.1  200 OK\r\n\r\n", None, False),
+    (b"ICY 200 OK\r\n\r\n", None, False),
+    (b"hello", None, False),
+    (b"", None, False),
+    (OK[:20], None, False),
+    (OK[:-1], 200, False),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok", 200, True),
+    (b"HTTP/1.1 500 X\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok", 500, False),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nok", 200, False),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 0x2\r\n\r\nok", 200, False),
+    ("HTTP/1.1 200 OK\r\nContent-Length: ٢\r\n\r\nok".encode(), 200, False),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\nok", 200, False),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\nok", 200, False),
+    (EXCHANGE_CHUNKED % 500 + b"g\r\n\r\n", 500, False),
+    (EXCHANGE_CHUNKED % 500 + b"1\r\nab\r\n0\r\n\r\n", 500, False),
+    (EXCHANGE_CHUNKED % 500 + b"fffffffff\r\n", 500, False),
+    (EXCHANGE_CHUNKED % 500 + b"0" * 300, 500, False),
+    (EXCHANGE_CHUNKED % 500 + b"1\r\na\r\n", 500, False),
+    (EXCHANGE_CHUNKED % 500 + b"0\r\nTrailer: x\r\n\r\n", 500, False),
+    (b"HTTP/1.1 100 Continue\r\n\r\n" * 999 + OK, None, False),
+    (b"HTTP/1.1 100 Continue\r\n\r\n", None, False),
+    (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 3000 + b"\r\n", None, False),
+    (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 16_400, None, False),
+    (b"HTTP/1.1 200 " + b"y" * 16_400, None, False),
+    (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 16_000 + b"\r\nContent-Length: 0\r\n\r\n", 200, True),
+]
+
+
+def test_the_outcome_is_the_valid_status_and_whatever_is_odd_ends_the_connection():
+    for data, status, reusable in EXCHANGE_READ:
+        for pieces in ([data], exchange_split(data, list(range(0, len(data), 7)))):
+            reader = exchange_read(pieces)
+            assert reader.status == status and bool(reader.error) is (status is None), data[:99]
+            assert reader.reusable is reusable or pieces != [data] and status is not None, data[:99]
+
+
+def test_the_kept_response_is_four_kib_of_printable_text(wal, serve):
+    bodies = [b"x" * 9999, "\N{SNOWMAN}".encode() * 9999, b"\xff\xfe\x00\x1b[31m" * 999, bytes(9999), b"\xed\xa0\x80"]
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    for number, body in enumerate(bodies):
+        outbox.add_endpoint(serve(answer(500, body)).url(), id=str(number))
+    event_id = emit(outbox)
+    outbox.drain(once=True)
+    for number, body in enumerate(bodies):
+        (attempt,) = outbox.attempts(event_id, str(number))
+        assert 0 < len(attempt.response.encode()) <= 4096, number
+        assert attempt.response.isprintable() and (number > 1 or body.decode().startswith(attempt.response))
+
+
+def test_a_connection_to_the_old_url_carries_nothing_for_the_new_one(wal, serve):
+    """The endpoint moves while an attempt is under way; its connection must not wait for the next delivery."""
+    release = threading.Event()
+    old = serve(lambda receiver, sock, request: release.wait(20) and not sock.sendall(OK))
+    new = serve()
+    outbox = make_outbox(wal, timeout=20)
+    endpoint = outbox.add_endpoint(old.url())
+    with outbox:
+        first = emit(outbox)
+        eventually(lambda: old.requests)
+        outbox.update_endpoint(endpoint.id, url=new.url())
+        second = emit(outbox)
+        eventually(lambda: statuses(outbox, second) == {endpoint.id: "delivered"})
+        release.set()
+        eventually(lambda: statuses(outbox, first) == {endpoint.id: "delivered"})
+        third = emit(outbox)
+        eventually(lambda: statuses(outbox, third) == {endpoint.id: "delivered"})
+    assert [r.headers["webhook-id"] for r in old.requests] == [first]
+    assert [r.headers["webhook-id"] for r in new.requests] == [second, third]
+
+
+def test_an_endpoint_that_disables_itself_while_another_connection_closes_does_not_stop_the_drain(wal, serve):
+    """Both become news in one round of the loop, the 410 first: the observer holds the loop until both are there."""
+    busy, go, gone, sent = (threading.Event() for _ in range(4))
+    sockets: dict[str, socket.socket] = {}
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        kind = json.loads(request.body)["data"]["kind"]
+        sockets[kind] = sock
+        if kind == "held":
+            gone.wait(20)
+            sock.sendall(answer(410))
+            sent.set()
+        else:
+            eventually(lambda: "held" in sockets, within=20)
+            sock.sendall(OK)
+        return True
+
+    def observer(notice: webhook_outbox.Notice) -> None:
+        if notice.endpoint_id == "other":
+            busy.set()
+            go.wait(20)
+
+    receiver, other, reports = serve(play), serve(), []
+    outbox = make_outbox(wal, observer=observer, timeout=20)
+    outbox.add_endpoint(receiver.url(), id="leaving", events=["order.created"])
+    outbox.add_endpoint(other.url(), id="other", events=["other"])
+    held, quick = (emit(outbox, data={"kind": kind}) for kind in ("held", "quick"))
+    thread = threading.Thread(target=lambda: reports.append(outbox.drain(once=True)))
+    thread.start()
+    try:
+        eventually(lambda: statuses(outbox, quick) == {"leaving": "delivered"})
+        last = emit(outbox, "other")
+        assert busy.wait(20)
+        gone.set()
+        assert sent.wait(20)
+        sockets["quick"].shutdown(socket.SHUT_RDWR)
+    finally:
+        gone.set()
+        go.set()
+        thread.join(30)
+    assert reports and (reports[0].delivered, reports[0].failed) == (2, 1)
+    assert statuses(outbox, last) == {"other": "delivered"} and statuses(outbox, held) == {"leaving": "failed"}
+
+
+EXCHANGE_CANARY = "canary" + "5ecre7" * 4
+EXCHANGE_CANARIES = {
+    "secret": "whsec_" + base64.b64encode(EXCHANGE_CANARY.encode()).decode(),
+    "env": "whsec_" + base64.b64encode(EXCHANGE_CANARY[::-1].encode()).decode(),
+    "query": "canary-query-é",
+    "flag": "canary-flag",
+    "bearer": "canary-bearer",
+    "event": "canary-event",
+    "header": "canary-from-environment",
+}
+
+
+def exchange_echo(status: int) -> Callable[..., bool]:
+    """Send back all that came and all it knows, as a debugging receiver does, in the body and as a Location."""
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        target = request.line.split(" ")[1]
+        known = [text for name, text in EXCHANGE_CANARIES.items() if name != "event"]
+        echo = b"\n".join([request.raw, *(repr(text).encode() for text in (target, request.headers, known))])
+        sock.sendall(answer(status, echo, f"Location: {receiver.url(target)}", f"X-Echo: {target}"))
+        return True
+
+    return play
+
+
+def test_no_secret_leaves_by_a_log_a_repr_an_error_a_table_or_an_echo(wal, serve, authority, monkeypatch, caplog):
+    canaries, notices = EXCHANGE_CANARIES, []
+    monkeypatch.setenv("CANARY_SECRET", canaries["env"])
+    monkeypatch.setenv("CANARY_HEADER", canaries["header"])
+    caplog.set_level(logging.DEBUG)
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as closed:
+        refused = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+    echoing = [serve(exchange_echo(status)) for status in (200, 302, 400, 500)]
+    bases = [receiver.url() for receiver in echoing]
+    bases += [serve(tls=authority.server()).url(), refused, "https://inside.test/", "https://nowhere.test/"]
+    bases += [
+        serve(b"HTTP/1.1 302 X\r\nLocation: /?" + canaries["flag"].encode() + b"\r\nContent-Length: 0\r\n\r\n").url()
+    ]
+    lookups = transport_resolver({"inside.test": ["10.0.0.1"], "nowhere.test": OSError("no such name")})
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)), observer=notices.append, resolver=lookups, clock=Clock())
+    endpoints = []
+    for base in bases:
+        endpoint = outbox.add_endpoint(
+            f"{base}?token={canaries['query']}&{canaries['flag']}",
+            secret=canaries["secret"],
+            headers={"Authorization": f"Bearer {canaries['bearer']}", "X-Key": "env:CANARY_HEADER"},
+            signing="standard+stripe+github",
+        )
+        endpoints += [endpoint, outbox.rotate_secret(endpoint.id, secret="env:CANARY_SECRET")]
+    event_id = emit(outbox, headers={"X-Event-Token": canaries["event"]})
+    report = outbox.drain(once=True)
+    assert (report.delivered, report.failed) == (1, len(bases) - 1)
+    pings = [outbox.ping(endpoint.id) for endpoint in endpoints[::2]]
+    assert {a.reason for a in pings} == {None, "status", "tls", "connect", "blocked", "dns"}
+    tables = [
+        name
+        for (name,) in query(wal, "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'webhook%'")
+        if name not in ("webhook_endpoints", "webhook_events")
+    ]
+    assert {"webhook_attempts", "webhook_failed", "webhook_deliveries"} <= set(tables)
+    places = {
+        "log": caplog.text + repr([record.__dict__ for record in caplog.records]),
+        "tables": repr([query(wal, f"SELECT * FROM {name}") for name in tables]),
+        "records": repr(
+            [outbox.failed(), outbox.attempts(event_id), pings, outbox.event(event_id), outbox.deliveries()]
+        ),
+        "reprs": repr([endpoints, outbox.endpoints(), outbox, outbox.stats(), notices]),
+        "metrics": getattr(outbox, "metrics", str)(),
+    }
+    assert len(outbox.failed()) == report.failed and "redacted" in places["tables"] and caplog.records
+    hidden = [text.removeprefix("whsec_") for text in canaries.values()] + ["canary-query", EXCHANGE_CANARY]
+    for request in echoing[0].requests:
+        hidden += [request.headers[name] for name in ("webhook-signature", "stripe-signature", "x-hub-signature-256")]
+    for (place, text), canary in itertools.product(places.items(), hidden):
+        at = text.find(canary)
+        assert at < 0, (place, canary, text[max(0, at - 200) : at + 99])
+
+
+def test_a_ping_is_signed_sent_at_once_and_says_what_happened(wal, serve, authority):
+    fine, bad, silent = serve(answer(201, b"welcome")), serve(answer(500, b"broken")), serve(b"")
+    secure, goodbye = serve(tls=authority.server()), serve(answer(410))
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as closed:
+        port = closed.getsockname()[1]
+    outbox = make_outbox(wal, resolver=transport_resolver({"inside.test": ["10.0.0.1"], "none.test": []}))
+    urls = {
+        "fine": fine.url(),
+        "bad": bad.url(),
+        "silent": silent.url(),
+        "secure": secure.url(),
+        "gone": goodbye.url(),
+        "refused": f"http://127.0.0.1:{port}/",
+        "blocked": "https://inside.test/",
+        "dns": "https://none.test/",
+        "off": fine.url("/off"),
+    }
+    made = {id: outbox.add_endpoint(url, id=id, timeout=0.6, ca=authority.path) for id, url in urls.items()}
+    outbox.disable_endpoint("off")
+    attempts = {id: outbox.ping(id) for id in urls}
+    assert {id: (a.reason, a.status_code) for id, a in attempts.items()} == {
+        "fine": (None, 201),
+        "bad": ("status", 500),
+        "silent": ("timeout", None),
+        "secure": (None, 200),
+        "gone": ("gone", 410),
+        "refused": ("connect", None),
+        "blocked": ("blocked", None),
+        "dns": ("dns", None),
+        "off": (None, 201),
+    }
+    assert attempts["fine"].response == "welcome" and attempts["bad"].error == "HTTP 500"
+    assert attempts["silent"].duration < 0.6 + 1.0 and "ready" not in attempts["silent"].error
+    for request, id in zip(fine.requests, ("fine", "off"), strict=True):
+        event = verify(request.body, request.headers, made[id].secret)
+        assert (event.id, event.type) == (attempts[id].event_id, "webhook.ping")
+        assert (attempts[id].endpoint_id, attempts[id].error) == (id, None)
+    with pytest.raises(NotFound):
+        outbox.ping("nobody")
+    assert not outbox.endpoint("off").enabled and outbox.stats().pending == 0
+
+
+# ── drain ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+DRAIN_FOREVER = """
+import sys, time
+from webhook_outbox import Outbox, RetryPolicy
+outbox = Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"], app_name=sys.argv[2], workers=8,
+                retry=RetryPolicy((0, 1, 1), jitter=0.0), timeout=30.0)
+outbox.start()
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def drain_process(path: str, name: str = "", code: str = DRAIN_FOREVER, **options: Any) -> Iterator[Any]:
+    """A process that drains a file until the block ends; its requests carry its name in User-Agent."""
+    with run_python(code, path, name, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def drain_emit(outbox: Outbox, numbers: Any, **options: Any) -> dict[int, str]:
+    """Emit events numbered in their data, in one transaction; return their ids by number."""
+    with outbox.transaction() as conn:
+        return {n: outbox.emit(conn, "order.created", {"n": n}, **options) for n in numbers}
+
+
+def drain_number(request: Request) -> int:
+    return int(json.loads(request.body)["data"]["n"])
+
+
+def drain_sent(receiver: Receiver) -> list[int]:
+    return [drain_number(request) for request in receiver.requests]
+
+
+def drain_senders(receiver: Receiver) -> list[str]:
+    """Who sent each request, by the app_name in its User-Agent."""
+    return [request.headers["user-agent"].rpartition("(")[2].rstrip(")") for request in receiver.requests]
+
+
+def drain_slow(seconds: float) -> Callable[..., bool]:
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        time.sleep(seconds)
+        sock.sendall(OK)
+        return True
+
+    return play
+
+
+class DrainGate:
+    """Plays 200, but only once it is open; `most` is the highest number of requests that waited at once."""
+
+    def __init__(self) -> None:
+        self.opened, self.lock, self.inside, self.most = threading.Event(), threading.Lock(), 0, 0
+
+    def __call__(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        with self.lock:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+        self.opened.wait(20)
+        with self.lock:
+            self.inside -= 1
+        sock.sendall(OK)
+        return True
+
+
+class DrainFails:
+    """Plays 500 for the numbers in `failing`, as often as it says, else 200."""
+
+    def __init__(self, **failing: float) -> None:
+        self.failing = {int(name.removeprefix("n")): times for name, times in failing.items()}
+
+    def __call__(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        number = drain_number(request)
+        failing = self.failing.get(number, 0) > 0
+        if failing:
+            self.failing[number] -= 1
+        sock.sendall(answer(500) if failing else OK)
+        return True
+
+
+@contextlib.contextmanager
+def drain_thread(outbox: Outbox, **options: Any) -> Iterator[list[Any]]:
+    """drain() in a thread of the test's; the list gets its report. It has ended when the block ends."""
+    reports: list[Any] = []
+    thread = threading.Thread(target=lambda: reports.append(outbox.drain(**options)), daemon=True)
+    thread.start()
+    try:
+        yield reports
+    finally:
+        outbox.stop()
+        thread.join(15)
+        assert not thread.is_alive()
+
+
+def test_drain_once_sends_what_is_due_now_and_leaves_retries_and_delays_for_later(database, serve):
+    clock, receiver = Clock(), serve(DrainFails(n2=1, n3=9))
+    outbox = make_outbox(database, clock=clock, retry=RetryPolicy((0, 10, 10), jitter=0.0))
+    outbox.add_endpoint(receiver.url())
+    drain_emit(outbox, (1, 2, 3))
+    drain_emit(outbox, [4], delay=60)
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(delivered=1, retried=2, failed=0, pending=3)
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(0, 0, 0, 3)
+    clock.advance(9.9)
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(0, 0, 0, 3)
+    clock.advance(0.2)
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(1, 1, 0, 2)
+    clock.advance(10.1)
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(0, 0, 1, 1)
+    clock.advance(39.5)  # 59.7 after the emit
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(0, 0, 0, 1)
+    clock.advance(0.5)
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(1, 0, 0, 0)
+    assert sorted(drain_sent(receiver)) == [1, 2, 2, 3, 3, 3, 4]
+
+
+def test_drain_until_empty_waits_for_retries_and_delays(wal, serve):
+    receiver = serve(DrainFails(n1=2, n2=9))
+    outbox = make_outbox(wal, retry=RetryPolicy((0, 0.1, 0.1), jitter=0.0))
+    outbox.add_endpoint(receiver.url())
+    drain_emit(outbox, (1, 2))
+    drain_emit(outbox, [3], delay=0.5)
+    assert outbox.drain(until_empty=True) == webhook_outbox.DrainReport(delivered=2, retried=4, failed=1, pending=0)
+    assert [row.attempts for row in outbox.failed()] == [3]
+
+
+def test_held_deliveries_neither_count_as_pending_nor_keep_a_drain_waiting(wal, serve):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(serve().url(), id="off")
+    emit(outbox)
+    outbox.disable_endpoint("off")
+    assert outbox.drain(until_empty=True) == webhook_outbox.DrainReport(0, 0, 0, 0)
+    outbox.enable_endpoint("off")
+    assert outbox.drain(until_empty=True).delivered == 1
+
+
+def test_progress_is_told_what_was_done_and_what_is_left(wal, serve):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(serve(drain_slow(0.25)).url(), max_in_flight=1)
+    drain_emit(outbox, range(4))
+    seen: list[Any] = []
+    report = outbox.drain(until_empty=True, progress=seen.append)
+    assert len(seen) >= 3
+    assert [r.delivered for r in seen] == sorted(r.delivered for r in seen)
+    assert all(4 - 1 <= r.delivered + r.pending <= 4 + 1 for r in seen)
+    assert report == webhook_outbox.DrainReport(4, 0, 0, 0)
+
+
+def test_drain_without_end_is_ended_by_stop_in_another_thread(database, serve):
+    receiver, outbox = serve(), make_outbox(database)
+    outbox.add_endpoint(receiver.url())
+    with drain_thread(outbox) as reports:
+        for number in range(3):
+            drain_emit(outbox, [number])
+            eventually(lambda number=number: number in drain_sent(receiver))
+        assert not outbox.running  # that is the background thread
+        assert not reports
+    assert reports == [webhook_outbox.DrainReport(3, 0, 0, 0)]
+
+
+def test_start_and_stop_may_come_in_any_order_and_number(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal)
+    outbox.add_endpoint(receiver.url())
+    outbox.stop()
+    assert not outbox.running
+    before = threading.active_count()
+    outbox.start()
+    outbox.start()
+    assert outbox.running
+    assert threading.active_count() == before + 1
+    event = emit(outbox)
+    eventually(lambda: statuses(outbox, event).popitem()[1] == "delivered")
+    outbox.stop()
+    outbox.stop()
+    assert not outbox.running
+    with outbox:
+        assert outbox.running
+        event = emit(outbox)
+        eventually(lambda: statuses(outbox, event).popitem()[1] == "delivered")
+    assert not outbox.running
+
+
+@pytest.mark.parametrize("rounds", [50, pytest.param(200, marks=pytest.mark.long)])
+def test_many_starts_and_stops_leave_nothing_behind(wal, serve, rounds):
+    receiver, outbox = serve(), make_outbox(wal)
+    outbox.add_endpoint(receiver.url())
+    before = descriptors()
+    for number in range(rounds):
+        outbox.start()
+        if number % 10 == 0:
+            drain_emit(outbox, [number])
+            eventually(lambda number=number: number in drain_sent(receiver))
+        outbox.stop()
+        assert not outbox.running
+    receiver.close()
+    assert descriptors() <= before
+
+
+def test_the_observer_may_stop_the_drain_and_somebody_start_it_again(wal, serve):
+    receiver = serve()
+    outbox = make_outbox(wal, observer=lambda notice: outbox.stop())
+    outbox.add_endpoint(receiver.url())
+    for number in range(3):
+        outbox.start()
+        event = drain_emit(outbox, [number])[number]
+        eventually(lambda: not outbox.running)
+        assert statuses(outbox, event).popitem()[1] == "delivered"
+    outbox.stop()
+    assert drain_sent(receiver) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_an_observer_that_raises_is_logged_and_ignored(wal, serve, caplog, error):
+    def observe(notice: Any) -> None:
+        seen.append(notice.kind)
+        raise error("observer's own trouble")
+
+    seen: list[str] = []
+    receiver, outbox = (
+        serve([answer(500), OK]),
+        make_outbox(wal, observer=observe, retry=RetryPolicy((0, 0), jitter=0.0)),
+    )
+    outbox.add_endpoint(receiver.url())
+    with outbox:
+        for number in range(3):
+            drain_emit(outbox, [number])
+            eventually(lambda number=number: number in drain_sent(receiver) and len(seen) >= 2 + number)
+        eventually(lambda: seen.count("delivered") == 3)
+        assert outbox.running
+    assert sorted(seen) == ["attempt_failed", "delivered", "delivered", "delivered", "failing", "recovered"]
+    assert "observer's own trouble" in caplog.text
+
+
+def test_two_processes_that_drain_until_empty_share_the_work_without_duplicates(wal, serve):
+    receiver, outbox = serve(drain_slow(0.005)), make_outbox(wal)
+    outbox.add_endpoint(receiver.url())
+    drain_emit(outbox, range(200))
+    code = DRAIN_FOREVER.partition("outbox.start()")[0] + "print(outbox.drain(until_empty=True).delivered)"
+    with drain_process(wal, "one", code) as one, drain_process(wal, "two", code) as two:
+        delivered = [int(process.communicate(timeout=60)[0]) for process in (one, two)]
+    assert sum(delivered) == 200
+    assert sorted(drain_sent(receiver)) == list(range(200))
+
+
+def test_eight_processes_that_all_start_deliver_each_event_once(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal)
+    outbox.add_endpoint(receiver.url())
+    with contextlib.ExitStack() as stack:
+        for number in range(8):
+            stack.enter_context(drain_process(wal, f"worker{number}"))
+        for start in range(0, 200, 10):
+            drain_emit(outbox, range(start, start + 10))
+            time.sleep(0.02)
+        eventually(lambda: outbox.stats().pending == 0, within=60)
+        assert len(set(drain_senders(receiver))) == 1
+    assert sorted(drain_sent(receiver)) == list(range(200))
+
+
+def test_another_process_takes_over_when_the_holder_dies_and_never_while_it_lives(database, serve):
+    receiver, outbox = serve(), make_outbox(database, app_name="here")
+    outbox.add_endpoint(receiver.url())
+    with drain_process(database, "there") as holder:
+        assert holder.stdout.readline() == "started\n"
+        drain_emit(outbox, [0])
+        eventually(lambda: drain_senders(receiver) == ["there"])
+        outbox.start()
+        try:
+            for number in range(1, 6):
+                drain_emit(outbox, [number])
+                time.sleep(0.1)
+            eventually(lambda: drain_senders(receiver) == ["there"] * 6)
+            eventually(lambda: outbox.stats().pending == 0)
+            holder.send_signal(signal.SIGSTOP)
+            drain_emit(outbox, [6])
+            time.sleep(1.0)
+            assert len(receiver.requests) == 6
+            holder.send_signal(signal.SIGCONT)
+            eventually(lambda: drain_senders(receiver) == ["there"] * 7)
+            eventually(lambda: outbox.stats().pending == 0)
+            drain_emit(outbox, [])
+            holder.kill()
+            holder.wait()
+            died = time.monotonic()
+            drain_emit(outbox, [7])
+            eventually(lambda: len(receiver.requests) == 8)
+            assert time.monotonic() - died < 3
+            assert drain_senders(receiver)[7] == "here"
+        finally:
+            outbox.stop()
+    assert drain_sent(receiver) == list(range(8))
+
+
+def test_two_outboxes_in_one_process_drain_by_turns(wal, serve):
+    receiver = serve()
+    one, two = make_outbox(wal, app_name="one"), make_outbox(wal, app_name="two")
+    one.add_endpoint(receiver.url())
+    one.start()
+    drain_emit(one, [0])
+    eventually(lambda: drain_senders(receiver) == ["one"])
+    two.start()
+    drain_emit(two, [1])
+    eventually(lambda: drain_senders(receiver) == ["one", "one"])
+    one.stop()
+    drain_emit(two, [2])
+    eventually(lambda: drain_senders(receiver) == ["one", "one", "two"])
+    two.stop()
+
+
+def test_a_process_that_stands_by_and_emits_does_not_spin(wal, serve):
+    """An emit wakes the drains of its own process, also one that only waits for the lock."""
+    receiver = serve()
+    outbox, standby = make_outbox(wal), make_outbox(wal)
+    outbox.add_endpoint(receiver.url())
+    with drain_process(wal, "there") as holder:
+        assert holder.stdout.readline() == "started\n"
+        drain_emit(outbox, [0])
+        eventually(lambda: receiver.requests)
+        standby.start()
+        try:
+            time.sleep(0.3)
+            drain_emit(standby, range(1, 4))
+            eventually(lambda: len(receiver.requests) == 4)
+            before = time.process_time()
+            time.sleep(1.5)
+            assert time.process_time() - before < 0.3
+        finally:
+            standby.stop()
+
+
+def test_drain_once_beside_a_running_drain_waits_for_the_work_to_be_done(wal, serve):
+    gate = DrainGate()
+    receiver, outbox = serve(gate), make_outbox(wal)
+    outbox.add_endpoint(receiver.url())
+    with drain_process(wal, "there") as holder:
+        assert holder.stdout.readline() == "started\n"
+        events = drain_emit(outbox, [0, 1])
+        eventually(lambda: len(receiver.requests) == 2)
+        drain_emit(outbox, [2], delay=3600)
+        with drain_thread(outbox, once=True) as reports:
+            time.sleep(0.5)
+            assert not reports
+            gate.opened.set()
+            eventually(lambda: reports)
+            assert {statuses(outbox, id).popitem()[1] for id in events.values()} == {"delivered"}
+            assert reports == [webhook_outbox.DrainReport(delivered=0, retried=0, failed=0, pending=1)]
+    assert set(drain_senders(receiver)) == {"there"}
+
+
+def test_drain_once_beside_a_running_drain_does_not_wait_out_a_pause(wal, serve):
+    """Alone it leaves what a Retry-After holds back for later; beside another drain it must not hang until then."""
+    receiver, outbox = serve(answer(429, b"", "Retry-After: 3600")), make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), max_in_flight=1)
+    drain_emit(outbox, [0])
+    outbox.drain(once=True)
+    drain_emit(outbox, [1])
+    assert outbox.drain(once=True).pending == 2
+    with drain_process(wal, "there") as holder:
+        assert holder.stdout.readline() == "started\n"
+        time.sleep(0.3)
+        with drain_thread(outbox, once=True) as reports:
+            eventually(lambda: reports, within=5)
+    assert len(receiver.requests) == 1
+
+
+def test_commits_of_anybody_wake_the_drain(database, serve):
+    receiver, outbox = serve(), make_outbox(database)
+    outbox.add_endpoint(receiver.url())
+    code = """
+    import sqlite3, sys
+    with sqlite3.connect(sys.argv[1]) as conn:
+        conn.execute("INSERT INTO webhook_emit(type, data) VALUES ('order.created', '{\\"n\\": 3}')")
+    """
+    with outbox:
+        drain_emit(outbox, [0])
+        eventually(lambda: 0 in drain_sent(receiver), within=2)
+        other = make_outbox(database)
+        drain_emit(other, [1])
+        eventually(lambda: 1 in drain_sent(receiver), within=2)
+        query(database, """INSERT INTO webhook_emit(type, data) VALUES ('order.created', '{"n": 2}')""")
+        eventually(lambda: 2 in drain_sent(receiver), within=2)
+        with drain_process(database, "", code) as process:
+            assert process.wait(30) == 0
+            eventually(lambda: 3 in drain_sent(receiver), within=2)
+        with outbox.transaction() as conn:
+            outbox.emit(conn, "order.created", {"n": 4})
+            time.sleep(0.2)
+            assert len(receiver.requests) == 4
+        eventually(lambda: 4 in drain_sent(receiver), within=2)
+
+
+def test_outcomes_wait_for_a_lock_that_somebody_holds_and_nothing_is_sent_twice(database, serve):
+    """EXCLUSIVE keeps readers out as well in rollback mode; in WAL mode it is the write lock."""
+    gate = DrainGate()
+    receiver, outbox = serve(gate), make_outbox(database)
+    outbox.add_endpoint(receiver.url())
+    events = drain_emit(outbox, range(5))
+    with outbox, contextlib.closing(sqlite3.connect(database, isolation_level=None, timeout=10)) as conn:
+        eventually(lambda: len(receiver.requests) == 5)
+        conn.execute("BEGIN EXCLUSIVE")
+        gate.opened.set()
+        time.sleep(1.2)
+        assert len(receiver.requests) == 5
+        conn.execute("COMMIT")
+        eventually(lambda: outbox.stats().pending == 0)
+        assert [len(outbox.attempts(id)) for id in events.values()] == [1] * 5
+        drain_emit(outbox, [5])
+        eventually(lambda: len(receiver.requests) == 6)
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
+def test_a_full_disk_pauses_sending_and_nothing_is_sent_twice(wal, serve):
+    """A limit on file size is what fails the drain's writes, and only the drain's; the host's go on."""
+    receiver, outbox = serve(), make_outbox(wal)
+    outbox.add_endpoint(receiver.url())
+    with drain_process(wal, "there") as holder:
+        drain_emit(outbox, [0])
+        eventually(lambda: receiver.requests and outbox.stats().pending == 0)
+        resource.prlimit(holder.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        drain_emit(outbox, range(1, 6))
+        eventually(lambda: len(receiver.requests) > 1)
+        drain_emit(outbox, [6])
+        time.sleep(2.5)
+        assert len(receiver.requests) <= 7
+        assert outbox.stats().pending == 6
+        resource.prlimit(holder.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        eventually(lambda: outbox.stats().pending == 0)
+    assert sorted(drain_sent(receiver)) == list(range(7))
+
+
+def test_a_database_that_cannot_be_written_gives_one_error_and_nothing_is_sent(serve):
+    """Root may write everything, so the process gives up its rights; without rights the mode of the file is enough."""
+    code = """
+    import os, sqlite3, sys, webhook_outbox
+    if os.getuid() == 0:
+        os.setgid(65534); os.setuid(65534)
+    outbox = webhook_outbox.Outbox(sys.argv[1], create=False, allow_networks=["127.0.0.0/8"])
+    for _ in range(2):
+        try:
+            outbox.drain(once=True)
+        except (webhook_outbox.OutboxError, sqlite3.Error) as error:
+            print(error)
+    """
+    receiver = serve()
+    folder = pathlib.Path("/tmp") / f"webhook_outbox_readonly_{os.getpid()}"  # tmp_path lets nobody else in
+    folder.mkdir(mode=0o777)
+    try:
+        folder.chmod(0o777)
+        path = make_database(folder / "app.db", "delete")
+        outbox = make_outbox(path)
+        outbox.add_endpoint(receiver.url())
+        emit(outbox)
+        os.chmod(path, 0o444)
+        with drain_process(path, "", code) as process:
+            out, err = process.communicate(timeout=60)
+        assert len(out.splitlines()) == 2, out + err
+        assert all("readonly" in line.replace("-", "") for line in out.splitlines())
+        assert receiver.requests == []
+    finally:
+        shutil.rmtree(folder)
+
+
+# Order.
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_events_of_one_queue_go_out_strictly_in_order_through_failures(database, serve, ordered):
+    clock, receiver = Clock(), serve(DrainFails(n1=2, n3=1))
+    outbox = make_outbox(database, clock=clock, retry=RetryPolicy((0, 5, 5), jitter=0.0))
+    outbox.add_endpoint(receiver.url(), ordered=ordered)
+    for number in range(5):
+        drain_emit(outbox, [number], key=None if ordered else "a")
+        if not ordered:
+            drain_emit(outbox, [100 + number], key="b")
+    outbox.drain(once=True)
+    assert [n for n in drain_sent(receiver) if n < 100] == [0, 1]
+    assert [n for n in drain_sent(receiver) if n >= 100] == ([] if ordered else [100, 101, 102, 103, 104])
+    for _ in range(3):
+        clock.advance(5.1)
+        outbox.drain(once=True)
+    assert [n for n in drain_sent(receiver) if n < 100] == [0, 1, 1, 1, 2, 3, 3, 4]
+    assert outbox.stats().pending == 0
+
+
+def test_queues_of_different_keys_go_out_in_parallel(wal, serve):
+    gate = DrainGate()
+    receiver, outbox = serve(gate), make_outbox(wal)
+    outbox.add_endpoint(receiver.url())
+    for key in "abcd":
+        drain_emit(outbox, range(3), key=key)
+    with outbox:
+        eventually(lambda: gate.most == 4)
+        time.sleep(0.2)
+        assert drain_sent(receiver) == [0] * 4
+        gate.opened.set()
+        eventually(lambda: outbox.stats().pending == 0)
+    assert gate.most == 4
+
+
+@pytest.mark.parametrize("word", ["skip", "replay", "discard", "update", "remove"])
+def test_a_dead_head_is_skipped_or_holds_its_queue_until_somebody_acts(database, serve, word):
+    clock, play = Clock(), DrainFails(n1=2)
+    receiver, outbox = serve(play), make_outbox(database, clock=clock, retry=RetryPolicy((0, 0), jitter=0.0))
+    outbox.add_endpoint(receiver.url(), id="a", on_dead="skip" if word == "skip" else "hold")
+    drain_emit(outbox, range(4), key="k")
+    drain_emit(outbox, [100], key="other")
+    outbox.drain(until_empty=True)
+    assert [row.attempts for row in outbox.failed()] == [2]
+    queue = lambda: [n for n in drain_sent(receiver) if n != 100]  # noqa: E731 - read again and again
+    if word != "skip":
+        assert queue() == [0, 1, 1]
+        assert outbox.drain(once=True).pending == 2
+    if word == "replay":
+        assert outbox.replay(endpoint="a") == 1
+    elif word == "discard":
+        assert outbox.discard(endpoint="a") == 1
+    elif word == "update":
+        outbox.update_endpoint("a", on_dead="skip")
+    elif word == "remove":
+        query(database, "DELETE FROM webhook_failed")
+    outbox.drain(until_empty=True)
+    assert queue() == [0, 1, 1, *([1] if word == "replay" else []), 2, 3]
+    assert 100 in drain_sent(receiver)
+
+
+def test_a_replayed_row_goes_before_the_younger_ones_of_its_queue(wal, serve):
+    clock, receiver = Clock(), serve(DrainFails(n1=1))
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0,), jitter=0.0))
+    outbox.add_endpoint(receiver.url())
+    drain_emit(outbox, range(3), key="k")
+    outbox.drain(until_empty=True)
+    drain_emit(outbox, [3, 4], key="k")
+    assert outbox.replay(all=True) == 1
+    outbox.drain(until_empty=True)
+    assert drain_sent(receiver) == [0, 1, 2, 1, 3, 4]
+
+
+def test_switching_ordered_off_lets_the_rest_go(wal, serve):
+    clock, receiver = Clock(), serve(DrainFails(n0=1))
+    outbox = make_outbox(wal, clock=clock)
+    outbox.add_endpoint(receiver.url(), id="a", ordered=True)
+    drain_emit(outbox, range(3))
+    drain_emit(outbox, [3, 4], key="k")
+    outbox.drain(once=True)
+    assert drain_sent(receiver) == [0]
+    outbox.update_endpoint("a", ordered=False)
+    outbox.drain(once=True)
+    assert sorted(drain_sent(receiver)) == [0, 1, 2, 3, 4]
+    assert drain_sent(receiver).index(3) < drain_sent(receiver).index(4)
+
+
+def test_switching_ordered_on_holds_for_deliveries_that_were_already_read(wal, serve):
+    gate = DrainGate()
+    receiver, outbox = serve(gate), make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=4)
+    drain_emit(outbox, range(40))
+    with outbox:
+        eventually(lambda: len(receiver.requests) == 4)
+        outbox.update_endpoint("a", ordered=True)
+        time.sleep(0.3)
+        receiver.play = drain_slow(0.002)
+        gate.opened.set()
+        eventually(lambda: outbox.stats().pending == 0)
+    assert drain_sent(receiver)[4:] == list(range(4, 40))
+
+
+# Poison: rows as no verb of ours writes them.
+
+DRAIN_POISON = {
+    # case: (SQL, whether the delivery must end in the failed table with reason internal)
+    "unknown endpoint": ("INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (1, 'nobody', 0)", True),
+    "missing event": ("INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (999, 'sick', 0)", True),
+    "neither": ("INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (999, 'nobody', 0)", True),
+    "data is no JSON": ("UPDATE webhook_events SET data = '{oops' WHERE seq = 1", True),
+    "data is a blob": ("UPDATE webhook_events SET data = x'00ff' WHERE seq = 1", True),
+    "data is not UTF-8": ("UPDATE webhook_events SET data = CAST(x'22ff22' AS TEXT) WHERE seq = 1", True),
+    "data is not UTF-8, by plain SQL": (
+        "INSERT INTO webhook_emit(type, data) VALUES ('order.created', CAST(x'22ff22' AS TEXT))", False),
+    "key is not UTF-8": ("UPDATE webhook_events SET key = CAST(x'ff' AS TEXT) WHERE seq = 1", False),
+    "headers are no JSON": ("UPDATE webhook_events SET headers = '{' WHERE seq = 1", True),
+    "headers are a list": ("UPDATE webhook_events SET headers = '[1]' WHERE seq = 1", True),
+    "headers hold a line break": (
+        """UPDATE webhook_events SET headers = '{"x-a": "1\\r\\nx-evil: 2"}' WHERE seq = 1""", True),
+    "id holds a line break": ("UPDATE webhook_events SET id = 'm' || char(13, 10) || 'x-evil: 1' WHERE seq = 1", True),
+    "created_at is text": ("UPDATE webhook_events SET created_at = 'x' WHERE seq = 1", True),
+    "due_at is text": ("UPDATE webhook_deliveries SET due_at = 'soon' WHERE event = 1", False),
+    "attempts is text": ("UPDATE webhook_deliveries SET attempts = 'x' WHERE event = 1", False),
+    "events is no list": ("UPDATE webhook_endpoints SET events = '5' WHERE id = 'sick'", True),
+    "endpoint headers are no JSON": ("UPDATE webhook_endpoints SET headers = '{' WHERE id = 'sick'", True),
+    "endpoint headers are a number": ("UPDATE webhook_endpoints SET headers = '5' WHERE id = 'sick'", True),
+    "secrets are no JSON": ("UPDATE webhook_endpoints SET secrets = 'x' WHERE id = 'sick'", True),
+    "secrets are empty": ("UPDATE webhook_endpoints SET secrets = '[]' WHERE id = 'sick'", True),
+    "secret is no secret": ("""UPDATE webhook_endpoints SET secrets = '[["x", null]]' WHERE id = 'sick'""", True),
+    "url is none": ("UPDATE webhook_endpoints SET url = '::' WHERE id = 'sick'", True),
+    "url is empty": ("UPDATE webhook_endpoints SET url = '' WHERE id = 'sick'", True),
+    "url is a blob": ("UPDATE webhook_endpoints SET url = x'ff' WHERE id = 'sick'", True),
+    "url is not UTF-8": ("UPDATE webhook_endpoints SET url = CAST(x'ff' AS TEXT) WHERE id = 'sick'", False),
+    "cert is no JSON": ("UPDATE webhook_endpoints SET cert = '{' WHERE id = 'sick'", True),
+    "signing is unknown": ("UPDATE webhook_endpoints SET signing = 'rot13' WHERE id = 'sick'", True),
+    "body is unknown": ("UPDATE webhook_endpoints SET body = 'nothing' WHERE id = 'sick'", True),
+    "max_in_flight is text": ("UPDATE webhook_endpoints SET max_in_flight = 'many' WHERE id = 'sick'", False),
+    "max_in_flight is zero": ("UPDATE webhook_endpoints SET max_in_flight = 0 WHERE id = 'sick'", False),
+    "rate is text": ("UPDATE webhook_endpoints SET rate = 'fast' WHERE id = 'sick'", False),
+    "timeout is text": ("UPDATE webhook_endpoints SET timeout = 'long' WHERE id = 'sick'", False),
+    "failures is text": ("UPDATE webhook_endpoints SET failures = 'x' WHERE id = 'sick'", False),
+    "paused_until is text": ("UPDATE webhook_endpoints SET paused_until = 'x' WHERE id = 'sick'", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("sql", "fails"), DRAIN_POISON.values(), ids=DRAIN_POISON.keys())
+def test_a_damaged_row_hurts_only_itself(wal, serve, caplog, sql, fails):
+    receiver, outbox = serve(), make_outbox(wal, retry=RetryPolicy((0,), jitter=0.0))
+    outbox.add_endpoint(receiver.url("/sick"), id="sick")
+    outbox.add_endpoint(receiver.url("/well"), id="well")
+    drain_emit(outbox, [1])
+    try:
+        query(wal, sql)
+    except sqlite3.IntegrityError:
+        return  # the schema does not let it in: better still
+    drain_emit(outbox, [2])
+
+    def arrived(number: int) -> bool:
+        well = [r for r in list(receiver.requests) if "/well" in r.line]
+        return any(f'"n":{number}}}' in r.body.decode(errors="replace") for r in well)
+
+    with outbox:
+        eventually(lambda: arrived(2), within=4)
+        drain_emit(outbox, [3])
+        eventually(lambda: arrived(3), within=4)
+        if fails:
+            eventually(
+                lambda: query(wal, "SELECT 1 FROM webhook_failed WHERE reason IN ('internal', 'blocked')"), within=4
+            )
+    assert "draining stopped" not in caplog.text
+    assert not any("x-evil" in request.headers for request in receiver.requests)
+
+
+def test_answers_that_come_together_cannot_hurt_each_other(wal, serve):
+    """While the loop is busy, one connection gets 410 and another idle one of the same endpoint is closed."""
+    pair, blocked, go = [], threading.Event(), threading.Event()
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        number = drain_number(request)
+        if number < 2:
+            pair.append(sock)
+            eventually(lambda: len(pair) == 2)
+        elif number == 2:
+            blocked.wait(10)
+            sock.sendall(answer(410))
+            idle = next(s for s in pair if s is not sock)
+            idle.shutdown(socket.SHUT_RDWR)
+            time.sleep(0.1)
+            go.set()
+            return True
+        sock.sendall(OK)
+        return True
+
+    def observe(notice: Any) -> None:
+        if notice.endpoint_id == "other":
+            blocked.set()
+            go.wait(10)
+
+    receiver, other = serve(play), serve()
+    outbox = make_outbox(wal, observer=observe)
+    outbox.add_endpoint(receiver.url(), id="gone", events=["order.created"])
+    outbox.add_endpoint(other.url(), id="other", events=["other"])
+    drain_emit(outbox, range(2))
+    with drain_thread(outbox) as reports:
+        eventually(lambda: outbox.stats().pending == 0)
+        drain_emit(outbox, [2])
+        eventually(lambda: len(receiver.requests) == 3)
+        emit(outbox, "other")
+        eventually(lambda: not outbox.endpoint("gone").enabled)
+        emit(outbox, "other")
+        eventually(lambda: len(other.requests) == 2)
+    assert reports == [webhook_outbox.DrainReport(4, 0, 1, 0)]
+
+
+# Fairness and bounds.
+
+
+def test_workers_bounds_what_is_under_way_in_all(wal, serve):
+    gate = DrainGate()
+    receiver, outbox = serve(), make_outbox(wal, workers=3)
+    for number in range(4):
+        outbox.add_endpoint(receiver.url(f"/{number}"))
+    with outbox:
+        drain_emit(outbox, [0])
+        eventually(lambda: outbox.stats().pending == 0)
+        receiver.play = gate
+        drain_emit(outbox, range(1, 6))
+        eventually(lambda: gate.most == 3)
+        time.sleep(0.3)
+        gate.opened.set()
+        eventually(lambda: outbox.stats().pending == 0)
+    assert gate.most == 3
+    assert len(receiver.requests) == 24
+
+
+def test_max_in_flight_bounds_one_endpoint(wal, serve):
+    bounded, free = DrainGate(), DrainGate()
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(serve(bounded).url(), max_in_flight=2)
+    outbox.add_endpoint(serve(free).url())
+    drain_emit(outbox, range(12))
+    with outbox:
+        eventually(lambda: bounded.most == 2 and free.most >= 4)
+        time.sleep(0.2)
+        for gate in (bounded, free):
+            gate.opened.set()
+        eventually(lambda: outbox.stats().pending == 0)
+    assert bounded.most == 2
+
+
+def test_a_rate_is_never_exceeded_on_average(wal, serve):
+    receiver, outbox, arrivals = serve(), make_outbox(wal), []
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        arrivals.append(time.monotonic())
+        sock.sendall(OK)
+        return True
+
+    receiver.play = play
+    outbox.add_endpoint(receiver.url(), rate=50)
+    drain_emit(outbox, range(60))
+    start = time.monotonic()
+    assert outbox.drain(until_empty=True).delivered == 60
+    assert all(n <= 50 * (at - start) + 5 for n, at in enumerate(arrivals))
+    assert time.monotonic() - start < 6
+
+
+def test_a_backlog_of_one_endpoint_does_not_delay_another(wal, serve):
+    busy, other = serve(drain_slow(0.02)), serve()
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(busy.url(), events=["order.created"], max_in_flight=2)
+    outbox.add_endpoint(other.url(), events=["other"])
+    drain_emit(outbox, range(300))
+    emit(outbox, "other")
+    with outbox:
+        eventually(lambda: other.requests)
+        assert len(busy.requests) < 100
+        emit(outbox, "other")
+        eventually(lambda: len(other.requests) == 2)
+        assert len(busy.requests) < 200
+
+
+@pytest.mark.parametrize("hanging", [1, 20])
+def test_endpoints_that_hang_do_not_delay_healthy_ones(wal, serve, hanging):
+    """All that hang still hang when all the healthy are done: no clock is needed to see that nobody waited."""
+    gate = DrainGate()
+    hung, well, outbox = serve(gate), serve(), make_outbox(wal, timeout=20)
+    for number in range(hanging):
+        outbox.add_endpoint(hung.url(f"/{number}"))
+    for number in range(9):
+        outbox.add_endpoint(well.url(f"/{number}"))
+    drain_emit(outbox, range(20))
+    with outbox:
+        eventually(lambda: len(well.requests) == 180)
+        assert gate.inside
+        gate.opened.set()
+        eventually(lambda: outbox.stats().pending == 0, within=20)
+
+
+def test_an_attempt_that_hangs_is_ended_by_its_timeout_and_its_place_used_again(wal, serve):
+    receiver = serve([lambda receiver, sock, request: bool(sock.recv(1)), OK])
+    outbox = make_outbox(wal, timeout=0.5, retry=RetryPolicy((0, 0), jitter=0.0))
+    outbox.add_endpoint(receiver.url(), max_in_flight=1)
+    event = emit(outbox)
+    assert outbox.drain(until_empty=True) == webhook_outbox.DrainReport(1, 1, 0, 0)
+    first, second = outbox.attempts(event)
+    assert (first.reason, second.reason) == ("timeout", None)
+    assert first.duration >= 0.5
+
+
+def test_a_struggling_endpoint_gets_one_probe_at_a_time_and_one_success_opens_it(wal, serve):
+    clock, receiver = Clock(), serve(answer(500))
+    options: dict[str, Any] = {"clock": clock, "retry": RetryPolicy((0, *[100] * 30), jitter=0.0)}
+    outbox = make_outbox(wal, **options)
+    outbox.add_endpoint(receiver.url(), max_in_flight=1)
+    drain_emit(outbox, range(20))
+
+    def sends(after: float) -> int:
+        clock.advance(after)
+        before = len(receiver.requests)
+        make_outbox(wal, **options).drain(once=True)  # what was learned outlives the object that learned it
+        return len(receiver.requests) - before
+
+    assert sends(after=0) == 10
+    assert [sends(after) for after in (0, 0.9, 0.2)] == [0, 0, 1]
+    assert [sends(after) for after in (1.8, 0.3, 3.8, 0.3)] == [0, 1, 0, 1]
+    assert [sends(after=60.1) for _ in range(6)] == [1] * 6
+    assert sends(after=50) == 0
+    receiver.play = OK
+    assert sends(after=11) >= 10
+    assert outbox.endpoints()[0].failing_since is None
+
+
+def test_probes_of_a_struggling_endpoint_are_never_parallel(wal, serve):
+    clock, receiver = Clock(), serve(answer(500))
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 100, 100), jitter=0.0))
+    outbox.add_endpoint(receiver.url())
+    drain_emit(outbox, range(40))
+    outbox.drain(once=True)
+    assert 10 <= len(receiver.requests) <= 10 + 8
+    clock.advance(61)
+    receiver.play = gate = DrainGate()
+    with drain_thread(outbox, once=True):
+        eventually(lambda: gate.inside == 1)
+        time.sleep(0.2)
+        assert gate.most == 1
+        gate.opened.set()
+        eventually(lambda: outbox.stats().due == 0)
+
+
+def test_a_drain_prunes_by_itself_and_prune_beside_it_takes_nothing_that_waits(wal, serve):
+    clock, receiver = Clock(), serve(DrainFails(n1=9))
+    outbox = make_outbox(wal, clock=clock, retention=100, retry=RetryPolicy((0,), jitter=0.0))
+    outbox.add_endpoint(receiver.url())
+    old = drain_emit(outbox, (0, 1))
+    waiting = drain_emit(outbox, [2], delay=1000)
+    outbox.drain(once=True)
+    clock.advance(99)
+    outbox.drain(once=True)
+    assert outbox.event(old[0])
+    clock.advance(2)
+    with outbox:
+        eventually(lambda: not query(wal, "SELECT 1 FROM webhook_events WHERE id = ?", old[0]))
+        removed = 0
+        for start in range(100, 400, 10):
+            drain_emit(outbox, range(start, start + 10))
+            clock.advance(0.001)
+            removed += outbox.prune(older_than=0)
+        eventually(lambda: outbox.stats().due == 0)
+        clock.advance(1)
+        removed += outbox.prune(older_than=0)
+    assert removed == 300
+    assert sorted(drain_sent(receiver)) == [0, 1, *range(100, 400)]
+    assert outbox.event(old[1]).deliveries[0].status == "failed"
+    assert outbox.event(waiting[2]).deliveries[0].status == "pending"
+    assert query(wal, "SELECT count(*) FROM webhook_attempts") == [(1,)]
+
+
+# The process around it.
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_runs_nothing_until_it_starts_its_own(database, serve):
+    code = """
+    import os, sys, time, warnings
+    from webhook_outbox import Outbox
+    warnings.simplefilter("ignore")  # Python 3.12 warns of fork beside threads
+    outbox = Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"])
+    def send():
+        with outbox.transaction() as conn:
+            id = outbox.emit(conn, "order.created", {"n": os.getpid()})
+        end = time.monotonic() + 20
+        while outbox.event(id).deliveries[0].status != "delivered" and time.monotonic() < end:
+            time.sleep(0.01)
+        return outbox.event(id).deliveries[0].status
+    def child(work):
+        pid = os.fork()
+        if pid == 0:
+            work()
+            sys.exit(0)
+        return pid
+    def idle():
+        assert not outbox.running
+        outbox.stop()
+        assert send() == "delivered"          # by the parent
+    def own():
+        outbox.start()
+        outbox.start()
+        assert outbox.running
+        assert send() == "delivered"          # by the parent: the child stands by
+        print("standing by", flush=True)
+        os.read(go[0], 1)
+        assert send() == "delivered"          # the parent stopped
+        outbox.stop()
+    outbox.start()
+    assert send() == "delivered"
+    assert os.waitstatus_to_exitcode(os.waitpid(child(idle), 0)[1]) == 0
+    assert outbox.running and send() == "delivered"
+    go = os.pipe()
+    pid = child(own)
+    time.sleep(0.5)
+    assert send() == "delivered"
+    outbox.stop()
+    os.write(go[1], b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    print("done", flush=True)
+    """
+    receiver, outbox = serve(), make_outbox(database)
+    outbox.add_endpoint(receiver.url())
+    with drain_process(database, "", code) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.split("\n"), err) == (0, ["standing by", "done", ""], "")
+    assert len(receiver.requests) == 6
+    assert query(database, "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_of_a_draining_process_keeps_its_commits_when_the_parent_stops(database):
+    """SQLite's notes of who holds which lock are inherited with an open connection. A child that believes them takes
+    no lock of its own, so whoever closes the file next deletes the WAL under it, with the child's commits."""
+    code = """
+    import os, sqlite3, sys, time, warnings
+    from webhook_outbox import Outbox
+    warnings.simplefilter("ignore")
+    path = sys.argv[1]
+    def write(number):
+        with conn:
+            conn.execute("INSERT INTO orders VALUES (?, 1.0)", (number,))
+            outbox.emit(conn, "order.created", {"n": number})
+    outbox = Outbox(path)
+    outbox.start()
+    time.sleep(0.3)
+    to_child, to_parent = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        conn = sqlite3.connect(path)
+        write(1)
+        os.write(to_parent[1], b"x"); os.read(to_child[0], 1)
+        write(2)
+        os.write(to_parent[1], b"x"); os.read(to_child[0], 1)
+        os._exit(0)
+    os.read(to_parent[0], 1)
+    outbox.stop()
+    os.write(to_child[1], b"x"); os.read(to_parent[0], 1)
+    with sqlite3.connect(path) as conn:
+        print([id for (id,) in conn.execute("SELECT id FROM orders")])
+    conn.close()
+    os.write(to_child[1], b"x"); os.wait()
+    """
+    with drain_process(database, "", code) as process:
+        out, err = process.communicate(timeout=60)
+    assert (out, err) == ("[1, 2]\n", "")
+    assert query(database, "SELECT id FROM orders") == [(1,), (2,)]
+    assert query(database, "SELECT count(*) FROM webhook_events") == [(2,)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("way", ["return", "raise", "exit"])
+def test_a_child_forked_inside_a_transaction_neither_ends_nor_spoils_it(database, way):
+    """The rollback journal of the parent must survive the child's exit: without it a crash would corrupt the file."""
+    code = """
+    import os, sqlite3, sys
+    from webhook_outbox import Outbox
+    path, way = sys.argv[1:]
+    outbox = Outbox(path)
+    for commits in (True, False):
+        pid = 0
+        try:
+            with outbox.transaction() as conn:
+                conn.execute("INSERT INTO orders (total) VALUES (1.5)")
+                outbox.emit(conn, "order.created", {"n": 1})
+                pid = os.fork()
+                if pid == 0:
+                    if way == "raise":
+                        raise KeyError
+                    if way == "exit":
+                        sys.exit(0)
+                else:
+                    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+                    other = sqlite3.connect(path, timeout=0)
+                    assert other.execute("SELECT count(*) FROM orders").fetchone() == (0 if commits else 1,)
+                    try:
+                        other.execute("BEGIN IMMEDIATE")
+                    except sqlite3.OperationalError:
+                        pass
+                    else:
+                        raise SystemExit("the parent's lock is gone")
+                    mode = other.execute("PRAGMA journal_mode").fetchone()[0]
+                    other.close()
+                    if mode == "delete" and not os.path.exists(path + "-journal"):
+                        raise SystemExit("the parent's journal is gone")
+                    if not commits:
+                        raise ZeroDivisionError
+        except (KeyError, ZeroDivisionError):
+            pass
+        if pid == 0:
+            sys.exit(0)
+    """
+    with drain_process(database, way, code) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "", "")
+    assert query(database, "SELECT count(*) FROM orders") == [(1,)]
+    assert query(database, "SELECT count(*) FROM webhook_events") == [(1,)]
+    assert query(database, "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("ending", ["", "sys.exit(3)"])
+def test_the_interpreter_exits_promptly_and_silently_with_attempts_under_way(wal, serve, ending):
+    gate = DrainGate()
+    receiver, outbox = serve(gate), make_outbox(wal)
+    outbox.add_endpoint(receiver.url())
+    event = emit(outbox)
+    code = DRAIN_FOREVER.replace("time.sleep(600)", "sys.stdin.readline()\nprint('leaving', flush=True)\n" + ending)
+    with drain_process(wal, "", code, stdin=subprocess.PIPE) as process:
+        eventually(lambda: receiver.requests)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert [process.stdout.readline() for _ in range(2)] == ["started\n", "leaving\n"]
+        left = time.monotonic()
+        assert process.wait(20) == (3 if "3" in ending else 0)
+        assert time.monotonic() - left < 5
+        assert process.stderr.read() == ""
+    gate.opened.set()
+    assert statuses(outbox, event).popitem()[1] == "pending"
+    assert outbox.drain(until_empty=True).delivered == 1
+
+
+@contextlib.contextmanager
+def drain_command(path: str, *args: str) -> Iterator[Any]:
+    arguments = ["-m", "webhook_outbox", "--db", path, "--allow-network", "127.0.0.0/8", "drain", *args]
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, *arguments], text=True, cwd=ROOT, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_attempts_under_way_end_and_takes_no_new_ones(wal, serve, number):
+    gate = DrainGate()
+    receiver, outbox = serve(gate), make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), max_in_flight=2)
+    events = drain_emit(outbox, range(4))
+    with drain_command(wal) as process:
+        eventually(lambda: len(receiver.requests) == 2)
+        process.send_signal(number)
+        time.sleep(0.4)
+        assert process.poll() is None
+        gate.opened.set()
+        out, err = process.communicate(timeout=20)
+        assert process.returncode == 0
+    assert out == "delivered 2, failed 0, retried 0, still pending 2\n"
+    assert "Traceback" not in err
+    assert len(receiver.requests) == 2
+    assert [len(outbox.attempts(id)) for id in events.values()].count(1) == 2
+
+
+def test_a_second_signal_stops_waiting(wal, serve):
+    gate = DrainGate()
+    receiver, outbox = serve(gate), make_outbox(wal)
+    outbox.add_endpoint(receiver.url())
+    event = emit(outbox)
+    with drain_command(wal) as process:
+        eventually(lambda: receiver.requests)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=5)
+        assert process.returncode == 0
+    gate.opened.set()
+    assert "Traceback" not in err
+    assert statuses(outbox, event).popitem()[1] == "pending"
+
+
+# ── crashes ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def crashes_received(requests_: list[Request]) -> dict[str, int]:
+    """Return how often each id came; the same id must always carry the same bytes."""
+    counts: dict[str, int] = {}
+    bodies: dict[str, bytes] = {}
+    for request in requests_:
+        id = request.headers["webhook-id"]
+        assert bodies.setdefault(id, request.body) == request.body
+        counts[id] = counts.get(id, 0) + 1
+    return counts
+
+
+@pytest.mark.parametrize("rounds", [6, pytest.param(150, marks=pytest.mark.long)])
+def test_kill_9_of_a_draining_process_loses_nothing_and_repeats_only_what_was_not_recorded(database, serve, rounds):
+    """What a process had sent but not recorded when it died comes exactly once more; everything else exactly once."""
+    rng = random.Random(rounds)
+    receiver, outbox = serve(drain_slow(0.003)), make_outbox(database)
+    outbox.add_endpoint(receiver.url())
+    emitted: set[str] = set()
+    expected: dict[str, int] = {}
+    for number in range(rounds):
+        emitted |= set(drain_emit(outbox, range(number * 100, number * 100 + 100)).values())
+        seen = len(receiver.requests)
+        with drain_process(database) as process:
+            process.stdout.readline()
+            time.sleep(rng.uniform(0.0, 0.25))
+            process.kill()
+            process.wait()
+        eventually(lambda: not receiver.open)
+        pending = {id for (id,) in query(database, """
+            SELECT e.id FROM webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event
+             WHERE d.status = 'pending'""")}  # fmt: skip
+        for id, times in crashes_received(receiver.requests[seen:]).items():
+            assert times == 1
+            expected[id] = expected.get(id, 0) + (1 if id in pending else 0)
+    outbox.drain(until_empty=True)
+    received = crashes_received(receiver.requests)
+    assert set(received) == emitted
+    assert {id: times for id, times in received.items() if times != 1 + expected.get(id, 0)} == {}
+    assert query(database, "PRAGMA integrity_check") == [("ok",)]
+
+
+CRASHES_WRITER = """
+import os, random, sqlite3, sys
+from webhook_outbox import Outbox
+path, seed, log = sys.argv[1:]
+outbox, rng, number = Outbox(path), random.Random(seed), int(seed) * 1_000_000
+log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+conn = sqlite3.connect(path, isolation_level=None, timeout=30)
+def order():
+    global number
+    number += 1
+    conn.execute("INSERT INTO orders VALUES (?, 1.0)", (number,))
+    outbox.emit(conn, "order.created", {"n": number})
+print("started", flush=True)
+while True:
+    conn.execute("BEGIN IMMEDIATE")
+    order()
+    first = number
+    if rng.random() < 0.6:
+        conn.execute("SAVEPOINT inner")
+        order()
+        conn.execute("ROLLBACK TO inner" if rng.random() < 0.5 else "RELEASE inner")
+    if rng.random() < 0.3:
+        conn.execute("ROLLBACK")
+    else:
+        conn.execute("COMMIT")
+        os.write(log, b"%d\\n" % first)
+"""
+
+
+@pytest.mark.parametrize("rounds", [4, pytest.param(150, marks=pytest.mark.long)])
+def test_kill_9_of_a_writer_leaves_business_rows_and_events_in_step(database, serve, tmp_path, rounds):
+    rng = random.Random(rounds)
+    receiver, outbox = serve(), make_outbox(database)
+    outbox.add_endpoint(receiver.url())
+    log = tmp_path / "committed"
+    for number in range(rounds):
+        arguments = (database, str(number), str(log))
+        with outbox if number % 2 else contextlib.nullcontext(), run_python(CRASHES_WRITER, *arguments) as process:
+            process.stdout.readline()
+            time.sleep(rng.uniform(0.01, 0.15))
+            process.kill()
+    orders = {id for (id,) in query(database, "SELECT id FROM orders")}
+    events = [json.loads(data)["n"] for (data,) in query(database, "SELECT data FROM webhook_events")]
+    assert sorted(events) == sorted(orders)
+    assert orders
+    assert orders >= {int(line) for line in log.read_text().splitlines()}
+    outbox.drain(until_empty=True)
+    assert sorted(drain_sent(receiver)) == sorted(orders)
+
+
+def test_killed_between_the_answer_and_its_recording_each_attempt_under_way_is_repeated_once(database, serve):
+    """The test holds the write lock, so that every answer arrives and none can be recorded."""
+    gate = DrainGate()
+    receiver, outbox = serve(gate), make_outbox(database)
+    outbox.add_endpoint(receiver.url())
+    recorded = drain_emit(outbox, range(100, 103))
+    gate.opened.set()
+    with drain_process(database) as process:
+        eventually(lambda: outbox.stats().pending == 0)
+        gate.opened.clear()
+        lost = drain_emit(outbox, range(5))
+        eventually(lambda: len(receiver.requests) == 8)
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None, timeout=10)) as conn:
+            conn.execute("BEGIN IMMEDIATE")
+            gate.opened.set()
+            time.sleep(0.5)
+            process.kill()
+            process.wait()
+            conn.execute("ROLLBACK")
+    assert outbox.drain(until_empty=True).delivered == 5
+    assert crashes_received(receiver.requests) == {
+        **dict.fromkeys(lost.values(), 2),
+        **dict.fromkeys(recorded.values(), 1),
+    }
+
+
+# ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+CANARY = "canary7f3a91"  # in what a listing must not show: the query of a URL, the value of a header
+
+
+@pytest.fixture
+def cli(wal: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run a command in this process on the host's file; return what it printed, after checking how it ended."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv("WEBHOOK_OUTBOX_DB", raising=False)
+
+    def run(*args: str, code: int | tuple[int, ...] = 0, db: str | None = wal) -> str:
+        capsys.readouterr()
+        before = ["--db", db] if db else []
+        allowed = [] if "--app" in args else ["--allow-network", "127.0.0.0/8"]
+        ended = webhook_outbox.main([*before, *allowed, *args])
+        out, err = capsys.readouterr()
+        assert ended in (code if isinstance(code, tuple) else (code,)), out + err
+        if err or code != 0:
+            assert code != 0 and "Traceback" not in err and err.count("\n") == 1 and err.endswith("\n"), err
+        return out + err
+
+    make_outbox(wal)
+    return run
+
+
+def cli_after(first: str, *args: str, **options: Any) -> subprocess.Popen[str]:
+    """Start a command in a process that does something to itself first."""
+    code = "import os, sys, ctypes, resource\n" + first + "\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    return run_python(code, "-m", "webhook_outbox", *args, **options)
+
+
+@contextlib.contextmanager
+def cli_running(folder: pathlib.Path, *args: str, **options: Any) -> Iterator[Callable[..., Any]]:
+    """A command in a process of its own. The yielded function waits for a text in its output, or sends it a signal and
+    returns the exit code, standard output and standard error."""
+    out, err = (folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err"))
+    with out.open("w") as out_file, err.open("w") as err_file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "webhook_outbox", *args],
+            **{"cwd": ROOT, "stdin": subprocess.DEVNULL, "stdout": out_file, "stderr": err_file, **options},
+        )
+
+    def control(seen: str = "", end: signal.Signals | None = None) -> Any:
+        if end is None:
+            return eventually(lambda: seen in out.read_text() and out.read_text(), within=30)
+        process.send_signal(end)
+        return process.wait(30), out.read_text(), err.read_text()
+
+    control.send = process.send_signal  # type: ignore[attr-defined]
+    try:
+        yield control
+    finally:
+        process.kill()
+        process.wait()
+
+
+def cli_on_terminal(*args: str, ctrl_c_after: str | None = None) -> tuple[int, str]:
+    """Run a command on a terminal of its own, press Ctrl-C when a text was shown; return exit code and screen."""
+    master, slave = os.openpty()
+    own = "os.open(os.ttyname(0), os.O_RDWR)"  # becomes the controlling terminal, which turns ^C into SIGINT
+    process = cli_after(own, *args, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    screen, end = b"", time.monotonic() + 60
+    try:
+        while time.monotonic() < end:
+            if not select.select([master], [], [], 0.1)[0]:
+                continue
+            try:
+                data = os.read(master, 65536)
+            except OSError:  # everybody closed the other side
+                data = b""
+            if not data:
+                break
+            screen += data
+            if ctrl_c_after and ctrl_c_after in screen.decode(errors="replace"):
+                os.write(master, b"\x03")
+                ctrl_c_after = None
+        return process.wait(30), screen.decode()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+def cli_fail_some(path: str) -> tuple[str, list[str]]:
+    """Make three failed rows (two of endpoint a by status, one of b by connect); return a's URL and the event ids."""
+    with contextlib.closing(Receiver(answer(500, b"no"))) as receiver, socket.create_server(("127.0.0.1", 0)) as closed:
+        outbox = make_outbox(path, retry=RetryPolicy((0,)))
+        outbox.add_endpoint(receiver.url(), id="a", events=["order.*"])
+        outbox.add_endpoint(f"http://127.0.0.1:{closed.getsockname()[1]}/", id="b", events=["user.created"])
+        closed.close()
+        ids = []
+        for type in ("order.created", "order.paid", "user.created"):
+            ids.append(emit(outbox, type))
+            assert outbox.drain(once=True).failed == 1
+    return receiver.url(), ids
+
+
+def test_init_makes_the_tables_and_wal_when_asked(cli, tmp_path):
+    for options, mode in ((), "delete"), (("--wal",), "wal"):
+        path = str(tmp_path / f"{mode}.db")
+        assert "ready" in cli("init", *options, db=path)
+        assert query(path, "PRAGMA journal_mode") == [(mode,)]
+        assert Outbox(path, create=False).endpoints() == []
+    assert "ready" in cli("init", db=path)  # again
+
+
+def test_schema_prints_sql_that_makes_the_same_tables(cli, wal):
+    with contextlib.closing(sqlite3.connect(":memory:")) as conn:
+        conn.executescript(cli("schema", db=None))
+        made = conn.execute("SELECT name FROM sqlite_master WHERE name LIKE 'webhook%'").fetchall()
+    assert set(made) == set(query(wal, "SELECT name FROM sqlite_master WHERE name LIKE 'webhook%'"))
+
+
+def test_the_endpoint_commands_do_what_the_library_does(cli, wal, serve, authority):
+    receiver = serve()
+    outbox = make_outbox(wal)
+    options = ["--events", "order.*", "user.created", "--header", f"X-Key: {CANARY}", "--header", "X-Two: a:b"]
+    options += ["--description", "the CRM", "--body", "cloudevents", "--signing", "standard+github", "--rate", "5"]
+    options += ["--max-in-flight", "3", "--ordered", "--on-dead", "hold", "--timeout", "2.5"]
+    options += ["--cert", authority.client(), "--ca", authority.path]
+    shown = cli("endpoint", "add", receiver.url(), "--id", "crm", "--secret", SECRET, *options)
+    assert shown.startswith("crm\n") and SECRET in shown
+    made = outbox.endpoint("crm")
+    assert (made.url, made.events) == (receiver.url(), ("order.*", "user.created"))
+    assert made.headers == {"X-Key": CANARY, "X-Two": "a:b"}
+    assert (made.description, made.body, made.signing, made.rate) == ("the CRM", "cloudevents", "standard+github", 5.0)
+    assert (made.max_in_flight, made.ordered, made.on_dead, made.timeout) == (3, True, "hold", 2.5)
+    assert (made.cert, made.ca) == (authority.client(), authority.path)
+
+    cli("endpoint", "update", "crm", "--no-ordered", "--events", "*", "--description", "all")
+    changed = outbox.endpoint("crm")
+    assert (changed.ordered, changed.events, changed.description) == (False, ("*",), "all")
+    assert dataclasses.replace(changed, ordered=True, events=made.events, description="the CRM") == made
+    cli("endpoint", "update", "crm", "--url", receiver.url("/other"))
+    assert outbox.endpoint("crm").url == receiver.url("/other")
+
+    cli("endpoint", "disable", "crm", "--reason", "moving house")
+    assert (outbox.endpoint("crm").enabled, outbox.endpoint("crm").disabled_reason) == (False, "moving house")
+    assert "moving house" in cli("endpoint", "show", "crm") and "moving house" in cli("endpoint", "list")
+    emit(outbox)
+    assert "1 " in cli("endpoint", "backfill", "crm", "--dry-run") and outbox.stats().held == 0
+    assert "1 " in cli("endpoint", "backfill", "crm", "--since", "2020-01-01", "--type", "order.*")
+    assert "0 " in cli("endpoint", "backfill", "crm", "--until", "2020-01-01T00:00:00Z")
+    assert outbox.stats().held == 1
+    cli("endpoint", "enable", "crm")
+    assert outbox.endpoint("crm").enabled and outbox.stats().pending == 1
+
+    assert cli("endpoint", "secret", "crm") == SECRET + "\n"
+    fresh = "whsec_" + base64.b64encode(b"n" * 32).decode()
+    assert fresh in cli("endpoint", "rotate", "crm", "--secret", fresh, "--grace", "60")
+    assert cli("endpoint", "secret", "crm") == fresh + "\n"
+    rotated = re.search(r"whsec_\S+", cli("endpoint", "rotate", "crm"))
+    assert rotated and cli("endpoint", "secret", "crm").strip() == rotated.group() not in (fresh, SECRET)
+
+    cli("endpoint", "remove", "crm")
+    assert outbox.endpoints() == [] and "no endpoints" in cli("endpoint", "list")
+
+
+def test_ping_sends_now_and_its_exit_code_is_the_answer(cli, serve):
+    receiver = serve([OK, answer(500, b"no")])
+    cli("endpoint", "add", receiver.url(), "--id", "one")
+    assert "delivered" in cli("endpoint", "ping", "one")
+    assert b"webhook.ping" in receiver.requests[0].body
+    assert webhook_outbox.main(["--db", "x", "--version"]) == 0
+    with pytest.raises(AssertionError, match="HTTP 500"):
+        cli("endpoint", "ping", "one")
+
+
+def test_emit_drain_and_the_record_by_hand(cli, wal, serve):
+    receiver = serve()
+    cli("endpoint", "add", receiver.url(), "--id", "one")
+    id = cli("emit", "order.created", '{"total": 49.99}', "--key", "k", "--idempotency-key", "i").strip()
+    assert cli("emit", "order.created", '{"total": 49.99}', "--key", "k", "--idempotency-key", "i").strip() == id
+    later = cli("emit", "order.later", "[1]", "--delay", "3600").strip()
+    from_stdin = command("--db", wal, "emit", "order.paid", "-", input='"é"').stdout.strip()
+    assert make_outbox(wal).event(from_stdin).data == "é"
+    assert "2 pending" not in cli("status") and "3 pending (2 due" in cli("status")
+    assert cli("drain", "--once", "--workers", "2") == "delivered 2, failed 0, retried 0, still pending 1\n"
+    assert sorted(r.headers["webhook-id"] for r in receiver.requests) == sorted([id, from_stdin])
+    shown = cli("events", "show", id)
+    assert all(text in shown for text in (id, "order.created", "49.99", "one", "delivered"))
+    assert cli("resend", id, "--endpoint", "one").startswith("1 ") and cli("resend", id).startswith("1 ")
+    assert "delivered 1" in cli("drain", "--once")
+    assert [r.headers["webhook-id"] for r in receiver.requests].count(id) == 2
+    assert [e["id"] for e in json.loads(cli("events", "list", "--json"))] == [from_stdin, later, id]
+    assert [e["id"] for e in json.loads(cli("events", "list", "--json", "--after", later, "--type", "order.*"))] == [id]
+    assert [e["id"] for e in json.loads(cli("events", "list", "--json", "--limit", "1"))] == [from_stdin]
+    assert json.loads(cli("events", "list", "--json", "--until", "2020-01-01")) == []
+    assert id in cli("events", "list") and "no events" in cli("events", "list", "--since", "2999-01-01T00:00:00Z")
+    assert cli("prune").startswith("0 ") and cli("prune", "--older-than", "0").startswith("2 ")
+    assert [e["id"] for e in json.loads(cli("events", "list", "--json"))] == [later]
+
+
+def test_drain_until_empty_waits_for_what_is_not_due_yet(cli, serve):
+    cli("endpoint", "add", serve().url())
+    cli("emit", "a", "1", "--delay", "0.3")
+    assert "delivered 0" in cli("drain", "--once")
+    assert cli("drain", "--until-empty") == "delivered 1, failed 0, retried 0, still pending 0\n"
+
+
+@pytest.mark.parametrize(
+    ("filters", "chosen"),
+    [
+        (["--all"], "123"),
+        (["--endpoint", "a"], "12"),
+        (["--reason", "connect"], "3"),
+        (["--type", "order.paid"], "2"),
+        (["--type", "order.*", "--since", "2020-01-01", "--until", "2999-01-01"], "12"),
+        (["--until", "1600000000"], ""),
+        (["1", "3"], "13"),
+        (["1", "2", "--type", "order.created"], "1"),
+    ],
+)
+def test_failed_rows_are_chosen_by_filters(cli, wal, filters, chosen):
+    cli_fail_some(wal)
+    listed = json.loads(cli("failed", "list", "--json", *(f for f in filters if f != "--all")))
+    assert [row["id"] for row in listed] == [int(n) for n in chosen]
+    for act in "replay", "discard":
+        assert cli("failed", act, *filters, "--dry-run").startswith(f"{len(chosen)} ")
+        assert len(make_outbox(wal).failed()) == 3
+    assert cli("failed", "replay", *filters).startswith(f"{len(chosen)} ")
+    outbox = make_outbox(wal)
+    assert {str(row.id) for row in outbox.failed()} == set("123") - set(chosen)
+    assert outbox.stats().pending == len(chosen)
+
+
+def test_failed_rows_are_listed_shown_and_discarded(cli, wal):
+    _, ids = cli_fail_some(wal)
+    table = cli("failed", "list")
+    assert all(id in table for id in ids) and "HTTP 500" in table and table.count("\n") == 4
+    assert [r["id"] for r in json.loads(cli("failed", "list", "--limit", "1", "--after", "1", "--json"))] == [2]
+    assert ids[0] in cli("failed", "show", "1") and "HTTP 500" in cli("failed", "show", "1")
+    assert cli("failed", "discard", "--endpoint", "b").startswith("1 ")
+    assert cli("failed", "discard", "--all").startswith("2 ")
+    assert "nothing failed" in cli("failed", "list") and make_outbox(wal).stats().pending == 0
+
+
+def test_every_listing_is_also_json_with_all_fields(cli, wal, serve):
+    cli_fail_some(wal)
+    fields = {
+        kind: {field.name for field in dataclasses.fields(kind)}
+        for kind in (
+            webhook_outbox.Endpoint,
+            webhook_outbox.Event,
+            webhook_outbox.FailedDelivery,
+            webhook_outbox.Attempt,
+        )
+    }
+    endpoint = fields[webhook_outbox.Endpoint] - {"secret"}
+    assert [set(row) for row in json.loads(cli("endpoint", "list", "--json"))] == [endpoint] * 2
+    shown = json.loads(cli("endpoint", "show", "a", "--json"))
+    assert set(shown[0] if isinstance(shown, list) else shown) == endpoint
+    events = json.loads(cli("events", "list", "--json"))
+    assert [set(row) for row in events] == [fields[webhook_outbox.Event]] * 3
+    event = json.loads(cli("events", "show", events[0]["id"], "--json"))
+    assert set(event) == fields[webhook_outbox.Event] | {"attempts"} and event["deliveries"][0]["status"] == "failed"
+    assert [set(row) for row in event["attempts"]] == [fields[webhook_outbox.Attempt]]
+    failed = json.loads(cli("failed", "list", "--json"))
+    assert [set(row) for row in failed] == [fields[webhook_outbox.FailedDelivery]] * 3
+    shown = json.loads(cli("failed", "show", "1", "--json"))
+    assert (shown[0] if isinstance(shown, list) else shown) == failed[0]
+    stats = json.loads(cli("status", "--json"))
+    assert stats == json.loads(json.dumps(dataclasses.asdict(make_outbox(wal).stats()))) | {
+        "endpoints": stats["endpoints"], "oldest_due_age": stats["oldest_due_age"],
+    }  # fmt: skip
+    assert set(stats["endpoints"][0]) == {f.name for f in dataclasses.fields(webhook_outbox.EndpointStats)}
+
+
+def test_status_is_a_table_that_a_person_can_read(cli, wal, serve):
+    assert "no endpoints" in cli("status")
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(serve([OK, OK, answer(500)]).url(), id="crm")
+    for _ in range(3):
+        emit(outbox)
+        outbox.drain(once=True)
+    first, head, line = cli("status").splitlines()
+    assert first.startswith("1 pending (") and "0 held, 0 failed" in first
+    assert all(
+        word in head for word in ("SUCCESS", "P50", "P95", "WAITING", "OLDEST", "FAILED", "LAST HOUR", "LAST ERROR")
+    )
+    assert line.startswith("crm ") and "67 %" in line and line.endswith("HTTP 500") and "█" in line
+
+
+def test_only_three_commands_show_a_secret_and_none_a_query_or_a_header(cli, wal, serve):
+    """The receiver answers with all that it got, signature and header included, and the answer is on record."""
+
+    def echo(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        sock.sendall(answer(500, request.raw, "X-Echo: " + request.headers["webhook-signature"]))
+        return True
+
+    url = serve(echo).url(f"/hook?token={CANARY}")
+    assert SECRET in cli(
+        "endpoint", "add", url, "--id", "x", "--secret", SECRET, "--header", f"Authorization: Bearer {CANARY}"
+    )
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    id = emit(outbox, "order.created", {"n": 1})
+    assert outbox.drain(once=True).failed == 1
+    reads = [
+        "status",
+        "endpoint list",
+        "endpoint show x",
+        "events list",
+        f"events show {id}",
+        "failed list",
+        "failed show 1",
+    ]
+    said = [cli(*line.split(), *json) for line in reads for json in ((), ("--json",))]
+    assert all("?..." in cli("endpoint", "list", *json) for json in ((), ("--json",)))
+    with pytest.raises(AssertionError) as ping:
+        cli("endpoint", "ping", "x")
+    said += [str(ping.value), cli("endpoint", "add", url, "--id", "x", "--secret", SECRET, code=1)]
+    said += [cli("endpoint", "update", "x", "--url", url + "#", "--header", f"X:{CANARY}\n", code=1)]
+    said += [cli("endpoint", "add", url, "--secret", SECRET[:-1], code=1)]
+    said += [
+        cli(*line.split())
+        for line in ("endpoint disable x", "endpoint enable x", "failed replay 1", "endpoint backfill x")
+    ]
+    drained = command("--db", wal, "--allow-network", "127.0.0.0/8", "drain", "--once")
+    said += [drained.stdout, drained.stderr, cli("endpoint", "update", "x", "--rate", "2")]
+    assert cli("endpoint", "secret", "x") == SECRET + "\n" and SECRET not in cli("endpoint", "rotate", "x")
+    said += [cli("endpoint", "remove", "x")]
+    for text in said:
+        assert CANARY not in text and SECRET[6:-1] not in text, text
+
+
+CLI_ERRORS = [  # command line, exit code (None: whether the parser or the library says no does not matter), words
+    ("", 2, ""),
+    ("nonsense", 2, "nonsense"),
+    ("endpoint", 2, ""),
+    ("endpoint show", 2, "id"),
+    ("status --nonsense", 2, "--nonsense"),
+    ("drain --once --until-empty", None, "until"),
+    ("drain --once --workers 0", None, "workers"),
+    ("drain --once --workers many", 2, "workers"),
+    ("endpoint add https://example.com/ --rate fast", 2, "rate"),
+    ("endpoint add https://example.com/ --rate nan", 1, "rate"),
+    ("endpoint add https://example.com/ --on-dead explode", 2, "on-dead"),
+    ("endpoint add https://example.com/ --body rot13", 1, "body"),
+    ("endpoint add https://example.com/ --events order..paid", 1, "events"),
+    ("endpoint add https://example.com/ --header nonsense", 1, "header"),
+    ("endpoint add https://example.com/ --secret whsec_short", 1, "secret"),
+    ("endpoint add https://example.com/ --ca /nowhere/ca.pem", 1, "/nowhere/ca.pem"),
+    ("endpoint add https://example.com/ --id a/b", 1, "id"),
+    ("endpoint add gopher://example.com/", 1, "https://"),
+    ("endpoint add https://10.0.0.1/", 1, "10.0.0.1"),
+    ("endpoint add https://user:pw@example.com/", 1, "host"),
+    ("endpoint show nobody", 1, "nobody"),
+    ("endpoint update nobody --rate 2", 1, "nobody"),
+    ("endpoint disable nobody", 1, "nobody"),
+    ("endpoint remove nobody", 1, "nobody"),
+    ("endpoint rotate nobody", 1, "nobody"),
+    ("endpoint secret nobody", 1, "nobody"),
+    ("endpoint ping nobody", 1, "nobody"),
+    ("endpoint backfill nobody", 1, "nobody"),
+    ("emit order.created {", 1, "JSON"),
+    ("emit order.created NaN", 1, "JSON"),
+    ("emit order..created 1", 1, "type"),
+    ("emit order.created 1 --delay -1", 1, "delay"),
+    ("events show msg_none", 1, "msg_none"),
+    ("events list --limit -1", 1, "limit"),
+    ("resend msg_none", 1, "msg_none"),
+    ("failed show 77", 1, "77"),
+    ("failed show one", 2, "one"),
+    ("failed list --reason bad-luck", None, "reason"),
+    ("failed list --since yesterday", 2, "--since"),
+    ("failed list --after 99999999999999999999", None, ""),
+    ("failed show 99999999999999999999", 1, "99999999999999999999"),
+    ("failed replay", 1, "all"),
+    ("failed discard --dry-run", 1, "all"),
+    ("prune --older-than -1", 1, "older"),
+    ("listen --port 70000", None, "70000"),
+    ("listen --port -1", None, "-1"),
+    ("listen --port http", 2, "http"),
+    ("listen --status 99", None, "99"),
+    ("listen --port 0 --secret nonsense!", 1, "secret"),
+]
+
+
+def test_an_error_is_one_line_and_an_exit_code(cli):
+    wrong = []
+    for line, code, words in CLI_ERRORS:
+        try:
+            said = cli(*line.split(), code=code or (1, 2))
+            assert words in said and len(said) < 300, said
+        except Exception as error:
+            wrong.append(f"{line}: {error!r}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["missing", "empty", "text", "folder", "memory", "newer", "none", "network"])
+def test_a_file_that_is_not_the_outbox_is_refused_in_one_line(cli, wal, tmp_path, wrong):
+    path, words = (
+        str(tmp_path / wrong),
+        {"missing": "init", "empty": "init", "newer": "newer", "none": "--db"}.get(wrong, ""),
+    )
+    if wrong == "empty":
+        make_database(tmp_path / wrong)
+    elif wrong == "text":
+        pathlib.Path(path).write_text("no database, " * 1000)
+    elif wrong == "folder":
+        os.mkdir(path)
+    elif wrong == "newer":
+        query(path := wal, "UPDATE webhook_meta SET value = 99 WHERE key = 'schema_version'")
+    for args in ["status"], ["emit", "a", "1"], ["drain", "--once"], ["endpoint", "list", "--json"], ["init", "--wal"]:
+        if wrong == "network":
+            assert "10.0.0.0/33" in cli("--allow-network", "10.0.0.0/33", *args, code=1)
+        elif args[0] != "init" or wrong not in ("missing", "empty"):
+            assert words in cli(
+                *args, code=2 if wrong == "none" else 1, db={"memory": ":memory:", "none": None}.get(wrong, path)
+            )
+    assert wrong != "missing" or not os.path.exists(path)
+    assert wrong != "newer" or query(wal, "PRAGMA journal_mode") == [("wal",)]
+
+
+def test_processes_end_with_the_codes_and_the_environment_names_the_file(wal):
+    make_outbox(wal)
+    assert "0 pending" in command("status", env={"WEBHOOK_OUTBOX_DB": wal}).stdout
+    for args, code in (["endpoint", "show", "nobody"], 1), (["nonsense"], 2), (["emit", "a", "-"], 1):
+        ended = command("--db", wal, *args, input="\udcff", errors="surrogateescape")  # a byte that is no UTF-8
+        assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (code, "", 1), ended.stderr
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="drops capabilities as Linux does")
+def test_a_read_only_folder_is_one_line(tmp_path):
+    """Root may write everywhere, so the process first drops that right for good."""
+    (folder := tmp_path / "locked").mkdir()
+    make_outbox(path := make_database(folder / "app.db", "delete"))
+    os.chmod(path, 0o444)
+    os.chmod(folder, 0o555)
+    # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH by PR_CAPBSET_DROP
+    drop = "for capability in (1, 2): ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)"
+    try:
+        lines = (["emit", "a", "1"], ["drain", "--once"], ["--db", str(folder / "new.db"), "init"])
+        for process in [cli_after(drop, "--db", path, *args) for args in lines]:
+            out, err = process.communicate(timeout=60)
+            assert (process.returncode, out, err.count("\n")) == (1, "", 1), out + err
+    finally:
+        os.chmod(folder, 0o755)
+
+
+@pytest.mark.parametrize("vendored", [False, True])
+def test_app_is_the_hosts_own_outbox_with_its_transforms_and_policy(tmp_path, serve, vendored):
+    receiver = serve(answer(500))
+    (package := tmp_path / "app" / "_vendor").mkdir(parents=True)
+    for folder in (tmp_path / "app", package):
+        (folder / "__init__.py").touch()
+    module = "app._vendor.webhook_outbox" if vendored else "webhook_outbox"
+    if vendored:
+        shutil.copy(ROOT / "webhook_outbox.py", package)
+    name = "app.main" if vendored else "hostapp"
+    (tmp_path / f"{name.replace('.', '/')}.py").write_text(f"""if True:
+        import os
+        from {module} import Outbox, RetryPolicy
+        outbox = Outbox(os.path.join(os.path.dirname(__file__), "app.db"), allow_networks=["127.0.0.0/8"],
+            retry=RetryPolicy((0,)), transforms={{"shout": lambda e: (e.type.upper().encode(), "text/shout")}})
+        nothing = None
+    """)
+
+    def run(*args: str, code: int = 0) -> str:
+        environment = {**os.environ, "PYTHONPATH": "" if vendored else str(ROOT)}
+        process = [sys.executable, "-m", module, *args]
+        ended = subprocess.run(process, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+        assert ended.returncode == code, ended.stdout + ended.stderr
+        assert code == 0 or ended.stderr.count("\n") == 1, ended.stderr
+        return ended.stdout + ended.stderr
+
+    host = ["--app", f"{name}:outbox"]
+    run(*host, "endpoint", "add", receiver.url(), "--id", "x", "--body", "shout")
+    run(*host, "emit", "order.created", "{}")
+    said = run(*host, "drain", "--once")
+    assert "delivered 0, failed 1, retried 0, still pending 0\n" in said and "given up" in said
+    assert (receiver.requests[0].body, receiver.requests[0].headers["content-type"]) == (b"ORDER.CREATED", "text/shout")
+    # --app wins over --db, `outbox` is the usual name, and the errors are this module's own
+    assert "nobody" in run("--db", "/nowhere/else.db", "--app", name, "endpoint", "show", "nobody", code=1)
+
+
+def test_an_app_that_cannot_be_loaded_is_one_line(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "broken.py").write_text("def (")
+    (tmp_path / "raising.py").write_text("raise RuntimeError('no\\nluck')")
+    for wrong in ("nosuchmodule:x", "json:gone", "json:dumps", "json", ":x", ".x:y", "broken:x", "raising:x"):
+        assert wrong in cli("--app", wrong, "status", code=1)
+
+
+def test_the_demo_shows_every_step_and_leaves_nothing(tmp_path):
+    ended = command("demo", env={"TMPDIR": str(tmp_path)}, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert [line[:2] for line in ended.stdout.splitlines() if re.match(r"\d\. ", line)] == [
+        "1.",
+        "2.",
+        "3.",
+        "4.",
+        "5.",
+    ]
+    for words in ("verified msg_", "one invoice", "arrived twice", "still one invoice", "no request", "503, 503, 200"):
+        assert words in ended.stdout
+    assert "webhook_failed" in ended.stdout and "replay delivered it" in ended.stdout
+    assert "8 of 8 steps seen" in ended.stdout and "NOT SEEN" not in ended.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_demo_that_cannot_run_says_so_in_one_line(tmp_path):
+    """Files that cannot be written, or cannot grow: a full disk."""
+    started = []
+    for limit in 0, 8_192:
+        (folder := tmp_path / str(limit)).mkdir()
+        first = f"os.environ['TMPDIR'] = {str(folder)!r}; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+        started.append((cli_after(first, "demo"), folder))
+    for process, folder in started:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 1 and err.count("\n") == 1 and "Traceback" not in err, out + err
+        assert "steps seen" not in out and os.listdir(folder) == []
+
+
+def test_the_demo_can_fail(tmp_path):
+    """Copies of the module with one line broken: the demo sees which step did not happen."""
+    source = (ROOT / "webhook_outbox.py").read_text(encoding="utf-8")
+    started = []
+    for right, wrong, unseen in (
+        ("first = cursor.rowcount == 1", "first = True", "there is still one invoice"),
+        (
+            "SET status = 'pending', attempts = 0, first",
+            "SET status = 'failed', attempts = 0, first",
+            "replay delivered it",
+        ),
+        ("_MAX_SIGNATURES = 16", "_MAX_SIGNATURES = 0", "billing verified"),
+    ):
+        assert right in source, right
+        (folder := tmp_path / str(len(started))).mkdir()
+        (folder / "webhook_outbox.py").write_text(source.replace(right, wrong), encoding="utf-8")
+        arguments = [sys.executable, "webhook_outbox.py", "demo"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append((subprocess.Popen(arguments, cwd=folder, **pipes), unseen))  # type: ignore[call-overload]
+    for process, unseen in started:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 1 and re.search(f"NOT SEEN.*{unseen}", out) and "8 of 8" not in out, out + err
+
+
+def test_drain_on_a_terminal_shows_one_live_line_and_ends_with_a_summary(wal, serve):
+    make_outbox(wal).add_endpoint(serve([answer(410), OK]).url("/gone"), id="gone", events=["a"])
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(serve().url(), rate=12, events=["b"])
+    emit(outbox, "a")
+    for _ in range(15):
+        emit(outbox, "b")
+    code, screen = cli_on_terminal("--db", wal, "--allow-network", "127.0.0.0/8", "drain", "--until-empty")
+    live = re.findall(r"\r\x1b\[Kdelivered [\d,]+  failed [\d,]+ .*?waiting [\d,]+ .*?[\d,]+/s[^\r\n]*", screen)
+    assert code == 0 and len(live) >= 2 and any(" left" in line for line in live), screen
+    last = screen.rstrip("\r\n").rpartition("\n")[2].rpartition("\x1b[K")[2]
+    assert last == "delivered 15, failed 1, retried 0, still pending 0"
+    assert re.search(r"(\n|\x1b\[K)[^\r\n]*given up\r\n", screen), "a warning has a line of its own"
+    assert not re.search(r"/s[^\r\n]*msg_", screen), "and is not glued to the live line"
+
+
+def test_drain_elsewhere_logs_lines(wal, serve):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(serve([answer(500), answer(410), OK]).url("/x?token=" + CANARY), id="x")
+    emit(outbox)
+    emit(outbox)
+    ended = command("--db", wal, "--allow-network", "127.0.0.0/8", "drain", "--once")
+    lines = ended.stderr.splitlines()
+    assert lines and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) \S", line) for line in lines), (
+        lines
+    )
+    assert any("msg_" in line and "HTTP 500" in line and " INFO " in line for line in lines)
+    assert any("given up" in line and " WARNING " in line for line in lines)
+    assert "\x1b" not in ended.stderr and ended.returncode == 0 and ended.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "ended"),
+    [
+        (signal.SIGINT, 1, "delivered 1, failed 0, retried 0, still pending 0\n"),
+        (signal.SIGTERM, 1, "delivered 1, failed 0, retried 0, still pending 0\n"),
+        (signal.SIGTERM, 2, "delivered 0, failed 0, retried 0, still pending 1\n"),
+    ],
+)
+def test_a_drain_for_ever_ends_politely(wal, serve, tmp_path, number, times, ended):
+    """What is under way at the first signal is finished and recorded; the second one stops waiting for it."""
+    arrived, go = threading.Event(), threading.Event()
+
+    def hold(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        arrived.set()
+        go.wait(30)
+        sock.sendall(OK)
+        return True
+
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(serve(hold).url())
+    with cli_running(tmp_path, "--db", wal, "--allow-network", "127.0.0.0/8", "drain") as control:
+        emit(outbox)
+        assert arrived.wait(30)
+        if times == 1:
+            threading.Timer(0.3, go.set).start()
+        else:
+            control.send(number)
+            time.sleep(0.3)
+        signalled = time.monotonic()
+        assert control(end=number) == (0, ended, "")
+        assert time.monotonic() - signalled < 8  # the grace is 10 s
+    go.set()
+
+
+def test_ctrl_c_on_a_terminal_ends_a_drain_with_its_summary(wal, serve):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(serve().url())
+    emit(outbox)
+    args = ("--db", wal, "--allow-network", "127.0.0.0/8", "drain")
+    code, screen = cli_on_terminal(*args, ctrl_c_after="delivered 1")
+    assert code == 0 and "Traceback" not in screen
+    assert screen.rstrip().endswith("delivered 1, failed 0, retried 0, still pending 0")
+
+
+def test_status_watch_repeats_until_ctrl_c(wal, serve, tmp_path):
+    make_outbox(wal)
+    with cli_running(tmp_path, "--db", wal, "status", "--watch") as control:
+        control(seen="0 pending")
+        make_outbox(wal).add_endpoint(serve().url(), id="late")
+        assert control(seen="late ").count("pending (") == 2
+        code, _, err = control(end=signal.SIGINT)
+    assert code in (0, 130) and err == ""
+
+
+@pytest.mark.parametrize("line", ["schema", "status --watch --json", "drain --once"])
+def test_a_reader_that_leaves_is_no_error(wal, line):
+    make_outbox(wal)
+    arguments = [sys.executable, "-m", "webhook_outbox", "--db", wal, *line.split()]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # type: ignore[union-attr]  # before it has started to write
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, b"")
+
+
+def test_listen_verifies_and_prints_what_arrives(wal, tmp_path):
+    with (
+        cli_running(tmp_path, "listen", "--port", "0", "--secret", SECRET) as strict,
+        cli_running(tmp_path, "listen", "--port", "0", "--status", "503") as lenient,
+    ):
+        urls = [re.findall(r"http://\S+", control(seen="http://"))[0] for control in (strict, lenient)]
+        port = int(urls[0].strip("/").rpartition(":")[2])
+        outbox = make_outbox(wal)
+        outbox.add_endpoint(urls[0], secret=SECRET, id="local")
+        id = emit(outbox, "order.created", {"name": "Zoë\x1b[2J"})
+        assert outbox.drain(once=True).delivered == 1
+        shown = strict(seen="Zo")
+        assert f"verified  {id}  order.created" in shown and '"name"' in shown and "\x1b" not in shown
+
+        now = int(time.time())
+        headers = {
+            "webhook-id": "msg_1",
+            "webhook-timestamp": str(now),
+            "webhook-signature": sign(SECRET, "msg_1", now, b"{}"),
+        }
+        for body, change, status in (
+            (b"{}", {}, 200),
+            (b"[]", {}, 400),
+            (b"{}", {"webhook-signature": "v1,AAAA"}, 400),
+            (b"{}", {"webhook-timestamp": str(now - 4000)}, 400),
+            (b"\xff\xfe", {}, 400),
+        ):
+            assert requests.post(urls[0], data=body, headers={**headers, **change}, timeout=10).status_code == status
+        assert requests.post(urls[0], data=b"{}", timeout=10).status_code == 400
+        assert strict(seen="refused").count("refused") == 5
+        assert requests.get(urls[0], timeout=10).status_code >= 400
+
+        with socket.create_connection(("127.0.0.1", port)) as sock:  # a sender that breaks off
+            sock.sendall(b"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n12")
+            time.sleep(0.1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        assert requests.post(urls[0], data=b"{}", headers=headers, timeout=10).status_code == 200
+
+        assert requests.post(urls[1], data=b"\xffany\nthing", timeout=10).status_code == 503
+        assert "not verified" in lenient(seen="any thing")
+        taken = command("listen", "--port", str(port))
+        assert taken.returncode == 1 and str(port) in taken.stderr and taken.stderr.count("\n") == 1
+        for control in (strict, lenient):
+            code, out, err = control(end=signal.SIGINT)
+            assert code in (0, 130) and err == "" and SECRET not in out
+
+
+# ── README ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+README = ROOT / "README.md"
+readme = pytest.mark.skipif(not README.exists(), reason="there is no README.md")
+
+
+def readme_blocks(*languages: str) -> list[tuple[int, str]]:
+    """Return (line number, text) of fenced blocks, but for those after a comment <!-- not run: reason -->."""
+    found, block, text = [], None, README.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(text, 1):
+        fence = re.match(r"\s*```+\s*(\w*)", line)
+        if fence and block is None:
+            before = next((above for above in reversed(text[: number - 1]) if above.strip()), "")
+            block = (number, fence.group(1), bool(re.match(r"\s*<!-- not run: \S.* -->", before)), [])
+        elif fence:
+            if block[1] in languages and not block[2]:
+                found.append((block[0], textwrap.dedent("\n".join(block[3])) + "\n"))
+            block = None
+        elif block is not None:
+            block[3].append(line)
+    assert block is None, f"README.md:{block and block[0]}: the block does not end"
+    return found
+
+
+def readme_commands() -> list[tuple[int, list[str]]]:
+    """Return (line number, words) of each simple command in the shell blocks."""
+    import shlex
+
+    found = []
+    for start, block in readme_blocks("sh", "bash", "shell", "console"):
+        for offset, line in enumerate(block.replace("\\\n", "  ").splitlines(), 1):
+            words = shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars=True)
+            words.whitespace_split = True
+            for separates, group in itertools.groupby(words, lambda word: set(word) <= set("&|;<>()")):
+                if not separates:
+                    found.append((start + offset, list(group)))
+    return found
+
+
+@readme
+def test_the_readmes_python_runs_from_top_to_bottom(tmp_path):
+    """All blocks in one namespace, in a process of its own with an empty folder; it may leave an outbox running."""
+    blocks = readme_blocks("python")
+    assert blocks
+    code = """
+        import json, sys
+        space = {"__name__": "readme"}
+        for line, text in json.load(sys.stdin):
+            exec(compile("\\n" * line + text, "README.md", "exec"), space)
+        for value in list(space.values()):
+            if not isinstance(value, type) and hasattr(value, "emit") and hasattr(value, "stop"):
+                value.stop(1.0)
+    """
+    process = run_python(code, cwd=tmp_path, stdin=subprocess.PIPE)
+    _, err = process.communicate(json.dumps(blocks), timeout=120)
+    assert process.returncode == 0 and "Traceback" not in err, err
+
+
+@readme
+def test_the_readmes_commands_are_what_the_command_line_takes(capsys):
+    ours = [
+        (line, words[n:])
+        for line, words in readme_commands()
+        for n in range(1, len(words) + 1)
+        if (n > 1 and words[n - 2] == "-m" and re.fullmatch(r"([\w.]+\.)?webhook_outbox", words[n - 1]))
+        or (n == 1 and words[0].endswith("webhook-outbox"))
+        or (n > 1 and re.search(r"python|^run$", words[n - 2]) and words[n - 1].endswith("webhook_outbox.py"))
+    ]
+    assert ours
+    for line, words in ours:
+        try:
+            webhook_outbox._parser().parse_args(words)
+        except SystemExit as stop:
+            assert stop.code == 0, f"README.md:{line}: {' '.join(words)}: {capsys.readouterr().err}"
+
+
+@readme
+def test_the_readme_sets_up_in_two_commands():
+    """One runs the demo on a fresh machine, one passes the tests: each brings along what it needs."""
+    lines = README.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    brings = [line for line in lines if re.search(r"pip3? install|\buv(x| run)|pipx run", line)]
+    assert any(re.search(r"webhook_outbox(\.py)? demo\b", line) for line in brings)
+    assert any("pytest" in line for line in brings)
+
+
+# ── packaging ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A virtual environment, beside the present one's packages, in which the wheel is installed."""
+    import sysconfig
+    import venv
+
+    for needed in ("build", "hatchling", "mypy"):
+        pytest.importorskip(needed)
+    folder = tmp_path_factory.mktemp("packaging")
+    shutil.copytree(ROOT / ".packaging", (source := folder / "source") / ".packaging")
+    for name in ("webhook_outbox.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    (source / "README.md").write_text(README.read_text(encoding="utf-8") if README.exists() else "# webhook_outbox\n")
+
+    def run(*args: Any) -> None:
+        ended = subprocess.run(list(map(str, args)), capture_output=True, text=True, cwd=source, timeout=300)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", ".")
+    (wheel,) = (folder / "dist").glob("webhook_outbox-*-py3-none-any.whl")
+    venv.create(folder / "venv", symlinks=True)
+    (packages,) = (folder / "venv").glob("lib/python*/site-packages")
+    (packages / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = folder / "venv" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--no-compile", wheel)
+    return folder / "venv"
+
+
+def test_the_wheel_is_a_typed_package_that_runs(installed, tmp_path):
+    (package,) = installed.glob("lib/python*/site-packages/webhook_outbox")
+    assert {path.name for path in package.iterdir()} - {"__pycache__"} == {"__init__.py", "__main__.py", "py.typed"}
+    assert (package / "__init__.py").read_bytes() == (ROOT / "webhook_outbox.py").read_bytes()
+    (metadata,) = package.parent.glob("webhook_outbox-*.dist-info/METADATA")
+    lines = metadata.read_text().split("\n\n")[0].splitlines()
+    for line in (
+        f"Version: {webhook_outbox.__version__}",
+        "Requires-Python: >=3.10",
+        "Requires-Dist: requests>=2.32.4",
+    ):
+        assert line in lines
+    assert [line for line in lines if line.startswith("Requires-Dist") and "extra" not in line] == [
+        "Requires-Dist: requests>=2.32.4"
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    where = "import webhook_outbox as w; print(w.__file__); w.Outbox('a.db')"
+    python = str(installed / "bin" / "python")
+    for args, said in (
+        ([python, "-c", where], str(package)),
+        ([python, "-m", "webhook_outbox", "--version"], webhook_outbox.__version__),
+        ([str(installed / "bin" / "webhook-outbox"), "--db", "a.db", "status"], "0 pending"),
+        ([python, "-m", "webhook_outbox", "--app", "host", "status"], "0 pending"),
+    ):
+        (tmp_path / "host.py").write_text("from webhook_outbox import Outbox\noutbox = Outbox('a.db')\n")
+        ended = subprocess.run(args, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+        assert ended.returncode == 0 and said in ended.stdout, ended.stderr
+
+
+def test_mypy_sees_the_types_of_the_installed_package(installed, tmp_path):
+    (tmp_path / "client.py").write_text("""if True:
+        import sqlite3
+        from webhook_outbox import Endpoint, Outbox, verify
+        outbox = Outbox("app.db", workers=4)
+        endpoint: Endpoint = outbox.add_endpoint("https://example.com/", events=["order.*"])
+        with sqlite3.connect("app.db") as conn:
+            id: str = outbox.emit(conn, "order.created", {"total": 1})
+        stamp: int | None = verify(b"", {}, "whsec_").timestamp
+        outbox.emit(conn, 5, {})
+        wrong: int = outbox.endpoint("x").url
+        outbox.replay(endpont="x")
+    """)
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--python-executable"]
+    options = [str(installed / "bin" / "python"), "--cache-dir", str(tmp_path / "cache"), "client.py"]
+    ended = subprocess.run([*mypy, *options], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    found = [
+        re.sub(r"^client\.py:(\d+): error: .*\[([a-z-]+)\]$", r"\1 \2", line) for line in ended.stdout.splitlines()
+    ]
+    assert [line for line in found if "note:" not in line] == ["9 arg-type", "10 assignment", "11 call-arg"], (
+        ended.stdout
+    )
+
+
+# ── the module's shape ───────────────────────────────────────────────────────────────────────────────────────────
+
+SOURCE = (ROOT / "webhook_outbox.py").read_text(encoding="utf-8")
+LONG = {"_parser"}  # a list of commands, one a line
+
+
+def test_import_does_nothing(tmp_path):
+    process = run_python(
+        """
+        import logging, os, signal, sys, threading
+        import requests  # what it does at import is not ours
+        def state():
+            handlers = [signal.getsignal(n) for n in signal.valid_signals() if n not in (9, 19)]
+            loggers = *logging.root.handlers, *logging.getLogger("webhook_outbox").handlers, logging.root.level
+            descriptors = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+            return threading.enumerate(), descriptors, handlers, loggers, os.listdir("."), dict(os.environ), sys.path[:]
+        before, modules = state(), set(sys.modules)
+        import webhook_outbox
+        assert state() == before, (state(), before)
+        new = set(sys.modules) - modules
+        assert not new & {"argparse", "http.server", "tempfile", "asyncio", "importlib.metadata"}, new
+        ours = webhook_outbox.Outbox, webhook_outbox.Inbox
+        assert not webhook_outbox._PINNED and not any(isinstance(v, ours) for v in vars(webhook_outbox).values())
+        """,
+        cwd=tmp_path,
+    )
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_it_works_under_any_dotted_name(tmp_path, serve):
+    (tmp_path / "pkg" / "sub").mkdir(parents=True)
+    shutil.copy(ROOT / "webhook_outbox.py", tmp_path / "pkg" / "sub" / "wo.py")
+    process = run_python(
+        """
+        import logging, pickle, sys
+        logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout)
+        from pkg.sub import wo
+        outbox = wo.Outbox("a.db", allow_networks=["127.0.0.0/8"], retry=wo.RetryPolicy((0,)))
+        outbox.add_endpoint(sys.argv[1])
+        for n in range(2):
+            with outbox.transaction() as conn:
+                id = outbox.emit(conn, "a", n)
+            print(outbox.drain(once=True))
+        assert pickle.loads(pickle.dumps(outbox.event(id))) == outbox.event(id)
+        assert "webhook_outbox" not in sys.modules and wo.Outbox.__module__ == "pkg.sub.wo"
+        sys.exit(wo.main(["--db", "a.db", "status"]))
+        """,
+        serve([OK, answer(400)]).url(),
+        cwd=tmp_path,
+    )
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == "", err
+    assert "DrainReport(delivered=1" in out and "webhook_outbox msg_" in out and "0 pending" in out
+
+
+def test_all_names_what_is_public_and_that_is_documented():
+    assert webhook_outbox.__all__ == sorted(webhook_outbox.__all__)
+    public = {name for node in ast.parse(SOURCE).body for name in shape_bound(node) if not name.startswith("_")}
+    assert public == set(webhook_outbox.__all__)
+    bare = [name for name in public if not (getattr(webhook_outbox, name).__doc__ or "").strip()]
+    for name in public:
+        owner = getattr(webhook_outbox, name)
+        if isinstance(owner, type):
+            members = {n: m for n, m in vars(owner).items() if not n.startswith("_")}
+            members = {n: m for n, m in members.items() if callable(m) or isinstance(m, (property, classmethod))}
+            bare += [f"{name}.{n}" for n, member in members.items() if not (member.__doc__ or "").strip()]
+            if dataclasses.is_dataclass(owner) and re.match(rf"{name}\(.*\)$", owner.__doc__ or "", re.DOTALL):
+                bare.append(name)  # the text that dataclasses makes up
+    assert bare == []
+
+
+def test_the_licence_travels_with_the_file():
+    head, tail = SOURCE.splitlines()[:5], SOURCE.splitlines()[-25:]
+    assert head[0].startswith("# webhook_outbox.py") and head[1] == "# SPDX-License-Identifier: MIT"
+    assert "# MIT License" in tail and tail[-1].endswith("IN THE SOFTWARE.")
+    assert "Permission is hereby granted, free of charge" in " ".join(line.lstrip("# ") for line in tail)
+    assert all(len(line) <= 120 and line == line.rstrip() and "\t" not in line for line in SOURCE.splitlines())
+
+
+def shape_bound(node: ast.stmt) -> list[str]:
+    """Return the names that a top-level statement defines."""
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def test_each_section_uses_only_what_stands_above_it():
+    body = ast.parse(SOURCE).body
+    lines = {name: node.lineno for node in reversed(body) for name in shape_bound(node)}
+    forward = set()
+    for node in body:
+        fields = [getattr(sub, field, None) for sub in ast.walk(node) for field in ("annotation", "returns")]
+        annotations = {id(name) for field in fields if field is not None for name in ast.walk(field)}
+        for sub in ast.walk(node):
+            used = isinstance(sub, ast.Name) and isinstance(sub.ctx, ast.Load) and id(sub) not in annotations
+            if used and lines.get(sub.id, 0) > (node.end_lineno or 0):
+                forward.add(f"{(shape_bound(node) or [node.lineno])[0]} -> {sub.id}")
+    assert forward == set()
+
+
+def test_no_function_is_longer_than_a_screen():
+    """At most 45 lines of code: without blank lines, comments and docstrings."""
+    text, long, lengths = SOURCE.splitlines(), {}, []
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            own = range(node.lineno, (node.end_lineno or 0) + 1)
+            first = node.body[0]
+            doc = range(first.lineno, (first.end_lineno or 0) + 1) if ast.get_docstring(node) is not None else range(0)
+            count = sum(
+                bool(text[n - 1].strip()) and not text[n - 1].lstrip().startswith("#") and n not in doc for n in own
+            )
+            lengths.append(count)
+            if count > 45:
+                long[node.name] = count
+    assert set(long) <= LONG and max(long.values(), default=0) < 70, long
+    assert sorted(lengths)[len(lengths) // 2] <= 10 and sorted(lengths)[len(lengths) * 9 // 10] <= 25
+
+
+# ── measurements ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+BENCH_SERVER = r"""
+import re, selectors, socket
+selector, listener = selectors.DefaultSelector(), socket.create_server(("127.0.0.1", 0), backlog=512)
+listener.setblocking(False)
+selector.register(listener, selectors.EVENT_READ)
+print(listener.getsockname()[1], flush=True)
+length = re.compile(rb"(?i)content-length: (\d+)")
+while True:
+    for key, _ in selector.select():
+        if key.data is None:
+            sock = listener.accept()[0]
+            sock.setblocking(False)
+            selector.register(sock, selectors.EVENT_READ, bytearray())
+            continue
+        try:
+            data = key.fileobj.recv(65536)
+        except OSError:
+            data = b""
+        if not data:
+            selector.unregister(key.fileobj)
+            key.fileobj.close()
+            continue
+        buffer = key.data
+        buffer += data
+        while (end := buffer.find(b"\r\n\r\n")) >= 0 and len(buffer) >= end + 4 + int(length.search(buffer)[1]):
+            del buffer[: end + 4 + int(length.search(buffer)[1])]
+            key.fileobj.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+"""
+
+
+@pytest.fixture
+def bench_url() -> Iterator[str]:
+    """A small multiplexing receiver in a process of its own."""
+    process = run_python(BENCH_SERVER)
+    try:
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}/"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+BENCH_DATA = {"order_id": "1234", "note": "x" * 240}
+
+
+def bench_session_loop(url: str, count: int) -> tuple[float, float]:
+    """What people write today: one Session, keep-alive, one thread, signed JSON. Deliveries/s and CPU seconds each."""
+    body = json.dumps(BENCH_DATA).encode()
+    with requests.Session() as session:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for number in range(count):
+            now = int(time.time())
+            headers = {"content-type": "application/json", "webhook-id": f"msg_{number}", "webhook-timestamp": str(now)}
+            headers["webhook-signature"] = sign(SECRET, f"msg_{number}", now, body)
+            assert session.post(url, data=body, headers=headers, timeout=5).status_code == 200
+        return count / (time.perf_counter() - wall), (time.process_time() - cpu) / count
+
+
+def bench_drain(url: str, count: int, path: pathlib.Path) -> tuple[float, float]:
+    """From rows in SQLite to recorded 200s, default settings. Deliveries/s and CPU seconds each."""
+    outbox = make_outbox(make_database(path))
+    outbox.add_endpoint(url)
+    with outbox.transaction() as conn:
+        for _ in range(count):
+            outbox.emit(conn, "order.created", BENCH_DATA)
+    wall, cpu = time.perf_counter(), time.process_time()
+    assert outbox.drain(once=True).delivered == count
+    return count / (time.perf_counter() - wall), (time.process_time() - cpu) / count
+
+
+@pytest.mark.bench
+def test_ten_thousand_waiting_deliveries_against_a_session_loop(
+    bench_url: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rounds = []
+    for number in range(5):
+        loop, ours = bench_session_loop(bench_url, 1500), bench_drain(bench_url, 10_000, tmp_path / f"{number}.db")
+        rounds.append((loop[0], ours[0], ours[0] / loop[0], loop[1] / ours[1]))
+    with capsys.disabled():
+        print(f"\n{os.uname().machine}, {os.cpu_count()} cores, Python {sys.version.split()[0]}, "
+              f"SQLite {sqlite3.sqlite_version}, requests {requests.__version__}")  # fmt: skip
+        print("round  Session loop/s  outbox/s  ratio  CPU ratio")
+        for number, (loop_rate, rate, ratio, cpu_ratio) in enumerate(rounds, 1):
+            print(f"{number:5}  {loop_rate:14,.0f}  {rate:8,.0f}  {ratio:5.1f}  {cpu_ratio:9.1f}")
+        middle = sorted(rounds, key=lambda row: row[2])[2]
+        print(f"median ratio {middle[2]:.1f}, median CPU ratio {sorted(row[3] for row in rounds)[2]:.1f}")

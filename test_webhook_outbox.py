@@ -3003,6 +3003,21 @@ def test_an_explicit_proxy_carries_https_and_http_and_judges_in_the_guards_place
     assert not any("proxy-authorization" in r.headers for r in receiver.requests)
 
 
+def test_a_proxy_that_drips_its_answer_does_not_outlast_the_timeout(wal, serve):
+    def drip(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        sock.sendall(b"HTTP/1.1 200 OK\r\n")
+        for _ in range(100):
+            sock.sendall(b"x-more: 1\r\n")
+            time.sleep(0.1)
+        return False
+
+    proxy = serve(drip)
+    outbox = make_outbox(wal, allow_networks=(), proxy=f"http://127.0.0.1:{proxy.port}", timeout=0.6)
+    outbox.add_endpoint("https://hooks.test/", id="a")
+    attempt = outbox.ping("a")
+    assert attempt.reason == "timeout" and attempt.duration < 3
+
+
 def test_a_proxy_that_refuses_or_is_down_is_a_failed_attempt_without_its_password(wal, serve, authority):
     proxy = serve(transport_proxy({}, status=407))
     outbox = make_outbox(wal, proxy=f"http://user:canary@127.0.0.1:{proxy.port}")

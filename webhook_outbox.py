@@ -1183,7 +1183,7 @@ class _Opener(requests.adapters.HTTPAdapter):
             connection.ssl_context = self._context(endpoint)
         try:
             if self.proxy and scheme == "https":
-                pool._prepare_proxy(connection)  # CONNECT, then TLS with the endpoint
+                self._tunnel(pool, connection, deadline)
             else:
                 connection.connect()
             if opening.dialled is None and not self.proxy:
@@ -1195,6 +1195,26 @@ class _Opener(requests.adapters.HTTPAdapter):
         finally:
             connection.close()
 
+    def _tunnel(self, pool: Any, connection: Any, deadline: float) -> None:
+        """CONNECT through the proxy, then TLS with the endpoint. http.client's timeout is for each read, so a proxy
+        that drips is cut off from outside."""
+
+        def cut() -> None:
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(max(0.001, deadline - time.monotonic()), cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            pool._prepare_proxy(connection)
+        except Exception:
+            if time.monotonic() >= deadline:
+                raise TimeoutError from None
+            raise
+        finally:
+            timer.cancel()
+
     def _context(self, endpoint: Endpoint) -> ssl.SSLContext:
         """Return the TLS context for an endpoint's CA and certificate, read again when the files change. One context
         serves all: loading the CA bundle for each connection costs more than the handshake."""
@@ -1203,7 +1223,9 @@ class _Opener(requests.adapters.HTTPAdapter):
         key = (ca, chain, *(os.stat(path).st_mtime_ns for path in (ca, *chain)))
         with self._lock:
             if key not in self._contexts:
-                context = ssl.create_default_context(cafile=ca)
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # create_default_context reads SSLKEYLOGFILE
+                context.minimum_version = ssl.TLSVersion.TLSv1_2
+                context.load_verify_locations(cafile=ca)
                 if chain:
                     context.load_cert_chain(chain[0], chain[-1], password="")  # never ask on a terminal
                 self._contexts = {k: v for k, v in self._contexts.items() if k[:2] != key[:2]} | {key: context}
@@ -1321,7 +1343,7 @@ def _checked_headers(headers: Any) -> dict[str, str]:
         if _RESERVED_HEADER.fullmatch(name):
             raise PayloadError(f"the header {name} is set by the outbox or the connection; leave it out")
         if not isinstance(value, str) or not re.fullmatch(
-            r"[!-~\xa1-\xff]([ -~\xa1-\xff]{0,8190}[!-~\xa1-\xff])?", value
+            r"[!-~\xa1-\xac\xae-\xff]([ -~\xa1-\xac\xae-\xff]{0,8190}[!-~\xa1-\xac\xae-\xff])?", value
         ):
             raise PayloadError(f"the value of header {name} must be one line of printable Latin-1 text")
     if len({name.lower() for name in headers}) != len(headers):

@@ -4021,7 +4021,7 @@ def test_another_process_takes_over_when_the_holder_dies_and_never_while_it_live
             eventually(lambda: outbox.stats().pending == 0)
             holder.send_signal(signal.SIGSTOP)
             drain_emit(outbox, [6])
-            time.sleep(1.0)
+            time.sleep(0.7)
             assert len(receiver.requests) == 6
             holder.send_signal(signal.SIGCONT)
             eventually(lambda: drain_senders(receiver) == ["there"] * 7)
@@ -4070,7 +4070,7 @@ def test_a_process_that_stands_by_and_emits_does_not_spin(wal, serve):
             drain_emit(standby, range(1, 4))
             eventually(lambda: len(receiver.requests) == 4)
             before = time.process_time()
-            time.sleep(1.5)
+            time.sleep(1.0)
             assert time.process_time() - before < 0.3
         finally:
             standby.stop()
@@ -4168,7 +4168,7 @@ def test_a_full_disk_pauses_sending_and_nothing_is_sent_twice(wal, serve):
         drain_emit(outbox, range(1, 6))
         eventually(lambda: len(receiver.requests) > 1)
         drain_emit(outbox, [6])
-        time.sleep(2.5)
+        time.sleep(1.6)  # it tries again after a second
         assert len(receiver.requests) <= 7
         assert outbox.stats().pending == 6
         resource.prlimit(holder.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -4470,9 +4470,9 @@ def test_a_rate_is_never_exceeded_on_average(wal, serve):
 
     receiver.play = play
     outbox.add_endpoint(receiver.url(), rate=50)
-    drain_emit(outbox, range(60))
+    drain_emit(outbox, range(40))
     start = time.monotonic()
-    assert outbox.drain(until_empty=True).delivered == 60
+    assert outbox.drain(until_empty=True).delivered == 40
     assert all(n <= 50 * (at - start) + 5 for n, at in enumerate(arrivals))
     assert time.monotonic() - start < 6
 
@@ -4735,20 +4735,19 @@ def test_a_child_forked_inside_a_transaction_neither_ends_nor_spoils_it(database
     assert query(database, "PRAGMA integrity_check") == [("ok",)]
 
 
-@pytest.mark.parametrize("ending", ["", "sys.exit(3)"])
-def test_the_interpreter_exits_promptly_and_silently_with_attempts_under_way(wal, serve, ending):
+def test_the_interpreter_exits_promptly_and_silently_with_attempts_under_way(wal, serve):
     gate = DrainGate()
     receiver, outbox = serve(gate), make_outbox(wal)
     outbox.add_endpoint(receiver.url())
     event = emit(outbox)
-    code = DRAIN_FOREVER.replace("time.sleep(600)", "sys.stdin.readline()\nprint('leaving', flush=True)\n" + ending)
+    code = DRAIN_FOREVER.replace("time.sleep(600)", "sys.stdin.readline()\nprint('leaving', flush=True)\nsys.exit(3)")
     with drain_process(wal, "", code, stdin=subprocess.PIPE) as process:
         eventually(lambda: receiver.requests)
         process.stdin.write("\n")
         process.stdin.flush()
         assert [process.stdout.readline() for _ in range(2)] == ["started\n", "leaving\n"]
         left = time.monotonic()
-        assert process.wait(20) == (3 if "3" in ending else 0)
+        assert process.wait(20) == 3
         assert time.monotonic() - left < 5
         assert process.stderr.read() == ""
     gate.opened.set()
@@ -4819,7 +4818,7 @@ def crashes_received(requests_: list[Request]) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("rounds", [6, pytest.param(150, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [4, pytest.param(150, marks=pytest.mark.long)])
 def test_kill_9_of_a_draining_process_loses_nothing_and_repeats_only_what_was_not_recorded(database, serve, rounds):
     """What a process had sent but not recorded when it died comes exactly once more; everything else exactly once."""
     rng = random.Random(rounds)
@@ -5720,7 +5719,19 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     (packages,) = (folder / "venv").glob("lib/python*/site-packages")
     (packages / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = folder / "venv" / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--no-compile", wheel)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--ignore-installed",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+        wheel,
+    )
     return folder / "venv"
 
 

@@ -641,7 +641,6 @@ def _key(secret: str | bytes, least: int = 16, most: int = 1 << 16) -> bytes:
 
     Lenient decoders drop foreign characters, so a typo would sign with another key: refuse it instead.
     """
-    key = b""
     if isinstance(secret, bytes):
         key = secret
     elif isinstance(secret, str):
@@ -649,6 +648,8 @@ def _key(secret: str | bytes, least: int = 16, most: int = 1 << 16) -> bytes:
             key = base64.b64decode(secret.removeprefix("whsec_").encode("ascii"), validate=True)
         except ValueError:
             raise PayloadError("the secret is not base64; expected whsec_ followed by base64") from None
+    else:  # bytes(32) would be 32 zeros: a key that everybody knows
+        raise PayloadError("the secret must be text or bytes")
     if not least <= len(key) <= most:
         raise PayloadError(f"the secret holds {len(key)} bytes; it must hold {least} to {most}")
     return key
@@ -796,7 +797,7 @@ def verify(
 
     body: the raw bytes as received, before any JSON or text handling. headers: any mapping, names in any case.
     secret: one or several, while you rotate. tolerance: seconds, before and after. scheme: standard (Standard
-    Webhooks 1.0), stripe, or github (which signs no time, so a replay is caught by Inbox alone).
+    Webhooks 1.0), stripe, or github, which signs neither time nor id: there a replay cannot be told from the original.
     Not a guarantee against duplicates: pass the id to Inbox.accept.
     """
     try:
@@ -810,7 +811,8 @@ def verify(
     except SignatureError:
         raise
     except Exception as error:  # hostile headers reach odd corners; a receiver answers 400, never 500
-        raise SignatureError(f"the request cannot be verified ({type(error).__name__})") from None
+        why = str(error) if isinstance(error, OutboxError) else type(error).__name__
+        raise SignatureError(f"the request cannot be verified: {why}") from None
     return _parsed(id, scheme == "standard", signed_at, body)
 
 
@@ -838,18 +840,17 @@ class RetryPolicy:
     overload_delay: float | None = None
 
     def __post_init__(self) -> None:
-        try:
-            delays = tuple(float(delay) for delay in self.delays)
-        except (TypeError, ValueError):
-            raise PayloadError("RetryPolicy.delays must be numbers of seconds") from None
-        if not delays or not all(0 <= delay < math.inf for delay in delays):
-            raise PayloadError("RetryPolicy.delays must be one or more finite numbers of seconds, none negative")
-        if not 0 <= self.jitter <= 10:
-            raise PayloadError("RetryPolicy.jitter must lie between 0 and 10")
+        delays = tuple(self.delays) if isinstance(self.delays, (list, tuple)) else ()
+        numbers = [*delays, self.jitter, 0.0 if self.overload_delay is None else self.overload_delay]
+        if (
+            not delays
+            or not all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers)
+            or self.jitter > 10
+        ):
+            raise PayloadError("RetryPolicy: delays must be one or more numbers of seconds, jitter a share up to 10")
+        delays = tuple(map(float, delays))
         if self.overload_delay is None:
             object.__setattr__(self, "overload_delay", 60.0 if delays == _STANDARD_DELAYS else 0.0)
-        elif not 0 <= self.overload_delay < math.inf:
-            raise PayloadError("RetryPolicy.overload_delay must be a finite number of seconds, not negative")
         object.__setattr__(self, "delays", delays)
 
     @classmethod
@@ -889,8 +890,11 @@ def _retry_after(values: Sequence[str], now: float) -> float | None:
             hints.append(float(value.lstrip("0") or 0) if len(value.lstrip("0")) <= 6 else _LONGEST_HINT)
             continue
         with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):
-            if re.match(r"[A-Z][a-z]{2,8}, ", value):
-                hints.append(email.utils.parsedate_to_datetime(value).timestamp() - now)
+            if re.match(r"[A-Z][a-z]{2,8},? ", value):  # each of RFC 9110's three date formats is GMT
+                moment = email.utils.parsedate_to_datetime(value)
+                hints.append(
+                    (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp() - now
+                )
     return min(max(0.0, *hints), _LONGEST_HINT) if hints else None
 
 
@@ -1861,6 +1865,13 @@ def _host_errors(db: sqlite3.Connection, path: str) -> Iterator[None]:
                 "(an attached file cannot commit atomically in WAL mode)"
             ) from None
         raise
+
+
+def _check_identity(cursor: sqlite3.Cursor, identity: str, path: str) -> None:
+    """Refuse a host's connection to another file that has our tables too."""
+    cursor.execute("SELECT value = ? FROM main.webhook_meta WHERE key = 'outbox'", (identity,))
+    if cursor.fetchone() != (1,):
+        raise SchemaError(f"this connection is open on another file than the outbox's, {path}")
 
 
 class _Lock:
@@ -3229,9 +3240,7 @@ class Outbox:
             db = _host(conn)
             with _host_errors(db, self.path), _plain_text(db):
                 cursor = sqlite3.Cursor(db)
-                cursor.execute("SELECT value = ? FROM main.webhook_meta WHERE key = 'outbox'", (self._identity,))
-                if cursor.fetchone() != (1,):
-                    raise SchemaError(f"this connection is open on another file than the outbox's, {self.path}")
+                _check_identity(cursor, self._identity, self.path)
                 yield cursor
         self._wake()
 
@@ -3775,7 +3784,7 @@ class Inbox:
         if path in ("", ":memory:"):
             raise SchemaError("the inbox needs a file; an in-memory database forgets what it received")
         self._path = os.path.realpath(path)
-        _prepare_file(self._path, create=True)
+        self._identity = _prepare_file(self._path, create=True)
         self._warned = False
 
     def accept(self, conn: Any, event_id: str) -> bool:
@@ -3788,6 +3797,7 @@ class Inbox:
         db = _host(conn)
         cursor = sqlite3.Cursor(db)
         with _host_errors(db, self._path):
+            _check_identity(cursor, self._identity, self._path)
             cursor.execute("INSERT OR IGNORE INTO main.webhook_inbox VALUES (?, ?)", (event_id, time.time()))
             first = cursor.rowcount == 1
             cursor.execute("PRAGMA main.synchronous")  # reads it

@@ -50,6 +50,7 @@ import contextlib
 import dataclasses
 import datetime
 import email.utils
+import errno
 import functools
 import hmac
 import ipaddress
@@ -956,9 +957,9 @@ class _Guard:
         else:
             denied = address not in _GLOBAL_V6 or any(address in network for network in _DENIED_V6)
         if denied:
-            return f"{address} is a private or special-purpose address; allow_networks can admit it"
+            return f"{address} is a private or special-purpose address; allow_networks (--allow-network) can admit it"
         if scheme != "https" and not self.allow_http:
-            return "plain http is refused; use https, or allow_http=True"
+            return "plain http is refused; use https, or admit it with allow_networks (--allow-network) or allow_http"
         return None
 
 
@@ -1021,7 +1022,7 @@ def _prepare_url(url: str, guard: _Guard) -> requests.PreparedRequest:
     if address and (why := guard.refusal(address, scheme)):
         _refuse_url(why)
     if scheme == "http" and not (address or guard.allow_http or guard.allow_networks):
-        _refuse_url("plain http is refused; use https, or allow_http=True")
+        _refuse_url("plain http is refused; use https, or admit it with allow_networks (--allow-network) or allow_http")
     return prepared
 
 
@@ -1902,8 +1903,8 @@ class _Lock:
         except OSError as error:
             opened = self._fd >= 0
             self.release()
-            if not opened:
-                raise OutboxError(f"the lock file {self.path} cannot be opened: {error.strerror}") from None
+            if not opened or error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise OutboxError(f"the lock file {self.path} cannot be used: {error.strerror}") from None
             return False
 
     def release(self) -> None:
@@ -2070,51 +2071,40 @@ _GAP_BUSY, _GAP_SENDING, _GAP_IDLE = 0.1, 0.01, 0.001  # seconds between two com
 _PRUNE_PAUSE = 3_600.0  # seconds between two rounds of retention
 
 
+_NOTHING = memoryview(b"")
+
+
+@dataclasses.dataclass(slots=True, eq=False)
 class _Connection:
     """A connection to a receiver, idle in its lane or carrying one attempt. Only the loop touches it."""
 
-    __slots__ = ("answer", "attempt", "idle_since", "lane", "out", "sock", "used", "wire", "writing")
-
-    def __init__(self, sock: socket.socket, lane: _Lane, wire: _Wire | None) -> None:
-        self.sock, self.lane = sock, lane
-        self.wire = wire  # what it was opened for: not reused once the endpoint's row has changed
-        self.attempt: _Attempt | None = None
-        self.answer = _Answer()
-        self.out = memoryview(b"")  # what of the request is still to be sent
-        self.writing = False  # the selector watches for room to write
-        self.used = False  # carried an attempt before
-        self.idle_since = 0.0  # monotonic
+    sock: socket.socket
+    lane: _Lane
+    wire: _Wire | None  # what it was opened for: not reused once the endpoint's row has changed
+    attempt: _Attempt | None = None
+    answer: _Answer = dataclasses.field(default_factory=_Answer)
+    out: memoryview = _NOTHING  # what of the request is still to be sent
+    writing: bool = False  # the selector watches for room to write
+    used: bool = False  # carried an attempt before
+    idle_since: float = 0.0  # monotonic
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _Attempt:
     """One try under way. The loop owns it, except while a thread opens its connection."""
 
-    __slots__ = (
-        "connection",
-        "deadline",
-        "error",
-        "hidden",
-        "lane",
-        "picked",
-        "request",
-        "resent",
-        "sock",
-        "started",
-        "wall",
-        "wire",
-    )
-
-    def __init__(self, lane: _Lane, picked: _Picked, wall: float, timeout: float) -> None:
-        self.lane, self.picked, self.wall = lane, picked, wall
-        self.wire = lane.wire  # of the row as it was then: request and connection belong together
-        self.started = time.monotonic()
-        self.deadline = self.started + timeout
-        self.request: bytes | None = None
-        self.hidden: list[str] = []
-        self.sock: socket.socket | None = None  # what the opener made
-        self.error: BaseException | None = None
-        self.connection: _Connection | None = None
-        self.resent = False  # its kept-alive connection turned out to be dead; this is the second, fresh one
+    lane: _Lane
+    wire: _Wire | None  # of the endpoint's row as it was then: request and connection belong together
+    picked: _Picked
+    wall: float  # when it began, by the outbox's clock
+    started: float  # the same, monotonic
+    deadline: float  # monotonic
+    request: bytes | None = None
+    hidden: list[str] = dataclasses.field(default_factory=list)
+    sock: socket.socket | None = None  # what the opener made
+    error: BaseException | None = None  # why it made none
+    connection: _Connection | None = None
+    resent: bool = False  # its kept-alive connection turned out to be dead; this is the second, fresh one
 
 
 class _Lane:
@@ -2231,6 +2221,7 @@ class _Drain:
         self.thread = 0  # that runs the loop
         self.parked, self.go_on = threading.Event(), threading.Event()  # around a fork; clear go_on: close the file
         self.go_on.set()
+        self.forks = 0  # threads that are forking now
         self.lock = _Lock(outbox.path)
         self.opener = _Opener(outbox)
         self.db: sqlite3.Connection = None  # type: ignore[assignment]  # opened by run, in the loop's thread
@@ -2276,8 +2267,10 @@ class _Drain:
 
     def park(self) -> None:
         """Before a fork: have the loop close its connection, so that the child inherits none of SQLite's notes."""
-        self.parked.clear()
-        self.go_on.clear()
+        with self.hand:
+            self.forks += 1
+            self.parked.clear()
+            self.go_on.clear()
         if threading.get_ident() == self.thread:  # forked by a callback of ours
             self._close_db()
         else:
@@ -2285,12 +2278,17 @@ class _Drain:
             self.parked.wait(5.0)
 
     def unpark(self) -> None:
+        with self.hand:
+            self.forks -= 1
+            if self.forks:
+                return
+            self.go_on.set()
         if threading.get_ident() == self.thread:
             self._open_db()
-        self.go_on.set()
 
     def _close_db(self) -> None:
-        _close(self.db, self.pid)
+        if self.db is not None:
+            _close(self.db, self.pid)
 
     def _open_db(self) -> None:
         self.db = _open(self.outbox.path, patience=0.0)
@@ -2313,8 +2311,8 @@ class _Drain:
             self.wake_out.setblocking(False)
             self.selector.register(self.wake_out, selectors.EVENT_READ)
             self.thread = threading.get_ident()
-            self._open_db()
             _DRAINS.add(self)
+            self._open_db()
             if self._await_lock():
                 self._check_writable()
                 self._loop()
@@ -2348,9 +2346,13 @@ class _Drain:
 
     def _await_lock(self) -> bool:
         """Stand by until the lock is ours (True), or there is no reason to go on."""
+        told = False
         while not self.stopping:
             if self.lock.acquire():
                 return True
+            if not told:
+                _log.info("another drain has %s; standing by", self.outbox.path)
+                told = True
             if self.mode != "forever" and not self._patiently(self._work_left):
                 return False  # whoever drains has done it
             if self.selector.select(_TAKEOVER_POLL):
@@ -2551,7 +2553,7 @@ class _Drain:
 
     def _admit(self, lane: _Lane, mono: float) -> bool:
         """Keep most places, and half the openers, for endpoints that answered lately: those that hang fill the rest."""
-        proven = lane.proven_until > mono
+        proven = lane.proven_until > mono or (lane.failing_since is None and not lane.active)
         if not proven:
             unproven = sum(1 for attempt in self.attempts if attempt.lane.proven_until <= mono)
             if unproven >= max(1, self.outbox.workers * 3 // 8):
@@ -2570,7 +2572,9 @@ class _Drain:
             if not picked:
                 return False
         lane.take_slot(mono)
-        attempt = _Attempt(lane, lane.buffer.popleft(), now, lane.endpoint.timeout or self.outbox.timeout)
+        started = time.monotonic()
+        deadline = started + (lane.endpoint.timeout or self.outbox.timeout)
+        attempt = _Attempt(lane, lane.wire, lane.buffer.popleft(), now, started, deadline)
         self.attempts.add(attempt)
         lane.active += 1
         try:
@@ -2820,13 +2824,8 @@ class _Drain:
         """Write what came back, in one statement, within the commit budget: commits a second are what a host feels."""
         if not self.outcomes or mono < self.record_at:
             return
-        batch, lanes = self.outcomes[:_BATCH], list(self.dirty.values())[: _MOST_ROWS - _BATCH]
-        states = [
-            (None, lane.id, *_NO_ROW[:8], lane.failures, lane.failing_since, lane.paused_until, lane.disable)
-            for lane in lanes
-        ]
         try:
-            _write_outcomes(self.db, batch + states)
+            batch = self._write()
         except sqlite3.Error as error:
             if not _is_busy(error):
                 if self.storing:
@@ -2838,11 +2837,21 @@ class _Drain:
             self.record_at = mono + (0.0005 if self.storing else 1.0)
             return
         self.storing = True
+        self._recorded(batch)
+
+    def _write(self) -> list[tuple[Any, ...]]:
+        """Write outcomes, and what was learned of their endpoints; return the outcomes written."""
+        batch, lanes = self.outcomes[:_BATCH], list(self.dirty.values())[: _MOST_ROWS - _BATCH]
+        states = [
+            (None, lane.id, *_NO_ROW[:8], lane.failures, lane.failing_since, lane.paused_until, lane.disable)
+            for lane in lanes
+        ]
+        _write_outcomes(self.db, batch + states)
         del self.outcomes[: len(batch)]
         for lane in lanes:
             lane.dirty, lane.disable = False, None
             del self.dirty[lane.id]
-        self._recorded(batch)
+        return batch
 
     def _recorded(self, batch: list[tuple[Any, ...]]) -> None:
         """Our own commits do not move data_version: note here what they made due."""
@@ -2892,20 +2901,23 @@ class _Drain:
             self._prune(now, mono)
 
     def _prune(self, now: float, mono: float) -> None:
-        removed, self.prune_from = _prune_some(self.db, self.prune_from or 0, now - self.outbox.retention)
+        self.prune_at = mono + 60.0  # should it fail: a full disk, say, which must not end the loop
+        try:
+            removed, self.prune_from = _prune_some(self.db, self.prune_from or 0, now - self.outbox.retention)
+        except sqlite3.OperationalError as error:
+            _log.debug("pruning failed (%s), later again", error)
+            return
         self.prune_at = mono + (_PRUNE_PAUSE if self.prune_from is None else 0.2 if removed else 0.02)
 
     # Leaving.
 
     def _leave(self) -> None:
         """Close everything, in the process that opened it. Deliveries that are not recorded stay pending."""
-        _DRAINS.discard(self)
         with self.hand:
             self.closed = True
             left, self.handed = self.handed, []
         if os.getpid() != self.pid:
             return
-        self.parked.set()
         for attempt in left:
             if attempt.sock is not None:
                 attempt.sock.close()
@@ -2914,13 +2926,16 @@ class _Drain:
                 self._shut(key.data)
         if self.outcomes:  # an exception, or the grace ran out: what is known is not thrown away
             with contextlib.suppress(sqlite3.Error):
-                _write_outcomes(self.db, self.outcomes)
+                self.db.execute("PRAGMA busy_timeout = 1000")
+                while self.outcomes:
+                    self._write()
         self.selector.close()
         self.wake_in.close()
         self.wake_out.close()
         self.lock.release()
-        if self.db is not None:
-            _close(self.db, self.pid)
+        self._close_db()
+        _DRAINS.discard(self)
+        self.parked.set()
         self.opener.close()
 
 
@@ -2959,7 +2974,9 @@ def _choice(name: str, value: Any, choices: Sequence[str]) -> str:
 
 def _checked_type(type: Any) -> str:
     if not isinstance(type, str) or len(type) > 256 or not _TYPE.fullmatch(type):
-        raise PayloadError("type must be letters, digits, _ and - in parts joined by dots, at most 256: order.created")
+        raise PayloadError(
+            "the type is not valid: letters, digits, _ and - in parts joined by dots, like order.created"
+        )
     return type
 
 
@@ -3430,7 +3447,7 @@ class Outbox:
         if self._pid != os.getpid():
             self._after_fork()
         with self._lock:
-            if self.running:
+            if self.running and not self._halt.is_set():  # one that is stopping does not count
                 return
             self._halt = threading.Event()
             self._thread = threading.Thread(
@@ -3538,7 +3555,9 @@ class Outbox:
     def _act_on_failed(self, statement: str, all: bool, dry_run: bool, conn: Any, filters: Filters) -> int:
         where, values = _failed_where(**filters)
         if where == "1" and not all:
-            raise PayloadError("say which failed rows: by ids, endpoint, type, reason, since, until, or all=True")
+            raise PayloadError(
+                "say which failed rows: by ids, endpoint, type, reason, since, until, or all (--all, all=True)"
+            )
         statement = statement.format(where=where, now=repr(float(self.clock())))
         done = last = 0
         while True:
@@ -3826,16 +3845,34 @@ def _moment(value: float) -> str:
     return datetime.datetime.fromtimestamp(value, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
+def _age(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
+
+
+def _cut(text: str, most: int) -> str:
+    line = _one_line(text, most + 1)
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
 def _cell(name: str, value: Any) -> str:
     if value is None or value == "" or value == {}:
         return "-"
     if name == "at" or name.endswith(("_at", "_since")):
         return _moment(value)
+    if name == "duration":
+        return _age(value)
+    if name == "data":
+        return _cut(_dumps(value), 80)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3g}"
-    return _one_line(" ".join(value) if isinstance(value, tuple) else str(value), 80)
+    return _cut(" ".join(value) if isinstance(value, tuple) else str(value), 80)
 
 
 def _record(row: Any) -> dict[str, Any]:
@@ -3847,9 +3884,9 @@ def _record(row: Any) -> dict[str, Any]:
     return record
 
 
-def _show(rows: Sequence[Any], columns: str, as_json: bool, empty: str) -> None:
-    """Print dataclasses as a table of some columns, or as JSON with all fields."""
-    records = [_record(row) for row in rows]
+def _show(rows: Sequence[Any], columns: str, as_json: bool, empty: str, without: str = "") -> None:
+    """Print dataclasses as a table of some columns, or as JSON with all fields but `without`."""
+    records = [{name: value for name, value in _record(row).items() if name != without} for row in rows]
     if as_json:
         return _say(json.dumps(records, indent=2))
     if not records:
@@ -3868,15 +3905,6 @@ def _show_one(row: Any, as_json: bool) -> None:
         _say(f"{name:16} {_cell(name, value)}")
 
 
-def _age(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
-
-
 def _status_text(stats: Stats) -> str:
     oldest = f", oldest {_age(stats.oldest_due_age)}" if stats.due else ""
     first = f"{stats.pending} pending ({stats.due} due now{oldest}), {stats.held} held, {stats.failed} failed"
@@ -3889,7 +3917,7 @@ def _status_text(stats: Stats) -> str:
         most = max(e.history) or 1
         bars = "".join("▁▂▃▄▅▆▇█"[-(-count * 7 // most)] if count else "·" for count in e.history)
         ages = f"{_age(e.p50):>6}  {_age(e.p95):>6}  {e.pending:>7}  {_age(e.oldest_due_age):>6}"
-        note = _one_line(e.last_error or "", 50) if e.enabled else "disabled, deliveries are held"
+        note = _cut(e.last_error or "", 60) if e.enabled else "disabled, deliveries are held"
         lines.append(f"{e.id:{width}}  {share:>7}  {ages}  {e.failed:>6}  {bars}  {note}".rstrip())
     return "\n".join(lines)
 
@@ -3905,7 +3933,8 @@ def _status(outbox: Outbox, options: Any) -> None:
 
 
 def _init(outbox: Outbox, options: Any) -> None:
-    _say(f"{options.db or options.app} is ready; `endpoint add URL` comes next")
+    next_step = "" if outbox.endpoints() else "; `endpoint add URL` comes next"
+    _say(f"{outbox.path} is ready{next_step}")
 
 
 def _emit_by_hand(outbox: Outbox, options: Any) -> None:
@@ -3917,6 +3946,8 @@ def _emit_by_hand(outbox: Outbox, options: Any) -> None:
         names = ("key", "idempotency_key", "delay")
         id = outbox.emit(conn, options.type, data, **{name: getattr(options, name) for name in names})
     _say(id)
+    if not outbox.event(id).deliveries:
+        print("no enabled endpoint takes it; `endpoint list` shows their patterns", file=sys.stderr)
 
 
 def _drain_here(outbox: Outbox, options: Any) -> None:
@@ -3925,7 +3956,7 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
     terminal = sys.stderr.isatty()
     started = time.monotonic()
     line = "\r\x1b[K%(message)s" if terminal else "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.WARNING if terminal else logging.INFO, format=line, stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format=line, stream=sys.stderr)
 
     logged = DrainReport(0, 0, 0, 0), started
 
@@ -3939,6 +3970,7 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
         rate = report.delivered / max(0.001, time.monotonic() - started)
         left = f"  {_age(report.pending / rate)} left" if rate >= 1 and report.pending else ""
         counts = f"delivered {report.delivered:,}  failed {report.failed:,}  waiting {report.pending:,}"
+        counts += f"  retried {report.retried:,}" if report.retried else ""
         print(f"\r\x1b[K{counts}  {rate:,.0f}/s{left}", end="", file=sys.stderr, flush=True)
 
     signals = 0
@@ -3946,7 +3978,9 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
     def on_signal(number: int, frame: Any) -> None:
         nonlocal signals
         signals += 1
-        drain.stop(10.0 if signals == 1 else 0.0)  # the second one stops waiting
+        drain.stop(10.0 if signals == 1 else 0.0)
+        if signals == 1 and drain.attempts:
+            _log.info("finishing %d under way; once more to stop at once", len(drain.attempts))
 
     mode = "until_empty" if options.until_empty else "once" if options.once else "forever"
     drain = _Drain(outbox, mode, show if terminal else log)
@@ -4001,8 +4035,12 @@ def _endpoint_list(outbox: Outbox, options: Any) -> None:
 def _endpoint_set(outbox: Outbox, options: Any) -> None:
     if options.verb == "disable":
         outbox.disable_endpoint(options.id, options.reason)
+    elif options.verb == "enable":
+        outbox.enable_endpoint(options.id)
     else:
-        (outbox.enable_endpoint if options.verb == "enable" else outbox.remove_endpoint)(options.id)
+        waiting = {e.id: e.pending for e in outbox.stats().endpoints}.get(options.id, 0)
+        outbox.remove_endpoint(options.id)
+        return _say(f"removed {options.id} and {waiting} deliveries that waited for it")
     _say(f"{options.verb}d {options.id}")
 
 
@@ -4026,7 +4064,7 @@ def _endpoint_backfill(outbox: Outbox, options: Any) -> None:
 def _events_list(outbox: Outbox, options: Any) -> None:
     names = ("type", "since", "until", "limit", "after")
     rows = outbox.events(**{name: getattr(options, name) for name in names})
-    _show(rows, "id type key created_at data", options.json, "no events")
+    _show(rows, "id type key created_at data", options.json, "no events", without="deliveries")
 
 
 def _events_show(outbox: Outbox, options: Any) -> None:
@@ -4047,6 +4085,8 @@ def _failed_filters(options: Any) -> Any:
 
 def _failed_list(outbox: Outbox, options: Any) -> None:
     rows = outbox.failed(limit=options.limit, after=options.after, **_failed_filters(options))
+    if not rows and options.endpoint:
+        outbox.endpoint(options.endpoint)  # a typo must not look like good news
     _show(rows, "id event_id endpoint_id type attempts reason error failed_at", options.json, "nothing failed")
 
 
@@ -4060,6 +4100,10 @@ def _failed_show(outbox: Outbox, options: Any) -> None:
 def _failed_act(outbox: Outbox, options: Any) -> None:
     act = outbox.replay if options.verb == "replay" else outbox.discard
     count = act(all=options.all, dry_run=options.dry_run, **_failed_filters(options))
+    if not count and options.endpoint:
+        outbox.endpoint(options.endpoint)
+    if not count and options.ids:
+        raise NotFound("there are no such failed rows; `failed list` shows those there are")
     _say(f"{count} failed rows {'would be ' if options.dry_run else ''}{options.verb}ed")
 
 
@@ -4107,9 +4151,9 @@ def _listen(_: None, options: Any) -> None:
                 event = verify(body, headers, options.secret)
                 verdict = f"verified  {event.id}  {event.type}"
             except SignatureError as error:
-                _say(f"refused  {error}")
+                _say(f"refused, answered 400: {error}")
                 return 400
-        _say(f"{verdict}\n  {_one_line(body.decode('utf-8', 'replace'), 2000)}")
+        _say(f"{verdict}  answered {options.status}\n  {_one_line(body.decode('utf-8', 'replace'), 2000)}")
         return int(options.status)
 
     with _local_receiver(options.port, answer) as server:
@@ -4221,7 +4265,7 @@ def _demo(_: None, options: Any) -> int:
             held = demo.play()
     except OSError as error:
         raise OutboxError(f"the demo cannot run here: {error}") from None
-    _say(f"\n{sum(demo.seen)} of {len(demo.seen)} steps seen.")
+    _say(f"\n{sum(demo.seen)} of {len(demo.seen)} checks seen.")
     return 0 if held else 1
 
 
@@ -4272,7 +4316,8 @@ _LIMIT = _argument("--limit", type=int, default=100)
 _TYPE_FILTER = _argument("--type", help="a type, or a group: 'order.*'")
 _SINCE = _argument("--since", type=_when, help="UTC seconds, or 2026-01-31T12:00")
 _UNTIL = _argument("--until", type=_when)
-_FAILED_FILTERS = (_argument("--endpoint"), _TYPE_FILTER, _argument("--reason"), _SINCE, _UNTIL)
+_REASON = _argument("--reason", help=", ".join(_REASONS))
+_FAILED_FILTERS = (_argument("--endpoint", metavar="ID"), _TYPE_FILTER, _REASON, _SINCE, _UNTIL)
 
 
 def _endpoint_commands(parent: Any) -> None:
@@ -4282,12 +4327,16 @@ def _endpoint_commands(parent: Any) -> None:
     options = [
         _argument("--events", nargs="+", default=absent, metavar="PATTERN", help="order.created, 'order.*' or '*'"),
         _argument("--header", dest="headers", action="append", default=absent, metavar="'NAME: VALUE'"),
-        *(_argument(f"--{name}", default=absent) for name in ("description", "body", "signing", "ca")),
-        *(_argument(f"--{name}", default=absent, type=float) for name in ("rate", "timeout")),
-        _argument("--max-in-flight", type=int, default=absent),
-        _argument("--ordered", action=argparse.BooleanOptionalAction, default=absent),
-        _argument("--on-dead", choices=("skip", "hold"), default=absent),
-        _argument("--cert", nargs="+", default=absent, metavar="PATH"),
+        _argument("--description", default=absent),
+        _argument("--body", default=absent, help="standard, data, cloudevents, or a transform of --app"),
+        _argument("--signing", default=absent, help="standard, stripe, github, joined by + to send several"),
+        _argument("--rate", default=absent, type=float, help="deliveries per second"),
+        _argument("--timeout", default=absent, type=float, help="seconds an attempt may last (15)"),
+        _argument("--max-in-flight", type=int, default=absent, help="attempts at once at the most (16)"),
+        _argument("--ordered", action=argparse.BooleanOptionalAction, default=absent, help="one after the other"),
+        _argument("--on-dead", choices=("skip", "hold"), default=absent, help="what a queue does after a failed row"),
+        _argument("--cert", nargs="+", default=absent, metavar="PATH", help="client certificate, and its key"),
+        _argument("--ca", default=absent, metavar="PATH", help="certificates of a private authority"),
     ]
     url, secret = _argument("url", metavar="URL"), _argument("--secret", default=absent)
     _command(parent, "add", _endpoint_add, "register an endpoint", url, _argument("--id"), secret, *options)
@@ -4317,7 +4366,7 @@ def _parser() -> Any:
         description="Webhooks from your SQLite transaction, signed, retried, delivered. `demo` shows the whole story.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--db", default=os.environ.get("WEBHOOK_OUTBOX_DB"), metavar="PATH", help="the app's file")
+    parser.add_argument("--db", metavar="PATH", help="the app's file; else the variable WEBHOOK_OUTBOX_DB")
     parser.add_argument("--app", metavar="MODULE:NAME", help="use the app's own Outbox instead of --db")
     parser.add_argument("--allow-network", action="append", default=[], metavar="CIDR", help="admit a private network")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -4333,7 +4382,11 @@ def _parser() -> Any:
     _command(commands, "schema", lambda o, a: _say(schema_sql().rstrip()), "print the SQL of the tables")
     _endpoint_commands(verbs("endpoint", "where events go"))
     data = _argument("data", metavar="JSON", help="- reads standard input")
-    keys = (_argument("--key"), _argument("--idempotency-key"), _argument("--delay", type=float, default=0.0))
+    keys = (
+        _argument("--key", help="events with one key go out in order"),
+        _argument("--idempotency-key", help="a second event with it is the first one"),
+        _argument("--delay", type=float, default=0.0, help="seconds"),
+    )
     _command(commands, "emit", _emit_by_hand, "record an event by hand", _argument("type"), data, *keys)
     modes = (
         _argument("--once", help="until nothing is due now", **flag),
@@ -4358,8 +4411,8 @@ def _parser() -> Any:
     endpoint = _argument("--endpoint", help="only to this one, which need not have had it")
     _command(commands, "resend", _resend, "deliver a recorded event again", _ID, endpoint)
     _command(commands, "prune", _prune, "delete old events", _argument("--older-than", type=float, metavar="SECONDS"))
-    listen = (_argument("--port", type=int, default=8000), _argument("--secret"))
-    status = _argument("--status", type=int, default=200, metavar="N")
+    listen = (_argument("--port", type=int, default=8000), _argument("--secret", help="whsec_...: verify with it"))
+    status = _argument("--status", type=int, default=200, metavar="N", help="what to answer (200)")
     _command(commands, "listen", _listen, "a local receiver that verifies and prints what arrives", *listen, status)
     return parser
 
@@ -4367,11 +4420,11 @@ def _parser() -> Any:
 def _open_outbox(options: Any) -> Outbox:
     making = options.run is _init
     if options.app:
-        if options.allow_network:
-            _parser().error("--allow-network goes with --db; an --app has its own allow_networks")
         outbox = _load_app(options.app)
-    elif options.db:
-        outbox = Outbox(options.db, create=making, allow_networks=options.allow_network)
+        if options.allow_network or (options.db and os.path.realpath(options.db) != outbox.path):
+            _parser().error(f"--app has its own networks and file, {outbox.path}: leave out --db and --allow-network")
+    elif path := options.db or os.environ.get("WEBHOOK_OUTBOX_DB"):
+        outbox = Outbox(path, create=making, allow_networks=options.allow_network)
     else:
         _parser().error("which file? say --db PATH before the command, or set WEBHOOK_OUTBOX_DB")
     if getattr(options, "workers", None) is not None:

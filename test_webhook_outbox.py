@@ -4318,6 +4318,8 @@ DRAIN_POISON = {
     # case: (SQL, whether the delivery must end in the failed table with reason internal)
     "unknown endpoint": ("INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (1, 'nobody', 0)", True),
     "missing event": ("INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (999, 'sick', 0)", True),
+    "endpoint id is not UTF-8": (
+        "INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (1, CAST(x'ff' AS TEXT), 0)", False),
     "neither": ("INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (999, 'nobody', 0)", True),
     "data is no JSON": ("UPDATE webhook_events SET data = '{oops' WHERE seq = 1", True),
     "data is a blob": ("UPDATE webhook_events SET data = x'00ff' WHERE seq = 1", True),
@@ -4922,6 +4924,158 @@ def test_killed_between_the_answer_and_its_recording_each_attempt_under_way_is_r
         **dict.fromkeys(lost.values(), 2),
         **dict.fromkeys(recorded.values(), 1),
     }
+
+
+# ── drain: what a reviewer broke ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_resent_delivery_follows_the_order_its_endpoint_has_now(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), id="a", ordered=True)
+    ids = [emit(outbox, data=n) for n in range(3)]
+    assert outbox.drain(once=True).delivered == 3
+    outbox.update_endpoint("a", ordered=False)
+    for id in ids:
+        outbox.resend(id)
+    assert query(wal, "SELECT DISTINCT status, queue FROM webhook_deliveries") == [("pending", None)]
+    assert outbox.drain(until_empty=True) == webhook_outbox.DrainReport(3, 0, 0, 0)
+    outbox.update_endpoint("a", ordered=True)
+    for id in ids:
+        outbox.resend(id)
+    assert query(wal, "SELECT status, queue FROM webhook_deliveries ORDER BY event") == [
+        ("pending", ""),
+        ("queued", ""),
+        ("queued", ""),
+    ]
+    assert outbox.drain(until_empty=True).delivered == 3
+    assert [r.headers["webhook-id"] for r in receiver.requests] [-3:] == ids  # fmt: skip
+
+
+def test_a_replayed_delivery_goes_before_a_later_one_that_was_already_read(wal, serve):
+    """k2 was read into memory before the operator replays k1; the table says that k2 waits now."""
+    go, seen = threading.Event(), []
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        name = json.loads(request.body)["data"]
+        seen.append(name)
+        if name == "first":
+            go.wait(20)
+        sock.sendall(answer(400) if name == "k1" and seen.count("k1") == 1 else OK)
+        return True
+
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(serve(play).url(), id="a", max_in_flight=1)
+    emit(outbox, data="k1", key="k")
+    assert outbox.drain(once=True).failed == 1
+    emit(outbox, data="first")
+    emit(outbox, data="k2", key="k")
+    with outbox:
+        eventually(lambda: "first" in seen)
+        assert outbox.replay(all=True) == 1
+        go.set()
+        eventually(lambda: len(seen) == 4)
+    assert seen == ["k1", "first", "k1", "k2"]
+
+
+def test_a_wake_up_is_never_the_last_one(wal):
+    """A byte sent between the flag and the read would be swallowed, and every later wake-up with it."""
+    drain = webhook_outbox._Drain(make_outbox(wal), "forever")
+    drain.wake_in.setblocking(False)
+    drain.wake_out.setblocking(False)
+    end = time.monotonic() + 0.5
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=lambda: [drain.wake() for _ in range(3000)]) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads) or time.monotonic() < end:
+            drain._hear()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    drain._hear()
+    drain.wake()
+    assert select.select([drain.wake_out], [], [], 5)[0]
+    drain._leave()
+
+
+def test_an_endpoint_that_cannot_make_requests_does_not_keep_the_loop_from_the_others(wal, serve, monkeypatch):
+    """Its attempts end at once, so that only the bound on unrecorded outcomes stops a turn."""
+    monkeypatch.delenv("NOWHERE", raising=False)
+    receiver, outbox = serve(), make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(receiver.url(), id="broken", secret="env:NOWHERE")
+    with outbox.transaction() as conn:
+        for n in range(5000):
+            outbox.emit(conn, "order.created", n)
+    drain = webhook_outbox._Drain(outbox, "once")
+    drain._open_db()
+    drain._look()
+    drain._start_attempts(time.time(), time.monotonic())
+    assert len(drain.outcomes) == webhook_outbox._UNRECORDED
+    drain._leave()
+    assert outbox.stats().failed == webhook_outbox._UNRECORDED  # leaving wrote all of them, in several statements
+
+
+def test_a_new_rate_counts_from_now(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), id="a", rate=0.001)
+    for n in range(3):
+        emit(outbox, data=n)
+    with outbox:
+        time.sleep(0.2)
+        outbox.update_endpoint("a", rate=100)
+        eventually(lambda: len(receiver.requests) == 3, within=5)
+
+
+def test_a_refused_emit_leaves_no_transaction_that_the_driver_began_for_it(database):
+    outbox = make_outbox(database)
+    with contextlib.closing(sqlite3.connect(database)) as conn:
+        outbox.emit(conn, "a", 1, idempotency_key="k")
+        conn.commit()
+        with pytest.raises(PayloadError):
+            outbox.emit(conn, "a", 2, idempotency_key="k")
+        assert not conn.in_transaction
+        conn.execute("INSERT INTO orders VALUES (1, 1.0)")
+        with pytest.raises(PayloadError):
+            outbox.emit(conn, "a", 2, idempotency_key="k")
+        assert conn.in_transaction  # the host's own stays
+        conn.commit()
+    assert query(database, "SELECT count(*) FROM orders") == [(1,)]
+
+
+def test_replay_takes_each_failed_row_once_although_it_fails_again_meanwhile(wal, serve):
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(serve(answer(400)).url(), id="a")
+    with outbox.transaction() as conn:
+        for n in range(1200):
+            outbox.emit(conn, "order.created", n)
+    assert outbox.drain(once=True).failed == 1200
+    with outbox:
+        assert outbox.replay(all=True) == 1200
+        eventually(lambda: outbox.stats().failed == 1200)
+
+
+def test_what_is_known_when_a_drain_leaves_is_recorded_although_the_host_holds_the_lock(wal, serve):
+    """Neither a delivery that was answered nor the word of a 410 about its endpoint is lost to a busy moment."""
+    receiver, outbox = serve([OK, answer(410)]), make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=1)
+    outbox.start()
+    with contextlib.closing(sqlite3.connect(wal, isolation_level=None, check_same_thread=False)) as conn:
+        emit(outbox, data=1)
+        eventually(lambda: outbox.drain(once=True).pending == 0)
+        conn.execute("BEGIN IMMEDIATE")
+        outbox.emit(conn, "order.created", 2)
+        conn.execute("COMMIT")
+        conn.execute("BEGIN IMMEDIATE")
+        eventually(lambda: len(receiver.requests) == 2)
+        release = threading.Timer(0.5, lambda: conn.execute("COMMIT"))
+        release.start()
+        outbox.stop(0.1)
+        release.join()
+    assert outbox.endpoint("a").disabled_reason == "410 Gone"
+    assert [row.reason for row in outbox.failed()] == ["gone"]
 
 
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────

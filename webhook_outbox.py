@@ -72,7 +72,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict
 
 import requests
 import requests.adapters
@@ -178,7 +178,7 @@ _NOW = "(julianday('now') - 2440587.5) * 86400.0"
 _SCHEMA = (
     """CREATE TABLE webhook_meta (key TEXT PRIMARY KEY NOT NULL, value) WITHOUT ROWID""",
     """CREATE TABLE webhook_endpoints (
-  id TEXT PRIMARY KEY NOT NULL,
+  id TEXT PRIMARY KEY NOT NULL CHECK (id NOT GLOB '*[^A-Za-z0-9_-]*'),
   url TEXT NOT NULL,
   events TEXT NOT NULL DEFAULT '["*"]',        -- JSON list of patterns
   description TEXT NOT NULL DEFAULT '',
@@ -1284,6 +1284,7 @@ class _Picked(NamedTuple):
     event: int
     attempts: int
     first_attempt_at: float | None
+    queue: str | None
     id: str | None  # None: the event's row is missing
     type: str
     data: str
@@ -1691,6 +1692,7 @@ def _exchange(sock: socket.socket, request: bytes, deadline: float) -> _Answer:
 # use. So the child keeps them for ever, and a drain closes its own for the moment of a fork (_Drain.park).
 _PINNED: dict[int, sqlite3.Connection] = {}
 _DRAINS: set[_Drain] = set()  # running in this process
+_HELD: dict[str, _Lock] = {}  # held by this process: record locks do not keep its own threads apart
 _hooked: list[int] = []  # not empty: the hooks are set; they cannot be taken back, so they are set when first needed
 
 
@@ -1709,8 +1711,8 @@ def _after_fork_in_child() -> None:
 
     for db in _PINNED.values():  # one reference that is never given back: the interpreter's end would close it
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
-    _PINNED.clear()
-    _DRAINS.clear()
+    for kept in (_PINNED, _DRAINS, _HELD):
+        kept.clear()
 
 
 def _hook_forks() -> None:
@@ -1739,34 +1741,36 @@ def _open(path: str, patience: float = 5.0) -> sqlite3.Connection:
     return db
 
 
-def _close(db: sqlite3.Connection, pid: int) -> None:
-    """Close a connection that the process `pid` opened; leave it alone in a forked child."""
-    if os.getpid() == pid:
-        _PINNED.pop(id(db), None)
+def _ours(db: sqlite3.Connection) -> bool:
+    """Say whether this process opened the connection, and not one that forked it."""
+    return id(db) in _PINNED
+
+
+def _close(db: sqlite3.Connection) -> None:
+    if _PINNED.pop(id(db), None) is not None:
         db.close()
 
 
 @contextlib.contextmanager
 def _session(path: str) -> Iterator[sqlite3.Connection]:
-    pid, db = os.getpid(), _open(path)
+    db = _open(path)
     try:
         yield db
     finally:
-        _close(db, pid)
+        _close(db)
 
 
 @contextlib.contextmanager
 def _transaction(path: str) -> Iterator[sqlite3.Connection]:
     """BEGIN IMMEDIATE on a connection of our own; commit, or roll back when the block raises."""
     with _session(path) as db:
-        pid = os.getpid()
         db.execute("BEGIN IMMEDIATE")
         try:
             yield db
-            if os.getpid() == pid:
+            if _ours(db):
                 db.execute("COMMIT")
         except BaseException:
-            if os.getpid() == pid and db.in_transaction:
+            if _ours(db) and db.in_transaction:
                 db.execute("ROLLBACK")
             raise
 
@@ -1852,6 +1856,8 @@ def _host_errors(db: sqlite3.Connection, path: str) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         text = str(error)
+        if not before and db.in_transaction:
+            db.rollback()  # the driver began it for our statement alone: nothing of the host's is in it
         if before and not db.in_transaction:
             raise TransactionLost(
                 f"SQLite rolled your transaction back ({text}): nothing of it is stored; do not go on, begin again"
@@ -1880,18 +1886,13 @@ class _Lock:
     it dies, and is not inherited by a fork. (An exclusive SQLite transaction there would do the same, but SQLite in a
     forked child believes for ever that its parent's lock is held.)"""
 
-    # Held by this process: record locks do not keep its own threads apart. The pid is part of the key, because a
-    # forked child inherits the dict and not the locks.
-    _held: ClassVar[dict[tuple[int, str], _Lock]] = {}
-
     def __init__(self, path: str) -> None:
         self.path = path + "-webhooks"
-        self._key = os.getpid(), self.path
         self._fd = -1
 
     def acquire(self) -> bool:
         """Take the lock if it is free."""
-        if self._held.setdefault(self._key, self) is not self:
+        if _HELD.setdefault(self.path, self) is not self:
             return False
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -1908,11 +1909,11 @@ class _Lock:
             return False
 
     def release(self) -> None:
-        if self._held.get(self._key) is self and self._key[0] == os.getpid():
+        if _HELD.get(self.path) is self:
             if self._fd >= 0:
                 os.close(self._fd)
             self._fd = -1
-            del self._held[self._key]
+            del _HELD[self.path]
 
 
 _ENDPOINT_COLUMNS = (
@@ -1973,7 +1974,7 @@ def _earliest(db: sqlite3.Connection) -> list[tuple[str, float]]:
     ).fetchall()
 
 
-_PICK = """SELECT d.event, d.attempts, d.first_attempt_at, e.id, e.type, e.data, json_valid(e.data),
+_PICK = """SELECT d.event, d.attempts, d.first_attempt_at, d.queue, e.id, e.type, e.data, json_valid(e.data),
        e.key, e.headers, e.created_at
   FROM webhook_deliveries AS d LEFT JOIN webhook_events AS e ON e.seq = d.event
  WHERE d.endpoint_id = ? AND d.status = 'pending' AND d.due_at <= ?
@@ -1990,12 +1991,21 @@ def _pick(db: sqlite3.Connection, endpoint_id: str, now: float, known: Iterable[
     try:
         for row in cursor:
             picked.append(_Picked(*row))
-            size += len(row[5] or "")
+            size += len(picked[-1].data or "")
             if size > _PICK_BYTES:
                 return picked, False
     finally:
         cursor.close()  # a half-read cursor would pin the WAL
     return picked, len(picked) < _PICK_ROWS
+
+
+def _still_pending(db: sqlite3.Connection, event: int, endpoint_id: str) -> bool:
+    """Say whether a delivery of a queue is still its head: a replay may have put an older one before it."""
+    row = db.execute(
+        "SELECT 1 FROM webhook_deliveries WHERE event = ? AND endpoint_id = ? AND status = 'pending'",
+        (event, endpoint_id),
+    ).fetchone()
+    return row is not None
 
 
 def _next_due(db: sqlite3.Connection, endpoint_id: str, now: float) -> float:
@@ -2144,8 +2154,8 @@ class _Lane:
         self.limit = min(self.limit, self.endpoint.max_in_flight)
         if not self.dirty:
             self.failures, self.failing_since, self.paused_until = live
-        if self.endpoint.rate and not self.next_slot:  # a predecessor may just have used the current place
-            self.next_slot = time.monotonic() + 1 / self.endpoint.rate
+        if self.endpoint.rate:  # a predecessor may just have used the current place
+            self.next_slot = min(self.next_slot or math.inf, time.monotonic() + 1 / self.endpoint.rate)
 
     def may_start(self, now: float, mono: float) -> bool:
         """Say whether one more attempt may start now, as far as this endpoint alone is concerned."""
@@ -2156,8 +2166,12 @@ class _Lane:
             and (bool(self.buffer) or self.next_due <= now)
             and self.paused_until <= now
             and (not self.endpoint.rate or self.next_slot <= mono)
-            and (bool(self.idle) or self.opening < _OPENERS_EACH)
+            and (self.has_idle() or self.opening < _OPENERS_EACH)
         )
+
+    def has_idle(self) -> bool:
+        """Say whether an attempt could start without a thread."""
+        return bool(self.idle) and not (self.wire and self.wire.slow)
 
     def take_slot(self, mono: float) -> None:
         if self.endpoint.rate:  # a late loop may catch up on 50 ms, so that the average is exact
@@ -2288,7 +2302,7 @@ class _Drain:
 
     def _close_db(self) -> None:
         if self.db is not None:
-            _close(self.db, self.pid)
+            _close(self.db)
 
     def _open_db(self) -> None:
         self.db = _open(self.outbox.path, patience=0.0)
@@ -2406,7 +2420,7 @@ class _Drain:
         # 3. `until_empty`: the same, and nothing pending for an enabled endpoint
         if self.stopping and time.monotonic() >= self.stop_by:
             return True
-        if self.attempts or self.outcomes or self.handed:
+        if self.attempts or self.outcomes or self.dirty or self.handed:
             return False
         if self.stopping:
             return True
@@ -2428,8 +2442,6 @@ class _Drain:
         pause = 0.001 if quiet < 0.1 or self.look else 0.005 if quiet < 60 else 0.025
         if self.outcomes:
             pause = min(pause, max(0.0, self.record_at - mono))
-        if not self.attempts and self.mode != "forever" and not self.outcomes:
-            pause = min(pause, 0.005)
         return pause
 
     def _wait(self) -> None:
@@ -2448,9 +2460,9 @@ class _Drain:
             self._take_handed()
 
     def _hear(self) -> None:
-        self.woken = False
         with contextlib.suppress(BlockingIOError):
             self.wake_out.recv(4096)
+        self.woken = False  # after it: the byte of a wake in between would be gone, and all later ones suppressed
         self.lively_at = time.monotonic()
         self.poll_at = 0.0
 
@@ -2481,6 +2493,8 @@ class _Drain:
             lane = self.lanes.get(id)
             if lane is not None:
                 lane.next_due = min(lane.next_due, due_at)
+            elif not id.isprintable():  # written in SQL, no UTF-8: it cannot even be asked for
+                continue
             elif not self.db.execute("SELECT 1 FROM webhook_endpoints WHERE id = ?", (id,)).fetchone():
                 self._give_up_orphans(id)
 
@@ -2540,6 +2554,7 @@ class _Drain:
             for lane in ready:
                 if (
                     len(self.attempts) < self.outbox.workers
+                    and len(self.outcomes) < _UNRECORDED
                     and self._admit(lane, mono)
                     and self._start(lane, now, mono)
                 ):
@@ -2558,7 +2573,7 @@ class _Drain:
             unproven = sum(1 for attempt in self.attempts if attempt.lane.proven_until <= mono)
             if unproven >= max(1, self.outbox.workers * 3 // 8):
                 return False
-        if lane.idle:
+        if lane.has_idle():
             return True
         return self.no_threads_until <= mono and self.openers < (_OPENERS if proven else _OPENERS // 2)
 
@@ -2571,6 +2586,10 @@ class _Drain:
             lane.next_due = _next_due(self.db, lane.id, now) if complete else now
             if not picked:
                 return False
+        first = lane.buffer[0]
+        if first.queue is not None and not _still_pending(self.db, first.event, lane.id):
+            lane.known.discard(lane.buffer.popleft().event)
+            return True  # an older one of its queue came back meanwhile
         lane.take_slot(mono)
         started = time.monotonic()
         deadline = started + (lane.endpoint.timeout or self.outbox.timeout)
@@ -2775,7 +2794,7 @@ class _Drain:
         self._count(status, lane, picked, outcome, change)
         if lane.dirty:
             self.dirty[lane.id] = lane
-        if picked.key is not None or lane.endpoint.ordered:
+        if picked.queue is not None or lane.endpoint.ordered:
             self.moved.add(lane.id)
         if not lane.enabled and self.lanes.get(lane.id) is lane:
             self._drop(lane)
@@ -2822,7 +2841,7 @@ class _Drain:
 
     def _record(self, mono: float) -> None:
         """Write what came back, in one statement, within the commit budget: commits a second are what a host feels."""
-        if not self.outcomes or mono < self.record_at:
+        if not (self.outcomes or self.dirty) or mono < self.record_at:
             return
         try:
             batch = self._write()
@@ -2833,8 +2852,10 @@ class _Drain:
                 self.storing = False
                 if self.stopping or self.mode != "forever":
                     raise
-            # Our own short retries: SQLite's busy handler sleeps up to 100 ms and starves beside a busy host.
-            self.record_at = mono + (0.0005 if self.storing else 1.0)
+            # Our own short retries: SQLite's busy handler sleeps up to 100 ms and starves beside a busy host. A refused
+            # try of a big batch costs milliseconds, so tries take at most a fifth of the time.
+            now = time.monotonic()
+            self.record_at = now + (max(0.0005, 4 * (now - mono)) if self.storing else 1.0)
             return
         self.storing = True
         self._recorded(batch)
@@ -2896,8 +2917,8 @@ class _Drain:
                 self._close_idle(lane, mono - _IDLE_CONNECTION)
         if self.progress is not None and mono >= self.progress_at:
             self.progress_at = mono + 0.25
-            self.progress(DrainReport(self.delivered, self.retried, self.failed, self._count_pending()))
-        if mono >= self.prune_at and not self.outcomes:
+            self.progress(self.report())
+        if mono >= self.prune_at and not self.outcomes and mono - self.host_wrote_at > _HOST_BUSY:
             self._prune(now, mono)
 
     def _prune(self, now: float, mono: float) -> None:
@@ -2924,10 +2945,10 @@ class _Drain:
         for key in list(self.selector.get_map().values()):
             if key.data is not None:
                 self._shut(key.data)
-        if self.outcomes:  # an exception, or the grace ran out: what is known is not thrown away
+        if self.outcomes or self.dirty:  # an exception, or the grace ran out: what is known is not thrown away
             with contextlib.suppress(sqlite3.Error):
                 self.db.execute("PRAGMA busy_timeout = 1000")
-                while self.outcomes:
+                while self.outcomes or self.dirty:
                     self._write()
         self.selector.close()
         self.wake_in.close()
@@ -3407,7 +3428,7 @@ class Outbox:
             endpoint, endpoint_secrets = self._endpoint_on(cursor, id), self._secrets_on(cursor, id)
         now, started = self.clock(), time.monotonic()
         event_id = f"msg_{int(now * 1000):012x}{secrets.token_hex(10)}"
-        picked = _Picked(0, 0, None, event_id, "webhook.ping", "{}", 1, None, None, now)
+        picked = _Picked(0, 0, None, None, event_id, "webhook.ping", "{}", 1, None, None, now)
         opener, hidden = _Opener(self), list[str]()
         try:
             wire = _Wire.make(endpoint, endpoint_secrets, self, opener)
@@ -3560,11 +3581,13 @@ class Outbox:
             )
         statement = statement.format(where=where, now=repr(float(self.clock())))
         done = last = 0
+        with self._reading(conn) as cursor:  # rows that fail again meanwhile are not for this call
+            end = cursor.execute("SELECT max(id) FROM main.webhook_failed").fetchone()[0] or 0
         while True:
             with self._reading(conn) as cursor:
                 cursor.execute(
-                    f"SELECT id FROM main.webhook_failed WHERE id > ? AND {where} ORDER BY id LIMIT 1000",
-                    (last, *values),
+                    f"SELECT id FROM main.webhook_failed WHERE id > ? AND id <= ? AND {where} ORDER BY id LIMIT 1000",
+                    (last, end, *values),
                 )
                 batch = [row[0] for row in cursor.fetchall()]
             if not batch:
@@ -3596,7 +3619,10 @@ class Outbox:
             cursor.execute(
                 """UPDATE main.webhook_deliveries
                       SET status = CASE WHEN status = 'queued' THEN status ELSE 'pending' END,
-                          attempts = 0, first_attempt_at = NULL, due_at = ?, delivered_at = NULL
+                          attempts = 0, first_attempt_at = NULL, due_at = ?, delivered_at = NULL,
+                          queue = (SELECT CASE WHEN p.ordered THEN '' ELSE e.key END
+                                     FROM main.webhook_events AS e, main.webhook_endpoints AS p
+                                    WHERE e.seq = event AND p.id = endpoint_id)
                     WHERE event = ? AND endpoint_id IN (SELECT id FROM main.webhook_endpoints WHERE ? IN ('', id))""",
                 (now, seq, endpoint or ""),
             )

@@ -5196,7 +5196,7 @@ def test_schema_prints_sql_that_makes_the_same_tables(cli, wal):
 def test_the_endpoint_commands_do_what_the_library_does(cli, wal, serve, authority):
     receiver = serve()
     outbox = make_outbox(wal)
-    options = ["--events", "order.*", "user.created", "--header", f"X-Key: {CANARY}", "--header", "X-Two: a:b"]
+    options = ["--events", "order.*", "user.created", "--headers", f"X-Key: {CANARY}", "--headers", "X-Two: a:b"]
     options += ["--description", "the CRM", "--body", "cloudevents", "--signing", "standard+github", "--rate", "5"]
     options += ["--max-in-flight", "3", "--ordered", "--on-dead", "hold", "--timeout", "2.5"]
     options += ["--cert", authority.client(), "--ca", authority.path]
@@ -5372,7 +5372,7 @@ def test_only_three_commands_show_a_secret_and_none_a_query_or_a_header(cli, wal
 
     url = serve(echo).url(f"/hook?token={CANARY}")
     assert SECRET in cli(
-        "endpoint", "add", url, "--id", "x", "--secret", SECRET, "--header", f"Authorization: Bearer {CANARY}"
+        "endpoint", "add", url, "--id", "x", "--secret", SECRET, "--headers", f"Authorization: Bearer {CANARY}"
     )
     outbox = make_outbox(wal, retry=RetryPolicy((0,)))
     id = emit(outbox, "order.created", {"n": 1})
@@ -5391,7 +5391,7 @@ def test_only_three_commands_show_a_secret_and_none_a_query_or_a_header(cli, wal
     with pytest.raises(AssertionError) as ping:
         cli("endpoint", "ping", "x")
     said += [str(ping.value), cli("endpoint", "add", url, "--id", "x", "--secret", SECRET, code=1)]
-    said += [cli("endpoint", "update", "x", "--url", url + "#", "--header", f"X:{CANARY}\n", code=1)]
+    said += [cli("endpoint", "update", "x", "--url", url + "#", "--headers", f"X:{CANARY}\n", code=1)]
     said += [cli("endpoint", "add", url, "--secret", SECRET[:-1], code=1)]
     said += [
         cli(*line.split())
@@ -5555,6 +5555,20 @@ def test_app_is_the_hosts_own_outbox_with_its_transforms_and_policy(tmp_path, se
     # `outbox` is the usual name, the errors are this module's own, and another --db beside it is a mistake
     assert "nobody" in run("--app", name, "endpoint", "show", "nobody", code=1)
     assert "leave out --db" in run("--db", "/nowhere/else.db", "--app", name, "status", code=2)
+
+
+def test_headers_and_ids_are_options_by_the_names_of_the_library(cli, wal, serve):
+    receiver = serve([answer(410), OK])
+    cli("endpoint", "add", receiver.url(), "--id", "a")
+    id = cli("emit", "order.created", "{}", "--headers", "traceparent: 00-1", "x-b: 2").split()[0]
+    cli("drain", "--once")
+    assert (receiver.requests[0].headers["traceparent"], receiver.requests[0].headers["x-b"]) == ("00-1", "2")
+    cli("endpoint", "enable", "a")
+    assert "there are no such" in cli("failed", "replay", "--ids", "77", code=1)
+    assert cli("failed", "replay", "--ids", "1", "--dry-run").startswith("1 failed rows would be")
+    assert cli("failed", "replay", "1").startswith("1 failed rows")
+    cli("drain", "--once")
+    assert receiver.requests[1].headers["webhook-id"] == id
 
 
 def test_an_app_that_cannot_be_loaded_is_one_line(cli, tmp_path, monkeypatch):

@@ -1160,6 +1160,11 @@ class _HTTPSPool(urllib3.connectionpool.HTTPSConnectionPool):
     ConnectionCls = _HTTPSConnection
 
 
+# urllib3 1.26 gives Python no name to check where the host is an address; it then compares the certificate itself,
+# provided that the context does not ask Python to.
+_OLD_URLLIB3 = getattr(urllib3, "__version__", "").startswith("1.")
+
+
 class _Opener(requests.adapters.HTTPAdapter):
     """Opens connections for endpoints: requests' adapter, with the guard where its pools dial."""
 
@@ -1185,7 +1190,7 @@ class _Opener(requests.adapters.HTTPAdapter):
         connection.opening = opening
         connection.timeout = max(0.001, deadline - now)
         if scheme == "https":
-            connection.ssl_context = self._context(endpoint)
+            connection.ssl_context = self._context(endpoint, urllib3_checks=_OLD_URLLIB3 and bool(_literal(pool.host)))
         try:
             if self.proxy and scheme == "https":
                 self._tunnel(pool, connection, deadline)
@@ -1220,20 +1225,21 @@ class _Opener(requests.adapters.HTTPAdapter):
         finally:
             timer.cancel()
 
-    def _context(self, endpoint: Endpoint) -> ssl.SSLContext:
+    def _context(self, endpoint: Endpoint, urllib3_checks: bool) -> ssl.SSLContext:
         """Return the TLS context for an endpoint's CA and certificate, read again when the files change. One context
         serves all: loading the CA bundle for each connection costs more than the handshake."""
         ca = endpoint.ca or requests.utils.DEFAULT_CA_BUNDLE_PATH
         chain = (endpoint.cert,) if isinstance(endpoint.cert, str) else endpoint.cert or ()
-        key = (ca, chain, *(os.stat(path).st_mtime_ns for path in (ca, *chain)))
+        key = (ca, chain, urllib3_checks, *(os.stat(path).st_mtime_ns for path in (ca, *chain)))
         with self._lock:
             if key not in self._contexts:
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # create_default_context reads SSLKEYLOGFILE
                 context.minimum_version = ssl.TLSVersion.TLSv1_2
                 context.load_verify_locations(cafile=ca)
+                context.check_hostname = not urllib3_checks
                 if chain:
                     context.load_cert_chain(chain[0], chain[-1], password="")  # never ask on a terminal
-                self._contexts = {k: v for k, v in self._contexts.items() if k[:2] != key[:2]} | {key: context}
+                self._contexts = {k: v for k, v in self._contexts.items() if k[:3] != key[:3]} | {key: context}
             return self._contexts[key]
 
 
@@ -1246,7 +1252,7 @@ def _explain(error: BaseException) -> tuple[str, str]:
         return "dns", text
     if isinstance(error, (TimeoutError, socket.timeout)):
         return "timeout", "no time left: the receiver did not connect or answer in time"
-    if isinstance(error, (ssl.SSLError, ssl.CertificateError, urllib3.exceptions.SSLError)):
+    if isinstance(error, (ssl.SSLError, urllib3.exceptions.SSLError)) or type(error).__name__ == "CertificateError":
         return "tls", getattr(error, "verify_message", "") or text
     if isinstance(error, (OSError, urllib3.exceptions.HTTPError)):
         return "connect", text
@@ -3963,14 +3969,21 @@ def _init(outbox: Outbox, options: Any) -> None:
     _say(f"{outbox.path} is ready{next_step}")
 
 
+def _header_pairs(texts: Sequence[str]) -> dict[str, str]:
+    pairs = [text.partition(":") for text in texts]
+    if not all(colon for _, colon, _ in pairs):
+        raise PayloadError("a header is written 'Name: value'")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
 def _emit_by_hand(outbox: Outbox, options: Any) -> None:
     try:
         data = json.loads(sys.stdin.read() if options.data == "-" else options.data)
     except (ValueError, RecursionError) as error:
         raise PayloadError(f"the data is not JSON: {_one_line(str(error), 100)}") from None
+    given = {name: getattr(options, name) for name in ("key", "idempotency_key", "delay")}
     with outbox.transaction() as conn:
-        names = ("key", "idempotency_key", "delay")
-        id = outbox.emit(conn, options.type, data, **{name: getattr(options, name) for name in names})
+        id = outbox.emit(conn, options.type, data, headers=_header_pairs(options.headers), **given)
     _say(id)
     if not outbox.event(id).deliveries:
         print("no enabled endpoint takes it; `endpoint list` shows their patterns", file=sys.stderr)
@@ -4035,10 +4048,7 @@ def _endpoint_options(options: Any) -> dict[str, Any]:
     names = "events secret description headers body signing rate max_in_flight ordered on_dead timeout cert ca".split()
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     if "headers" in given:
-        pairs = [text.partition(":") for text in given["headers"]]
-        if not all(colon for _, colon, _ in pairs):
-            raise PayloadError("a header is written 'Name: value'")
-        given["headers"] = {name.strip(): value.strip() for name, _, value in pairs}
+        given["headers"] = _header_pairs(given["headers"])
     if "cert" in given:
         given["cert"] = given["cert"][0] if len(given["cert"]) == 1 else tuple(given["cert"])
     return given
@@ -4106,7 +4116,7 @@ def _events_show(outbox: Outbox, options: Any) -> None:
 
 def _failed_filters(options: Any) -> Any:
     names = ("endpoint", "type", "reason", "since", "until")
-    return {name: getattr(options, name) for name in names} | {"ids": options.ids or None}
+    return {name: getattr(options, name) for name in names} | {"ids": [*options.ids, *options.more_ids] or None}
 
 
 def _failed_list(outbox: Outbox, options: Any) -> None:
@@ -4128,7 +4138,7 @@ def _failed_act(outbox: Outbox, options: Any) -> None:
     count = act(all=options.all, dry_run=options.dry_run, **_failed_filters(options))
     if not count and options.endpoint:
         outbox.endpoint(options.endpoint)
-    if not count and options.ids:
+    if not count and (options.ids or options.more_ids):
         raise NotFound("there are no such failed rows; `failed list` shows those there are")
     _say(f"{count} failed rows {'would be ' if options.dry_run else ''}{options.verb}ed")
 
@@ -4343,7 +4353,9 @@ _TYPE_FILTER = _argument("--type", help="a type, or a group: 'order.*'")
 _SINCE = _argument("--since", type=_when, help="UTC seconds, or 2026-01-31T12:00")
 _UNTIL = _argument("--until", type=_when)
 _REASON = _argument("--reason", help=", ".join(_REASONS))
-_FAILED_FILTERS = (_argument("--endpoint", metavar="ID"), _TYPE_FILTER, _REASON, _SINCE, _UNTIL)
+_IDS = _argument("ids", nargs="*", type=int, metavar="ID")
+_MORE_IDS = _argument("--ids", dest="more_ids", nargs="+", type=int, default=[], metavar="ID")
+_FAILED_FILTERS = (_IDS, _MORE_IDS, _argument("--endpoint", metavar="ID"), _TYPE_FILTER, _REASON, _SINCE, _UNTIL)
 
 
 def _endpoint_commands(parent: Any) -> None:
@@ -4352,7 +4364,7 @@ def _endpoint_commands(parent: Any) -> None:
     absent: Any = argparse.SUPPRESS  # an option that is not given is not passed on
     options = [
         _argument("--events", nargs="+", default=absent, metavar="PATTERN", help="order.created, 'order.*' or '*'"),
-        _argument("--header", dest="headers", action="append", default=absent, metavar="'NAME: VALUE'"),
+        _argument("--headers", nargs="+", action="extend", default=absent, metavar="'NAME: VALUE'"),
         _argument("--description", default=absent),
         _argument("--body", default=absent, help="standard, data, cloudevents, or a transform of --app"),
         _argument("--signing", default=absent, help="standard, stripe, github, joined by + to send several"),
@@ -4412,6 +4424,7 @@ def _parser() -> Any:
         _argument("--key", help="events with one key go out in order"),
         _argument("--idempotency-key", help="a second event with it is the first one"),
         _argument("--delay", type=float, default=0.0, help="seconds"),
+        _argument("--headers", nargs="+", action="extend", default=[], metavar="'NAME: VALUE'"),
     )
     _command(commands, "emit", _emit_by_hand, "record an event by hand", _argument("type"), data, *keys)
     modes = (
@@ -4427,11 +4440,10 @@ def _parser() -> Any:
     _command(events, "list", _events_list, "list events, newest first", *page)
     _command(events, "show", _events_show, "show an event, its deliveries and attempts", _ID, _JSON)
     failed = verbs("failed", "deliveries that were given up")
-    ids = _argument("ids", nargs="*", type=int, metavar="ID")
-    rows = (ids, *_FAILED_FILTERS, _LIMIT, _argument("--after", type=int, metavar="ID"), _JSON)
+    rows = (*_FAILED_FILTERS, _LIMIT, _argument("--after", type=int, metavar="ID"), _JSON)
     _command(failed, "list", _failed_list, "list failed rows, oldest first", *rows)
     _command(failed, "show", _failed_show, "show one failed row", _argument("id", type=int), _JSON)
-    acts = (ids, *_FAILED_FILTERS, _argument("--all", **flag), _DRY_RUN)
+    acts = (*_FAILED_FILTERS, _argument("--all", **flag), _DRY_RUN)
     _command(failed, "replay", _failed_act, "deliver failed rows again", *acts)
     _command(failed, "discard", _failed_act, "delete failed rows", *acts)
     endpoint = _argument("--endpoint", help="only to this one, which need not have had it")

@@ -36,8 +36,8 @@ Words
     host      the app whose file and process we live in; receiver: the server at the other end
     drain     to send what is due; one process per file drains, others stand by
 
-Contents: defaults and schema, errors, types, signing, retry policy, network guard, transport, storage, outbox,
-exchange, drain, receiving, command line, licence. Each section uses only what stands above it.
+Contents: defaults and schema, errors, types, signing, retry policy, network guard, transport, exchange, storage,
+drain, outbox, receiving, command line, licence. Each section uses only what stands above it.
 """
 
 from __future__ import annotations

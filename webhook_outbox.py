@@ -920,6 +920,7 @@ _DENIED_V6 = tuple(
     for text in "2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48 3ffe::/16 3fff::/20".split()
 )
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_NO_HTTP = "plain http is refused; use https, or admit it with allow_networks (--allow-network) or allow_http"
 _BAD_PORTS = frozenset(
     (1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, *range(6665, 6670), 6679, 6697, 10080)
 )
@@ -959,7 +960,7 @@ class _Guard:
         if denied:
             return f"{address} is a private or special-purpose address; allow_networks (--allow-network) can admit it"
         if scheme != "https" and not self.allow_http:
-            return "plain http is refused; use https, or admit it with allow_networks (--allow-network) or allow_http"
+            return _NO_HTTP
         return None
 
 
@@ -1022,7 +1023,7 @@ def _prepare_url(url: str, guard: _Guard) -> requests.PreparedRequest:
     if address and (why := guard.refusal(address, scheme)):
         _refuse_url(why)
     if scheme == "http" and not (address or guard.allow_http or guard.allow_networks):
-        _refuse_url("plain http is refused; use https, or admit it with allow_networks (--allow-network) or allow_http")
+        _refuse_url(_NO_HTTP)
     return prepared
 
 
@@ -4119,10 +4120,15 @@ def _failed_filters(options: Any) -> Any:
     return {name: getattr(options, name) for name in names} | {"ids": [*options.ids, *options.more_ids] or None}
 
 
+def _refuse_typo(outbox: Outbox, options: Any, found: bool) -> None:
+    """Raise NotFound where nothing was found for an endpoint that does not exist: that must not look like good news."""
+    if options.endpoint and not found:
+        outbox.endpoint(options.endpoint)
+
+
 def _failed_list(outbox: Outbox, options: Any) -> None:
     rows = outbox.failed(limit=options.limit, after=options.after, **_failed_filters(options))
-    if not rows and options.endpoint:
-        outbox.endpoint(options.endpoint)  # a typo must not look like good news
+    _refuse_typo(outbox, options, bool(rows))
     _show(rows, "id event_id endpoint_id type attempts reason error failed_at", options.json, "nothing failed")
 
 
@@ -4136,8 +4142,7 @@ def _failed_show(outbox: Outbox, options: Any) -> None:
 def _failed_act(outbox: Outbox, options: Any) -> None:
     act = outbox.replay if options.verb == "replay" else outbox.discard
     count = act(all=options.all, dry_run=options.dry_run, **_failed_filters(options))
-    if not count and options.endpoint:
-        outbox.endpoint(options.endpoint)
+    _refuse_typo(outbox, options, count > 0)
     if not count and (options.ids or options.more_ids):
         raise NotFound("there are no such failed rows; `failed list` shows those there are")
     _say(f"{count} failed rows {'would be ' if options.dry_run else ''}{options.verb}ed")

@@ -37,7 +37,7 @@ Words
     drain     to send what is due; one process per file drains, others stand by
 
 Contents: defaults and schema, errors, types, signing, retry policy, network guard, transport, exchange, storage,
-drain, outbox, receiving, command line, licence. Each section uses only what stands above it.
+drain, outbox, receiving, doctor, command line, licence. Each section uses only what stands above it.
 """
 
 from __future__ import annotations
@@ -456,6 +456,19 @@ class _Unready(Exception):
 def _one_line(text: str, most: int = 300) -> str:
     """Return printable text on one line; what came from outside may hold anything."""
     return "".join(c if c.isprintable() else " " for c in text)[:most].strip()
+
+
+def _moment(value: float) -> str:
+    return datetime.datetime.fromtimestamp(value, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _age(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
 
 def _masked(url: str) -> str:
@@ -1436,13 +1449,23 @@ class _Wire:
             return _cloudevents_body(picked, self.source), "application/cloudevents+json"
         return _standard_body(picked), "application/json"
 
-    def _custom_headers(self, picked: _Picked) -> list[tuple[str, str]]:
-        """Return the endpoint's headers and the event's; the endpoint's win, an event must not replace credentials.
-        Only the endpoint's may name the environment."""
-        own = {
+    def keys(self, now: float) -> list[str]:
+        """Return the secrets that sign now, current first."""
+        valid = [_resolve_value(s) for s, until in self.secrets if until is None or until > now]
+        if not valid:
+            raise _Unready("the endpoint has no valid secret; rotate it")
+        return valid
+
+    def own_headers(self) -> dict[str, str]:
+        """Return the endpoint's headers; only these may name the environment, an event's may not."""
+        return {
             name: _resolve_value(value) if value.startswith("env:") else value
             for name, value in self.endpoint.headers.items()
         }
+
+    def _custom_headers(self, picked: _Picked) -> list[tuple[str, str]]:
+        """Return the endpoint's headers and the event's; the endpoint's win: an event must not replace credentials."""
+        own = self.own_headers()
         taken = {name.lower() for name in own}
         of_event = {n: v for n, v in _stored_headers(picked.headers).items() if n.lower() not in taken}
         return [(name, _clean(value)) for name, value in {**own, **of_event}.items()]
@@ -1454,9 +1477,7 @@ class _Wire:
         if not _TYPE.fullmatch(picked.type) or not picked.id.isprintable():
             raise _Unready("the event's row is damaged")
         body, content_type = self.body(picked)
-        valid = [_resolve_value(s) for s, until in self.secrets if until is None or until > now]
-        if not valid:
-            raise _Unready("the endpoint has no valid secret; rotate it")
+        valid = self.keys(now)
         signed = _signature_headers(self.schemes, valid, picked.id, int(now), body)
         custom = self._custom_headers(picked) if self.endpoint.headers or picked.headers is not None else []
         extra = "".join([f"{name}: {value}\r\n" for name, value in custom + signed])
@@ -3865,6 +3886,158 @@ class Inbox:
             return db.execute("DELETE FROM webhook_inbox WHERE received_at < ?", (time.time() - older_than,)).rowcount
 
 
+# ── doctor ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# Promises: says in plain words what is wrong with a file and its machine, and what to do; repairs nothing. Looks from
+# outside: what the app's own connections set, PRAGMA synchronous for one, cannot be seen from here.
+
+_WAL_RESET_FIXED = ((3, 51, 3), (3, 50, 7), (3, 44, 6))  # sqlite.org/wal.html#walresetbug; the last two are backports
+_NETWORK_FILE_SYSTEM = re.compile(r"nfs|cifs|smb|afs|ceph|9p$|lustre|gluster|fuse\.(sshfs|s3|rclone|gcs|gluster|ceph)")
+_LONG_WAL = 4_000  # pages that SQLite could not move into the file; it tries after 1,000
+_BEHIND = 600.0  # seconds
+_MOST_CHECKED = 1 << 28  # bytes; in rollback mode the search keeps writers waiting
+
+
+class _Finding(NamedTuple):
+    level: str  # problem, or note
+    text: str
+
+
+def _problem(text: str) -> _Finding:
+    return _Finding("problem", text)
+
+
+def _note(text: str) -> _Finding:
+    return _Finding("note", text)
+
+
+def _file_system(path: str) -> str:
+    """Return the type of the file system that holds a path; '' where /proc does not tell."""
+    found, longest = "", 0
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            mount, kind = line.split()[4].replace("\\040", " "), line.partition(" - ")[2].split()[0]
+            if os.path.commonpath([path, mount]) == mount and len(mount) >= longest:
+                found, longest = kind, len(mount)
+    return found
+
+
+def _wal_reset_bug(version: tuple[int, ...]) -> bool:
+    return version < _WAL_RESET_FIXED[0] and not any(
+        version[:2] == fixed[:2] and version >= fixed for fixed in _WAL_RESET_FIXED[1:]
+    )
+
+
+def _look_at_file(path: str, db: sqlite3.Connection) -> Iterator[_Finding]:
+    (journal,) = db.execute("PRAGMA journal_mode").fetchone()
+    (synchronous,) = db.execute("PRAGMA synchronous").fetchone()
+    if os.stat(path).st_size > _MOST_CHECKED:
+        yield _note("too large to search for damage beside a live app; run PRAGMA quick_check on a copy")
+    elif (damage := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        yield _problem(f"the file is damaged ({_one_line(damage, 120)}); restore a backup, or try sqlite3's .recover")
+    if journal != "wal":
+        yield _problem(f"not WAL but journal_mode {journal}: readers and writers wait for each other; use `init --wal`")
+    if synchronous < 2:
+        yield _problem("synchronous is below FULL by default here: a power cut loses commits; have the app set FULL")
+    if journal == "wal" and _wal_reset_bug(sqlite3.sqlite_version_info):
+        yield _note(
+            f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug: several writers (app and drain are two) may, "
+            "very rarely, damage the file; upgrade SQLite to 3.51.3"
+        )
+    if journal == "wal":
+        _, pages, moved = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        if pages - moved > _LONG_WAL:
+            yield _problem(
+                f"a reader that stays open keeps {pages - moved:,} pages in {path}-wal, which grows: find a connection "
+                "with a half-read cursor or a transaction that never ends"
+            )
+    kind = _file_system(path)
+    if _NETWORK_FILE_SYSTEM.match(kind):
+        yield _problem(
+            f"the file is on {kind}, a network file system: SQLite's locks fail there; move it to a local disk"
+        )
+
+
+def _look_at_owners(path: str) -> Iterator[_Finding]:
+    owner = os.stat(path).st_uid
+    for suffix in ("-wal", "-shm", "-journal", "-webhooks"):
+        with contextlib.suppress(OSError):
+            other = os.stat(path + suffix).st_uid
+            if other != owner:
+                yield _problem(
+                    f"{path}{suffix} belongs to user {other}, the file to {owner}: run app and drain as one user, and "
+                    "hand it over with chown"
+                )
+    if not os.access(os.path.dirname(path), os.W_OK):
+        yield _problem(f"the folder of {path} cannot be written: it must hold the journal and the drain's lock")
+
+
+def _look_at_drain(outbox: Outbox, stats: Stats) -> Iterator[_Finding]:
+    lock, drained = _Lock(outbox.path), False
+    try:
+        drained = os.path.exists(lock.path) and not lock.acquire()
+    except OutboxError as error:
+        yield _problem(f"{error}; no drain can start")
+    finally:
+        lock.release()
+    oldest = stats.oldest_due_age or 0.0
+    if stats.due and not drained:
+        yield _problem(f"{stats.due} deliveries are due and nobody drains; call outbox.start(), or run `drain`")
+    elif drained and oldest > _BEHIND:
+        yield _problem(f"the oldest due delivery has waited {_age(oldest)}; `status` shows for whom")
+
+
+def _look_at_clock(now: float, db: sqlite3.Connection) -> Iterator[_Finding]:
+    (newest,) = db.execute(
+        """SELECT max(coalesce((SELECT created_at FROM webhook_events ORDER BY seq DESC LIMIT 1), 0),
+                      coalesce((SELECT at FROM webhook_attempts ORDER BY id DESC LIMIT 1), 0))"""
+    ).fetchone()
+    if newest > now + 60:
+        yield _problem(f"the clock says {_moment(now)}, the file knows of {_moment(newest)}: set the clock")
+    elif now < 1_750_000_000:
+        yield _problem(f"the clock says {_moment(now)}: signatures made now are refused; set the clock")
+
+
+def _look_at_endpoints(outbox: Outbox, stats: Stats, db: sqlite3.Connection) -> Iterator[_Finding]:
+    rows = {e.id: e for e in outbox.endpoints()}
+    for e in stats.endpoints:
+        if not e.enabled and e.pending:
+            why = rows[e.id].disabled_reason or "by hand"
+            yield _problem(f"{e.id} is disabled ({why}) and {e.pending} deliveries are held; `endpoint enable {e.id}`")
+        if e.enabled and e.failing_since is not None:
+            yield _problem(f"{e.id} fails since {_moment(e.failing_since)}: {e.last_error or 'see `events show`'}")
+    if stats.failed:
+        yield _note(f"{stats.failed} failed rows wait for somebody: `failed list`, then replay or discard")
+    if not stats.endpoints:
+        yield _note("there are no endpoints: events are recorded and go nowhere; `endpoint add URL`")
+    with contextlib.closing(_Opener(outbox)) as opener:
+        for endpoint, secrets, _ in _load_endpoints(db):
+            try:
+                if isinstance(endpoint, str):
+                    raise _Unready("its row is damaged; update or remove it")
+                wire = _Wire.make(endpoint, secrets, outbox, opener)
+                wire.keys(outbox.clock())
+                wire.own_headers()
+                if endpoint.url.startswith("https:"):
+                    opener._context(endpoint, False)
+            except Exception as error:
+                id = endpoint if isinstance(endpoint, str) else endpoint.id
+                yield _problem(f"{id} cannot be sent to from here: {_one_line(str(error))}")
+
+
+def _findings(outbox: Outbox) -> Iterator[_Finding]:
+    """Look everywhere; what is damaged so that a look fails is a finding too."""
+    with _session(outbox.path) as db:
+        try:
+            yield from _look_at_file(outbox.path, db)
+            yield from _look_at_owners(outbox.path)
+            yield from _look_at_clock(outbox.clock(), db)
+            stats = outbox.stats()
+            yield from _look_at_drain(outbox, stats)
+            yield from _look_at_endpoints(outbox, stats, db)
+        except (sqlite3.Error, ValueError) as error:
+            yield _problem(f"the file cannot be read to the end: {_one_line(str(error))}; restore a backup")
+
+
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 # Promises: the library's verbs with the library's names; errors are one line; the only section that prints.
 # Exit codes: 0 done, 1 the thing asked for failed or did not hold, 2 usage.
@@ -3872,19 +4045,6 @@ class Inbox:
 
 def _say(text: str = "") -> None:
     print(text, flush=True)
-
-
-def _moment(value: float) -> str:
-    return datetime.datetime.fromtimestamp(value, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
-
-
-def _age(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
 
 def _cut(text: str, most: int) -> str:
@@ -3963,6 +4123,19 @@ def _status(outbox: Outbox, options: Any) -> None:
         if not options.watch:
             return
         time.sleep(2)
+
+
+def _doctor(outbox: Outbox, options: Any) -> int:
+    found = list(_findings(outbox))
+    healthy = all(finding.level != "problem" for finding in found)
+    if options.json:
+        _say(json.dumps([finding._asdict() for finding in found], indent=2))
+    else:
+        for finding in found:
+            _say(f"{finding.level:8} {finding.text}")
+        if healthy:
+            _say(f"no problem found in {outbox.path}")
+    return 0 if healthy else 1
 
 
 def _init(outbox: Outbox, options: Any) -> None:
@@ -4423,6 +4596,7 @@ def _parser() -> Any:
     _command(commands, "demo", _demo, "show the whole story on temporary files")
     _command(commands, "init", _init, "make the tables", _argument("--wal", help="also switch to WAL", **flag))
     _command(commands, "schema", lambda o, a: _say(schema_sql().rstrip()), "print the SQL of the tables")
+    _command(commands, "doctor", _doctor, "say what is wrong with this file and machine", _JSON)
     _endpoint_commands(verbs("endpoint", "where events go"))
     data = _argument("data", metavar="JSON", help="- reads standard input")
     keys = (

@@ -126,7 +126,6 @@ _log = logging.getLogger("webhook_outbox")
 # Promises: the tables are the whole state; each trigger is one rule of the product, so that plain SQL (the sqlite3
 # shell, another language) gets the same rules. Knows nothing about Python.
 
-_SCHEMA_VERSION = 1
 _SQLITE_NEEDED = (3, 34, 0)
 _MAX_BODY = 262_144  # bytes
 _WARN_BODY = 20_480  # bytes; Standard Webhooks asks for small bodies
@@ -175,7 +174,7 @@ _SUBSCRIBE = """
 _TOUCH = "UPDATE webhook_meta SET value = value + 1 WHERE key = 'endpoints_version';"
 _NOW = "(julianday('now') - 2440587.5) * 86400.0"
 
-_SCHEMA = (
+_FIRST_SCHEMA = (
     """CREATE TABLE webhook_meta (key TEXT PRIMARY KEY NOT NULL, value) WITHOUT ROWID""",
     """CREATE TABLE webhook_endpoints (
   id TEXT PRIMARY KEY NOT NULL CHECK (id NOT GLOB '*[^A-Za-z0-9_-]*'),
@@ -396,13 +395,29 @@ WHEN NEW.event IS NULL AND NEW.endpoint_id IS NOT NULL BEGIN
    WHERE id = NEW.endpoint_id AND NEW.disabled IS NOT NULL AND enabled;
 END""",
     """INSERT INTO webhook_meta VALUES ('outbox', lower(hex(randomblob(8)))), ('endpoints_version', 1)""",
-    f"""INSERT INTO webhook_meta VALUES ('schema_version', {_SCHEMA_VERSION})""",
+    """INSERT INTO webhook_meta VALUES ('schema_version', 1)""",
+)
+
+# One entry a version, in one transaction each, only additions: a drain of an older copy goes on beside them.
+_SCHEMA = (
+    _FIRST_SCHEMA,
+    (
+        """CREATE INDEX webhook_failed_endpoint ON webhook_failed (endpoint_id, failed_at)""",
+        # What the drain tells endpoints that subscribe to webhook.* by name: a row without event and endpoint, its
+        # type as status, its data as response. Nobody subscribed: no event.
+        """CREATE TRIGGER webhook_record_notice INSTEAD OF INSERT ON webhook_record
+WHEN NEW.event IS NULL AND NEW.endpoint_id IS NULL AND NEW.status IS NOT NULL BEGIN
+  INSERT INTO webhook_emit (type, data, created_at) SELECT NEW.status, NEW.response, NEW.at
+   WHERE EXISTS (SELECT 1 FROM webhook_patterns WHERE pattern <> '*' AND NEW.status GLOB pattern);
+END""",
+        """UPDATE webhook_meta SET value = 2 WHERE key = 'schema_version'""",
+    ),
 )
 
 
 def schema_sql() -> str:
     """Return the SQL that makes the tables, for people who run migrations by hand."""
-    return "".join(f"{statement};\n\n" for statement in _SCHEMA)
+    return "".join(f"{statement};\n\n" for version in _SCHEMA for statement in version)
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -837,6 +852,7 @@ _STANDARD_DELAYS = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 
 _LONGEST_HINT = 86_400.0  # seconds; a Retry-After beyond a day is cut
 _STRUGGLING = 10  # failures in a row
 _LONGEST_PROBE = 60.0  # seconds
+_HOPELESS = 5 * 86_400.0, 3  # seconds without a success, and failed rows in that time: the endpoint is disabled
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1832,9 +1848,9 @@ def _version(db: sqlite3.Connection, path: str) -> int:
         raise
     except (sqlite3.DatabaseError, ValueError) as error:
         raise SchemaError(f"{path} cannot be read as a SQLite database ({error})") from None
-    if version > _SCHEMA_VERSION:
+    if version > len(_SCHEMA):
         raise SchemaError(
-            f"{path} was written by a newer webhook_outbox (schema {version}, this file knows {_SCHEMA_VERSION}); "
+            f"{path} was written by a newer webhook_outbox (schema {version}, this file knows {len(_SCHEMA)}); "
             "update your copy of webhook_outbox.py"
         )
     return version
@@ -1848,14 +1864,18 @@ def _prepare_file(path: str, create: bool) -> str:
         raise SchemaError(f"{path} does not exist; `python -m webhook_outbox --db {path} init` makes it")
     try:
         with _session(path) as db:
-            if _version(db, path) == 0:
-                if not create:
-                    raise SchemaError(
-                        f"{path} has no webhook tables; `python -m webhook_outbox --db {path} init` makes them"
-                    )
+            version = _version(db, path)
+            if not create and version < len(_SCHEMA):
+                what = (
+                    f"has tables of an older webhook_outbox (schema {version})" if version else "has no webhook tables"
+                )
+                raise SchemaError(f"{path} {what}; `python -m webhook_outbox --db {path} init` makes them")
+            while version < len(_SCHEMA):
                 with _transaction(path) as own:
-                    for statement in _SCHEMA if _version(own, path) == 0 else ():  # another process may have been first
-                        own.execute(statement)
+                    if _version(own, path) == version:  # another process may have been first
+                        for statement in _SCHEMA[version]:
+                            own.execute(statement)
+                version += 1
             return str(_meta(db, "outbox"))
     except sqlite3.Error as error:
         raise SchemaError(f"{path} cannot be used: {error}") from None
@@ -2107,6 +2127,12 @@ _TAKEOVER_POLL = 0.1  # seconds between two looks at a lock that another process
 _HOST_BUSY = 0.5  # seconds since somebody else's commit in which the host counts as writing
 _GAP_BUSY, _GAP_SENDING, _GAP_IDLE = 0.1, 0.01, 0.001  # seconds between two commits of ours
 _PRUNE_PAUSE = 3_600.0  # seconds between two rounds of retention
+_NOTICE_TYPES = {
+    "gave_up": "webhook.delivery.failed",
+    "failing": "webhook.endpoint.failing",
+    "recovered": "webhook.endpoint.recovered",
+    "disabled": "webhook.endpoint.disabled",
+}
 
 
 _NOTHING = memoryview(b"")
@@ -2281,6 +2307,7 @@ class _Drain:
         self.openers = 0
         self.outcomes: list[tuple[Any, ...]] = []  # rows for webhook_record
         self.dirty: dict[str, _Lane] = {}  # whose state is not in their rows yet; some may be disabled by now
+        self.monitored = False  # an endpoint subscribes to webhook.*
         self.moved: set[str] = set()  # endpoints with a queue whose head ended
         self.notices: list[Notice] = []  # for the observer, after the rows are recorded
         self.record_at = 0.0  # monotonic: not before
@@ -2535,6 +2562,8 @@ class _Drain:
         for id, lane in list(self.lanes.items()):
             if id not in found:
                 self._drop(lane)
+        patterns = [pattern for row in rows if isinstance(row[0], Endpoint) for pattern in row[0].events]
+        self.monitored = any(pattern.startswith("webhook.") for pattern in patterns)
         for id, row in found.items():
             old = self.lanes.get(id)
             lane = old or _Lane(id)
@@ -2806,6 +2835,7 @@ class _Drain:
     def _end(self, attempt: _Attempt, outcome: _Outcome) -> None:
         """Decide what an attempt's outcome means for its delivery and its endpoint."""
         lane, picked, outbox = attempt.lane, attempt.picked, self.outbox
+        was_enabled = lane.enabled
         self.attempts.discard(attempt)
         lane.active -= 1
         now, mono = outbox.clock(), time.monotonic()
@@ -2819,7 +2849,13 @@ class _Drain:
         if reason is not outcome.reason:
             outcome = dataclasses.replace(outcome, reason=reason)
         self._add_row(picked.event, lane.id, status, due_at, attempt.wall, mono - attempt.started, outcome)
-        self._count(status, lane, picked, outcome, change)
+        if status == "failed" and lane.enabled and self._hopeless(lane, now):
+            lane.disable, lane.enabled, lane.dirty = "no success for 5 days", False, True
+        self._count(status)
+        disabled = "disabled" if was_enabled and not lane.enabled else None
+        if status != "delivered" or change or disabled or outbox.observer is not None:
+            what = {"delivered": "delivered", "failed": "gave_up"}.get(status, "attempt_failed")
+            self._tell([what, change, disabled], lane, picked, outcome, now)
         if lane.dirty:
             self.dirty[lane.id] = lane
         if picked.queue is not None or lane.endpoint.ordered:
@@ -2836,36 +2872,45 @@ class _Drain:
         answer = (outcome.status_code, outcome.reason, outcome.error, outcome.response)
         self.outcomes.append((event, endpoint_id, status, due_at, at, duration, *answer, None, None, None, None))
 
-    def _count(self, status: str, lane: _Lane, picked: _Picked, outcome: _Outcome, change: str | None) -> None:
+    def _hopeless(self, lane: _Lane, now: float) -> bool:
+        """Say whether an endpoint has failed for so long and given up so much that it is to be disabled (SPEC 4)."""
+        patience, most = _HOPELESS
+        if lane.failing_since is None or now - lane.failing_since < patience:
+            return False
+        count = sum(row[1] == lane.id and row[2] == "failed" for row in self.outcomes)
+        with contextlib.suppress(sqlite3.OperationalError):  # a host is committing: the next failed row asks again
+            count += self.db.execute(
+                "SELECT count(*) FROM webhook_failed WHERE endpoint_id = ? AND failed_at >= ?",
+                (lane.id, lane.failing_since),
+            ).fetchone()[0]
+        return bool(count >= most)
+
+    def _count(self, status: str) -> None:
         if status == "delivered":
             self.delivered += 1
         elif status == "failed":
             self.failed += 1
         else:
             self.retried += 1
-        if status != "delivered":
-            level = logging.WARNING if status == "failed" else logging.INFO
-            extra = {"event": picked.id, "endpoint": lane.id, "attempt": picked.attempts + 1, "reason": outcome.reason}
-            _log.log(
-                level,
-                "%s to %s: %s (%s)%s",
-                picked.id,
-                lane.id,
-                outcome.error,
-                outcome.reason,
-                "; given up" if status == "failed" else "",
-                extra=extra,
-            )
-        if lane.disable and not lane.enabled:
-            _log.warning("endpoint %s is disabled: %s", lane.id, lane.disable, extra={"endpoint": lane.id})
-        if self.outbox.observer is not None:
-            kinds = [{"delivered": "delivered", "failed": "gave_up"}.get(status, "attempt_failed"), change]
-            kinds.append("disabled" if outcome.disable else None)
-            self.notices += [
-                Notice(kind, lane.id, picked.id, outcome.reason, outcome.status_code, outcome.error)
-                for kind in kinds
-                if kind
-            ]
+
+    def _tell(self, kinds: list[str | None], lane: _Lane, picked: _Picked, outcome: _Outcome, now: float) -> None:
+        """Log what went wrong; tell the observer, and who subscribes to webhook.* events."""
+        extra = {"event": picked.id, "endpoint": lane.id, "attempt": picked.attempts + 1, "reason": outcome.reason}
+        if outcome.reason is not None:
+            gave_up = "gave_up" in kinds
+            text = "%s to %s: %s (%s)" + ("; given up" if gave_up else "")
+            level = logging.WARNING if gave_up else logging.INFO
+            _log.log(level, text, picked.id, lane.id, outcome.error, outcome.reason, extra=extra)
+        if "disabled" in kinds:
+            _log.warning("endpoint %s is disabled: %s", lane.id, lane.disable, extra=extra)
+        for kind in filter(None, kinds):
+            notice = Notice(kind, lane.id, picked.id, outcome.reason, outcome.status_code, outcome.error)
+            if self.outbox.observer is not None:
+                self.notices.append(notice)
+            # Events about deliveries of such events would go on for ever between two endpoints that fail now and then.
+            if kind in _NOTICE_TYPES and self.monitored and not picked.type.startswith("webhook."):
+                data = json.dumps(dataclasses.asdict(notice))
+                self.outcomes.append((None, None, _NOTICE_TYPES[kind], None, now, *_NO_ROW[:4], data, *_NO_ROW[:4]))
 
     def _record(self, mono: float) -> None:
         """Write what came back, in one statement, within the commit budget: commits a second are what a host feels."""
@@ -2919,6 +2964,7 @@ class _Drain:
         ending = self.stopping or self.mode != "forever" and not self.attempts
         gap = _GAP_IDLE if ending else _GAP_BUSY if busy else _GAP_SENDING if self.attempts else _GAP_IDLE
         self.record_at = mono + gap
+        self.look |= any(row[1] is None for row in batch)  # our own webhook.* events
         for notice in self.notices:
             try:
                 self.outbox.observer(notice)  # type: ignore[misc]

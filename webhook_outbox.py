@@ -71,6 +71,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict
 
@@ -1736,6 +1737,7 @@ def _exchange(sock: socket.socket, request: bytes, deadline: float) -> _Answer:
 # use. So the child keeps them for ever, and a drain closes its own for the moment of a fork (_Drain.park).
 _PINNED: dict[int, sqlite3.Connection] = {}
 _DRAINS: set[_Drain] = set()  # running in this process
+_OUTBOXES: weakref.WeakSet[Outbox] = weakref.WeakSet()  # in a child they start with no drain
 _HELD: dict[str, _Lock] = {}  # held by this process: record locks do not keep its own threads apart
 _hooked: list[int] = []  # not empty: the hooks are set; they cannot be taken back, so they are set when first needed
 
@@ -1757,6 +1759,8 @@ def _after_fork_in_child() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
     for kept in (_PINNED, _DRAINS, _HELD):
         kept.clear()
+    for outbox in list(_OUTBOXES):
+        outbox._forget_drains()
 
 
 def _hook_forks() -> None:
@@ -3264,10 +3268,10 @@ class Outbox:
         self.clock, self.rng, self.resolver = clock, rng, resolver
         self._guard = _Guard(_networks(allow_networks), allow_http)
         self._identity = _prepare_file(self.path, create)
-        self._after_fork()
+        self._forget_drains()
+        _OUTBOXES.add(self)
 
-    def _after_fork(self) -> None:
-        self._pid = os.getpid()
+    def _forget_drains(self) -> None:
         self._lock = threading.RLock()  # guards the three below; a signal handler may call stop while we hold it
         self._drains: set[_Drain] = set()  # running in this process
         self._thread: threading.Thread | None = None
@@ -3531,7 +3535,7 @@ class Outbox:
     def running(self) -> bool:
         """True while the background thread of this process drains or stands by."""
         thread = self._thread
-        return self._pid == os.getpid() and thread is not None and thread.is_alive()
+        return thread is not None and thread.is_alive()
 
     def start(self) -> None:
         """Drain in a background thread, until stop(). Does nothing when it runs already.
@@ -3539,8 +3543,6 @@ class Outbox:
         Every process of an app may call it: one drains, the others stand by and take over when it dies. Call it
         after forking (in a web server's worker), since threads do not survive a fork.
         """
-        if self._pid != os.getpid():
-            self._after_fork()
         with self._lock:
             if self.running and not self._halt.is_set():  # one that is stopping does not count
                 return
@@ -3558,8 +3560,6 @@ class Outbox:
     def stop(self, timeout: float = 10.0) -> None:
         """Stop draining in this process: take no new work, let attempts under way end within `timeout` seconds,
         record what came back. What is not finished then is delivered again by the next drain."""
-        if self._pid != os.getpid():
-            return
         with self._lock:
             self._halt.set()
             thread, drains = self._thread, list(self._drains)
@@ -3603,15 +3603,12 @@ class Outbox:
         Where another process drains this file, wait for it: to take over, or until it has done the work. progress:
         called about four times a second with a DrainReport.
         """
-        if self._pid != os.getpid():
-            self._after_fork()
         mode = "until_empty" if until_empty else "once" if once else "forever"
         return self._run(_Drain(self, mode, progress))
 
     def _wake(self) -> None:
-        if self._drains and self._pid == os.getpid():
-            for drain in tuple(self._drains):
-                drain.wake()
+        for drain in tuple(self._drains):
+            drain.wake()
 
     # Failed rows.
 
@@ -3827,43 +3824,45 @@ class Outbox:
     def stats(self) -> Stats:
         """Return the outbox's numbers. Reads indexes, so it is quick beside a large backlog."""
         now = self.clock()
+        recent: dict[str, list[Any]] = {}
         with self._reading() as cursor:
-            waiting = {
-                id: (count, due or 0, oldest)
-                for id, count, due, oldest in cursor.execute(
-                    """SELECT endpoint_id, count(*), sum(due_at <= ?), min(due_at) FROM webhook_deliveries
-                        WHERE status = 'pending' GROUP BY endpoint_id""",
-                    (now,),
-                )
-            }
-            queued = dict(
-                cursor.execute(
-                    """SELECT p.id, (SELECT count(*) FROM webhook_deliveries
-                                      WHERE endpoint_id = p.id AND queue IS NOT NULL AND status = 'queued')
-                         FROM webhook_endpoints AS p"""
-                ).fetchall()
+
+            def by_endpoint(sql: str, *values: float) -> dict[str, Any]:
+                return {row[0]: row[1:] for row in cursor.execute(sql, values)}
+
+            waiting = by_endpoint(
+                """SELECT endpoint_id, count(*), sum(due_at <= ?), min(due_at) FROM webhook_deliveries
+                    WHERE status = 'pending' GROUP BY endpoint_id""",
+                now,
             )
-            failed = dict(cursor.execute("SELECT endpoint_id, count(*) FROM webhook_failed GROUP BY 1").fetchall())
-            recent = cursor.execute(
-                """SELECT endpoint_id, at, duration, reason, error FROM
-                     (SELECT * FROM webhook_attempts ORDER BY id DESC LIMIT 20000) WHERE at >= ? ORDER BY id""",
-                (now - 3600.0,),
-            ).fetchall()
-
-        def stats_of(e: Endpoint) -> EndpointStats:
-            mine = [row[1:] for row in recent if row[0] == e.id]
-            counts = waiting.get(e.id, (0, 0, None)), queued.get(e.id, 0), failed.get(e.id, 0)
-            return _endpoint_stats(e, *counts, mine, now)
-
-        endpoints = tuple(stats_of(endpoint) for endpoint in self.endpoints())
-        live = [waiting.get(e.id, (0, 0, None)) for e in endpoints if e.enabled]
-        ages = [e.oldest_due_age for e in endpoints if e.enabled and e.oldest_due_age is not None]
+            queued = by_endpoint(
+                """SELECT p.id, (SELECT count(*) FROM webhook_deliveries
+                                  WHERE endpoint_id = p.id AND queue IS NOT NULL AND status = 'queued')
+                     FROM webhook_endpoints AS p"""
+            )
+            failed = by_endpoint("SELECT endpoint_id, count(*) FROM webhook_failed GROUP BY endpoint_id")
+            attempts = """SELECT endpoint_id, at, duration, reason, error FROM
+                            (SELECT * FROM webhook_attempts ORDER BY id DESC LIMIT 20000) WHERE at >= ? ORDER BY id"""
+            for id, *attempt in cursor.execute(attempts, (now - 3600.0,)):
+                recent.setdefault(id, []).append(attempt)
+        endpoints = tuple(
+            _endpoint_stats(
+                endpoint,
+                waiting.get(endpoint.id, (0, 0, None)),
+                queued.get(endpoint.id, (0,))[0],
+                failed.get(endpoint.id, (0,))[0],
+                recent.get(endpoint.id, []),
+                now,
+            )
+            for endpoint in self.endpoints()
+        )
+        enabled = [e for e in endpoints if e.enabled]
         return Stats(
-            pending=sum(e.pending for e in endpoints if e.enabled),
-            due=sum(due for _, due, _ in live),
+            pending=sum(e.pending for e in enabled),
+            due=sum(waiting[e.id][1] for e in enabled if e.id in waiting),
             held=sum(e.pending for e in endpoints if not e.enabled),
-            failed=sum(failed.values()),
-            oldest_due_age=max(ages, default=None),
+            failed=sum(count for (count,) in failed.values()),
+            oldest_due_age=max((e.oldest_due_age for e in enabled if e.oldest_due_age is not None), default=None),
             endpoints=endpoints,
         )
 
@@ -4203,7 +4202,7 @@ def _emit_by_hand(outbox: Outbox, options: Any) -> None:
         raise PayloadError(f"the data is not JSON: {_one_line(str(error), 100)}") from None
     given = {name: getattr(options, name) for name in ("key", "idempotency_key", "delay")}
     with outbox.transaction() as conn:
-        id = outbox.emit(conn, options.type, data, headers=_header_pairs(options.headers), **given)
+        id = outbox.emit(conn, options.type, data, headers=_header_pairs(getattr(options, "headers", [])), **given)
     _say(id)
     if not outbox.event(id).deliveries:
         print("no enabled endpoint takes it; `endpoint list` shows their patterns", file=sys.stderr)
@@ -4255,14 +4254,6 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
     _say(f"{counts}, still pending {report.pending}")
 
 
-def _resend(outbox: Outbox, options: Any) -> None:
-    _say(f"{outbox.resend(options.id, endpoint=options.endpoint)} deliveries are pending again")
-
-
-def _prune(outbox: Outbox, options: Any) -> None:
-    _say(f"{outbox.prune(options.older_than)} events pruned")
-
-
 def _endpoint_options(options: Any) -> dict[str, Any]:
     """Return the endpoint options that were given on the command line, as the library takes them."""
     names = "events secret description headers body signing rate max_in_flight ordered on_dead timeout cert ca".split()
@@ -4298,10 +4289,6 @@ def _endpoint_set(outbox: Outbox, options: Any) -> None:
         outbox.remove_endpoint(options.id)
         return _say(f"removed {options.id} and {waiting} deliveries that waited for it")
     _say(f"{options.verb}d {options.id}")
-
-
-def _endpoint_rotate(outbox: Outbox, options: Any) -> None:
-    _say(f"secret {outbox.rotate_secret(options.id, secret=options.secret, grace=options.grace).secret}")
 
 
 def _endpoint_ping(outbox: Outbox, options: Any) -> int:
@@ -4562,58 +4549,138 @@ def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, A
     return flags, options
 
 
-def _command(parent: Any, name: str, run: Callable[[Any, Any], Any], help: str, *arguments: Any) -> None:
-    made = parent.add_parser(name, help=help, description=help)
-    made.set_defaults(run=run)
-    for flags, options in arguments:
-        made.add_argument(*flags, **options)
-
-
+_ABSENT = object()  # argparse.SUPPRESS, which is imported late: an option that is not given is not passed on
+_FLAG = {"action": "store_true"}
 _ID = _argument("id")
-_JSON = _argument("--json", action="store_true")
-_DRY_RUN = _argument("--dry-run", action="store_true", help="only count")
+_JSON = _argument("--json", **_FLAG)
+_DRY_RUN = _argument("--dry-run", help="only count", **_FLAG)
 _LIMIT = _argument("--limit", type=int, default=100)
 _TYPE_FILTER = _argument("--type", help="a type, or a group: 'order.*'")
 _SINCE = _argument("--since", type=_when, help="UTC seconds, or 2026-01-31T12:00")
 _UNTIL = _argument("--until", type=_when)
-_REASON = _argument("--reason", help=", ".join(_REASONS))
-_IDS = _argument("ids", nargs="*", type=int, metavar="ID")
-_MORE_IDS = _argument("--ids", dest="more_ids", nargs="+", type=int, default=[], metavar="ID")
-_FAILED_FILTERS = (_IDS, _MORE_IDS, _argument("--endpoint", metavar="ID"), _TYPE_FILTER, _REASON, _SINCE, _UNTIL)
-
-
-def _endpoint_commands(parent: Any) -> None:
-    import argparse
-
-    absent: Any = argparse.SUPPRESS  # an option that is not given is not passed on
-    options = [
-        _argument("--events", nargs="+", default=absent, metavar="PATTERN", help="order.created, 'order.*' or '*'"),
-        _argument("--headers", nargs="+", action="extend", default=absent, metavar="'NAME: VALUE'"),
-        _argument("--description", default=absent),
-        _argument("--body", default=absent, help="standard, data, cloudevents, or a transform of --app"),
-        _argument("--signing", default=absent, help="standard, stripe, github, joined by + to send several"),
-        _argument("--rate", default=absent, type=float, help="deliveries per second"),
-        _argument("--timeout", default=absent, type=float, help="seconds an attempt may last (15)"),
-        _argument("--max-in-flight", type=int, default=absent, help="attempts at once at the most (16)"),
-        _argument("--ordered", action=argparse.BooleanOptionalAction, default=absent, help="one after the other"),
-        _argument("--on-dead", choices=("skip", "hold"), default=absent, help="what a queue does after a failed row"),
-        _argument("--cert", nargs="+", default=absent, metavar="PATH", help="client certificate, and its key"),
-        _argument("--ca", default=absent, metavar="PATH", help="certificates of a private authority"),
-    ]
-    url, secret = _argument("url", metavar="URL"), _argument("--secret", default=absent)
-    _command(parent, "add", _endpoint_add, "register an endpoint", url, _argument("--id"), secret, *options)
-    _command(parent, "list", _endpoint_list, "list endpoints", _JSON)
-    _command(parent, "show", lambda o, a: _show_one(o.endpoint(a.id), a.json), "show one endpoint", _ID, _JSON)
-    _command(parent, "update", _endpoint_update, "change options", _ID, _argument("--url"), *options)
-    _command(parent, "disable", _endpoint_set, "hold its deliveries", _ID, _argument("--reason", default=""))
-    _command(parent, "enable", _endpoint_set, "resume its deliveries", _ID)
-    _command(parent, "remove", _endpoint_set, "delete it with its waiting deliveries", _ID)
-    grace = _argument("--grace", type=float, default=86_400.0, help="seconds that the old secret signs too")
-    _command(parent, "rotate", _endpoint_rotate, "give it a new secret", _ID, _argument("--secret"), grace)
-    _command(parent, "secret", lambda o, a: _say(o._secret(a.id)), "print its secret", _ID)
-    _command(parent, "ping", _endpoint_ping, "send it a webhook.ping now", _ID)
-    backfill = (_ID, _SINCE, _UNTIL, _TYPE_FILTER, _DRY_RUN)
-    _command(parent, "backfill", _endpoint_backfill, "deliver recorded events that it has not had", *backfill)
+_SECRET = _argument("--secret", help="whsec_..., env:NAME or file:PATH; one is made when it is left out")
+_HEADERS = _argument("--headers", nargs="+", action="extend", default=_ABSENT, metavar="'NAME: VALUE'")
+_FAILED_FILTERS = (
+    _argument("ids", nargs="*", type=int, metavar="ID"),
+    _argument("--ids", dest="more_ids", nargs="+", type=int, default=[], metavar="ID"),
+    _argument("--endpoint", metavar="ID"),
+    _TYPE_FILTER,
+    _argument("--reason", help=", ".join(_REASONS)),
+    _SINCE,
+    _UNTIL,
+)
+_ENDPOINT_OPTIONS = (
+    _argument("--events", nargs="+", default=_ABSENT, metavar="PATTERN", help="order.created, 'order.*' or '*'"),
+    _HEADERS,
+    _argument("--description", default=_ABSENT),
+    _argument("--body", default=_ABSENT, help="standard, data, cloudevents, or a transform of --app"),
+    _argument("--signing", default=_ABSENT, help="standard, stripe, github, joined by + to send several"),
+    _argument("--rate", default=_ABSENT, type=float, help="deliveries per second"),
+    _argument("--timeout", default=_ABSENT, type=float, help="seconds an attempt may last (15)"),
+    _argument("--max-in-flight", type=int, default=_ABSENT, help="attempts at once at the most (16)"),
+    _argument("--ordered", default=_ABSENT, help="one after the other", **_FLAG),
+    _argument("--no-ordered", dest="ordered", action="store_false", default=_ABSENT),
+    _argument("--on-dead", choices=("skip", "hold"), default=_ABSENT, help="what a queue does after a failed row"),
+    _argument("--cert", nargs="+", default=_ABSENT, metavar="PATH", help="client certificate, and its key"),
+    _argument("--ca", default=_ABSENT, metavar="PATH", help="certificates of a private authority"),
+)
+_EMIT_OPTIONS = (
+    _argument("--key", help="events with one key go out in order"),
+    _argument("--idempotency-key", help="a second event with it is the first one"),
+    _argument("--delay", type=float, default=0.0, help="seconds"),
+    _HEADERS,
+)
+_DRAIN_OPTIONS = (
+    _argument("--once", help="until nothing is due now", **_FLAG),
+    _argument("--until-empty", help="until nothing is pending, retries included", **_FLAG),
+    _argument("--workers", type=int, help="attempts under way at once"),
+)
+_LISTEN_OPTIONS = (
+    _argument("--port", type=int, default=8000),
+    _argument("--secret", help="whsec_...: verify with it"),
+    _argument("--status", type=int, default=200, metavar="N", help="what to answer (200)"),
+)
+_GROUPS = {"endpoint": "where events go", "events": "the record of events", "failed": "deliveries that were given up"}
+# Each command: its words, what runs it with (outbox, options), its help, its arguments.
+_COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, tuple[Any, ...]], ...] = (
+    ("demo", _demo, "show the whole story on temporary files", ()),
+    ("init", _init, "make the tables", (_argument("--wal", help="also switch to WAL", **_FLAG),)),
+    ("schema", lambda o, a: _say(schema_sql().rstrip()), "print the SQL of the tables", ()),
+    ("doctor", _doctor, "say what is wrong with this file and machine", (_JSON,)),
+    (
+        "endpoint add",
+        _endpoint_add,
+        "register an endpoint",
+        (_argument("url", metavar="URL"), _argument("--id"), _SECRET, *_ENDPOINT_OPTIONS),
+    ),
+    ("endpoint list", _endpoint_list, "list endpoints", (_JSON,)),
+    ("endpoint show", lambda o, a: _show_one(o.endpoint(a.id), a.json), "show one endpoint", (_ID, _JSON)),
+    ("endpoint update", _endpoint_update, "change options", (_ID, _argument("--url"), *_ENDPOINT_OPTIONS)),
+    ("endpoint disable", _endpoint_set, "hold its deliveries", (_ID, _argument("--reason", default=""))),
+    ("endpoint enable", _endpoint_set, "resume its deliveries", (_ID,)),
+    ("endpoint remove", _endpoint_set, "delete it with its waiting deliveries", (_ID,)),
+    (
+        "endpoint rotate",
+        lambda o, a: _say(f"secret {o.rotate_secret(a.id, secret=a.secret, grace=a.grace).secret}"),
+        "give it a new secret",
+        (_ID, _SECRET, _argument("--grace", type=float, default=86_400.0, help="seconds that the old one signs too")),
+    ),
+    ("endpoint secret", lambda o, a: _say(o._secret(a.id)), "print its secret", (_ID,)),
+    ("endpoint ping", _endpoint_ping, "send it a webhook.ping now", (_ID,)),
+    (
+        "endpoint backfill",
+        _endpoint_backfill,
+        "deliver recorded events that it has not had",
+        (_ID, _SINCE, _UNTIL, _TYPE_FILTER, _DRY_RUN),
+    ),
+    (
+        "emit",
+        _emit_by_hand,
+        "record an event by hand",
+        (_argument("type"), _argument("data", metavar="JSON", help="- reads standard input"), *_EMIT_OPTIONS),
+    ),
+    ("drain", _drain_here, "deliver what is due; for ever unless told otherwise", _DRAIN_OPTIONS),
+    (
+        "status",
+        _status,
+        "show endpoints and what waits",
+        (_JSON, _argument("--watch", help="again every two seconds", **_FLAG)),
+    ),
+    (
+        "events list",
+        _events_list,
+        "list events, newest first",
+        (_TYPE_FILTER, _SINCE, _UNTIL, _LIMIT, _argument("--after", metavar="ID"), _JSON),
+    ),
+    ("events show", _events_show, "show an event, its deliveries and attempts", (_ID, _JSON)),
+    (
+        "failed list",
+        _failed_list,
+        "list failed rows, oldest first",
+        (*_FAILED_FILTERS, _LIMIT, _argument("--after", type=int, metavar="ID"), _JSON),
+    ),
+    ("failed show", _failed_show, "show one failed row", (_argument("id", type=int), _JSON)),
+    (
+        "failed replay",
+        _failed_act,
+        "deliver failed rows again",
+        (*_FAILED_FILTERS, _argument("--all", **_FLAG), _DRY_RUN),
+    ),
+    ("failed discard", _failed_act, "delete failed rows", (*_FAILED_FILTERS, _argument("--all", **_FLAG), _DRY_RUN)),
+    (
+        "resend",
+        lambda o, a: _say(f"{o.resend(a.id, endpoint=a.endpoint)} deliveries are pending again"),
+        "deliver a recorded event again",
+        (_ID, _argument("--endpoint", help="only to this one, which need not have had it")),
+    ),
+    (
+        "prune",
+        lambda o, a: _say(f"{o.prune(a.older_than)} events pruned"),
+        "delete old events",
+        (_argument("--older-than", type=float, metavar="SECONDS"),),
+    ),
+    ("listen", _listen, "a local receiver that verifies and prints what arrives", _LISTEN_OPTIONS),
+)
 
 
 def _parser() -> Any:
@@ -4631,52 +4698,17 @@ def _parser() -> Any:
     parser.add_argument("--db", metavar="PATH", help="the app's file; else the variable WEBHOOK_OUTBOX_DB")
     parser.add_argument("--app", metavar="MODULE:NAME", help="use the app's own Outbox instead of --db")
     parser.add_argument("--allow-network", action="append", default=[], metavar="CIDR", help="admit a private network")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def verbs(name: str, help: str) -> Any:
-        return commands.add_parser(name, help=help, description=help).add_subparsers(
-            dest="verb", required=True, metavar="VERB"
-        )
-
-    flag = {"action": "store_true"}
-    _command(commands, "demo", _demo, "show the whole story on temporary files")
-    _command(commands, "init", _init, "make the tables", _argument("--wal", help="also switch to WAL", **flag))
-    _command(commands, "schema", lambda o, a: _say(schema_sql().rstrip()), "print the SQL of the tables")
-    _command(commands, "doctor", _doctor, "say what is wrong with this file and machine", _JSON)
-    _endpoint_commands(verbs("endpoint", "where events go"))
-    data = _argument("data", metavar="JSON", help="- reads standard input")
-    keys = (
-        _argument("--key", help="events with one key go out in order"),
-        _argument("--idempotency-key", help="a second event with it is the first one"),
-        _argument("--delay", type=float, default=0.0, help="seconds"),
-        _argument("--headers", nargs="+", action="extend", default=[], metavar="'NAME: VALUE'"),
-    )
-    _command(commands, "emit", _emit_by_hand, "record an event by hand", _argument("type"), data, *keys)
-    modes = (
-        _argument("--once", help="until nothing is due now", **flag),
-        _argument("--until-empty", help="until nothing is pending, retries included", **flag),
-        _argument("--workers", type=int, help="attempts under way at once"),
-    )
-    _command(commands, "drain", _drain_here, "deliver what is due; for ever unless told otherwise", *modes)
-    watch = _argument("--watch", help="again every two seconds", **flag)
-    _command(commands, "status", _status, "show endpoints and what waits", _JSON, watch)
-    events = verbs("events", "the record of events")
-    page = (_TYPE_FILTER, _SINCE, _UNTIL, _LIMIT, _argument("--after", metavar="ID"), _JSON)
-    _command(events, "list", _events_list, "list events, newest first", *page)
-    _command(events, "show", _events_show, "show an event, its deliveries and attempts", _ID, _JSON)
-    failed = verbs("failed", "deliveries that were given up")
-    rows = (*_FAILED_FILTERS, _LIMIT, _argument("--after", type=int, metavar="ID"), _JSON)
-    _command(failed, "list", _failed_list, "list failed rows, oldest first", *rows)
-    _command(failed, "show", _failed_show, "show one failed row", _argument("id", type=int), _JSON)
-    acts = (*_FAILED_FILTERS, _argument("--all", **flag), _DRY_RUN)
-    _command(failed, "replay", _failed_act, "deliver failed rows again", *acts)
-    _command(failed, "discard", _failed_act, "delete failed rows", *acts)
-    endpoint = _argument("--endpoint", help="only to this one, which need not have had it")
-    _command(commands, "resend", _resend, "deliver a recorded event again", _ID, endpoint)
-    _command(commands, "prune", _prune, "delete old events", _argument("--older-than", type=float, metavar="SECONDS"))
-    listen = (_argument("--port", type=int, default=8000), _argument("--secret", help="whsec_...: verify with it"))
-    status = _argument("--status", type=int, default=200, metavar="N", help="what to answer (200)")
-    _command(commands, "listen", _listen, "a local receiver that verifies and prints what arrives", *listen, status)
+    places = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
+    for words, run, help, arguments in _COMMANDS:
+        group, _, name = words.rpartition(" ")
+        if group not in places:
+            made = places[""].add_parser(group, help=_GROUPS[group], description=_GROUPS[group])
+            places[group] = made.add_subparsers(dest="verb", required=True, metavar="VERB")
+        made = places[group].add_parser(name, help=help, description=help)
+        made.set_defaults(run=run)
+        for flags, options in arguments:
+            absent = {"default": argparse.SUPPRESS} if options.get("default") is _ABSENT else {}
+            made.add_argument(*flags, **options | absent)
     return parser
 
 

@@ -4061,6 +4061,80 @@ def test_an_upgrade_that_is_cut_off_leaves_the_older_version_whole(wal):
     assert query(wal, "SELECT value FROM webhook_meta WHERE key = 'schema_version'") == [(len(webhook_outbox._SCHEMA),)]
 
 
+def shards_in(path: str, shard: str, *options: str) -> subprocess.Popen[str]:
+    code = "import sys, webhook_outbox; sys.exit(webhook_outbox.main(sys.argv[1:]))"
+    return run_python(code, "--db", path, "--allow-network", "127.0.0.0/8", "drain", "--shard", shard, *options)
+
+
+def test_shares_divide_the_endpoints_and_each_is_drained_by_one_process_at_a_time(database, serve):
+    receivers = [serve() for _ in range(12)]
+    outbox = make_outbox(database)
+    for n, receiver in enumerate(receivers):
+        outbox.add_endpoint(receiver.url(), id=f"ep{n}")
+    ids = [emit(outbox) for _ in range(20)]
+    shares = [webhook_outbox._Share(number, 3) for number in (1, 2, 3)]
+    owners = [[share.number for share in shares if share.has(f"ep{n}")] for n in range(12)]
+    assert all(len(owner) == 1 for owner in owners) and len({owner[0] for owner in owners}) == 3
+    first = shards_in(database, "1/3", "--once")
+    out, err = first.communicate(timeout=60)
+    mine = [n for n in range(12) if owners[n] == [1]]
+    assert f"delivered {20 * len(mine)}, failed 0, retried 0, still pending 0" in out, out + err
+    assert [n for n in range(12) if receivers[n].requests] == mine
+    rest = [shards_in(database, shard) for shard in ("2/3", "3/3", "3/3", "1/3")]
+    try:
+        eventually(
+            lambda: query(database, "SELECT count(*) FROM webhook_deliveries WHERE status = 'delivered'") == [(240,)],
+            30,
+        )
+    finally:
+        for process in rest:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=30)
+    for receiver in receivers:
+        assert sorted(request.headers["webhook-id"] for request in receiver.requests) == sorted(ids)
+
+
+def test_shares_that_overlap_exclude_each_other_and_a_dead_holder_is_replaced(wal):
+    make_outbox(wal)
+
+    shares = [(n, parts) for parts in (1, 2, 3, 4, 8) for n in range(1, parts + 1)]
+
+    def held() -> set[tuple[int, int]]:
+        """Ask another process which shares it cannot have."""
+        code = """
+            import sys, webhook_outbox as w
+            for share in eval(sys.argv[2]):
+                lock = w._Lock(sys.argv[1], w._Share(*share))
+                print(int(lock.acquire()), end=" ")
+                lock.release()"""
+        free = run_python(code, wal, repr(shares)).communicate(timeout=30)[0].split()
+        return {share for share, one in zip(shares, free, strict=True) if one == "0"}
+
+    lock = webhook_outbox._Lock(wal, webhook_outbox._Share(2, 4))
+    assert lock.acquire()
+    assert held() == {(1, 1), (1, 2), (1, 3), (2, 3), (2, 4), (3, 8), (4, 8)}
+    lock.release()
+    assert held() == set()
+    with_share, whole = shards_in(wal, "1/2"), None
+    try:
+        eventually(lambda: (1, 2) in held(), 20)
+        assert (2, 2) not in held()
+        whole = shards_in(wal, "1/1")
+        eventually(lambda: "standing by" in (whole.stderr.readline() if whole.stderr else ""), 20)
+        assert (2, 2) not in held()
+        with_share.kill()
+        eventually(lambda: (2, 2) in held(), 20)
+    finally:
+        for process in filter(None, (with_share, whole)):
+            process.kill()
+            process.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1/17", "1", "a/b", "-1/2", "1/2/3", "\u0661/2"])
+def test_a_shard_that_is_none_is_a_usage_error(cli, shard):
+    assert "1/4" in cli("drain", f"--shard={shard}", code=2)
+
+
 def test_the_observer_may_stop_the_drain_and_somebody_start_it_again(wal, serve):
     receiver = serve()
     outbox = make_outbox(wal, observer=lambda notice: outbox.stop())
@@ -5289,7 +5363,7 @@ def test_the_doctor_sees_a_default_below_full_and_wrong_clocks(wal):
 def test_the_doctor_tells_a_backlog_behind_a_running_drain_from_an_idle_one(wal, serve):
     outbox = make_outbox(wal, workers=1)
     end = threading.Event()
-    receiver = serve(lambda *_: end.wait(10))
+    receiver = serve(lambda *_: not end.wait(10))
     outbox.add_endpoint(receiver.url(), id="slow")
     emit(make_outbox(wal, clock=lambda: time.time() - 1000))
     emit(make_outbox(wal, clock=lambda: time.time() - 1000))

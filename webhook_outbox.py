@@ -72,6 +72,7 @@ import threading
 import time
 import urllib.parse
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict
 
@@ -1933,13 +1934,30 @@ def _check_identity(cursor: sqlite3.Cursor, identity: str, path: str) -> None:
         raise SchemaError(f"this connection is open on another file than the outbox's, {path}")
 
 
-class _Lock:
-    """The right to drain one file: a POSIX record lock on a small file beside it, which dies with its process, however
-    it dies, and is not inherited by a fork. (An exclusive SQLite transaction there would do the same, but SQLite in a
-    forked child believes for ever that its parent's lock is held.)"""
+class _Share(NamedTuple):
+    """A part of the endpoints: those whose id falls to `number` of `parts`; 1 of 1 is all of them."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path + "-webhooks"
+    number: int
+    parts: int
+
+    def has(self, endpoint_id: str) -> bool:
+        return (
+            self.parts == 1
+            or zlib.crc32(endpoint_id.encode("utf-8", "surrogateescape")) % self.parts == self.number - 1
+        )
+
+
+_ALL = _Share(1, 1)
+_LOCK_BYTES = 720_720  # divides by 1 to 16: shares of different counts lock overlapping ranges where they overlap
+
+
+class _Lock:
+    """The right to drain one share of a file: a POSIX record lock on its part of the bytes of a small file beside it,
+    which dies with its process, however it dies, and is not inherited by a fork. (An exclusive SQLite transaction there
+    would do for the whole, but SQLite in a forked child believes for ever that its parent's lock is held.)"""
+
+    def __init__(self, path: str, share: _Share = _ALL) -> None:
+        self.path, self.share = path + "-webhooks", share
         self._fd = -1
 
     def acquire(self) -> bool:
@@ -1948,10 +1966,13 @@ class _Lock:
             return False
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            length = _LOCK_BYTES // self.share.parts
+            start = length * (self.share.number - 1)
             if sys.platform == "win32":
-                msvcrt.locking(self._fd, msvcrt.LK_NBLCK, 1)
+                os.lseek(self._fd, start, os.SEEK_SET)
+                msvcrt.locking(self._fd, msvcrt.LK_NBLCK, length)
             else:
-                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
             return True
         except OSError as error:
             opened = self._fd >= 0
@@ -2287,14 +2308,17 @@ def _verdict(
 class _Drain:
     """One run of the loop: stand by for the lock, then send until told to stop or nothing is left."""
 
-    def __init__(self, outbox: Outbox, mode: str, progress: Callable[[DrainReport], Any] | None = None) -> None:
+    def __init__(
+        self, outbox: Outbox, mode: str, progress: Callable[[DrainReport], Any] | None = None, share: _Share = _ALL
+    ) -> None:
         self.outbox, self.mode, self.progress = outbox, mode, progress  # mode: forever, once, until_empty
+        self.share = share
         self.pid = os.getpid()
         self.thread = 0  # that runs the loop
         self.parked, self.go_on = threading.Event(), threading.Event()  # around a fork; clear go_on: close the file
         self.go_on.set()
         self.forks = 0  # threads that are forking now
-        self.lock = _Lock(outbox.path)
+        self.lock = _Lock(outbox.path, share)
         self.opener = _Opener(outbox)
         self.db: sqlite3.Connection = None  # type: ignore[assignment]  # opened by run, in the loop's thread
         self.selector = selectors.DefaultSelector()
@@ -2397,14 +2421,13 @@ class _Drain:
         return DrainReport(self.delivered, self.retried, self.failed, self._patiently(self._count_pending))
 
     def _count_pending(self) -> int:
-        row = self.db.execute(
-            """SELECT count(*) FROM webhook_endpoints AS e JOIN webhook_deliveries AS d ON d.endpoint_id = e.id
-                WHERE e.enabled AND d.status = 'pending'
-                UNION ALL
-               SELECT count(*) FROM webhook_endpoints AS e JOIN webhook_deliveries AS d ON d.endpoint_id = e.id
-                WHERE e.enabled AND d.queue IS NOT NULL AND d.status = 'queued'"""
-        ).fetchall()
-        return int(row[0][0] + row[1][0])
+        rows = self.db.execute(
+            """SELECT id, (SELECT count(*) FROM webhook_deliveries WHERE endpoint_id = id AND status = 'pending')
+                        + (SELECT count(*) FROM webhook_deliveries
+                            WHERE endpoint_id = id AND queue IS NOT NULL AND status = 'queued')
+                 FROM webhook_endpoints WHERE enabled"""
+        )
+        return sum(count for id, count in rows.fetchall() if self.share.has(id))
 
     def _patiently(self, read: Callable[[], Any]) -> Any:
         """Read outside the loop's rhythm, where waiting for a lock is fine."""
@@ -2438,7 +2461,7 @@ class _Drain:
         until = math.inf if self.mode == "until_empty" else self.outbox.clock()
         rows = self.db.execute("SELECT id FROM webhook_endpoints WHERE enabled AND paused_until <= ?", (until,))
         enabled = {row[0] for row in rows.fetchall()}
-        return any(id in enabled and due_at <= until for id, due_at in _earliest(self.db))
+        return any(id in enabled and due_at <= until and self.share.has(id) for id, due_at in _earliest(self.db))
 
     def _set_up_db(self) -> None:
         (mode,) = self.db.execute("PRAGMA journal_mode").fetchone()
@@ -2552,7 +2575,7 @@ class _Drain:
             lane = self.lanes.get(id)
             if lane is not None:
                 lane.next_due = min(lane.next_due, due_at)
-            elif not id.isprintable():  # written in SQL, no UTF-8: it cannot even be asked for
+            elif not self.share.has(id) or not id.isprintable():  # or written in SQL, no UTF-8: it cannot be asked for
                 continue
             elif not self.db.execute("SELECT 1 FROM webhook_endpoints WHERE id = ?", (id,)).fetchone():
                 self._give_up_orphans(id)
@@ -2560,6 +2583,7 @@ class _Drain:
     def _load_lanes(self) -> None:
         rows = _load_endpoints(self.db)
         found = {row[0] if isinstance(row[0], str) else row[0].id: row for row in rows}
+        found = {id: row for id, row in found.items() if self.share.has(id)}
         for id, leaving in self.dirty.items():
             if leaving.disable:  # our word is not in the row yet
                 found.pop(id, None)
@@ -2996,7 +3020,12 @@ class _Drain:
         if self.progress is not None and mono >= self.progress_at:
             self.progress_at = mono + 0.25
             self.progress(self.report())
-        if mono >= self.prune_at and not self.outcomes and mono - self.host_wrote_at > _HOST_BUSY:
+        if (
+            self.share.number == 1
+            and mono >= self.prune_at
+            and not self.outcomes
+            and mono - self.host_wrote_at > _HOST_BUSY
+        ):
             self._prune(now, mono)
 
     def _prune(self, now: float, mono: float) -> None:
@@ -4241,7 +4270,7 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
             _log.info("finishing %d under way; once more to stop at once", len(drain.attempts))
 
     mode = "until_empty" if options.until_empty else "once" if options.once else "forever"
-    drain = _Drain(outbox, mode, show if terminal else log)
+    drain = _Drain(outbox, mode, show if terminal else log, options.shard)
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         report = outbox._run(drain)
@@ -4545,6 +4574,15 @@ def _when(text: str) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
 
 
+def _shard(text: str) -> _Share:
+    import argparse
+
+    match = re.fullmatch(r"([0-9]{1,2})/([0-9]{1,2})", text, re.ASCII)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= 16:
+        raise argparse.ArgumentTypeError("write 1/4 for the first of four shares; there are at most 16")
+    return _Share(int(match[1]), int(match[2]))
+
+
 def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return flags, options
 
@@ -4594,6 +4632,7 @@ _DRAIN_OPTIONS = (
     _argument("--once", help="until nothing is due now", **_FLAG),
     _argument("--until-empty", help="until nothing is pending, retries included", **_FLAG),
     _argument("--workers", type=int, help="attempts under way at once"),
+    _argument("--shard", type=_shard, default=_ALL, metavar="K/N", help="only this share of the endpoints, like 1/4"),
 )
 _LISTEN_OPTIONS = (
     _argument("--port", type=int, default=8000),

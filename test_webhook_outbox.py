@@ -46,6 +46,7 @@ import requests
 import trustme
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 import webhook_outbox
 from webhook_outbox import (
@@ -4061,6 +4062,66 @@ def test_an_upgrade_that_is_cut_off_leaves_the_older_version_whole(wal):
     assert query(wal, "SELECT value FROM webhook_meta WHERE key = 'schema_version'") == [(len(webhook_outbox._SCHEMA),)]
 
 
+def metrics_of(outbox: Outbox) -> dict[tuple[str, ...], float]:
+    """Parse metrics as Prometheus does; {(name, label values...): value}."""
+    families = list(text_string_to_metric_families(outbox.metrics()))
+    assert len({family.name for family in families}) == len(families) == 8
+    assert all(family.documentation and family.type != "unknown" for family in families)
+    return {
+        (sample.name.removeprefix("webhook_outbox_"), *sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_metrics_are_what_prometheus_reads_and_survive_restarts_and_pruning(database, serve):
+    clock = Clock()
+    receiver = serve([answer(500), OK, answer(500), answer(410)])
+    for _ in range(2):  # each with a drain of its own
+        outbox = make_outbox(database, retry=RetryPolicy((0, 30), jitter=0.0), clock=clock)
+        if not outbox.endpoints():
+            outbox.add_endpoint(receiver.url(), id="crm", events=["order.*"])
+            outbox.add_endpoint(receiver.url(), id="idle", events=["other"])
+        emit(outbox)
+        outbox.drain(once=True)
+        clock.advance(30)
+        outbox.drain(once=True)
+    numbers = metrics_of(outbox)
+    assert numbers["attempts_total", "crm", "delivered"] == 1 and numbers["attempts_total", "crm", "status"] == 2
+    assert numbers["attempts_total", "crm", "gone"] == numbers["given_up_total", "crm"] == 1
+    buckets = [value for key, value in numbers.items() if key[:2] == ("delivery_seconds_bucket", "crm")]
+    assert buckets == sorted(buckets) and len(buckets) == 13
+    assert [numbers["delivery_seconds_bucket", "crm", le] for le in ("5", "30", "+Inf")] == [0, 1, 1]
+    assert numbers["delivery_seconds_count", "crm"] == 1 and numbers["delivery_seconds_sum", "crm"] == 30
+    assert (numbers["enabled", "crm"], numbers["enabled", "idle"], numbers["failed", "crm"]) == (0, 1, 1)
+    assert numbers["failing_since_seconds", "crm"] == 1_700_000_030.0
+    outbox.discard(all=True)
+    clock.advance(40 * 86_400)
+    outbox.prune()
+    assert outbox.events() == [] and metrics_of(outbox)["attempts_total", "crm", "status"] == 2
+    outbox.remove_endpoint("crm")
+    assert not any("crm" in key for key in metrics_of(outbox))
+    assert query(database, "SELECT count(*) FROM webhook_counts WHERE endpoint_id = 'crm'") == [(0,)]
+
+
+def test_metrics_of_an_empty_outbox_are_well_formed(wal, cli):
+    assert metrics_of(make_outbox(wal)) == {}
+    assert cli("metrics").strip() == make_outbox(wal).metrics().strip()
+
+
+def test_check_says_in_one_line_what_is_wrong_and_exits_1(wal, serve, cli):
+    assert cli("check") == "ok: 0 pending, 0 failed rows\n"
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(serve(answer(500)).url(), id="crm")
+    emit(make_outbox(wal, clock=lambda: time.time() - 1000))
+    assert cli("check", code=1) == "the oldest due delivery has waited 17 m\n"
+    assert cli("check", "--max-age", "2000").startswith("ok: 1 pending")
+    outbox.drain(once=True)
+    assert cli("check", code=1) == "1 failed rows; failing or disabled: crm\n"
+    assert cli("check", "--max-failed", "1", code=1) == "failing or disabled: crm\n"
+    assert cli("check", "--max-failed", "1", "--max-failing-endpoints", "1") == "ok: 0 pending, 1 failed rows\n"
+
+
 def shards_in(path: str, shard: str, *options: str) -> subprocess.Popen[str]:
     code = "import sys, webhook_outbox; sys.exit(webhook_outbox.main(sys.argv[1:]))"
     return run_python(code, "--db", path, "--allow-network", "127.0.0.0/8", "drain", "--shard", shard, *options)
@@ -5404,7 +5465,7 @@ def cli(wal: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
         ended = webhook_outbox.main([*before, *allowed, *args])
         out, err = capsys.readouterr()
         assert ended in (code if isinstance(code, tuple) else (code,)), out + err
-        if err or (code != 0 and args != ("doctor",)):  # whose findings are what was asked for
+        if err or (code != 0 and args[0] not in ("doctor", "check")):  # whose findings are what was asked for
             assert code != 0 and "Traceback" not in err and err.count("\n") == 1 and err.endswith("\n"), err
         return out + err
 

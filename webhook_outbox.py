@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import atexit
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -405,10 +406,26 @@ _SCHEMA = (
     _FIRST_SCHEMA,
     (
         """CREATE INDEX webhook_failed_endpoint ON webhook_failed (endpoint_id, failed_at)""",
-        # What the drain tells endpoints that subscribe to webhook.* by name: a row without event and endpoint, its
-        # type as status, its data as response. Nobody subscribed: no event.
+        """CREATE TABLE webhook_counts (           -- what metrics counts; the rows themselves leave after a while
+  endpoint_id TEXT NOT NULL,
+  name TEXT NOT NULL,
+  value REAL NOT NULL,
+  PRIMARY KEY (endpoint_id, name)
+) WITHOUT ROWID""",
+        """CREATE TRIGGER webhook_counts_delete AFTER DELETE ON webhook_endpoints BEGIN
+  DELETE FROM webhook_counts WHERE endpoint_id = OLD.id;
+END""",
+        # What the drain counted since its last write: endpoint as status, JSON {name: increment} as response.
+        """CREATE TRIGGER webhook_record_counts INSTEAD OF INSERT ON webhook_record
+WHEN NEW.event IS NULL AND NEW.endpoint_id IS NULL AND NEW.reason = 'count' BEGIN
+  INSERT INTO webhook_counts SELECT NEW.status, key, value FROM json_each(NEW.response)
+   WHERE EXISTS (SELECT 1 FROM webhook_endpoints WHERE id = NEW.status)
+      ON CONFLICT DO UPDATE SET value = value + excluded.value;
+END""",
+        # What the drain tells endpoints that subscribe to webhook.* by name: the event's type as status, its data as
+        # response. Nobody subscribed: no event.
         """CREATE TRIGGER webhook_record_notice INSTEAD OF INSERT ON webhook_record
-WHEN NEW.event IS NULL AND NEW.endpoint_id IS NULL AND NEW.status IS NOT NULL BEGIN
+WHEN NEW.event IS NULL AND NEW.endpoint_id IS NULL AND NEW.reason = 'notice' BEGIN
   INSERT INTO webhook_emit (type, data, created_at) SELECT NEW.status, NEW.response, NEW.at
    WHERE EXISTS (SELECT 1 FROM webhook_patterns WHERE pattern <> '*' AND NEW.status GLOB pattern);
 END""",
@@ -2151,6 +2168,21 @@ _UNRECORDED = 2_000  # outcomes that may wait for the write lock before sending 
 _TAKEOVER_POLL = 0.1  # seconds between two looks at a lock that another process holds
 _HOST_BUSY = 0.5  # seconds since somebody else's commit in which the host counts as writing
 _GAP_BUSY, _GAP_SENDING, _GAP_IDLE = 0.1, 0.01, 0.001  # seconds between two commits of ours
+_BUCKETS = (
+    0.01,
+    0.05,
+    0.1,
+    0.5,
+    1.0,
+    5.0,
+    30.0,
+    60.0,
+    300.0,
+    3600.0,
+    21600.0,
+    86400.0,
+    math.inf,
+)  # seconds, of metrics
 _PRUNE_PAUSE = 3_600.0  # seconds between two rounds of retention
 _NOTICE_TYPES = {
     "gave_up": "webhook.delivery.failed",
@@ -2335,6 +2367,7 @@ class _Drain:
         self.openers = 0
         self.outcomes: list[tuple[Any, ...]] = []  # rows for webhook_record
         self.dirty: dict[str, _Lane] = {}  # whose state is not in their rows yet; some may be disabled by now
+        self.tally: dict[str, collections.Counter[str]] = {}  # per endpoint, for metrics; not written yet
         self.monitored = False  # an endpoint subscribes to webhook.*
         self.moved: set[str] = set()  # endpoints with a queue whose head ended
         self.notices: list[Notice] = []  # for the observer, after the rows are recorded
@@ -2879,7 +2912,7 @@ class _Drain:
         self._add_row(picked.event, lane.id, status, due_at, attempt.wall, mono - attempt.started, outcome)
         if status == "failed" and lane.enabled and self._hopeless(lane, now):
             lane.disable, lane.enabled, lane.dirty = "no success for 5 days", False, True
-        self._count(status)
+        self._count(status, lane, picked, outcome, now)
         disabled = "disabled" if was_enabled and not lane.enabled else None
         if status != "delivered" or change or disabled or outbox.observer is not None:
             what = {"delivered": "delivered", "failed": "gave_up"}.get(status, "attempt_failed")
@@ -2913,11 +2946,17 @@ class _Drain:
             ).fetchone()[0]
         return bool(count >= most)
 
-    def _count(self, status: str) -> None:
+    def _count(self, status: str, lane: _Lane, picked: _Picked, outcome: _Outcome, now: float) -> None:
+        tally = self.tally.setdefault(lane.id, collections.Counter())
+        tally[outcome.reason or "delivered"] += 1
         if status == "delivered":
             self.delivered += 1
+            took = max(0.0, now - picked.created_at)
+            tally["seconds"] += took  # type: ignore[assignment]  # a sum, not a count
+            tally[f"le {_BUCKETS[bisect.bisect_left(_BUCKETS, took)]:g}"] += 1
         elif status == "failed":
             self.failed += 1
+            tally["given up"] += 1
         else:
             self.retried += 1
 
@@ -2938,7 +2977,8 @@ class _Drain:
             # Events about deliveries of such events would go on for ever between two endpoints that fail now and then.
             if kind in _NOTICE_TYPES and self.monitored and not picked.type.startswith("webhook."):
                 data = json.dumps(dataclasses.asdict(notice))
-                self.outcomes.append((None, None, _NOTICE_TYPES[kind], None, now, *_NO_ROW[:4], data, *_NO_ROW[:4]))
+                row = (None, None, _NOTICE_TYPES[kind], None, now, None, None, "notice", None, data, *_NO_ROW[:4])
+                self.outcomes.append(row)
 
     def _record(self, mono: float) -> None:
         """Write what came back, in one statement, within the commit budget: commits a second are what a host feels."""
@@ -2968,11 +3008,15 @@ class _Drain:
             (None, lane.id, *_NO_ROW[:8], lane.failures, lane.failing_since, lane.paused_until, lane.disable)
             for lane in lanes
         ]
-        _write_outcomes(self.db, batch + states)
+        tally = list(self.tally.items())[: _MOST_ROWS - len(batch) - len(states)]
+        counts = [(None, None, id, *_NO_ROW[:4], "count", None, json.dumps(n), *_NO_ROW[:4]) for id, n in tally]
+        _write_outcomes(self.db, batch + states + counts)
         del self.outcomes[: len(batch)]
         for lane in lanes:
             lane.dirty, lane.disable = False, None
             del self.dirty[lane.id]
+        for id, _ in tally:
+            del self.tally[id]
         return batch
 
     def _recorded(self, batch: list[tuple[Any, ...]]) -> None:
@@ -3241,6 +3285,22 @@ def _endpoint_stats(
         history=tuple(history),
         failing_since=endpoint.failing_since,
     )
+
+
+def _family(name: str, kind: str, help: str, samples: Iterable[tuple[str, str, float]]) -> list[str]:
+    """Return one metric in Prometheus' text format; samples are (suffix, labels, value)."""
+    name = "webhook_outbox_" + name
+    lines = [f"{name}{suffix}{{{labels}}} {value:.15g}" for suffix, labels, value in samples]
+    return [f"# HELP {name} {help}", f"# TYPE {name} {kind}", *lines]
+
+
+def _histogram(labels: str, counts: Mapping[str, float]) -> Iterator[tuple[str, str, float]]:
+    total = 0.0
+    for bound in _BUCKETS:
+        total += counts.get(f"le {bound:g}", 0)
+        yield "_bucket", f'{labels},le="{"+Inf" if bound == math.inf else f"{bound:g}"}"', total
+    yield "_sum", labels, counts.get("seconds", 0.0)
+    yield "_count", labels, total
 
 
 class Outbox:
@@ -3895,6 +3955,46 @@ class Outbox:
             endpoints=endpoints,
         )
 
+    def metrics(self) -> str:
+        """Return the numbers in Prometheus' text format. Counters and the histogram (seconds from emit to 2xx) are
+        kept in the file, so they survive restarts; several processes show the same."""
+        counts: dict[str, dict[str, float]] = {}
+        with self._reading() as cursor:
+            for id, name, value in cursor.execute("SELECT endpoint_id, name, value FROM webhook_counts"):
+                counts.setdefault(id, {})[name] = value
+        rows = [(f'endpoint="{e.id}"', e, counts.get(e.id, {})) for e in self.stats().endpoints]
+
+        def gauge(name: str, help: str, value: Callable[[EndpointStats], float | None]) -> list[str]:
+            return _family(name, "gauge", help, (("", labels, value(e) or 0) for labels, e, _ in rows))
+
+        tries = ((labels, of, result) for labels, _, of in rows for result in ("delivered", *_REASONS) if result in of)
+        lines = [
+            *gauge("pending", "Deliveries that wait, held ones too.", lambda e: e.pending),
+            *gauge("failed", "Rows of webhook_failed.", lambda e: e.failed),
+            *gauge("oldest_due_age_seconds", "Age of the oldest due delivery.", lambda e: e.oldest_due_age),
+            *gauge("enabled", "1 for an enabled endpoint.", lambda e: e.enabled),
+            *gauge("failing_since_seconds", "UTC of the first failure in a row; 0: none.", lambda e: e.failing_since),
+            *_family(
+                "attempts_total",
+                "counter",
+                "Attempts by result: delivered, or why not.",
+                (("", f'{labels},result="{result}"', of[result]) for labels, of, result in tries),
+            ),
+            *_family(
+                "given_up_total",
+                "counter",
+                "Deliveries that went to webhook_failed.",
+                (("", labels, of.get("given up", 0)) for labels, _, of in rows),
+            ),
+            *_family(
+                "delivery_seconds",
+                "histogram",
+                "Seconds from emit to 2xx.",
+                (sample for labels, _, of in rows for sample in _histogram(labels, of)),
+            ),
+        ]
+        return "\n".join(lines) + "\n"
+
     def prune(self, older_than: float | None = None) -> int:
         """Delete events, with their deliveries and attempts, that were finished longer than `older_than` seconds ago
         (None: the retention). Events with failed rows stay. A drain does this by itself. Returns how many."""
@@ -4210,6 +4310,20 @@ def _doctor(outbox: Outbox, options: Any) -> int:
         if healthy:
             _say(f"no problem found in {outbox.path}")
     return 0 if healthy else 1
+
+
+def _check(outbox: Outbox, options: Any) -> int:
+    stats = outbox.stats()
+    failing = [e.id for e in stats.endpoints if e.failing_since is not None or not e.enabled]
+    wrong = []
+    if (stats.oldest_due_age or 0) > options.max_age:
+        wrong.append(f"the oldest due delivery has waited {_age(stats.oldest_due_age)}")
+    if stats.failed > options.max_failed:
+        wrong.append(f"{stats.failed} failed rows")
+    if len(failing) > options.max_failing_endpoints:
+        wrong.append(f"failing or disabled: {', '.join(failing)}")
+    _say("; ".join(wrong) or f"ok: {stats.pending} pending, {stats.failed} failed rows")
+    return 1 if wrong else 0
 
 
 def _init(outbox: Outbox, options: Any) -> None:
@@ -4634,6 +4748,11 @@ _DRAIN_OPTIONS = (
     _argument("--workers", type=int, help="attempts under way at once"),
     _argument("--shard", type=_shard, default=_ALL, metavar="K/N", help="only this share of the endpoints, like 1/4"),
 )
+_CHECK_OPTIONS = (
+    _argument("--max-age", type=float, default=300.0, metavar="S", help="seconds that a due delivery may wait (300)"),
+    _argument("--max-failed", type=int, default=0, metavar="N", help="failed rows allowed (0)"),
+    _argument("--max-failing-endpoints", type=int, default=0, metavar="N", help="failing or disabled ones allowed (0)"),
+)
 _LISTEN_OPTIONS = (
     _argument("--port", type=int, default=8000),
     _argument("--secret", help="whsec_...: verify with it"),
@@ -4685,6 +4804,8 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, tuple[Any, ...]], ..
         "show endpoints and what waits",
         (_JSON, _argument("--watch", help="again every two seconds", **_FLAG)),
     ),
+    ("metrics", lambda o, a: _say(o.metrics().rstrip()), "print the numbers for Prometheus", ()),
+    ("check", _check, "one line, and exit code 1 if something is wrong: for cron and monitoring", _CHECK_OPTIONS),
     (
         "events list",
         _events_list,

@@ -2183,6 +2183,7 @@ _BUCKETS = (
     86400.0,
     math.inf,
 )  # seconds, of metrics
+_BUCKET_NAMES = tuple(f"le {bound:g}" for bound in _BUCKETS)
 _PRUNE_PAUSE = 3_600.0  # seconds between two rounds of retention
 _NOTICE_TYPES = {
     "gave_up": "webhook.delivery.failed",
@@ -2337,6 +2338,10 @@ def _verdict(
     return "pending", now + max(wait, outcome.hint or 0.0), outcome.reason
 
 
+def _no_tally() -> dict[str, dict[str, float]]:
+    return collections.defaultdict(lambda: collections.defaultdict(float))
+
+
 class _Drain:
     """One run of the loop: stand by for the lock, then send until told to stop or nothing is left."""
 
@@ -2367,7 +2372,7 @@ class _Drain:
         self.openers = 0
         self.outcomes: list[tuple[Any, ...]] = []  # rows for webhook_record
         self.dirty: dict[str, _Lane] = {}  # whose state is not in their rows yet; some may be disabled by now
-        self.tally: dict[str, collections.Counter[str]] = {}  # per endpoint, for metrics; not written yet
+        self.tally: dict[str, dict[str, float]] = _no_tally()  # per endpoint, for metrics; not written yet
         self.monitored = False  # an endpoint subscribes to webhook.*
         self.moved: set[str] = set()  # endpoints with a queue whose head ended
         self.notices: list[Notice] = []  # for the observer, after the rows are recorded
@@ -2947,16 +2952,17 @@ class _Drain:
         return bool(count >= most)
 
     def _count(self, status: str, lane: _Lane, picked: _Picked, outcome: _Outcome, now: float) -> None:
-        tally = self.tally.setdefault(lane.id, collections.Counter())
-        tally[outcome.reason or "delivered"] += 1
+        tally = self.tally[lane.id]
         if status == "delivered":
             self.delivered += 1
-            took = max(0.0, now - picked.created_at)
-            tally["seconds"] += took  # type: ignore[assignment]  # a sum, not a count
-            tally[f"le {_BUCKETS[bisect.bisect_left(_BUCKETS, took)]:g}"] += 1
-        elif status == "failed":
+            took = now - picked.created_at
+            tally["seconds"] += max(0.0, took)
+            tally[_BUCKET_NAMES[bisect.bisect_left(_BUCKETS, took)]] += 1.0
+            return
+        tally[outcome.reason or ""] += 1.0
+        if status == "failed":
             self.failed += 1
-            tally["given up"] += 1
+            tally["given up"] += 1.0
         else:
             self.retried += 1
 
@@ -3296,9 +3302,10 @@ def _family(name: str, kind: str, help: str, samples: Iterable[tuple[str, str, f
 
 def _histogram(labels: str, counts: Mapping[str, float]) -> Iterator[tuple[str, str, float]]:
     total = 0.0
-    for bound in _BUCKETS:
-        total += counts.get(f"le {bound:g}", 0)
-        yield "_bucket", f'{labels},le="{"+Inf" if bound == math.inf else f"{bound:g}"}"', total
+    for name in _BUCKET_NAMES:
+        total += counts.get(name, 0.0)
+        edge = name.removeprefix("le ").replace("inf", "+Inf")
+        yield "_bucket", f'{labels},le="{edge}"', total
     yield "_sum", labels, counts.get("seconds", 0.0)
     yield "_count", labels, total
 
@@ -3967,6 +3974,8 @@ class Outbox:
         def gauge(name: str, help: str, value: Callable[[EndpointStats], float | None]) -> list[str]:
             return _family(name, "gauge", help, (("", labels, value(e) or 0) for labels, e, _ in rows))
 
+        for _, _, of in rows:
+            of["delivered"] = sum(of.get(name, 0.0) for name in _BUCKET_NAMES)
         tries = ((labels, of, result) for labels, _, of in rows for result in ("delivered", *_REASONS) if result in of)
         lines = [
             *gauge("pending", "Deliveries that wait, held ones too.", lambda e: e.pending),

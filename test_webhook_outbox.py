@@ -7,6 +7,7 @@ Sections follow the module's banners, then properties, crashes, command line, RE
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import contextlib
 import dataclasses
@@ -41,12 +42,17 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import aiosqlite
+import peewee
 import pytest
 import requests
+import sqlalchemy
+import sqlalchemy.orm
 import trustme
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 import webhook_outbox
 from webhook_outbox import (
@@ -937,6 +943,186 @@ def test_text_that_is_no_utf8_never_stops_the_drain(wal, serve, column):
     assert statuses(outbox, good) == {"crm": "delivered"}
     assert {event.type for event in outbox.events()} == {"bad", "order.created"}
     assert [row.reason for row in outbox.failed()] == ([] if column == "key" else ["internal"])
+
+
+# ── other people's connections ───────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def hosts_sqlalchemy_connection(path: str) -> Iterator[Any]:
+    engine = sqlalchemy.create_engine(f"sqlite:///{path}")
+    with engine.connect() as conn:
+        yield conn, lambda sql: conn.exec_driver_sql(sql), contextlib.nullcontext, conn.commit, conn.rollback
+    engine.dispose()
+
+
+@contextlib.contextmanager
+def hosts_sqlalchemy_session(path: str) -> Iterator[Any]:
+    engine = sqlalchemy.create_engine(f"sqlite:///{path}")
+    with sqlalchemy.orm.Session(engine) as session:
+        run = lambda sql: session.execute(sqlalchemy.text(sql))  # noqa: E731
+        yield session, run, session.begin_nested, session.commit, session.rollback
+    engine.dispose()
+
+
+@contextlib.contextmanager
+def hosts_django(path: str) -> Iterator[Any]:
+    import django
+    from django.conf import settings as django_settings
+
+    if not django_settings.configured:
+        django_settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": path}})
+        django.setup()
+    from django.db import connection, transaction
+
+    connection.close()
+    connection.settings_dict["NAME"] = path
+    atomic = transaction.atomic()
+    atomic.__enter__()
+    yield (
+        connection,
+        lambda sql: connection.cursor().execute(sql),
+        transaction.atomic,
+        lambda: atomic.__exit__(None, None, None),
+        lambda: atomic.__exit__(KeyError, KeyError(), None),
+    )
+    connection.close()
+
+
+@contextlib.contextmanager
+def hosts_peewee(path: str) -> Iterator[Any]:
+    database = peewee.SqliteDatabase(path)
+    database.connect()
+    database.begin()
+    yield database, database.execute_sql, database.savepoint, database.commit, database.rollback
+    database.close()
+
+
+class HostsProxy:
+    """A look-alike of a connection, as instrumentation puts around one."""
+
+    def __init__(self, conn: sqlite3.Connection) -> None:
+        self.wrapped_connection = conn
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["wrapped_connection"], name)
+
+
+@contextlib.contextmanager
+def hosts_proxy(path: str) -> Iterator[Any]:
+    with contextlib.closing(sqlite3.connect(path)) as conn:
+        yield HostsProxy(conn), conn.execute, contextlib.nullcontext, conn.commit, conn.rollback
+
+
+HOSTS = {
+    "SQLAlchemy Connection": hosts_sqlalchemy_connection,
+    "SQLAlchemy Session": hosts_sqlalchemy_session,
+    "Django": hosts_django,
+    "peewee": hosts_peewee,
+    "proxy": hosts_proxy,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+@pytest.mark.parametrize("end", ["commit", "rollback", "exception in a nested one"])
+def test_the_event_shares_the_fate_of_the_rows_on_every_kind_of_connection(database, kind, end):
+    outbox = make_outbox(database)
+    outbox.add_endpoint("https://example.com/", id="crm")
+    with HOSTS[kind](database) as (conn, run, nested, commit, rollback):
+        run("INSERT INTO orders (total) VALUES (1)")
+        ids = [outbox.emit(conn, "order.created", {"n": 1}, idempotency_key="one")]
+        assert outbox.emit(conn, "order.created", {"n": 1}, idempotency_key="one") == ids[0]
+        assert outbox.endpoint("crm", conn=conn).id == "crm"
+        if end == "exception in a nested one" and nested is not contextlib.nullcontext:
+            with contextlib.suppress(ZeroDivisionError), nested():
+                run("INSERT INTO orders (total) VALUES (2)")
+                outbox.emit(conn, "order.created", {"n": 2})
+                raise ZeroDivisionError
+        with nested():
+            run("INSERT INTO orders (total) VALUES (3)")
+            ids.append(outbox.emit(conn, "order.created", {"n": 3}))
+        with pytest.raises(PayloadError):
+            outbox.emit(conn, "not valid!", {})
+        assert outbox.events() == []
+        (rollback if end == "rollback" else commit)()
+    expected = [] if end == "rollback" else ids
+    assert [event.id for event in reversed(outbox.events())] == expected
+    assert query(database, "SELECT total FROM orders") == [(float(n),) for n in (1, 3) if expected]
+
+
+@pytest.mark.parametrize("kind", ["SQLAlchemy", "Django", "Django alias", "peewee", "aiosqlite"])
+def test_a_connection_in_autocommit_is_refused_whatever_its_kind(wal, kind):
+    outbox = make_outbox(wal)
+    with contextlib.ExitStack() as stack, pytest.raises(NotInTransaction, match="begin one first"):
+        if kind == "SQLAlchemy":
+            engine = sqlalchemy.create_engine(f"sqlite:///{wal}", isolation_level="AUTOCOMMIT")
+            stack.callback(engine.dispose)
+            outbox.emit(stack.enter_context(engine.connect()), "order.created", {})
+        elif kind.startswith("Django"):
+            conn, *_, rollback = stack.enter_context(hosts_django(wal))
+            rollback()
+            outbox.emit("default" if "alias" in kind else conn, "order.created", {})
+        elif kind == "peewee":
+            conn, *_, rollback = stack.enter_context(hosts_peewee(wal))
+            rollback()
+            outbox.emit(conn, "order.created", {})
+        else:
+
+            async def run() -> None:
+                async with aiosqlite.connect(wal, isolation_level=None) as conn:
+                    await outbox.aemit(conn, "order.created", {})
+
+            asyncio.run(run())
+    assert outbox.events() == []
+
+
+@pytest.mark.parametrize("kind", ["aiosqlite", "AsyncConnection", "AsyncSession", "sync side"])
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_aemit_shares_the_fate_of_the_rows_on_asynchronous_connections(database, kind, end):
+    outbox = make_outbox(database)
+
+    async def run() -> str:
+        if kind == "aiosqlite":
+            async with aiosqlite.connect(database) as conn:
+                await conn.execute("INSERT INTO orders (total) VALUES (1)")
+                id = await outbox.aemit(conn, "order.created", {}, key="k")
+                await getattr(conn, end)()
+            return id
+        engine = create_async_engine(f"sqlite+aiosqlite:///{database}")
+        make: Any = engine.connect if kind == "AsyncConnection" else lambda: AsyncSession(engine)
+        async with make() as conn:
+            await conn.execute(sqlalchemy.text("INSERT INTO orders (total) VALUES (1)"))
+            if kind == "sync side":
+                id = await conn.run_sync(lambda session: outbox.emit(session, "order.created", {}, key="k"))
+            else:
+                id = await outbox.aemit(conn, "order.created", {}, key="k")
+            await getattr(conn, end)()
+        await engine.dispose()
+        return id
+
+    id = asyncio.run(run())
+    assert [(event.id, event.key) for event in outbox.events()] == ([(id, "k")] if end == "commit" else [])
+    assert query(database, "SELECT count(*) FROM orders") == [(int(end == "commit"),)]
+
+
+def test_what_is_no_connection_to_this_file_is_refused_with_one_sentence(wal, tmp_path):
+    outbox, other = make_outbox(wal), make_database(tmp_path / "other.db")
+    make_outbox(other)
+    for wrong in (object(), 7, None, "default alias", outbox):
+        with pytest.raises(PayloadError, match="expected a connection to the outbox's SQLite file, not "):
+            outbox.emit(wrong, "order.created", {})
+    for kind in HOSTS:
+        with HOSTS[kind](other) as (conn, *_, rollback), pytest.raises(SchemaError, match="another file"):
+            try:
+                outbox.emit(conn, "order.created", {})
+            finally:
+                rollback()
+
+
+def test_importing_the_module_imports_no_framework():
+    names = ("sqlalchemy", "django", "peewee", "aiosqlite", "argparse")
+    code = f"import sys, webhook_outbox; print([name for name in {names} if name in sys.modules])"
+    assert run_python(code).communicate(timeout=60)[0] == "[]\n"
 
 
 # ── outbox ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -96,6 +96,7 @@ __all__ = [
     "Attempt",
     "Delivery",
     "DrainReport",
+    "EmitOptions",
     "Endpoint",
     "EndpointOptions",
     "EndpointStats",
@@ -1849,7 +1850,8 @@ def _is_busy(error: sqlite3.Error) -> bool:
 @contextlib.contextmanager
 def _plain_text(db: sqlite3.Connection) -> Iterator[None]:
     """Read text as str, whatever text_factory the host set on its connection; it is set back."""
-    factory, db.text_factory = db.text_factory, str
+    factory = getattr(db, "text_factory", str)
+    db.text_factory = str
     try:
         yield
     finally:
@@ -1903,19 +1905,52 @@ def _prepare_file(path: str, create: bool) -> str:
         raise SchemaError(f"{path} cannot be used: {error}") from None
 
 
+def _driver(conn: Any) -> Any:
+    """Return the connection that a driver made, under what a framework hands out: SQLAlchemy's Connection or Session,
+    Django's connection or its alias, peewee's Database, a cursor. Known by what they have; nothing is imported."""
+    if isinstance(conn, sqlite3.Connection):
+        return conn
+    if isinstance(conn, str) and "django.db" in sys.modules:
+        conn = sys.modules["django.db"].connections[conn]
+    if hasattr(conn, "ensure_connection"):  # Django's may not be open yet
+        conn.ensure_connection()
+    for _ in range(4):  # a Session has a Connection, that has a pooled one, that has the driver's
+        inner = getattr(conn, "driver_connection", None) or getattr(conn, "connection", None)
+        if isinstance(conn, sqlite3.Connection) or inner is None:
+            break
+        conn = inner if isinstance(inner, sqlite3.Connection) or not callable(inner) else inner()
+    return conn
+
+
 def _host(conn: Any) -> sqlite3.Connection:
-    """Return the sqlite3 connection that a host hands us, once we know that what we write commits with its rows."""
-    db = conn.connection if isinstance(conn, sqlite3.Cursor) else conn
-    if not isinstance(db, sqlite3.Connection):
-        raise PayloadError(f"expected a sqlite3 Connection or Cursor, not {type(conn).__name__}")
+    """Return the connection under what a host hands us, once we know that what we write commits with its rows."""
+    db = _driver(conn)
+    if not isinstance(db, sqlite3.Connection) and not (hasattr(db, "execute") and hasattr(db, "in_transaction")):
+        raise PayloadError(f"expected a connection to the outbox's SQLite file, not {type(conn).__name__}")
     legacy = getattr(db, "autocommit", -1) == -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, or Python before 3.12
-    opens_itself = legacy and db.isolation_level is not None  # the driver begins before our INSERT, as before yours
+    opens_itself = legacy and getattr(db, "isolation_level", None) is not None  # the driver begins before our INSERT
     if not db.in_transaction and not opens_itself:
         raise NotInTransaction(
-            "the connection is in autocommit mode with no transaction open: execute BEGIN first, "
-            "or use `with outbox.transaction() as conn`"
+            "the connection is in autocommit mode with no transaction open: begin one first (BEGIN, Django's atomic(), "
+            "SQLAlchemy's begin(), peewee's atomic()), or use `with outbox.transaction() as conn`"
         )
-    return db
+    return db  # type: ignore[no-any-return]
+
+
+def _cursor(db: Any) -> sqlite3.Cursor:
+    """Return a cursor without the host's row_factory; a driver's look-alike has only its own."""
+    return sqlite3.Cursor(db) if isinstance(db, sqlite3.Connection) else db.cursor()
+
+
+def _in_its_thread(conn: Any, do: Callable[[Any], str]) -> str:
+    """Call do with the driver's connection: at once, or, under the synchronous side of SQLAlchemy's AsyncSession, in
+    the thread that aiosqlite keeps for it."""
+    db = _driver(conn)
+    if not hasattr(db, "_execute"):
+        return do(conn)
+    util = sys.modules["sqlalchemy.util"]
+    wait = getattr(util, "await_only", None) or util.concurrency.await_
+    return str(wait(db._execute(do, db._conn)))
 
 
 @contextlib.contextmanager
@@ -3222,6 +3257,15 @@ def _where(*terms: tuple[str, Any]) -> tuple[str, list[Any]]:
     return " AND ".join(sql for sql, _ in given) or "1", values
 
 
+class EmitOptions(TypedDict, total=False):
+    """What aemit takes beside connection, type and data, as emit does."""
+
+    key: str | None
+    idempotency_key: str | None
+    delay: float
+    headers: Mapping[str, str] | None
+
+
 class Filters(TypedDict, total=False):
     """What failed, replay and discard take to choose failed rows."""
 
@@ -3405,10 +3449,11 @@ class Outbox:
     ) -> str:
         """Record an event for every enabled endpoint whose patterns match, in the transaction open on conn.
 
-        conn: a sqlite3 Connection or Cursor in any transaction mode. Returns the event's id. Nothing is sent before
-        you commit, nothing if you roll back. key: events with the same key reach an endpoint in this order.
-        idempotency_key: a second emit with it, and the same type and data, returns the first id. delay: seconds.
-        headers: sent with the event (traceparent); not for credentials, which belong to endpoints.
+        conn: a sqlite3 Connection or Cursor in any transaction mode, SQLAlchemy's Connection or Session (also the
+        synchronous side of the async ones), Django's connection or its alias, peewee's Database. Returns the event's
+        id. Nothing is sent before you commit, nothing if you roll back. key: events with the same key reach an endpoint
+        in this order. idempotency_key: a second emit with it, and the same type and data, returns the first id. delay:
+        seconds. headers: sent with the event (traceparent); not for credentials, which belong to endpoints.
 
         Raises PayloadError before anything is written, NotInTransaction, SchemaError (another file), TransactionLost
         when SQLite itself rolled your transaction back; sqlite3 errors such as "database is locked" pass through.
@@ -3426,19 +3471,36 @@ class Outbox:
             _line("idempotency_key", idempotency_key, 256, 1)
         delay = _number("delay", delay, 0, 1e9)
         header_text = _dumps(_checked_headers(headers)) if headers else None
-        db = _host(conn)
         now = self.clock()
         id = f"msg_{int(now * 1000):012x}{secrets.token_hex(10)}"
         delay += self.retry.delays[0]
-        cursor = sqlite3.Cursor(db)
+        row = (type, text, key, idempotency_key, delay, header_text, id, now, self._identity)
+        if isinstance(conn, sqlite3.Connection):
+            return self._insert(row, conn)
+        return _in_its_thread(conn, functools.partial(self._insert, row))
+
+    def _insert(self, row: tuple[Any, ...], conn: Any) -> str:
+        db = _host(conn)
+        cursor = _cursor(db)
+        idempotency_key, id = row[3], row[6]
         with _host_errors(db, self.path):
-            cursor.execute(_EMIT, (type, text, key, idempotency_key, delay, header_text, id, now, self._identity))
+            cursor.execute(_EMIT, row)
             if idempotency_key is not None:
                 with _plain_text(db):
                     cursor.execute("SELECT id FROM main.webhook_events WHERE idempotency_key = ?", (idempotency_key,))
                     (id,) = cursor.fetchone()
         self._wake()
-        return id
+        return str(id)
+
+    async def aemit(self, conn: Any, type: str, data: Any, **options: Unpack[EmitOptions]) -> str:
+        """Emit on an aiosqlite Connection, or a SQLAlchemy AsyncSession or AsyncConnection on aiosqlite; as emit."""
+        if hasattr(conn, "sync_session"):
+            conn = await conn.connection()
+        if hasattr(conn, "get_raw_connection"):
+            conn = (await conn.get_raw_connection()).driver_connection
+        if not hasattr(conn, "_execute"):
+            raise PayloadError("aemit takes an aiosqlite Connection or SQLAlchemy's AsyncSession; others take emit")
+        return str(await conn._execute(functools.partial(self.emit, conn._conn, type, data, **options)))
 
     # Endpoints.
 
@@ -3451,7 +3513,7 @@ class Outbox:
         else:
             db = _host(conn)
             with _host_errors(db, self.path), _plain_text(db):
-                cursor = sqlite3.Cursor(db)
+                cursor = _cursor(db)
                 _check_identity(cursor, self._identity, self.path)
                 yield cursor
         self._wake()
@@ -3459,9 +3521,9 @@ class Outbox:
     @contextlib.contextmanager
     def _reading(self, conn: Any = None) -> Iterator[sqlite3.Cursor]:
         if conn is not None:
-            db = conn.connection if isinstance(conn, sqlite3.Cursor) else conn
+            db = _driver(conn)
             with _plain_text(db):
-                yield sqlite3.Cursor(db)
+                yield _cursor(db)
         else:
             with _session(self.path) as db:
                 yield sqlite3.Cursor(db)
@@ -4051,7 +4113,7 @@ class Inbox:
         """
         _line("event_id", event_id, 256, 1)
         db = _host(conn)
-        cursor = sqlite3.Cursor(db)
+        cursor = _cursor(db)
         with _host_errors(db, self._path):
             _check_identity(cursor, self._identity, self._path)
             cursor.execute("INSERT OR IGNORE INTO main.webhook_inbox VALUES (?, ?)", (event_id, time.time()))

@@ -4248,6 +4248,24 @@ def test_an_upgrade_that_is_cut_off_leaves_the_older_version_whole(wal):
     assert query(wal, "SELECT value FROM webhook_meta WHERE key = 'schema_version'") == [(len(webhook_outbox._SCHEMA),)]
 
 
+def test_slack_and_discord_get_messages_that_can_mention_nobody(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal)
+    for body in ("slack", "discord"):
+        outbox.add_endpoint(receiver.url(f"/{body}"), id=body, body=body)
+    emit(outbox, data={"note": "<!channel> & @everyone"})
+    emit(outbox, data={"note": "x" * 5000})
+    outbox.drain(once=True)
+    by_path: dict[str, list[Any]] = {"slack": [], "discord": []}
+    for request in receiver.requests:
+        assert request.headers["content-type"] == "application/json"
+        by_path[request.line.split()[1][1:]].append(json.loads(request.body))
+    short, long = sorted(by_path["slack"], key=lambda message: len(message["text"]))
+    assert short == {"text": 'order.created {"note":"&lt;!channel&gt; &amp; @everyone"}'} and len(long["text"]) == 3000
+    short, long = sorted(by_path["discord"], key=lambda message: len(message["content"]))
+    assert short["content"] == 'order.created {"note":"<!channel> & @everyone"}' and len(long["content"]) == 2000
+    assert short["allowed_mentions"] == long["allowed_mentions"] == {"parse": []}
+
+
 def metrics_of(outbox: Outbox) -> dict[tuple[str, ...], float]:
     """Parse metrics as Prometheus does; {(name, label values...): value}."""
     families = list(text_string_to_metric_families(outbox.metrics()))

@@ -1369,6 +1369,23 @@ def _cloudevents_body(picked: _Picked, source: str) -> bytes:
     return f'{_dumps(head)[:-1]},"data":{picked.data}}}'.encode()
 
 
+def _slack_body(event: Event) -> bytes:
+    """Return a Slack message. Escaped as Slack wants it, so that data cannot mention a channel."""
+    text = f"{event.type} {_dumps(event.data)}"[:3000]
+    for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        text = text.replace(char, entity)
+    return _dumps({"text": text}).encode()
+
+
+def _discord_body(event: Event) -> bytes:
+    """Return a Discord message, which may be 2,000 characters long and mentions nobody."""
+    text = f"{event.type} {_dumps(event.data)}"[:2000]
+    return _dumps({"content": text, "allowed_mentions": {"parse": []}}).encode()
+
+
+_TRANSFORMS: dict[str, Callable[[Event], Any]] = {"slack": _slack_body, "discord": _discord_body}
+
+
 def _resolve_value(value: str) -> str:
     """Return a secret or header value, read from the environment or a file where it says so."""
     kind, _, name = value.partition(":")
@@ -3404,7 +3421,7 @@ class Outbox:
         self.max_body = int(_number("max_body", max_body, 1, 1 << 30))
         self.retention = _number("retention", retention, 0, 1e11)
         self.app_name = _line("app_name", app_name, 100)
-        self.proxy, self.transforms, self.observer = proxy, dict(transforms or {}), observer
+        self.proxy, self.transforms, self.observer = proxy, {**_TRANSFORMS, **(transforms or {})}, observer
         self.clock, self.rng, self.resolver = clock, rng, resolver
         self._guard = _Guard(_networks(allow_networks), allow_http)
         self._identity = _prepare_file(self.path, create)
@@ -3565,9 +3582,9 @@ class Outbox:
 
         events: types (order.created), groups (order.*) or *. secret: whsec_ and base64 of 24 to 64 bytes, generated
         when None; env:NAME and file:PATH are read at send time. headers: values may be env:NAME. body: standard,
-        data, cloudevents or the name of a transform. signing: standard, stripe, github, joined by + to send several.
-        rate: deliveries a second. on_dead: what a queue does when its head fails for good, skip or hold. timeout:
-        seconds. cert, ca: paths, for mutual TLS and a private authority. Raises UnsafeURL, PayloadError.
+        data, cloudevents, slack, discord or the name of a transform. signing: standard, stripe, github, joined by + to
+        send several. rate: deliveries a second. on_dead: what a queue does when its head fails for good, skip or hold.
+        timeout: seconds. cert, ca: paths, for mutual TLS and a private authority. Raises UnsafeURL, PayloadError.
         """
         columns = self._columns({**options, "url": url})
         if id is not None and not (isinstance(id, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", id)):
@@ -4796,7 +4813,7 @@ _ENDPOINT_OPTIONS = (
     _argument("--events", nargs="+", default=_ABSENT, metavar="PATTERN", help="order.created, 'order.*' or '*'"),
     _HEADERS,
     _argument("--description", default=_ABSENT),
-    _argument("--body", default=_ABSENT, help="standard, data, cloudevents, or a transform of --app"),
+    _argument("--body", default=_ABSENT, help="standard, data, cloudevents, slack, discord, or a transform of --app"),
     _argument("--signing", default=_ABSENT, help="standard, stripe, github, joined by + to send several"),
     _argument("--rate", default=_ABSENT, type=float, help="deliveries per second"),
     _argument("--timeout", default=_ABSENT, type=float, help="seconds an attempt may last (15)"),

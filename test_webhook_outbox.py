@@ -4266,6 +4266,39 @@ def test_slack_and_discord_get_messages_that_can_mention_nobody(wal, serve):
     assert short["allowed_mentions"] == long["allowed_mentions"] == {"parse": []}
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_removing_and_backfilling_a_large_backlog_lets_the_host_commit_in_between(wal, ordered):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint("https://example.com/", id="crm", ordered=ordered)
+    with outbox.transaction() as conn:
+        for n in range(5_000):
+            outbox.emit(conn, "order.created", n)
+    held, done = list[float](), threading.Event()
+
+    def host() -> None:
+        with contextlib.closing(sqlite3.connect(wal, timeout=30)) as conn:
+            while not done.wait(0.001):
+                started = time.monotonic()
+                with conn:
+                    conn.execute("INSERT INTO orders (total) VALUES (1)")
+                held.append(time.monotonic() - started)
+
+    thread = threading.Thread(target=host)
+    thread.start()
+    eventually(lambda: len(held) > 3)
+    before = len(held)
+    outbox.remove_endpoint("crm")
+    between = len(held)
+    assert query(wal, "SELECT count(*) FROM webhook_deliveries") == [(0,)]
+    outbox.add_endpoint("https://example.com/", id="new", ordered=ordered)
+    assert outbox.backfill("new", since=0) == 5_000 == outbox.stats().pending
+    assert outbox.backfill("new", since=0) == 0
+    after = len(held)
+    done.set()
+    thread.join()
+    assert between > before and after > between  # its commits fell between the batches
+
+
 def metrics_of(outbox: Outbox) -> dict[tuple[str, ...], float]:
     """Parse metrics as Prometheus does; {(name, label values...): value}."""
     families = list(text_string_to_metric_families(outbox.metrics()))

@@ -3196,9 +3196,9 @@ def _line(name: str, value: Any, most: int, least: int = 0) -> str:
     return value
 
 
-def _choice(name: str, value: Any, choices: Sequence[str]) -> str:
+def _choice(name: str, value: Any, choices: Sequence[Any]) -> str:
     if value not in choices:
-        raise PayloadError(f"{name} must be one of {', '.join(choices)}")
+        raise PayloadError(f"{name} must be one of {', '.join(map(str, choices))}")
     return str(value)
 
 
@@ -3554,10 +3554,10 @@ class Outbox:
             "description": lambda v: _line("description", v, 1000),
             "headers": lambda v: _dumps(_checked_headers(v)),
             "body": lambda v: _choice("body", v, bodies),
-            "signing": lambda v: "+".join(_choice("signing", part, _SIGNINGS) for part in str(v).split("+")),
+            "signing": lambda v: "+".join({_choice("signing", part, _SIGNINGS): 0 for part in str(v).split("+")}),
             "rate": lambda v: None if v is None else _number("rate", v, 1e-6, 1e6),
             "max_in_flight": lambda v: _whole("max_in_flight", v, 1, 10_000),
-            "ordered": lambda v: int(bool(v)),
+            "ordered": lambda v: int(_choice("ordered", v, (True, False)) in ("True", "1")),
             "on_dead": lambda v: _choice("on_dead", v, ("skip", "hold")),
             "timeout": lambda v: None if v is None else _number("timeout", v, 0.01, 3600),
             "cert": lambda v: None if v is None else _dumps(_checked_files("cert", v)),
@@ -3648,9 +3648,27 @@ class Outbox:
 
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
         """Delete an endpoint with its waiting and failed deliveries. What was delivered stays on record."""
+        if conn is None:  # what waits goes first, in batches, so that no commit of the host waits long
+            self.disable_endpoint(id, "being removed")
+            for waiting in ("queue IS NOT NULL AND status = 'queued'", "status = 'pending'"):
+                batch = f"""DELETE FROM webhook_deliveries WHERE (event, endpoint_id) IN (
+                              SELECT event, endpoint_id FROM webhook_deliveries
+                               WHERE endpoint_id = ? AND {waiting} LIMIT 1000)"""
+                while self._write_batch(batch, (id,)):
+                    pass
         with self._writing(conn) as cursor:
             self._endpoint_on(cursor, id)
             cursor.execute("DELETE FROM main.webhook_endpoints WHERE id = ?", (id,))
+
+    def _write_batch(self, statement: str, values: Sequence[Any], conn: Any = None) -> int:
+        """Run one of several statements; return how many rows it changed. Then rest as long as it took: a host that
+        waits in SQLite's busy handler looks only now and then whether the file is free."""
+        started = time.monotonic()
+        with self._writing(conn) as cursor:
+            count = cursor.execute(statement, values).rowcount
+        if conn is None:
+            time.sleep(time.monotonic() - started)
+        return count
 
     def rotate_secret(
         self, id: str, *, secret: str | None = None, grace: float = 86_400.0, conn: Any = None
@@ -3841,11 +3859,7 @@ class Outbox:
             if dry_run:
                 done += len(batch)
             else:
-                with self._writing(conn) as cursor:
-                    cursor.execute(statement, (batch[0], batch[-1], *values))
-                    done += cursor.rowcount
-                if conn is None:
-                    time.sleep(0.002)  # let the host in
+                done += self._write_batch(statement, (batch[0], batch[-1], *values), conn)
             last = batch[-1]
 
     def resend(self, event_id: str, *, endpoint: str | None = None, conn: Any = None) -> int:
@@ -3895,16 +3909,16 @@ class Outbox:
                AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries WHERE event = e.seq AND endpoint_id = p.id)"""
         since = _number("since", since, -1e12, 1e12)
         values = (endpoint, since, math.inf if until is None else _seconds_or_none("until", until), type or "*")
-        with self._writing(conn) as cursor:
+        with self._reading(conn) as cursor:
             self._endpoint_on(cursor, endpoint)
             if dry_run:
                 return int(cursor.execute("SELECT count(*)" + source, values).fetchone()[0])
-            cursor.execute(
-                f"""INSERT INTO main.webhook_deliveries (event, endpoint_id, due_at, queue)
-                    SELECT e.seq, p.id, {now!r}, CASE WHEN p.ordered THEN '' ELSE e.key END {source} ORDER BY e.seq""",
-                values,
-            )
-            return cursor.rowcount
+            end = cursor.execute("SELECT max(seq) FROM main.webhook_events").fetchone()[0] or 0
+        statement = f"""INSERT INTO main.webhook_deliveries (event, endpoint_id, due_at, queue)
+                        SELECT e.seq, p.id, {now!r}, CASE WHEN p.ordered THEN '' ELSE e.key END {source}
+                           AND e.seq BETWEEN ? AND ? ORDER BY e.seq"""
+        step = 2_000 if conn is None else end  # in the caller's transaction there is nothing to be gained
+        return sum(self._write_batch(statement, (*values, n, n + step - 1), conn) for n in range(1, end + 1, step or 1))
 
     # The record.
 
@@ -3966,6 +3980,8 @@ class Outbox:
                          WHEN d.status = 'discarded' THEN 'failed' ELSE d.status END"""
         if status is not None:
             _choice("status", status, ("pending", "held", "delivered", "failed"))
+        if after is not None and not (isinstance(after, tuple) and len(after) == 2):
+            raise PayloadError("after must be (event_id, endpoint_id) of the last delivery of the page before")
         where, values = _where(
             ("e.id = ?", event_id),
             ("d.endpoint_id = ?", endpoint),

@@ -4824,6 +4824,7 @@ DRAIN_POISON = {
     "due_at is text": ("UPDATE webhook_deliveries SET due_at = 'soon' WHERE event = 1", False),
     "attempts is text": ("UPDATE webhook_deliveries SET attempts = 'x' WHERE event = 1", False),
     "events is no list": ("UPDATE webhook_endpoints SET events = '5' WHERE id = 'sick'", True),
+    "events hold a number": ("UPDATE webhook_endpoints SET events = '[1]' WHERE id = 'sick'", False),
     "endpoint headers are no JSON": ("UPDATE webhook_endpoints SET headers = '{' WHERE id = 'sick'", True),
     "endpoint headers are a number": ("UPDATE webhook_endpoints SET headers = '5' WHERE id = 'sick'", True),
     "secrets are no JSON": ("UPDATE webhook_endpoints SET secrets = 'x' WHERE id = 'sick'", True),
@@ -4850,6 +4851,7 @@ def test_a_damaged_row_hurts_only_itself(wal, serve, caplog, sql, fails):
     receiver, outbox = serve(), make_outbox(wal, retry=RetryPolicy((0,), jitter=0.0))
     outbox.add_endpoint(receiver.url("/sick"), id="sick")
     outbox.add_endpoint(receiver.url("/well"), id="well")
+    outbox.add_endpoint(receiver.url("/monitor"), id="monitor", events=["webhook.*"])  # is told of the sick ones
     drain_emit(outbox, [1])
     try:
         query(wal, sql)

@@ -2681,7 +2681,7 @@ class _Drain:
             if id not in found:
                 self._drop(lane)
         patterns = [pattern for row in rows if isinstance(row[0], Endpoint) for pattern in row[0].events]
-        self.monitored = any(pattern.startswith("webhook.") for pattern in patterns)
+        self.monitored = any(str(pattern).startswith("webhook.") for pattern in patterns)  # damaged: not text
         for id, row in found.items():
             old = self.lanes.get(id)
             lane = old or _Lane(id)
@@ -3033,8 +3033,8 @@ class _Drain:
             if self.outbox.observer is not None:
                 self.notices.append(notice)
             # Events about deliveries of such events would go on for ever between two endpoints that fail now and then.
-            if kind in _NOTICE_TYPES and self.monitored and not picked.type.startswith("webhook."):
-                data = json.dumps(dataclasses.asdict(notice))
+            if kind in _NOTICE_TYPES and self.monitored and not str(picked.type).startswith("webhook."):
+                data = json.dumps(dataclasses.asdict(notice), default=repr)  # a damaged row may hold anything
                 row = (None, None, _NOTICE_TYPES[kind], None, now, None, None, "notice", None, data, *_NO_ROW[:4])
                 self.outcomes.append(row)
 

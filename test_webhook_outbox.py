@@ -3768,9 +3768,28 @@ def test_a_connection_to_the_old_url_carries_nothing_for_the_new_one(wal, serve)
     assert [r.headers["webhook-id"] for r in new.requests] == [second, third]
 
 
+class HeldLoop:
+    """A clock that holds the thread that drains, once it is armed, until it is let go."""
+
+    def __init__(self) -> None:
+        self.armed, self.busy, self.go = threading.Event(), threading.Event(), threading.Event()
+        self.main = threading.get_ident()
+
+    def __call__(self) -> float:
+        if self.armed.is_set() and threading.get_ident() != self.main:
+            self.busy.set()
+            self.go.wait(20)
+        return time.time()
+
+    def arm(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        self.armed.set()
+        sock.sendall(OK)
+        return True
+
+
 def test_an_endpoint_that_disables_itself_while_another_connection_closes_does_not_stop_the_drain(wal, serve):
-    """Both become news in one round of the loop, the 410 first: the observer holds the loop until both are there."""
-    busy, go, gone, sent = (threading.Event() for _ in range(4))
+    """Both become news in one round of the loop, the 410 first: the clock holds the loop until both are there."""
+    gone, sent, hold = threading.Event(), threading.Event(), HeldLoop()
     sockets: dict[str, socket.socket] = {}
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
@@ -3785,13 +3804,8 @@ def test_an_endpoint_that_disables_itself_while_another_connection_closes_does_n
             sock.sendall(OK)
         return True
 
-    def observer(notice: webhook_outbox.Notice) -> None:
-        if notice.endpoint_id == "other":
-            busy.set()
-            go.wait(20)
-
-    receiver, other, reports = serve(play), serve(), []
-    outbox = make_outbox(wal, observer=observer, timeout=20)
+    receiver, other, reports = serve(play), serve(hold.arm), []
+    outbox = make_outbox(wal, clock=hold, timeout=20)
     outbox.add_endpoint(receiver.url(), id="leaving", events=["order.created"])
     outbox.add_endpoint(other.url(), id="other", events=["other"])
     held, quick = (emit(outbox, data={"kind": kind}) for kind in ("held", "quick"))
@@ -3800,13 +3814,13 @@ def test_an_endpoint_that_disables_itself_while_another_connection_closes_does_n
     try:
         eventually(lambda: statuses(outbox, quick) == {"leaving": "delivered"})
         last = emit(outbox, "other")
-        assert busy.wait(20)
+        assert hold.busy.wait(20)
         gone.set()
         assert sent.wait(20)
         sockets["quick"].shutdown(socket.SHUT_RDWR)
     finally:
         gone.set()
-        go.set()
+        hold.go.set()
         thread.join(30)
     assert reports and (reports[0].delivered, reports[0].failed) == (2, 1)
     assert statuses(outbox, last) == {"other": "delivered"} and statuses(outbox, held) == {"leaving": "failed"}
@@ -4468,6 +4482,30 @@ def test_an_observer_that_raises_is_logged_and_ignored(wal, serve, caplog, error
     assert "observer's own trouble" in caplog.text
 
 
+def test_an_observer_that_blocks_holds_up_neither_deliveries_nor_stop(wal, serve, caplog):
+    end, seen = threading.Event(), list[str]()
+
+    def observe(notice: webhook_outbox.Notice) -> None:
+        seen.append(notice.event_id or "")
+        end.wait(30)
+
+    receiver, outbox = serve(), make_outbox(wal, observer=observe)
+    outbox.add_endpoint(receiver.url())
+    try:
+        outbox.start()
+        with outbox.transaction() as conn:
+            ids = [outbox.emit(conn, "order.created", n) for n in range(1100)]
+        eventually(lambda: outbox.stats().pending == 0, within=30)
+        assert len(seen) == 1 and "the observer is 1000 behind" in caplog.text
+        started = time.monotonic()
+        outbox.stop()
+        assert not outbox.running and time.monotonic() - started < 8
+    finally:
+        end.set()
+    eventually(lambda: len(seen) >= 1001)
+    assert set(seen) < set(ids)
+
+
 def test_two_processes_that_drain_until_empty_share_the_work_without_duplicates(wal, serve):
     receiver, outbox = serve(drain_slow(0.005)), make_outbox(wal)
     outbox.add_endpoint(receiver.url())
@@ -4877,7 +4915,7 @@ def test_a_damaged_row_hurts_only_itself(wal, serve, caplog, sql, fails):
 
 def test_answers_that_come_together_cannot_hurt_each_other(wal, serve):
     """While the loop is busy, one connection gets 410 and another idle one of the same endpoint is closed."""
-    pair, blocked, go = [], threading.Event(), threading.Event()
+    pair, hold = [], HeldLoop()
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
         number = drain_number(request)
@@ -4885,23 +4923,18 @@ def test_answers_that_come_together_cannot_hurt_each_other(wal, serve):
             pair.append(sock)
             eventually(lambda: len(pair) == 2)
         elif number == 2:
-            blocked.wait(10)
+            hold.busy.wait(10)
             sock.sendall(answer(410))
             idle = next(s for s in pair if s is not sock)
             idle.shutdown(socket.SHUT_RDWR)
             time.sleep(0.1)
-            go.set()
+            hold.go.set()
             return True
         sock.sendall(OK)
         return True
 
-    def observe(notice: Any) -> None:
-        if notice.endpoint_id == "other":
-            blocked.set()
-            go.wait(10)
-
-    receiver, other = serve(play), serve()
-    outbox = make_outbox(wal, observer=observe)
+    receiver, other = serve(play), serve(hold.arm)
+    outbox = make_outbox(wal, clock=hold)
     outbox.add_endpoint(receiver.url(), id="gone", events=["order.created"])
     outbox.add_endpoint(other.url(), id="other", events=["other"])
     drain_emit(outbox, range(2))

@@ -60,6 +60,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import secrets
@@ -2216,6 +2217,7 @@ _OPENERS = 16  # connections being opened at once, in all
 _OPENERS_EACH = 2  # and for one endpoint, so that those which cannot be reached do not fill the pool
 _PROVEN = 600.0  # seconds since its last success in which an endpoint may use more than the minority of the places
 _FIRST_LIMIT = 8  # exchanges at once with an endpoint that nothing is known about
+_UNOBSERVED = 1_000  # notices that may wait for the observer; more are dropped
 _UNRECORDED = 2_000  # outcomes that may wait for the write lock before sending pauses
 _TAKEOVER_POLL = 0.1  # seconds between two looks at a lock that another process holds
 _HOST_BUSY = 0.5  # seconds since somebody else's commit in which the host counts as writing
@@ -2390,6 +2392,38 @@ def _verdict(
     return "pending", now + max(wait, outcome.hint or 0.0), outcome.reason
 
 
+class _Observing:
+    """Calls the host's observer in a thread of its own, in order: one that blocks must not hold deliveries up."""
+
+    def __init__(self, observer: Callable[[Notice], Any] | None) -> None:
+        self._observer = observer
+        self._notices: queue.SimpleQueue[Notice | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def tell(self, notice: Notice) -> None:
+        if self._notices.qsize() >= _UNOBSERVED:
+            return _log.error("the observer is %d behind; it misses %s", _UNOBSERVED, notice)
+        self._notices.put(notice)
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="webhook_outbox observer", daemon=True)
+            with contextlib.suppress(RuntimeError):  # no more threads: the next notice tries again
+                thread.start()
+                self._thread = thread
+
+    def _run(self) -> None:
+        for notice in iter(self._notices.get, None):
+            try:
+                self._observer(notice)  # type: ignore[misc]
+            except (Exception, SystemExit):
+                _log.exception("the observer failed")
+
+    def close(self) -> None:
+        """Let it see what it was told, for a second at most."""
+        self._notices.put(None)
+        if self._thread is not None:
+            self._thread.join(1.0)
+
+
 def _no_tally() -> dict[str, dict[str, float]]:
     return collections.defaultdict(lambda: collections.defaultdict(float))
 
@@ -2427,6 +2461,7 @@ class _Drain:
         self.tally: dict[str, dict[str, float]] = _no_tally()  # per endpoint, for metrics; not written yet
         self.monitored = False  # an endpoint subscribes to webhook.*
         self.moved: set[str] = set()  # endpoints with a queue whose head ended
+        self.observing = _Observing(outbox.observer)
         self.notices: list[Notice] = []  # for the observer, after the rows are recorded
         self.record_at = 0.0  # monotonic: not before
         self.storing = True  # False: the last write failed for another reason than a lock; send nothing until one works
@@ -3096,10 +3131,7 @@ class _Drain:
         self.record_at = mono + gap
         self.look |= any(row[1] is None for row in batch)  # our own webhook.* events
         for notice in self.notices:
-            try:
-                self.outbox.observer(notice)  # type: ignore[misc]
-            except (Exception, SystemExit):
-                _log.exception("the observer failed")
+            self.observing.tell(notice)
         self.notices = []
 
     # Chores, about forty times a second.
@@ -3167,6 +3199,7 @@ class _Drain:
         _DRAINS.discard(self)
         self.parked.set()
         self.opener.close()
+        self.observing.close()
 
 
 # ── outbox ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3379,8 +3412,9 @@ class Outbox:
     under way at once, in all. allow_networks: CIDR texts that may be reached although private, also over http.
     max_body: bytes. retention: seconds that delivered events are kept. proxy: http://host:port; the network guard then
     is the proxy's duty. app_name: put into User-Agent. transforms: name -> callable(Event) -> bytes or (bytes,
-    content type), a pure function, for endpoints whose `body` names it. observer: called with a Notice in the drain's
-    thread after it was recorded: keep it short. clock, rng, resolver: seams for tests.
+    content type), a pure function, for endpoints whose `body` names it. observer: called with each Notice, in order,
+    after it was recorded, in a thread of its own; one that falls 1,000 notices behind misses some. clock, rng,
+    resolver: seams for tests.
 
     Safe to share between threads. Holds no connection, but for a drain that runs.
     """

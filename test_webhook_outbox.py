@@ -5116,6 +5116,86 @@ def test_a_drain_prunes_by_itself_and_prune_beside_it_takes_nothing_that_waits(w
 # The process around it.
 
 
+GUNICORN_APP = """
+import os, sqlite3, sys
+from webhook_outbox import Outbox
+
+outbox = Outbox(os.environ["APP_DB"], allow_networks=["127.0.0.0/8"])  # before the fork, as preload_app does it
+
+
+def app(environ, start_response):
+    outbox.start()  # does nothing when this worker has started it
+    if environ["PATH_INFO"] == "/order":
+        conn = sqlite3.connect(os.environ["APP_DB"], timeout=30)
+        with conn:
+            conn.execute("INSERT INTO orders (total) VALUES (1)")
+            body = outbox.emit(conn, "order.created", {"pid": os.getpid()})
+        conn.close()
+    else:
+        body = str(os.getpid())
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [body.encode()]
+"""
+
+
+@contextlib.contextmanager
+def gunicorn(folder: pathlib.Path, path: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    (folder / "shop.py").write_text(GUNICORN_APP)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    environment = {**os.environ, "APP_DB": path, "PYTHONPATH": f"{ROOT}:{folder}"}
+    arguments = ["--preload", "--workers", "3", "--bind", f"127.0.0.1:{port}", "--log-level", "warning", "shop:app"]
+    log = folder / "gunicorn.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", *arguments], env=environment, cwd=folder, stderr=file, text=True
+        )
+    try:
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        finally:
+            process.kill()
+            process.wait()
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def test_gunicorn_with_preload_and_three_workers_delivers_once_and_survives_the_death_of_the_one_that_drains(
+    database, serve, tmp_path
+):
+    receiver, outbox = serve(), make_outbox(database)
+    outbox.add_endpoint(receiver.url(), id="crm")
+
+    def ask(path: str) -> str:
+        with contextlib.suppress(requests.RequestException), requests.get(base + path, timeout=10) as got:
+            return got.text if got.ok else ""
+        return ""
+
+    def order(count: int) -> list[str]:
+        return [eventually(lambda: ask("/order"), within=30) for _ in range(count)]
+
+    with gunicorn(tmp_path, database) as (master, base):
+        workers: set[str] = set()
+        eventually(lambda: workers.add(eventually(lambda: ask("/"), 30)) or len(workers) >= 2, within=30)
+        ids = order(20)
+        eventually(lambda: len(receiver.requests) == 20, within=30)
+        drains = re.search(r"POSIX +ADVISORY +WRITE (\d+) [0-9a-f:]+:" + str(os.stat(database + "-webhooks").st_ino),
+                           pathlib.Path("/proc/locks").read_text())  # fmt: skip
+        assert drains, pathlib.Path("/proc/locks").read_text()
+        os.kill(int(drains[1]), signal.SIGKILL)
+        ids += order(20)
+        eventually(lambda: len(receiver.requests) >= 40, within=30)
+        master.send_signal(signal.SIGHUP)  # new workers, one after the other
+        ids += order(10)
+        eventually(lambda: len(receiver.requests) >= 50, within=30)
+    sent = [request.headers["webhook-id"] for request in receiver.requests]
+    assert set(sent) == set(ids) and len(sent) <= 50 + 16  # what was under way when it was killed may come twice
+    outbox.drain(once=True)
+    assert outbox.stats().pending == 0 and query(database, "SELECT count(*) FROM orders") == [(50,)]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_runs_nothing_until_it_starts_its_own(database, serve):
     code = """

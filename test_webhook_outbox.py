@@ -5196,6 +5196,64 @@ def test_gunicorn_with_preload_and_three_workers_delivers_once_and_survives_the_
     assert outbox.stats().pending == 0 and query(database, "SELECT count(*) FROM orders") == [(50,)]
 
 
+EXHAUSTED = """
+import os, resource, sys, threading, time
+from webhook_outbox import Outbox, RetryPolicy
+
+path, what = sys.argv[1:]
+outbox = Outbox(path, allow_networks=["127.0.0.0/8"], retry=RetryPolicy((0,) + (0.2,) * 50, jitter=0.0))
+outbox.start()
+with outbox.transaction() as conn:
+    first = outbox.emit(conn, "order.created", {})
+while outbox.event(first).deliveries[0].status != "delivered":
+    time.sleep(0.01)  # it drains: database, lock and one connection are open
+with outbox.transaction() as conn:
+    last = outbox.emit(conn, "order.refused", {}, delay=0.5)
+failed, fillers = "", []
+if what == "threads":
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    which, used = resource.RLIMIT_AS, size + (16 << 20)
+    threading.stack_size(256 << 20)  # more than is left
+else:
+    which, used = resource.RLIMIT_NOFILE, max(map(int, os.listdir("/proc/self/fd"))) + 1
+before = resource.getrlimit(which)
+resource.setrlimit(which, (used, before[1]))
+try:
+    threading.Thread(target=int).start() if what == "threads" else None
+    while what == "descriptors":
+        fillers.append(os.dup(0))
+except (RuntimeError, OSError) as error:
+    failed = type(error).__name__
+time.sleep(1.5)
+resource.setrlimit(which, before)
+threading.stack_size(0)
+for filler in fillers:
+    os.close(filler)
+end = time.monotonic() + 20
+while outbox.stats().pending and time.monotonic() < end:
+    time.sleep(0.05)
+tries = [attempt.reason for attempt in outbox.attempts(last)]
+print(failed, outbox.running, len(tries) >= 8, sorted(set(map(str, tries))), outbox.stats().failed)
+outbox.stop()
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+@pytest.mark.parametrize("what", ["threads", "descriptors"])
+def test_a_process_without_threads_or_descriptors_delivers_when_there_are_some_again(wal, serve, what):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(serve().url(), id="open", events=["order.created"])
+    for n in range(8):
+        outbox.add_endpoint(serve().url(), id=f"ep{n}", events=["order.refused"])
+    out, err = run_python(EXHAUSTED, wal, what).communicate(timeout=60)
+    if what == "threads":  # not the receivers' fault: no attempt
+        assert out.split() == ["RuntimeError", "True", "True", "['None']", "0"], out + err
+    else:
+        assert out.split() == ["OSError", "True", "True", "['None',", "'connect']", "0"], out + err
+    assert "draining stopped" not in err and "Traceback" not in err
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_runs_nothing_until_it_starts_its_own(database, serve):
     code = """

@@ -3247,6 +3247,128 @@ def test_the_environment_does_not_touch_a_delivery(wal, serve, authority, tmp_pa
     assert victim.connections == 0
 
 
+# A network of its own, in which every address is this machine: where connections land is the verdict.
+
+NETWORK_ZONE: dict[str, list[list[str]]] = {  # what the DNS server answers, lookup by lookup; the last for ever
+    "public.test": [["93.184.216.34"]],
+    "public6.test": [["2606:2800:220:1:248:1893:25c8:1946"]],
+    "loopback.test": [["127.0.0.1"]],
+    "metadata.test": [["169.254.169.254"]],
+    "mixed.test": [["93.184.216.34", "127.0.0.1"]],
+    "rebind.test": [["93.184.216.34"], ["127.0.0.1"]],
+    "flipping.test": [["10.0.0.1"], ["93.184.216.34"]],
+    "mapped.test": [["::ffff:127.0.0.1"]],
+    "nat64.test": [["64:ff9b::7f00:1"]],
+    "unique-local.test": [["fd00::1"]],
+    "nothing.test": [[]],
+    "silent.test": [],  # no answer at all
+}
+NETWORK_LITERALS = (
+    "93.184.216.34 127.0.0.1 2130706433 0x7f.1 0177.0.0.1 0 10.0.0.1 169.254.169.254 [::1] [::ffff:10.0.0.1] "
+    "[64:ff9b::a9fe:a9fe] [fe80::1] [fd00::1] 0.0.0.0 224.0.0.1 localhost"
+).split()
+NETWORK_SCRIPT = """
+import ipaddress, json, socket, struct, subprocess, sys, threading
+folder, zone, literals = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+try:
+    for line in ("ip link set lo up", "ip route add local 0.0.0.0/0 dev lo", "ip -6 route add local ::/0 dev lo",
+                 f"mount --bind {folder}/resolv.conf /etc/resolv.conf"):
+        subprocess.run(line.split(), check=True, capture_output=True)
+    dns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    dns.bind(("127.0.0.1", 53))
+except (OSError, subprocess.CalledProcessError) as error:
+    sys.exit(print(json.dumps({"skip": repr(error)})))
+
+def names():
+    asked = {}
+    while True:
+        query, who = dns.recvfrom(512)
+        at, labels = 12, []
+        while query[at]:
+            labels.append(query[at + 1 : at + 1 + query[at]].decode())
+            at += query[at] + 1
+        name, kind = ".".join(labels), struct.unpack("!H", query[at + 1 : at + 3])[0]
+        turns = zone.get(name, [[]])
+        if not turns:
+            continue
+        turn = asked.setdefault((name, kind), 0)
+        asked[name, kind] += 1
+        found = [ipaddress.ip_address(text) for text in turns[min(turn, len(turns) - 1)]]
+        found = [address for address in found if (address.version == 6) == (kind == 28)]
+        answers = b"".join(
+            b"\\xc0\\x0c" + struct.pack("!HHIH", kind, 1, 0, len(address.packed)) + address.packed for address in found
+        )
+        head = query[:2] + b"\\x81\\x80" + struct.pack("!HHHH", 1, len(found), 0, 0)
+        dns.sendto(head + query[12 : at + 5] + answers, who)
+
+landed = []
+
+def listen(family, address):
+    listener = socket.create_server((address, 80), family=family, backlog=64)
+    while True:
+        conn, _ = listener.accept()
+        landed.append(conn.getsockname()[0].removeprefix("::ffff:"))
+        with conn:
+            conn.recv(65536)
+            conn.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n")
+
+for target in ((names,), (listen, socket.AF_INET, "0.0.0.0"), (listen, socket.AF_INET6, "::")):
+    threading.Thread(target=target[0], args=target[1:], daemon=True).start()
+
+from webhook_outbox import Outbox, RetryPolicy, UnsafeURL
+outbox = Outbox(folder + "/app.db", allow_http=True, timeout=3, connect_timeout=2, retry=RetryPolicy((0,)))
+ids, refused = {}, []
+for host in [*zone, *literals]:
+    try:
+        ids[outbox.add_endpoint(f"http://{host}/").id] = host
+    except UnsafeURL:
+        refused.append(host)
+reasons = {host: [] for host in ids.values()}
+for _ in range(2):
+    with outbox.transaction() as conn:
+        event = outbox.emit(conn, "order.created", {})
+    outbox.drain(once=True)
+    for attempt in outbox.attempts(event):
+        reasons[ids[attempt.endpoint_id]].append(attempt.reason)
+print(json.dumps({"landed": landed, "refused": refused, "reasons": reasons}))
+"""
+
+
+def test_in_a_network_where_every_address_answers_connections_land_only_where_they_may(tmp_path):
+    if not all(map(shutil.which, ("unshare", "ip", "mount"))):
+        pytest.skip("needs unshare, ip and mount")
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions attempts:1 timeout:5\n")
+    script = [
+        sys.executable,
+        "-c",
+        NETWORK_SCRIPT,
+        str(tmp_path),
+        json.dumps(NETWORK_ZONE),
+        json.dumps(NETWORK_LITERALS),
+    ]
+    ran = subprocess.run(
+        ["unshare", "-r", "-n", "-m", *script], capture_output=True, text=True, timeout=90, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    if not ran.stdout or "skip" in ran.stdout:
+        pytest.skip(f"no network namespace here: {ran.stdout}{ran.stderr[-200:]}")
+    seen = json.loads(ran.stdout)
+    reasons = seen["reasons"]
+    good = {"93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946"}
+    assert set(seen["landed"]) == good and len(seen["landed"]) == 2 * 3 + 1 + 1
+    assert [host for host, told in reasons.items() if told == [None, None]] == [
+        "public.test",
+        "public6.test",
+        "93.184.216.34",
+    ]
+    assert reasons["rebind.test"] == [None, "blocked"] and reasons["flipping.test"] == ["blocked", None]
+    assert reasons["nothing.test"] == ["dns", "dns"] and reasons["silent.test"] == ["dns", "dns"]
+    for name in ("loopback", "metadata", "mixed", "mapped", "nat64", "unique-local"):
+        assert reasons[name + ".test"] == ["blocked", "blocked"], name
+    assert reasons["localhost"] == ["blocked", "blocked"]
+    assert set(seen["refused"]) == set(NETWORK_LITERALS) - {"93.184.216.34", "localhost"}
+
+
 # ── exchange ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -2594,9 +2594,10 @@ class _Drain:
             self.db.execute("PRAGMA synchronous = NORMAL")
 
     def _check_writable(self) -> None:
-        """Find out before anything is sent whether outcomes can be recorded."""
+        """Find out before anything is sent whether outcomes can be recorded: a drain that cron starts every minute
+        would otherwise send the same rows every minute while the disk is full."""
         try:
-            self.db.execute("UPDATE webhook_meta SET value = value WHERE key = ''")  # BEGIN IMMEDIATE would not tell
+            self.db.execute(_TOUCH)  # what changes no page, BEGIN IMMEDIATE or setting a value to itself, does not tell
         except sqlite3.OperationalError as error:
             if not _is_busy(error):
                 raise OutboxError(f"{self.outbox.path} cannot be written ({error}); nothing is sent") from None

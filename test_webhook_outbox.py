@@ -22,6 +22,7 @@ import logging
 import math
 import os
 import pathlib
+import platform
 import random
 import re
 import resource
@@ -31,6 +32,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import struct
 import subprocess
 import sys
 import textwrap
@@ -4824,6 +4826,29 @@ def test_a_full_disk_pauses_sending_and_nothing_is_sent_twice(wal, serve):
     assert sorted(drain_sent(receiver)) == list(range(7))
 
 
+def test_a_full_disk_is_found_out_before_anything_is_sent(database, serve):
+    """What cron starts each minute must not send the same rows each minute."""
+    code = """
+    import resource, sys, webhook_outbox
+    outbox = webhook_outbox.Outbox(sys.argv[1], create=False, allow_networks=["127.0.0.0/8"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    try:
+        outbox.drain(once=True)
+    except webhook_outbox.OutboxError as error:
+        print(error)
+    """
+    receiver, outbox = serve(), make_outbox(database)
+    with contextlib.closing(sqlite3.connect(database)) as host:  # keeps the WAL, whose end is past the limit
+        host.execute("SELECT * FROM orders").fetchall()
+        outbox.add_endpoint(receiver.url())
+        emit(outbox)
+        with drain_process(database, "", code) as process:
+            out, err = process.communicate(timeout=60)
+        assert out.endswith("nothing is sent\n") and err == "", out + err
+    assert receiver.requests == []
+    assert outbox.drain(once=True).delivered == 1
+
+
 def test_a_database_that_cannot_be_written_gives_one_error_and_nothing_is_sent(serve):
     """Root may write everything, so the process gives up its rights; without rights the mode of the file is enough."""
     code = """
@@ -5707,6 +5732,338 @@ def test_killed_between_the_answer_and_its_recording_each_attempt_under_way_is_r
         **dict.fromkeys(lost.values(), 2),
         **dict.fromkeys(recorded.values(), 1),
     }
+
+
+# Power cuts: the files are put into every state that one may leave behind, and opened again.
+
+POWER_TABLES = ("orders", *(f"webhook_{name}" for name in "endpoints events deliveries attempts failed".split()))
+POWER_RULES = {  # what must not be: SQL that finds it
+    "an order without its event": """SELECT id FROM orders
+        EXCEPT SELECT json_extract(data, '$.n') FROM webhook_events""",
+    "an event without its order": """SELECT json_extract(data, '$.n') FROM webhook_events
+         WHERE type = 'order.created' EXCEPT SELECT id FROM orders""",
+    "an event that lacks a delivery": """SELECT seq FROM webhook_events
+         WHERE (SELECT count(*) FROM webhook_deliveries WHERE event = seq) <> 2""",
+    "a delivery or an attempt without its event": """SELECT event FROM webhook_deliveries
+         UNION SELECT event FROM webhook_attempts EXCEPT SELECT seq FROM webhook_events""",
+    "a failed delivery without its row": """SELECT id, endpoint_id FROM webhook_deliveries JOIN webhook_events
+            ON seq = event WHERE status = 'failed' EXCEPT SELECT event_id, endpoint_id FROM webhook_failed""",
+    "a failed row without its delivery": """SELECT event_id, endpoint_id FROM webhook_failed EXCEPT SELECT id,
+               endpoint_id FROM webhook_deliveries JOIN webhook_events ON seq = event WHERE status = 'failed'""",
+    "a delivery that no attempt delivered": """SELECT event, endpoint_id FROM webhook_deliveries
+         WHERE status = 'delivered' EXCEPT SELECT event, endpoint_id FROM webhook_attempts WHERE reason IS NULL""",
+    "an attempt that is not counted": """SELECT * FROM webhook_deliveries AS d WHERE attempts <> (SELECT count(*)
+          FROM webhook_attempts WHERE event = d.event AND endpoint_id = d.endpoint_id AND at >= d.first_attempt_at)""",
+    "a queue whose one pending row is not its oldest": """SELECT endpoint_id, queue FROM webhook_deliveries
+         WHERE queue IS NOT NULL AND status IN ('pending', 'queued') GROUP BY endpoint_id, queue
+        HAVING min(event) <> coalesce(max(CASE status WHEN 'pending' THEN event END), -1)""",
+}  # fmt: skip
+
+
+def power_state(path: Any) -> dict[str, list[Any]]:
+    """Return what the tables hold, once the file is sound and its tables agree."""
+    with contextlib.closing(sqlite3.connect(path)) as conn:
+        conn.execute("PRAGMA synchronous = OFF")  # closing it checkpoints
+        assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        for rule, sql in POWER_RULES.items():
+            assert conn.execute(sql).fetchall() == [], rule
+        return {table: conn.execute(f"SELECT * FROM {table}").fetchall() for table in POWER_TABLES}
+
+
+def power_bytes(path: str, *suffixes: str) -> list[bytes]:
+    """Read the files of a database that is open here by another process: this one would drop SQLite's locks."""
+    return [subprocess.run(["cat", path + s], stdout=subprocess.PIPE, check=True).stdout for s in suffixes]
+
+
+def power_outbox(path: Any, receiver: Receiver, clock: Clock) -> Outbox:
+    """An outbox with an ordered endpoint and one that is not."""
+    outbox = make_outbox(str(path), clock=clock, retry=RetryPolicy((0, 5), jitter=0.0))
+    if not outbox.endpoints():
+        outbox.add_endpoint(receiver.url("/queue"), id="queue", ordered=True)
+        outbox.add_endpoint(receiver.url("/free"), id="free")
+    return outbox
+
+
+def power_orders(host: sqlite3.Connection, outbox: Outbox, rng: random.Random, number: int) -> None:
+    """What a host does in a transaction; some of it is taken back to a savepoint."""
+    for n in range(number, number + rng.choice([1, 1, 3])):
+        host.execute("SAVEPOINT one")
+        host.execute("INSERT INTO orders VALUES (?, 1.0)", (n,))
+        text = "x" * rng.choice([10, 9_000])
+        outbox.emit(host, "order.created", {"n": n, "text": text}, key=rng.choice([None, "k", "l"]))
+        host.execute("RELEASE one" if n == number or rng.random() < 0.6 else "ROLLBACK TO one")
+
+
+def power_history(path: str, receiver: Receiver, rng: random.Random, clock: Clock, steps: int) -> list[Any]:
+    """Live through a random history, all of it in the WAL. Return a mark of each step: how many frames there were after
+    it, what it was, the state; and images of the files, before each rollback and at the end: the first frame of
+    interest, the marks so far, the database, the WAL."""
+    outbox = power_outbox(path, receiver, clock)
+    drain_emit(outbox, range(-3, 0))
+    query(path, "UPDATE webhook_events SET type = 'note'")
+    outbox.drain(once=True)
+    clock.advance(40 * 86_400)
+    query(path, "PRAGMA wal_checkpoint(TRUNCATE)")
+    words = ["order"] * 6 + ["rollback"] * 2 + ["drain"] * 3 + ["replay", "discard", "resend", "prune", "rotate"]
+    marks, images = [(0, "", power_state(path))], []
+    reader, host = (sqlite3.connect(path, isolation_level=None) for _ in range(2))
+    with contextlib.closing(reader), contextlib.closing(host):
+        reader.execute("BEGIN").execute("SELECT * FROM orders").fetchall()  # keeps every checkpoint from the database
+        host.execute("PRAGMA synchronous = FULL")
+        host.execute("PRAGMA cache_size = 5")  # so that frames are written before the commit
+        for step in range(steps):
+            word = rng.choice(words)
+            if word in ("order", "rollback"):
+                host.execute("BEGIN IMMEDIATE")
+                power_orders(host, outbox, rng, step * 10)
+                if word == "rollback":
+                    images.append((marks[-1][0], marks[:], *power_bytes(path, "", "-wal")))
+                host.execute("COMMIT" if word == "order" else "ROLLBACK")
+            elif word == "drain":
+                clock.advance(6)
+                outbox.drain(once=True)
+            elif word == "resend":
+                outbox.resend(rng.choice(outbox.events()).id)
+            elif word == "rotate":
+                outbox.rotate_secret("free")
+            elif word == "prune":
+                outbox.prune()
+            else:
+                (outbox.replay if word == "replay" else outbox.discard)(all=True)
+            (_, frames, _) = host.execute("PRAGMA wal_checkpoint").fetchone()
+            marks.append((frames, word, power_state(path)))
+        images.append((0, marks, *power_bytes(path, "", "-wal")))
+        assert host.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert len({main for _, _, main, _ in images}) == 1
+    assert any(len(wal) > 32 + 4120 * first for first, _, _, wal in images[:-1])  # what a rollback took back was there
+    return images
+
+
+def power_cut(wal: bytes, frames: int, way: str, rng: random.Random) -> bytes:
+    """Return what may be left of a WAL when only its first frames are sure to be on the disk."""
+    here, after = 32 + 4120 * frames, 32 + 4120 * (frames + 1)
+    torn, flip = here + rng.randrange(4000), here + rng.randrange(4120)
+    if way == "ends":
+        return wal[:here]
+    if way == "torn":
+        return wal[:torn]
+    if way == "garbage":
+        return wal[:torn] + rng.randbytes(after - torn) + wal[after:]
+    return wal[:flip] + bytes(byte ^ 16 for byte in wal[flip : flip + 1]) + wal[flip + 1 :]
+
+
+def power_sent(requests_: list[Request]) -> list[tuple[str, str]]:
+    """Return the event and endpoint of each request."""
+    return [(request.headers["webhook-id"], request.line.split()[1][1:]) for request in requests_]
+
+
+def power_deliveries(path: Any, *statuses: str) -> list[tuple[str, str]]:
+    """Return the event and endpoint of each delivery of these statuses, the oldest event first."""
+    return query(str(path), f"""SELECT id, endpoint_id FROM webhook_deliveries JOIN webhook_events ON seq = event
+         WHERE status IN ({", ".join("?" * len(statuses))}) ORDER BY seq""", *statuses)  # fmt: skip
+
+
+def power_drain(path: Any, receiver: Receiver, clock: Clock) -> None:
+    """A drain sends exactly what the file says is waiting, each once, a queue in its order."""
+    waiting, seen = power_deliveries(path, "pending", "queued"), len(receiver.requests)
+    power_outbox(path, receiver, clock).drain(until_empty=True)
+    sent = power_sent(receiver.requests[seen:])
+    assert sorted(sent) == sorted(waiting) and power_deliveries(path, "pending", "queued") == []
+    assert [x for x in sent if x[1] == "queue"] == [x for x in waiting if x[1] == "queue"]
+
+
+@pytest.mark.parametrize(("steps", "every"), [(30, 6), pytest.param(70, 4, marks=pytest.mark.long)])
+def test_a_power_cut_anywhere_in_the_wal_keeps_what_was_acknowledged_and_halves_nothing(tmp_path, serve, steps, every):
+    """The WAL ends after any frame, inside one, or goes on behind a damaged one. A step whose frames are all there has
+    happened, to the row, and no other has; a drain is several. The next drain sends what waits, each once."""
+    rng, clock, cut = random.Random(steps), Clock(), tmp_path / "cut.db"
+    tries: dict[Any, int] = {}
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        which = request.headers["webhook-id"], request.line
+        tries[which] = tries.get(which, 0) + 1
+        sock.sendall(answer(500) if tries[which] <= drain_number(request) % 3 else OK)
+        return True
+
+    receiver = serve(play)
+    images = power_history(make_database(tmp_path / "app.db"), receiver, rng, clock, steps)
+    receiver.play = OK
+    clock.advance(3600)
+    for first, marks, main, wal in images:
+        for frames, way in itertools.product(
+            range(first, len(wal) // 4120 + 1), ["ends", "torn", "garbage", "flipped"]
+        ):
+            if rng.randrange(every):
+                continue
+            cut.write_bytes(main)
+            (tmp_path / "cut.db-wal").write_bytes(power_cut(wal, frames, way, rng))
+            state = power_state(cut)
+            done = max(i for i, mark in enumerate(marks) if mark[0] <= frames)
+            before = marks[done][2]
+            if done + 1 < len(marks) and marks[done + 1][1] == "drain":
+                finished = {row for row in before["webhook_deliveries"] if row[2] == "delivered" and row[0] > 3}
+                assert state["orders"] == before["orders"] and finished <= set(state["webhook_deliveries"])
+            else:
+                assert state == before
+            if rng.random() < 0.03:
+                power_drain(cut, receiver, clock)
+    crashes_received(receiver.requests)  # the same id, the same bytes, in every state
+
+
+@pytest.mark.parametrize("images", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_a_power_cut_in_rollback_mode_takes_the_whole_transaction_back(tmp_path, serve, images):
+    """In the middle of a transaction that spills: any of the new pages may be on the disk, since what was there is in
+    the part of the journal that was synced; the rest of the journal is cut anywhere, or garbage."""
+    rng, clock, cut = random.Random(images), Clock(), tmp_path / "cut.db"
+    path, cases = make_database(tmp_path / "app.db", "delete"), 0
+    outbox = power_outbox(path, serve(), clock)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as host:
+        host.execute("PRAGMA cache_size = 5")
+        for number in range(0, 300, 10):
+            (old,), state = power_bytes(path, ""), power_state(path)
+            host.execute("BEGIN IMMEDIATE")
+            power_orders(host, outbox, rng, number)
+            new, journal = power_bytes(path, "", "-journal")
+            header = journal.rindex(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7")  # the last one: it is written by the sync
+            records, _, _, sector = struct.unpack_from(">4I", journal, header + 8)
+            synced = header + sector + records * (4 + 4096 + 4)
+            for _ in range(images if new != old else 0):
+                whole = range(0, len(new), 4096)
+                cut.write_bytes(b"".join(rng.choice([old, new])[at : at + 4096] or new[at : at + 4096] for at in whole))
+                torn = journal[: rng.randrange(synced, len(journal) + 1)] + rng.randbytes(rng.choice([0, 5000]))
+                (tmp_path / "cut.db-journal").write_bytes(torn)
+                assert power_state(cut) == state
+                cases += 1
+            host.execute(rng.choice(["COMMIT", "ROLLBACK"]))
+            if number % 30 == 0:
+                outbox.drain(once=True)
+    assert cases > 10 * images
+
+
+# One emit and one drain, struck at each system call that changes the files: the process is killed there, the call fails
+# once, or it and all that follow find the disk full. ptrace needs no tool; the calls have numbers of their machine.
+
+STRIKE = """
+import contextlib, ctypes, errno, itertools, os, platform, shutil, signal, sqlite3, struct, sys
+from webhook_outbox import Outbox, OutboxError, TransactionLost
+
+CALLS = {  # write, pwrite64, fsync, fdatasync, ftruncate by descriptor; unlink, unlinkat
+    "x86_64": ({1, 18, 74, 75, 77}, {87, 263}), "aarch64": ({64, 68, 82, 83, 46}, {35})}
+path, how, every = sys.argv[1], *sys.argv[2].split()
+ptrace = ctypes.CDLL(None).ptrace
+ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+block = ctypes.create_string_buffer(512)
+
+def live(path, n):
+    def say(*words):
+        print(n, *words, flush=True)
+    outbox = Outbox(path, create=False, allow_networks=["127.0.0.0/8"], app_name=str(n))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as host:
+        host.execute("PRAGMA cache_size = 1")  # so that emit writes, and not the commit alone
+        host.execute("BEGIN IMMEDIATE")
+        host.execute("INSERT INTO orders VALUES (2, 1.0)")
+        try:
+            outbox.emit(host, "order.created", {"n": 2, "text": "x" * 9000})
+        except TransactionLost:
+            assert not host.in_transaction
+            say("refused")
+        except sqlite3.Error:
+            assert host.in_transaction and host.execute("SELECT max(id) FROM orders").fetchone() == (2,)
+            say("refused")
+        else:
+            with contextlib.suppress(sqlite3.Error):  # in doubt: where fsync fails, a recovery may find the commit
+                host.execute("COMMIT")
+                say("committed")
+    outbox.drain(once=True)
+
+def under(pid, fd):
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{fd}").startswith(os.path.dirname(path))
+    except OSError:
+        return False
+
+def change(pid, register, value):
+    ptrace(12, pid, None, block)  # GETREGS
+    struct.pack_into("q", block, 8 * register, value)
+    ptrace(13, pid, None, block)
+
+def strike(pid, n):
+    by_descriptor, by_name = CALLS[platform.machine()]
+    _, status = os.waitpid(pid, 0)
+    if not os.WIFSTOPPED(status):
+        sys.exit("ptrace is not permitted")
+    ptrace(0x4200, pid, None, 0x100001)  # SETOPTIONS: TRACESYSGOOD, EXITKILL
+    seen, failing = 0, False
+    while True:
+        ptrace(24, pid, None, None)  # SYSCALL: go on to the next entry or exit of one
+        _, status = os.waitpid(pid, 0)
+        if not os.WIFSTOPPED(status):
+            return status, seen
+        if ptrace(0x420E, pid, 88, block) <= 0:  # GET_SYSCALL_INFO
+            sys.exit("ptrace is older than Linux 5.3")
+        kind, call, one = struct.unpack_from("B23xQQ", block)
+        if kind == 2 and failing:
+            change(pid, 10, -getattr(errno, how))  # rax: what it returns
+            failing = False
+        elif kind == 1 and (call in by_name or call in by_descriptor and under(pid, one)):
+            seen += 1
+            if seen == n and how == "KILL":
+                os.kill(pid, signal.SIGKILL)
+            elif seen == n or seen > n and how == "ENOSPC":
+                change(pid, 15, -1)  # orig_rax: which call
+                failing = True
+
+for n in itertools.count(int(every), int(every)):
+    shutil.copy(path, f"{path}.{n}")
+    pid = os.fork()
+    if pid == 0:
+        if ptrace(0, 0, None, None):  # TRACEME
+            os._exit(1)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        try:
+            live(f"{path}.{n}", n)
+        except (OutboxError, sqlite3.Error) as error:
+            print(n, how, error, flush=True)
+        os._exit(0)
+    status, seen = strike(pid, n)
+    assert status in (0, signal.SIGKILL), status
+    if seen < n:
+        break
+    print(n, "struck", flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["KILL", "EIO", "ENOSPC"])
+@pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.long)])
+def test_struck_at_any_write_nothing_is_halved_or_lost_or_repeated_once_recorded(database, serve, how, every):
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", *["aarch64"] * (how == "KILL")):
+        pytest.skip("the test knows the system calls of Linux on x86-64, and how to kill at them on ARM64")
+    receiver, clock = serve(DrainFails(n1=math.inf)), Clock(time.time())
+    outbox = power_outbox(database, receiver, clock)
+    with outbox.transaction() as conn:
+        conn.execute("INSERT INTO orders VALUES (1, 1.0)")
+        outbox.emit(conn, "order.created", {"n": 1})
+    with drain_process(database, f"{how} {every}", STRIKE) as process:
+        out, err = process.communicate(timeout=300)
+    if "ptrace is" in err:
+        pytest.skip(err)
+    assert process.returncode == 0, err
+    said = {tuple(line.split()[:2]) for line in out.splitlines()}
+    struck = [n for n, word in said if word == "struck"]
+    assert len(struck) * every > 40
+    sent = {n: power_sent([r for r in receiver.requests if f"({n})" in r.headers["user-agent"]]) for n in struck}
+    receiver.play, clock.now = OK, clock.now + 3600
+    for n in struck:
+        committed, refused = (n, "committed") in said, (n, "refused") in said
+        state = power_state(f"{database}.{n}")
+        assert not committed or (2, 1.0) in state["orders"], n
+        assert not refused or (2, 1.0) not in state["orders"], n
+        assert len(set(sent[n])) == len(sent[n]), n
+        assert set(power_deliveries(f"{database}.{n}", "delivered")) <= set(sent[n])
+        assert not (how == "ENOSPC" and not committed and sent[n]), f"{n}: the disk was full before the drain began"
+        if int(n) % 3 == 0:
+            power_drain(f"{database}.{n}", receiver, clock)
+    crashes_received(receiver.requests)
 
 
 # ── drain: what a reviewer broke ─────────────────────────────────────────────────────────────────────────────────

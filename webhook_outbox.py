@@ -1977,7 +1977,7 @@ def _host_errors(db: sqlite3.Connection, path: str) -> Iterator[None]:
     before = db.in_transaction
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, SchemaError) as error:
         text = str(error)
         if not before and db.in_transaction:
             db.rollback()  # the driver began it for our statement alone: nothing of the host's is in it
@@ -4183,9 +4183,14 @@ class Inbox:
         db = _host(conn)
         cursor = _cursor(db)
         with _host_errors(db, self._path):
-            _check_identity(cursor, self._identity, self._path)
-            cursor.execute("INSERT OR IGNORE INTO main.webhook_inbox VALUES (?, ?)", (event_id, time.time()))
+            # The write comes first: a transaction that has read does not wait for another writer, it fails at once.
+            cursor.execute(
+                """INSERT OR IGNORE INTO main.webhook_inbox
+                   SELECT ?, ? FROM main.webhook_meta WHERE key = 'outbox' AND value = ?""",
+                (event_id, time.time(), self._identity),
+            )
             first = cursor.rowcount == 1
+            _check_identity(cursor, self._identity, self._path)
             cursor.execute("PRAGMA main.synchronous")  # reads it
             (level,) = cursor.fetchone()
         if int(level) < 2 and not self._warned:

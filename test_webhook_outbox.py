@@ -1985,6 +1985,8 @@ def test_a_secret_of_the_wrong_type_opens_no_door(scheme: str) -> None:
     wrong = [None, "", b"", 5, 32, 1.5, [], (), {}, object(), [""], [None], [b""], [SECRET_TWO, None], [[SECRET]]]
     for secret in wrong:
         refusal(signed_by_hand(scheme), secret, scheme=scheme)
+    for secret in ("", b"", [""], [SECRET_TWO, ""], [b"", SECRET_TWO], []):  # what an unset variable gives
+        assert "needs a secret" in str(refusal(signed_by_hand(scheme, secret=""), secret, scheme=scheme))
     null = base64.b64encode(bytes(24)).decode()
     text = b"a secret that somebody keeps in a mutable buffer"
     for secret in (32, [32], (24, 32), bytearray(text), memoryview(text), [SECRET_TWO, 32], {32: SECRET}):
@@ -2119,6 +2121,16 @@ def test_odd_ids_and_wrong_options_are_refused() -> None:
     assert verify(SIGNED_BODY, longest, SECRET, now=SIGNED_AT).id == "a" * 256
     for options in ({"scheme": "svix"}, {"scheme": None}, {"scheme": []}, {"tolerance": "5"}, {"now": "x"}):
         refusal(signed_by_hand("standard"), **options)
+    assert "standard, stripe, github" in str(refusal(signed_by_hand("standard"), scheme="svix"))
+    assert "base64" in str(refusal(signed_by_hand("standard"), f"whsec_{CANARY}!"))
+
+
+def test_errors_of_a_frameworks_headers_are_named_without_what_they_say() -> None:
+    class Headers:
+        def items(self) -> Any:
+            raise RuntimeError(CANARY)
+
+    assert str(refusal(Headers())).endswith("RuntimeError")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -2144,6 +2156,7 @@ def test_an_id_that_is_signed_goes_before_one_that_is_not() -> None:
     event, ours = b'{"id":"evt_1","object":"event","type":"a","data":{}}', b'{"id":"order_1","type":"a"}'
     for scheme, body, header, id in (
         ("standard", event, "msg_1", "msg_1"),
+        ("stripe", ours, "", "order_1"),
         ("stripe", event, "", "evt_1"),
         ("stripe", event, "msg_invented", "evt_1"),
         ("stripe", ours, "msg_1", "msg_1"),
@@ -2151,6 +2164,8 @@ def test_an_id_that_is_signed_goes_before_one_that_is_not() -> None:
     ):
         headers = {"webhook-id": header, **signed_by_hand(scheme, body)}
         assert verify(body, headers, SECRET, scheme=scheme, now=SIGNED_AT).id == id
+    headers = {"X-GitHub-Delivery": "72d3162e", **signed_by_hand("github", ours)}
+    assert verify(ours, headers, SECRET, scheme="github").id == "72d3162e"
 
 
 def test_signatures_are_compared_in_constant_time() -> None:
@@ -2305,13 +2320,11 @@ def test_one_bit_more_or_less_in_any_body_is_refused(body: bytes, scheme: str, d
 FUZZ_TOKENS = b'v1, v1= t= sha256= , = . 0 9 - \0 \n \xff { } [ " : 1e999 type data id object event \\ud800'.split(b" ")
 
 
-@pytest.mark.long
-def test_a_fuzzer_led_by_coverage_finds_no_open_door_and_no_other_error(capsys: pytest.CaptureFixture[str]) -> None:
-    rng, began, runs, genuine = random.Random(65), time.monotonic(), 60_000, 0
-    edges: set[tuple[str, int, int]] = set()
-    seen: set[tuple[str, int, int]] = set()
-    # A case is a scheme, a body, and the names and values of headers.
-    corpus = [(s, [SIGNED_BODY, *(x.encode() for p in signed_by_hand(s).items() for x in p)]) for s in SCHEMES]
+Edges = set[tuple[str, int, int]]  # function, and two instructions that ran one after the other
+
+
+def edges_into(seen: Edges) -> Callable[..., Any]:
+    """Return a trace function that notes how the module's own code ran."""
 
     def trace(frame: types.FrameType, kind: str, _: Any) -> Any:
         last, code = 0, frame.f_code
@@ -2321,51 +2334,63 @@ def test_a_fuzzer_led_by_coverage_finds_no_open_door_and_no_other_error(capsys: 
             seen.add((code.co_name, last, last := frame.f_lasti))
             return step
 
-        if code.co_filename != webhook_outbox.__file__:
-            return None
-        frame.f_trace_opcodes = True
-        return step
+        frame.f_trace_opcodes = code.co_filename == webhook_outbox.__file__
+        return step if frame.f_trace_opcodes else None
+
+    return trace
+
+
+@pytest.mark.long
+def test_a_fuzzer_led_by_coverage_finds_no_open_door_and_no_other_error(capsys: pytest.CaptureFixture[str]) -> None:
+    rng, began, runs, genuine = random.Random(65), time.monotonic(), 50_000, 0
+    edges: Edges = set()
+    seen: Edges = set()
+    trace = edges_into(seen)
+
+    def signed(scheme: str, body: bytes, **options: Any) -> list[tuple[bytes, bytes]]:
+        return [(name.encode(), value.encode()) for name, value in signed_by_hand(scheme, body, **options).items()]
+
+    corpus = [(scheme, SIGNED_BODY, signed(scheme, SIGNED_BODY)) for scheme in SCHEMES]
+
+    def changed(text: bytes) -> bytes:
+        at, end = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+        token = rng.choice((*FUZZ_TOKENS, b"", rng.randbytes(2), rng.choice(corpus)[1]))
+        return (text[:at] + rng.choice((token, text[at:end] * 3)) + text[rng.choice((at, at + 1, end)) :])[:4096]
 
     for _ in range(runs):
-        scheme, pieces = corpus[int(len(corpus) * rng.random() ** 0.5)]  # mostly what is new
-        pieces = list(pieces)
-        for _ in range(rng.choice((0, 1, 1, 2, 8))):
-            place = rng.randrange(len(pieces))
-            at, end = sorted(rng.randrange(len(pieces[place]) + 1) for _ in range(2))
-            token = rng.choice((*FUZZ_TOKENS, b"", rng.choice(rng.choice(corpus)[1]), rng.randbytes(2)))
-            end, token = rng.choice(((end, token), (at, token), (at + 1, token), (end, pieces[place][at:end] * 3)))
-            pieces[place] = (pieces[place][:at] + token + pieces[place][end:])[:4096]
-        if rng.random() < 0.2:
-            pieces += rng.choice(corpus)[1][1:3]
-        body, names, values = pieces[0], pieces[1::2], pieces[2::2]
-        if rng.random() < 0.6:  # by somebody who knows the secret, so that what lies behind is reached too
-            good = {name.encode(): value.encode() for name, value in signed_by_hand(scheme, body).items()}
-            values = [good.get(name, value) for name, value in zip(names, values, strict=True)]
-        event = None
-        before = sys.gettrace()
+        scheme, body, headers = corpus[int(len(corpus) * rng.random() ** 0.5)]  # mostly what is new
+        for _ in range(rng.choice((1, 1, 2, 3, 8))):
+            how, place = rng.random(), rng.randrange(len(headers))
+            if how < 0.4:  # by somebody who knows the secret, so that what lies behind is reached too
+                at = SIGNED_AT + rng.choice((0, 0, 0, 300, -300, 301, -301, -SIGNED_AT))
+                headers = signed(scheme, body, id=rng.choice(("msg_1", "msg_1", "", "a.b")), at=at)
+            elif how < 0.6:
+                body = changed(body)
+            elif how < 0.9:
+                pair = rng.choice((map(changed, headers[place]), (headers[place][0], changed(headers[place][1]))))
+                headers = [*headers[:place], tuple(pair), *headers[place + 1 :]]
+            else:
+                headers = rng.choice((headers[:place], headers)) + rng.choice(corpus)[2]
+        event, before = None, sys.gettrace()
         sys.settrace(trace)
         try:
-            event = verify(
-                body, list(zip(names, values, strict=True)), [SECRET_TWO, SECRET], scheme=scheme, now=SIGNED_AT
-            )
+            event = verify(body, headers, [SECRET_TWO, SECRET], scheme=scheme, now=SIGNED_AT)
         except SignatureError:
-            assert not any(name == "_parsed" for name, _, _ in seen)
+            assert "_parsed" not in {name for name, _, _ in seen}
         finally:
             sys.settrace(before)
         if event is not None:
             genuine += 1
-            mac = [*signed_by_hand(scheme, body, id=event.id, at=event.timestamp).values()][-1].rpartition(",")[2]
-            assert event.body == body and any(mac.encode() in value for value in values)
-            assert abs((event.timestamp or SIGNED_AT) - SIGNED_AT) <= 300
+            mac = signed(scheme, body, id=event.id, at=event.timestamp)[-1][1].rpartition(b",")[2]
+            assert event.body == body and any(mac in value for _, value in headers)
+            assert abs((event.timestamp or SIGNED_AT) - SIGNED_AT) <= 300 and (event.id or scheme != "standard")
         if not seen <= edges:
-            corpus.append((scheme, [body, *(x for pair in zip(names, values, strict=True) for x in pair)]))
+            corpus.append((scheme, body, headers))
             edges |= seen
         seen.clear()
-    took = time.monotonic() - began
+    took, found = time.monotonic() - began, f"{genuine} genuine, {len(edges)} edges, {len(corpus)} cases"
     with capsys.disabled():
-        print(
-            f"\nverify(): {runs} executions in {took:.0f} s, {genuine} genuine, {len(edges)} edges, {len(corpus)} cases"
-        )
+        print(f"\nverify(): {runs} executions in {took:.0f} s, {found}")
     assert genuine > runs // 50 and len(edges) > 100
 
 

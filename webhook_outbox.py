@@ -2192,10 +2192,11 @@ _PRUNE_ROWS = 500
 def _prune_some(db: sqlite3.Connection, after: int, cutoff: float) -> tuple[int, int | None]:
     """Delete finished events older than cutoff among the 500 that follow `after`; return how many, and where to go
     on (None: the end). Events with a failed row stay: somebody has to act on it."""
-    seqs = db.execute(
-        "SELECT seq, created_at FROM webhook_events WHERE seq > ? ORDER BY seq LIMIT ?", (after, _PRUNE_ROWS)
+    seqs = db.execute(  # SQL compares, because a damaged row may hold text
+        "SELECT seq, created_at < ? FROM webhook_events WHERE seq > ? ORDER BY seq LIMIT ?",
+        (cutoff, after, _PRUNE_ROWS),
     ).fetchall()
-    if not any(created_at < cutoff for _, created_at in seqs):
+    if not any(old for _, old in seqs):
         return 0, None
     cursor = db.execute(
         """DELETE FROM webhook_events

@@ -3133,6 +3133,23 @@ def test_a_url_that_is_malformed_or_odd_is_refused_at_registration(wal):
     assert outbox.endpoints() == []
 
 
+GUARD_PORTS = {1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, *range(6665, 6670), 6679, 6697, 10080}
+
+
+def test_ports_of_other_protocols_are_refused_and_their_neighbours_are_not():
+    for port in {
+        *range(78, 83),
+        *range(442, 445),
+        1023,
+        1024,
+        65535,
+        *(p + d for p in GUARD_PORTS for d in (-1, 0, 1)),
+    }:
+        url, refused = f"https://example.com:{port}/", port in GUARD_PORTS or port < 1024 and port not in (80, 443)
+        with pytest.raises(UnsafeURL, match=f"port {port} ") if refused else contextlib.nullcontext():
+            webhook_outbox._prepare_url(url, webhook_outbox._Guard())
+
+
 def test_a_url_that_may_be_reached_is_registered_as_written(wal):
     private: dict[str, Any] = {"allow_networks": ["10.0.0.0/8"]}
     for url, options in {
@@ -4051,6 +4068,77 @@ EXCHANGE_READ = [  # bytes, status, reusable
     (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 16_400, None, False),
     (b"HTTP/1.1 200 " + b"y" * 16_400, None, False),
     (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 16_000 + b"\r\nContent-Length: 0\r\n\r\n", 200, True),
+    (answer(200).replace(b"200", b"2x0"), None, False),
+    (answer(200).replace(b"200", b"20x"), None, False),
+    (b"HTTP/1.1 200 O\rK\r\n\r\n", None, False),
+    (b"HTTP/1.1 204\n\n", 204, True),
+    (b"HTTP/1.1 304 X\r\nX-1~.A: \t\r\nContent-Length: 5\r\n\r\n", 304, True),
+    *((b"HTTP/1.1 204 X\r\n%b: y\r\n\r\n" % name, 204, False) for name in (b"X Y", b"", b"X\xe9", b" X", b"X\t", b"(")),
+    *(
+        (b"HTTP/1.1 204 X\r\nX: %b\r\n\r\n" % value, 204, value == b"y\x7f\xe9")
+        for value in (b"y\0", b"y\rz", b"y\x7f\xe9")
+    ),
+    (b"HTTP/1.1 204 X\r\nX: y\r\n z\r\n\r\n", 204, False),
+    *(
+        (b"HTTP/1.1 204 X\r\nConnection: %b\r\n\r\n" % word, 204, word != b"a, CLOSE")
+        for word in (b"a, CLOSE", b"keep-alive")
+    ),
+    *(
+        (b"HTTP/1.0 204 X\r\nConnection: %b\r\n\r\n" % word, 204, word == b"Keep-Alive")
+        for word in (b"", b"Keep-Alive")
+    ),
+    (b"HTTP/1.0 204 X\r\n\r\n", 204, False),
+    (b"HTTP/1.1 204 X\r\nConnection: a\r\nconnection:close\r\n\r\n", 204, False),
+    (b"HTTP/1.1 200 OK\r\nContent-Length:\t" + b"2".zfill(18) + b" \t\r\n\r\nok", 200, True),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"2".zfill(19) + b"\r\n\r\nok", 200, False),
+    (b"HTTP/1.1 500 OK\r\nContent-Length: \r\n\r\n", 500, False),
+    (b"HTTP/1.1 500 X\r\nTransfer-Encoding: Chunked\r\n\r\n1\na\n0\n\n", 500, True),
+    (b"HTTP/1.1 500 X\r\nTransfer-Encoding: chunked\r\nContent-Length: 0\r\n\r\n0\r\n\r\n", 500, False),
+    (b"HTTP/1.1 500 X\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 500, False),
+    *((EXCHANGE_CHUNKED % 500 + size + b"\r\na\r\n0\r\n\r\n", 500, True) for size in (b"00000001", b"1;", b"1 \t;a=b")),
+    *(
+        (EXCHANGE_CHUNKED % 500 + size + b"\r\na\r\n0\r\n\r\n", 500, False)
+        for size in (b"000000001", b"1x", b"1;a\rb", b"", b"3")
+    ),
+    (EXCHANGE_CHUNKED % 500 + b"A\r\n0123456789\r\nf\r\n0123456789abcde\r\n0\r\n\r\n", 500, True),
+    (EXCHANGE_CHUNKED % 500 + b"0\r\n\r\nx", 500, False),
+    (b"HTTP/1.1 100 Continue\r\n\r\n" * 655 + OK, 200, True),
+    (b"HTTP/1.1 100 Continue\r\n\r\n" * 656 + OK, None, False),
+    (b"HTTP/1.1 204 X\r\nX: " + b"y" * 16_361 + b"\r\n\r\n", 204, True),
+    (b"HTTP/1.1 204 X\r\nX: " + b"y" * 16_362 + b"\r\n\r\n", None, False),
+]
+EXCHANGE_KNOWN = [  # bytes, whether the outcome is known before the end of the connection, body
+    (b"HTTP/1.1", False, b""),
+    (b"HTTP/2", True, b""),
+    (b"X", True, b""),
+    (b"HTTP/1.1 200", False, b""),
+    (b"HTTP/1.1 200 OK\n", False, b""),
+    (b"HTTP/1.1 200 " + b"y" * 16_371, False, b""),
+    (b"HTTP/1.1 200 " + b"y" * 16_372, True, b""),
+    (b"HTTP/1.1 199 X\r\n\r\n", True, b""),
+    (b"HTTP/1.1 200 X\r\n\r\nok", True, b"ok"),
+    (b"HTTP/1.1 300 X\r\n\r\nno", False, b"no"),
+    (b"HTTP/1.1 500 X\r\n\r\n" + b"y" * 65_535, False, b"y" * 65_535),
+    (b"HTTP/1.1 500 X\r\n\r\n" + b"y" * 65_536, True, b"y" * 65_536),
+    (answer(500, b"no")[:-1], False, b"n"),
+    (answer(500, b"no"), True, b"no"),
+    (answer(500, b"no") + b"x", True, b"no"),
+    (EXCHANGE_LONG % 500 + b"y" * 65_535, False, b"y" * 65_535),
+    (EXCHANGE_LONG % 500 + b"y" * 65_536, True, b"y" * 65_536),
+    (EXCHANGE_CHUNKED % 500 + b"2\r\nno\r\n", False, b"no"),
+    (EXCHANGE_CHUNKED % 500 + b"2\r\nno", False, b"no"),
+    (EXCHANGE_CHUNKED % 500 + b"2\r\nno\r", False, b"no"),
+    (EXCHANGE_CHUNKED % 500 + b"2\r\nnox", True, b"no"),
+    (EXCHANGE_CHUNKED % 500 + b"2\r\nno\r\n1", False, b"no"),
+    (EXCHANGE_CHUNKED % 500 + b"2\r\nno\r\nx\n", True, b"no"),
+    (EXCHANGE_CHUNKED % 500 + b"1;" + b"x" * 254, False, b""),
+    (EXCHANGE_CHUNKED % 500 + b"1;" + b"x" * 255, True, b""),
+    (EXCHANGE_CHUNKED % 500 + b"2\r\nno\r\n0\r\n", False, b"no"),
+    (EXCHANGE_CHUNKED % 500 + b"2\r\nno\r\n0\r\n\r", False, b"no"),
+    (EXCHANGE_CHUNKED % 500 + b"2\r\nno\r\n0\r\n\r\n", True, b"no"),
+    (EXCHANGE_CHUNKED % 500 + b"2\r\nno\r\n0\r\nab", True, b"no"),
+    (EXCHANGE_CHUNKED % 500 + b"ffff\r\n" + b"y" * 65_535 + b"\r\n", False, b"y" * 65_535),
+    (EXCHANGE_CHUNKED % 500 + b"10000\r\n" + b"y" * 65_536 + b"\r\n", True, b"y" * 65_536),
 ]
 
 
@@ -4060,6 +4148,13 @@ def test_the_outcome_is_the_valid_status_and_whatever_is_odd_ends_the_connection
             reader = exchange_read(pieces)
             assert reader.status == status and bool(reader.error) is (status is None), data[:99]
             assert reader.reusable is reusable or pieces != [data] and status is not None, data[:99]
+
+
+def test_an_answer_is_known_as_soon_as_it_can_be_and_no_sooner():
+    for data, known, body in EXCHANGE_KNOWN:
+        reader = webhook_outbox._Answer()
+        assert reader.feed(data) is known and reader.body == body, data[:99]
+        assert not known or bool(reader.error) is (reader.status is None), data[:99]
 
 
 def test_the_kept_response_is_four_kib_of_printable_text(wal, serve):
@@ -5189,6 +5284,80 @@ def test_switching_ordered_on_holds_for_deliveries_that_were_already_read(wal, s
     assert drain_sent(receiver)[4:] == list(range(4, 40))
 
 
+# Plain SQL, and what it makes of the statuses of the rows that its :event and :id name; open is pending or queued.
+RECORD_SQL = """INSERT INTO webhook_record (event, endpoint_id, status, due_at, at, duration, reason)
+                VALUES (NULL, NULL, NULL, NULL, NULL, NULL, NULL), (:event, :id, '{}', 1.0, 1.0, 1.0, 'status')"""
+QUEUE_STEPS: dict[str, dict[str | None, str | None]] = {
+    "INSERT INTO webhook_emit (id, type, data, key) VALUES ('m' || :new, 't', '{}', :key)": {},
+    RECORD_SQL.format("pending"): {},
+    RECORD_SQL.format("delivered"): {"open": "delivered"},
+    RECORD_SQL.format("failed"): {"open": "failed"},
+    """UPDATE webhook_deliveries SET status = 'pending'
+        WHERE event = :event AND endpoint_id = :id AND status = 'failed'""": {"failed": "open"},
+    "DELETE FROM webhook_failed WHERE event_id = 'm' || :event AND endpoint_id = :id": {"failed": "discarded"},
+    "UPDATE webhook_endpoints SET ordered = NOT ordered WHERE id = :id": {},
+    "UPDATE webhook_endpoints SET on_dead = 'skip' WHERE id = :id": {},
+    "UPDATE webhook_endpoints SET enabled = NOT enabled WHERE id = :id": {},
+    "DELETE FROM webhook_endpoints WHERE id = :id": {"open": None, "failed": "discarded"},
+    "DELETE FROM webhook_events WHERE seq = :event": dict.fromkeys(("open", "delivered", "discarded")),
+    """INSERT OR IGNORE INTO webhook_endpoints (id, url, secrets, created_at, ordered, on_dead)
+       VALUES (:id, '', '[]', 0.0, :ordered, :on_dead)""": {},
+}
+
+
+def queue_rows(db: sqlite3.Connection) -> dict[tuple[int, str], tuple[str, int]]:
+    """Return status and attempts of each delivery, after a look at what must hold at any time."""
+    endpoints = {id: rest for id, *rest in db.execute("SELECT id, ordered, on_dead FROM webhook_endpoints")}
+    keys, found, heads = dict(db.execute("SELECT seq, key FROM webhook_events")), {}, {}
+    for seq, id, status, attempts, queue in db.execute(
+        "SELECT event, endpoint_id, status, attempts, queue FROM webhook_deliveries ORDER BY event"
+    ).fetchall():
+        if status in ("pending", "queued", "failed"):
+            assert queue == ("" if endpoints[id][0] else keys[seq])
+        if status in ("pending", "queued"):
+            first = heads.setdefault((id, queue), seq) == seq or queue is None
+            assert status == ("pending" if first else "queued")
+            status = "open"
+        elif status == "failed" and endpoints[id][1] == "hold":
+            heads.setdefault((id, queue), seq)
+        found[seq, id] = status, attempts
+    failed = db.execute("SELECT substr(event_id, 2) + 0, endpoint_id FROM webhook_failed").fetchall()
+    assert set(failed) == {at for at, (status, _) in found.items() if status == "failed"}
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_plain_sql_does_each_queue_has_one_head_and_nothing_else_changes(seed: int) -> None:
+    rng, before = random.Random(seed), {}
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        db.executescript(webhook_outbox.schema_sql())
+        for _ in range(600):
+            sql, becomes = rng.choice([*QUEUE_STEPS.items(), *list(QUEUE_STEPS.items())[:6] * 2])
+            event, id = rng.choice([*before, (1, "a")])
+            (new,) = db.execute("SELECT coalesce(max(seq), 0) + 1 FROM webhook_events").fetchone()
+            deletes = sql.startswith("DELETE FROM webhook_events")
+            if deletes and any(at[0] == event and status == "failed" for at, (status, _) in before.items()):
+                continue
+            if rng.random() < 0.1 or "INSERT OR" in sql:
+                id = rng.choice("abc")
+            values = {"event": event, "id": id, "key": rng.choice([None, "", "k", "l"]), "new": new}
+            values |= {"ordered": rng.randrange(2), "on_dead": rng.choice(["skip", "hold"])}
+            enabled = db.execute("SELECT id FROM webhook_endpoints WHERE enabled").fetchall()
+            db.execute("DELETE FROM webhook_attempts")
+            db.execute(sql, values)
+            expected = dict(before)
+            for at, (status, attempts) in before.items():
+                if (":event" not in sql or at[0] == event) and (":id" not in sql or at[1] == id):
+                    counts = "webhook_record" in sql and status == "open"
+                    expected[at] = becomes.get(status, status), attempts + counts
+            if ":new" in sql:
+                expected |= {(new, id): ("open", 0) for (id,) in enabled}
+            before = {at: row for at, row in expected.items() if row[0]}
+            assert queue_rows(db) == before, (sql, values)
+            tried = db.execute("SELECT event, endpoint_id FROM webhook_attempts").fetchall()
+            assert tried == ([(event, id)] if "webhook_record" in sql else [])
+
+
 # Poison: rows as no verb of ours writes them.
 
 DRAIN_POISON = {
@@ -5260,6 +5429,7 @@ def test_a_damaged_row_hurts_only_itself(wal, serve, caplog, sql, fails):
             eventually(
                 lambda: query(wal, "SELECT 1 FROM webhook_failed WHERE reason IN ('internal', 'blocked')"), within=4
             )
+    assert outbox.prune() == 0
     assert "draining stopped" not in caplog.text
     assert not any("x-evil" in request.headers for request in receiver.requests)
 

@@ -1929,7 +1929,8 @@ def _driver(conn: Any) -> Any:
     if isinstance(conn, sqlite3.Connection):
         return conn
     if isinstance(conn, str) and "django.db" in sys.modules:
-        conn = sys.modules["django.db"].connections[conn]
+        aliases = sys.modules["django.db"].connections
+        conn = aliases[conn] if conn in aliases else conn
     if hasattr(conn, "ensure_connection"):  # Django's may not be open yet
         conn.ensure_connection()
     for _ in range(4):  # a Session has a Connection, that has a pooled one, that has the driver's

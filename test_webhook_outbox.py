@@ -1572,8 +1572,8 @@ def test_prune_removes_what_is_finished_and_old_and_nothing_else(database, serve
     delivered, late = emit(outbox), emit(outbox, delay=500)
     half = emit(outbox, "order.half")
     assert outbox.drain(once=True).delivered == 4
-    back = "UPDATE webhook_deliveries SET status = 'pending', due_at = 9e9 WHERE endpoint_id = 'b' AND event IN "
-    query(database, back + "(SELECT seq FROM webhook_events WHERE type = 'order.half')")
+    back = "UPDATE webhook_deliveries SET status = 'pending', due_at = ? WHERE endpoint_id = 'b' AND event IN "
+    query(database, back + "(SELECT seq FROM webhook_events WHERE type = 'order.half')", clock.now + 80_000)
     many = "INSERT INTO webhook_emit (type, data, created_at) SELECT 'webhook.own', '1', ? FROM json_each(?)"
     query(database, many, clock.now, json.dumps([0] * 1200))
     clock.advance(550)
@@ -2708,6 +2708,33 @@ def test_an_event_that_waited_for_a_week_has_its_whole_budget(wal: str, serve: S
     clock.advance(7 * DAY)
     retry_times(outbox, clock, id)
     assert [(f.attempts, f.reason) for f in outbox.failed() if f.event_id == id] == [(3, "status")]
+
+
+@pytest.mark.parametrize("runs", [True, False], ids=["a drain that runs", "the next drain"])
+@pytest.mark.parametrize("ahead", [2 * DAY, 3650 * DAY])
+def test_a_clock_that_was_ahead_for_a_minute_delays_nothing_for_years(
+    ahead: float, runs: bool, wal: str, serve: Serve
+) -> None:
+    """Neither a retry, nor those behind it in its queue, nor an endpoint that asked for a pause; the delay that a host
+    asked for in its right time stays as it is."""
+    clock, down, busy = Clock(), serve(answer(500)), serve(answer(429, b"", "Retry-After: 900"))
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy())
+    for id, receiver in {"down": down, "busy": busy}.items():
+        outbox.add_endpoint(receiver.url(), id=id, events=["order.*"])
+    outbox.add_endpoint(down.url(), id="later", events=["user.*"])
+    emit(outbox, "user.created", delay=7300 * DAY)
+    clock.advance(ahead)
+    with outbox if runs else contextlib.nullcontext():
+        emit(outbox, key="k")
+        emit(outbox, key="k")
+        runs or outbox.drain(once=True)
+        eventually(lambda: len(outbox.attempts(outbox.events()[1].id)) == 2)
+        down.play = busy.play = OK
+        clock.advance(-ahead)
+        runs or outbox.drain(once=True)
+        eventually(lambda: outbox.stats().pending == 1)
+    assert [(e.id, e.failing_since, e.pending) for e in outbox.stats().endpoints if e.pending] == [("later", None, 1)]
+    assert len(down.requests) == len(busy.requests) == 3
 
 
 def test_redirects_are_not_followed_and_named(wal: str, serve: Serve) -> None:

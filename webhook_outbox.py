@@ -915,6 +915,11 @@ class RetryPolicy:
         return cls(tuple(delays))
 
     @property
+    def longest(self) -> float:
+        """The most seconds that an attempt, or an endpoint that asks for it, can put the next one off."""
+        return max(max(self.delays) * (1 + self.jitter), self.overload_delay or 0.0, _LONGEST_HINT)
+
+    @property
     def window(self) -> float:
         """The most seconds that the schedule lets pass between a delivery's first attempt and its last."""
         return sum(self.delays) * (1 + self.jitter)
@@ -2162,6 +2167,27 @@ def _next_due(db: sqlite3.Connection, endpoint_id: str, now: float) -> float:
     return float(row[0]) if row else math.inf
 
 
+# What was put off, or emitted, while the clock was far ahead. An event of the past that nobody tried is not among it:
+# the host may have asked for a long delay.
+_AHEAD = """ FROM webhook_endpoints AS p CROSS JOIN webhook_deliveries AS d ON d.endpoint_id = p.id
+  LEFT JOIN webhook_events AS e ON e.seq = d.event
+ WHERE (d.status = 'pending' OR d.queue IS NOT NULL AND d.status = 'queued')
+   AND d.due_at > :latest AND (d.attempts > 0 OR e.created_at > :now)"""
+
+
+def _pull_back(db: sqlite3.Connection, now: float, longest: float) -> None:
+    """Make a try due now, and an event as it was meant, `longest` from now at most, that an earlier clock put later."""
+    values = {"now": now, "longest": longest, "latest": now + longest}
+    if db.execute(f"SELECT 1 {_AHEAD} LIMIT 1", values).fetchone():  # read first: an UPDATE locks while it looks
+        db.execute(
+            f"""UPDATE webhook_deliveries
+                   SET due_at = :now + CASE WHEN attempts THEN 0.0 ELSE min(:longest, due_at -
+                                (SELECT created_at FROM webhook_events WHERE seq = event)) END
+                 WHERE (event, endpoint_id) IN (SELECT d.event, d.endpoint_id {_AHEAD})""",
+            values,
+        )
+
+
 _RECORD_COLUMNS = (
     "event, endpoint_id, status, due_at, at, duration, status_code, reason, error, response, "
     "failures, failing_since, paused_until, disabled"
@@ -2364,7 +2390,7 @@ class _Lane:
             self.limit = max(1.0, self.limit / 2)
         started = self.failing_since is None
         self.failures, self.dirty = self.failures + 1, True
-        self.failing_since = now if self.failing_since is None else self.failing_since
+        self.failing_since = now if self.failing_since is None else min(self.failing_since, now)
         self.hinted_until = max(self.hinted_until, now + (outcome.hint or 0.0))
         pause = max(outcome.hint or 0.0, policy.probe_pause(self.failures))
         self.paused_until = max(self.paused_until, now + pause) if pause else self.paused_until
@@ -2474,6 +2500,7 @@ class _Drain:
         self.host_wrote_at = self.lively_at = -math.inf
         self.poll_at = self.chores_at = self.progress_at = self.prune_at = 0.0
         self.prune_from: int | None = None
+        self.seen = math.inf  # wall clock at the last look; above now at the start and when the clock was set back
 
     # What other threads and signal handlers may call.
 
@@ -3164,6 +3191,21 @@ class _Drain:
             and mono - self.host_wrote_at > _HOST_BUSY
         ):
             self._prune(now, mono)
+        if now >= self.seen - 1.0:
+            self.seen = now
+        elif not self.outcomes:  # whose due times may still be of the old time
+            self._turn_back(now)
+            self.seen = now
+
+    def _turn_back(self, now: float) -> None:
+        """The wall clock may have been years ahead: nothing is to wait until it gets there again."""
+        longest = self.outbox.retry.longest
+        _pull_back(self.db, now, longest)
+        for lane in self.lanes.values():
+            if lane.paused_until > now + longest:
+                lane.paused_until = lane.hinted_until = 0.0
+                lane.dirty, self.dirty[lane.id] = True, lane
+        self.look = True
 
     def _prune(self, now: float, mono: float) -> None:
         self.prune_at = mono + 60.0  # should it fail: a full disk, say, which must not end the loop

@@ -42,6 +42,7 @@ import threading
 import time
 import tracemalloc
 import types
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -55,6 +56,7 @@ import sqlalchemy.orm
 import trustme
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
@@ -6968,6 +6970,458 @@ def test_the_doctor_knows_network_file_systems_and_the_versions_with_the_wal_res
     bug = webhook_outbox._wal_reset_bug
     assert [bug(v) for v in ((3, 34, 0), (3, 44, 5), (3, 50, 6), (3, 51, 2), (3, 45, 9))] == [True] * 5
     assert [bug(v) for v in ((3, 44, 6), (3, 50, 7), (3, 51, 3), (3, 53, 0), (4, 0, 0))] == [False] * 5
+
+
+# ── the whole product beside a model ─────────────────────────────────────────────────────────────────────────────
+
+MODEL_DELAYS, MODEL_HINT, MODEL_RETENTION = (0.0, 10.0, 100.0, 1000.0), 500.0, 100 * DAY
+MODEL_ENDPOINTS: dict[str, dict[str, Any]] = {
+    "plain": {"events": ["*"], "max_in_flight": 3},
+    "hold": {"events": ["order.*"], "max_in_flight": 2, "on_dead": "hold"},
+    "line": {"events": ["*"], "max_in_flight": 2, "ordered": True, "on_dead": "hold"},
+}
+# Each answer with the status and the reason that an attempt then has; "" is a reset, the 2 a header cut short.
+MODEL_ANSWERS: dict[str, tuple[bytes, int | None, str | None]] = {
+    "ok": (OK, 200, None),
+    "error": (answer(500), 500, "status"),
+    "busy": (answer(429, b"", f"Retry-After: {MODEL_HINT:.0f}"), 429, "status"),
+    "abort": (answer(400, b"", "webhook-delivery: abort-message"), 400, "aborted"),
+    "disable": (answer(400, b"", "webhook-delivery: disable"), 400, "status"),
+    "gone": (answer(410), 410, "gone"),
+    "cut": (b"HTTP/1.1 2", None, "protocol"),
+    "reset": (b"", None, "connect"),
+}
+model_slots = st.sampled_from(sorted(MODEL_ENDPOINTS))
+model_plans = st.lists(st.sampled_from(["ok", "error", "error", "busy", *MODEL_ANSWERS]), min_size=2, max_size=6)
+model_emit = st.tuples(
+    st.sampled_from([*["emit"] * 6, "savepoint", "undo", "release"]),
+    st.sampled_from(["order.created", "user.created"]),
+    st.sampled_from([None, None, None, "k1", "k2"]),
+    st.sampled_from([0.0, 0.0, 0.0, 50.0]),
+    st.sampled_from([*[None] * 6, 1, 2]),  # what is sent under the one idempotency key
+)
+model_steps = st.sampled_from([0, 10, 10, 100, 499, 500, 1000, -60, 2 * DAY, -2 * DAY, 3650 * DAY])
+model_scripts = st.lists(model_emit, min_size=3, max_size=8)
+
+
+@dataclasses.dataclass
+class ModelEndpoint:
+    secret: str
+    enabled: bool = True
+    failures: int = 0
+    since: float | None = None
+    paused: float = 0.0
+
+
+@dataclasses.dataclass
+class ModelDelivery:
+    seq: int
+    queue: str | None
+    due: float
+    status: str = "pending"
+    attempts: int = 0
+    first: float | None = None
+    ended: float | None = None  # delivered, or failed
+    reason: str | None = None
+
+    def again(self, now: float) -> None:
+        self.due, self.status, self.attempts, self.first, self.ended, self.reason = now, "pending", 0, None, None, None
+
+
+class OutboxMachine(RuleBasedStateMachine):
+    """The outbox and a model of dicts that is told the same. After each drain the attempts that it recorded are
+    replayed on the model, which says of each whether it was allowed just then, what had to come of it, and in the
+    end what is missing. Draws never depend on what happened, since two endpoints answer several requests at once."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__()
+        self.clock, self.seq = Clock(), itertools.count(1)
+        self.path = str(folder / f"{len(os.listdir(folder))}.db")
+        self.events: dict[str, tuple[int, dict[str, Any]]] = {}  # id -> order, what it was emitted with
+        self.endpoints: dict[str, ModelEndpoint] = {}
+        self.deliveries: dict[tuple[str, str], ModelDelivery] = {}  # (endpoint, event)
+        self.tried: dict[tuple[str, str], int] = {}
+        self.bodies: dict[str, bytes] = {}
+        self.arrived: list[tuple[str, str, Request]] = []
+        self.plan, self.victim, self.kill_at = ["ok"], 0, 0
+        self.receiver = Receiver(self.play)
+
+    @initialize(journal=st.sampled_from(["wal", "delete"]), script=model_scripts, plan=model_plans | st.just(["error"]))
+    def begin(self, journal: str, script: list[Any], plan: list[str]) -> None:
+        make_database(pathlib.Path(self.path), journal)
+        retry = RetryPolicy(MODEL_DELAYS, jitter=0.0)
+        self.outbox = make_outbox(self.path, clock=self.clock, retry=retry, timeout=60.0, retention=MODEL_RETENTION)
+        with self.outbox.transaction() as conn:
+            for slot in MODEL_ENDPOINTS:
+                self.add(slot, conn)
+        self.transaction(script, "COMMIT", None)
+        self.transaction(script, "COMMIT", plan)
+
+    def teardown(self) -> None:
+        """Whatever happened, and whatever the clock did: a day later everything that was not discarded arrives."""
+        try:
+            if hasattr(self, "outbox"):
+                for slot in self.endpoints:
+                    self.operate(slot, "enable")
+                self.act_on_failed("replay", None)
+                for (slot, id), d in list(self.deliveries.items()):
+                    if d.due > self.clock.now + DAY and not d.attempts and self.events[id][1]["at"] <= self.clock.now:
+                        self.resend(list(self.events).index(id), slot)  # asked for while the clock was ahead: ask again
+                self.deliver(["ok"])
+                self.clock.advance(DAY)
+                self.deliver(["ok"])
+                assert {d.status for d in self.deliveries.values()} <= {"delivered", "discarded"}
+                assert query(self.path, "PRAGMA integrity_check") == [("ok",)]
+        finally:
+            self.receiver.close()
+
+    # The receiver, and what a request must look like.
+
+    def play(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        kind = self.plan[json.loads(request.body)["data"]["n"] % len(self.plan)]
+        self.arrived.append((request.line.split()[1][1:], kind, request))
+        if self.kill_at and len(receiver.requests) >= self.kill_at:
+            os.kill(eventually(lambda: self.victim), signal.SIGKILL)
+            return False
+        data = MODEL_ANSWERS[kind][0]
+        if not data:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.sendall(data)
+        return data.endswith(b"\r\n\r\n") or data == OK
+
+    def requests_of_the_drain(self) -> dict[tuple[str, str], str]:
+        """Return which deliveries came, with the answer each got, having looked at every request."""
+        came: dict[tuple[str, str], str] = {}
+        for slot, kind, request in self.arrived:
+            id = request.headers["webhook-id"]
+            _, options = self.events[id]  # never one that was rolled back
+            assert self.bodies.setdefault(id, request.body) == request.body
+            received = verify(request.body, request.headers, self.endpoints[slot].secret, now=self.clock.now)
+            assert (received.type, received.data) == (options["type"], options["data"])
+            assert (slot, id) not in came or kind == "reset"  # which a kept-alive connection may be sent again
+            came[slot, id] = kind
+        return came
+
+    # The model.
+
+    def head(self, slot: str, d: ModelDelivery) -> bool:
+        stops = {"pending", "failed"} if MODEL_ENDPOINTS[slot].get("on_dead") == "hold" else {"pending"}
+        queue = [
+            o.seq for (s, _), o in self.deliveries.items() if (s, o.queue) == (slot, d.queue) and o.status in stops
+        ]
+        return d.status == "pending" and (d.queue is None or d.seq == min(queue))
+
+    def ready(self, slot: str, d: ModelDelivery) -> bool:
+        return d.due <= self.clock.now and self.head(slot, d)
+
+    def open(self, slot: str) -> bool:
+        return self.endpoints[slot].enabled and self.endpoints[slot].paused <= self.clock.now
+
+    def add_delivery(self, slot: str, id: str, due: float) -> None:
+        seq, options = self.events[id]
+        queue = "" if "ordered" in MODEL_ENDPOINTS[slot] else options["key"]
+        self.deliveries[slot, id] = ModelDelivery(seq, queue, due)
+
+    def matches(self, slot: str, id: str) -> bool:
+        return "*" in MODEL_ENDPOINTS[slot]["events"] or self.events[id][1]["type"].startswith("order.")
+
+    def learn(self, slot: str, kind: str, hinted: dict[str, float]) -> None:
+        p, now = self.endpoints[slot], self.clock.now
+        if kind == "ok":
+            p.failures, p.since, p.paused = 0, None, min(p.paused, hinted.get(slot, 0.0))
+            return
+        p.enabled &= kind not in ("gone", "disable")
+        p.failures, p.since = p.failures + 1, now if p.since is None else min(p.since, now)
+        pause = min(2.0 ** (p.failures - 10), 60.0) if p.failures >= 10 else 0.0
+        if kind == "busy":
+            pause = max(pause, MODEL_HINT)
+            hinted[slot] = now + MODEL_HINT
+        p.paused = max(p.paused, now + pause) if pause else p.paused
+
+    def attempted(self, slot: str, id: str, kind: str) -> tuple[int | None, str | None]:
+        """Move the model's delivery on; return status code and reason that the attempt must have."""
+        d, now, since = self.deliveries[slot, id], self.clock.now, self.endpoints[slot].since
+        _, code, reason = MODEL_ANSWERS[kind]
+        d.attempts, d.first = d.attempts + 1, now if d.first is None else d.first
+        if reason is None:
+            d.status = "delivered"
+        elif reason in ("gone", "aborted") or d.attempts == len(MODEL_DELAYS):
+            d.status, d.reason = "failed", reason
+        elif since is not None and now - max(since, d.first) >= sum(MODEL_DELAYS):
+            d.status, d.reason = "failed", "expired"
+        else:
+            d.due = now + max(MODEL_DELAYS[d.attempts], MODEL_HINT if kind == "busy" else 0.0)
+        d.ended = None if d.status == "pending" else now
+        if d.status == "failed" and since is not None and now - since >= 5 * DAY:
+            mine = [o for (s, _), o in self.deliveries.items() if s == slot and o.status == "failed"]
+            self.endpoints[slot].enabled &= sum((o.ended or 0) >= since for o in mine) < 3
+        return code, d.reason or reason
+
+    def turn_back(self) -> None:
+        """See to it that nothing waits for longer than any pause because the clock was ahead once."""
+        now = self.clock.now
+        for (_, id), d in self.deliveries.items():
+            delay = d.due - self.events[id][1]["at"]
+            if d.status == "pending" and d.due > now + DAY and (d.attempts or d.due - delay > now):
+                d.due = now if d.attempts else now + min(delay, DAY)
+        for p in self.endpoints.values():
+            p.paused = 0.0 if p.enabled and p.paused > now + DAY else p.paused
+
+    def forget(self, cutoff: float) -> int:
+        """Prune the model."""
+        busy = {
+            id
+            for (_, id), d in self.deliveries.items()
+            if d.status in ("pending", "failed") or d.status == "delivered" and (d.ended or 0) >= cutoff
+        }
+        old = {id for id, (_, options) in self.events.items() if options["at"] < cutoff} - busy
+        for table in (self.deliveries, self.tried):
+            for pair in [pair for pair in table if pair[1] in old]:
+                del table[pair]
+        for id in old:
+            del self.events[id]
+        return len(old)
+
+    # What a host does.
+
+    @rule(
+        script=model_scripts,
+        end=st.sampled_from(["COMMIT", "COMMIT", "COMMIT", "ROLLBACK"]),
+        plan=st.none() | model_plans,
+    )
+    def transaction(self, script: list[Any], end: str, plan: list[str] | None) -> None:
+        written: dict[str, dict[str, Any]] = {}
+        savepoints: list[dict[str, Any]] = []
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as conn:
+            conn.execute("BEGIN")
+            for number, (verb, type, key, delay, once) in enumerate(script):
+                if verb == "savepoint":
+                    savepoints.append(dict(written))
+                    conn.execute(f"SAVEPOINT s{len(savepoints)}")
+                elif verb == "emit":
+                    self.emit(conn, written, type, key, delay, once, number)
+                elif savepoints and verb == "undo":
+                    conn.execute(f"ROLLBACK TO s{len(savepoints)}")
+                    written = dict(savepoints[-1])
+                elif savepoints:
+                    conn.execute(f"RELEASE s{len(savepoints)}")
+                    savepoints.pop()
+            conn.execute(end)
+        for id, options in written.items() if end == "COMMIT" else ():
+            self.events[id] = (next(self.seq), options)
+            for slot, p in self.endpoints.items():
+                if p.enabled and self.matches(slot, id):
+                    self.add_delivery(slot, id, self.clock.now + options["delay"])
+        if plan:
+            self.deliver(plan)
+
+    def emit(self, conn: Any, written: dict[str, Any], type: str, key: Any, delay: float, once: Any, n: int) -> None:
+        options = {"type": type, "key": key, "delay": delay, "data": {"n": n}, "at": self.clock.now}
+        known = None
+        if once is not None:
+            options |= {"type": "order.created", "data": {"n": once}, "idempotency_key": "once"}
+            both = {**{id: o for id, (_, o) in self.events.items()}, **written}
+            known = next((id for id, o in both.items() if "idempotency_key" in o), None)
+        arguments = {name: value for name, value in options.items() if name != "at"}
+        if known is None:
+            written[self.outbox.emit(conn, **arguments)] = options
+        elif both[known]["data"] == options["data"]:
+            assert self.outbox.emit(conn, **arguments) == known
+        else:
+            with pytest.raises(PayloadError):
+                self.outbox.emit(conn, **arguments)
+
+    # What the drain does.
+
+    @rule(seconds=model_steps, plan=model_plans)
+    def time_passes(self, seconds: float, plan: list[str]) -> None:
+        self.clock.now = max(1e9, self.clock.now + seconds)
+        self.deliver(plan)
+
+    @rule(seconds=st.sampled_from([2 * DAY, 3650 * DAY]), script=model_scripts, plan=st.none() | model_plans)
+    def clock_is_ahead(self, seconds: float, script: list[Any], plan: list[str] | None) -> None:
+        self.clock.advance(seconds)
+        self.transaction(script, "COMMIT", plan)
+        self.clock.advance(-seconds)
+
+    def deliver(self, plan: list[str]) -> None:
+        report, done = self.drained(plan, self.outbox.drain)
+        assert (report.delivered, report.retried, report.failed) == tuple(
+            map(done.count, ("delivered", "pending", "failed"))
+        )
+        assert report.pending == sum(
+            d.status == "pending" and self.endpoints[s].enabled for (s, _), d in self.deliveries.items()
+        )
+        late = [pair for pair, d in self.deliveries.items() if self.ready(pair[0], d) and self.open(pair[0])]
+        assert not late, "due and not sent"
+
+    @rule(seconds=model_steps, plan=model_plans, after=st.integers(1, 4))
+    def crash(self, seconds: float, plan: list[str], after: int) -> None:
+        """Kill a process that drains while its n-th request is with the receiver."""
+
+        def drain_in_a_child(once: bool) -> None:
+            self.victim, self.kill_at = 0, len(self.receiver.requests) + after
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python 3.12 warns of fork beside threads
+                child = os.fork()
+            if not child:
+                try:
+                    self.outbox.drain(once=True)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            self.victim = child
+            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+            with socket.create_connection(("127.0.0.1", self.receiver.port)) as last:
+                last.sendall(b"GET /last HTTP/1.1\r\n\r\n")
+                assert not last.recv(1)  # so all that the child opened were accepted before
+            eventually(lambda: not self.receiver.open)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (0, -signal.SIGKILL)
+            self.kill_at = 0
+
+        self.clock.now = max(1e9, self.clock.now + seconds)
+        if any(self.ready(pair[0], d) and self.open(pair[0]) for pair, d in self.deliveries.items()):
+            self.drained(plan, drain_in_a_child)
+
+    def drained(self, plan: list[str], drain: Callable[..., Any]) -> tuple[Any, list[str]]:
+        """Drain; move the model by what was recorded, each as it was allowed at that moment."""
+        self.plan, self.arrived = plan, []
+        self.forget(self.clock.now - MODEL_RETENTION)
+        self.turn_back()
+        beyond = {slot: 0 if self.open(slot) else 9 for slot in self.endpoints}
+        report = drain(once=True)
+        came, seen, done = self.requests_of_the_drain(), {}, []
+        hinted: dict[str, float] = {}
+        for id, slot, code, reason in query(self.path, """
+            SELECT e.id, a.endpoint_id, a.status_code, a.reason
+              FROM webhook_attempts AS a JOIN webhook_events AS e ON e.seq = a.event ORDER BY a.id"""):  # fmt: skip
+            pair = slot, id
+            seen[pair] = seen.get(pair, 0) + 1
+            if seen[pair] <= self.tried.get(pair, 0):
+                continue
+            self.tried[pair] = seen[pair]
+            assert self.ready(slot, self.deliveries[pair])
+            beyond[slot] = 0 if self.open(slot) else beyond[slot] + 1  # once it is paused or disabled, only what was
+            assert beyond[slot] < MODEL_ENDPOINTS[slot]["max_in_flight"]  # under way
+            kind = came.pop(pair)
+            self.learn(slot, kind, hinted)
+            assert (code, reason) == self.attempted(slot, id, kind)
+            done.append(self.deliveries[pair].status)
+        assert not came or report is None, "sent and not recorded"
+        if done:
+            self.views_agree()
+        return report, done
+
+    # What an operator does.
+
+    def add(self, slot: str, conn: Any = None) -> None:
+        made = self.outbox.add_endpoint(self.receiver.url(f"/{slot}"), id=slot, conn=conn, **MODEL_ENDPOINTS[slot])
+        self.endpoints[slot] = ModelEndpoint(made.secret or "")
+
+    @rule(slot=model_slots)
+    def add_or_remove(self, slot: str) -> None:
+        if slot not in self.endpoints:
+            return self.add(slot)
+        self.outbox.remove_endpoint(slot)
+        del self.endpoints[slot]
+        for pair in [pair for pair, d in self.deliveries.items() if pair[0] == slot and d.status == "pending"]:
+            del self.deliveries[pair]
+        for (s, _), d in self.deliveries.items():
+            d.status = "discarded" if s == slot and d.status == "failed" else d.status
+
+    @rule(slot=model_slots, verb=st.sampled_from(["disable", "enable", "enable", "enable", "rotate"]))
+    def operate(self, slot: str, verb: str) -> None:
+        if slot not in self.endpoints:
+            with pytest.raises(NotFound):
+                self.outbox.disable_endpoint(slot)
+        elif verb == "rotate":
+            self.endpoints[slot].secret = self.outbox.rotate_secret(slot).secret or ""
+        elif verb == "disable":
+            self.outbox.disable_endpoint(slot)
+            self.endpoints[slot].enabled = False
+        else:
+            self.outbox.enable_endpoint(slot)
+            self.endpoints[slot] = ModelEndpoint(self.endpoints[slot].secret)
+
+    @rule(verb=st.sampled_from(["replay", "replay", "discard"]), slot=st.none() | model_slots)
+    def act_on_failed(self, verb: str, slot: str | None) -> None:
+        mine = [d for (s, _), d in self.deliveries.items() if slot in (None, s) and d.status == "failed"]
+        assert getattr(self.outbox, verb)(**({"endpoint": slot} if slot else {"all": True})) == len(mine)
+        for d in mine:
+            if verb == "replay":
+                d.again(self.clock.now)
+            else:
+                d.status = "discarded"
+
+    @rule(number=st.integers(0, 99), slot=st.none() | model_slots)
+    def resend(self, number: int, slot: str | None) -> None:
+        if not self.events or slot and slot not in self.endpoints:
+            return
+        id = list(self.events)[number % len(self.events)]
+        if slot and (slot, id) not in self.deliveries:
+            self.add_delivery(slot, id, self.clock.now)
+        mine = [d for (s, i), d in self.deliveries.items() if i == id and s in self.endpoints and slot in (None, s)]
+        assert self.outbox.resend(id, endpoint=slot) == len(mine)
+        for d in mine:
+            d.again(self.clock.now)
+
+    @rule(slot=model_slots, age=st.sampled_from([50.0, 1e9]))
+    def backfill(self, slot: str, age: float) -> None:
+        if slot in self.endpoints:
+            since = self.clock.now - age
+            new = [id for id, (_, o) in self.events.items()
+                   if o["at"] >= since and self.matches(slot, id) and (slot, id) not in self.deliveries]  # fmt: skip
+            assert self.outbox.backfill(slot, since=since) == len(new)
+            for id in new:
+                self.add_delivery(slot, id, self.clock.now)
+
+    @rule(age=st.sampled_from([0.0, 100.0, DAY]))
+    def prune(self, age: float) -> None:
+        assert self.outbox.prune(older_than=age) == self.forget(self.clock.now - age)
+
+    @invariant()
+    def rows_agree(self) -> None:
+        """Nothing committed is lost and nothing rolled back is there; of each queue only the head can be picked."""
+        if self.events:
+            rows = query(self.path, """
+                SELECT d.endpoint_id, e.id, d.status, d.attempts,
+                       CASE WHEN d.status IN ('pending', 'queued') THEN d.due_at END
+                  FROM webhook_events AS e LEFT JOIN webhook_deliveries AS d ON d.event = e.seq""")  # fmt: skip
+            assert {row[1] for row in rows} == set(self.events)
+            assert {row[:2]: row[2:] for row in rows if row[0]} == {
+                (slot, id): ("queued", d.attempts, d.due) if d.status == "pending" and not self.head(slot, d)
+                else (d.status, d.attempts, d.due if d.status == "pending" else None)
+                for (slot, id), d in self.deliveries.items()}  # fmt: skip
+
+    def views_agree(self) -> None:
+        alive = {slot for slot, p in self.endpoints.items() if p.enabled}
+        told = {"pending": "held", "discarded": "failed"}
+        assert {(d.endpoint_id, d.event_id): (d.status, d.attempts) for d in self.outbox.deliveries(limit=10_000)} == {
+            (slot, id): (
+                d.status if slot in alive and d.status == "pending" else told.get(d.status, d.status),
+                d.attempts,
+            )
+            for (slot, id), d in self.deliveries.items()
+        }
+        failed = {pair: (d.reason, d.attempts) for pair, d in self.deliveries.items() if d.status == "failed"}
+        assert {(f.endpoint_id, f.event_id): (f.reason, f.attempts) for f in self.outbox.failed(limit=10_000)} == failed
+        stats, waiting = self.outbox.stats(), [(s, d) for (s, _), d in self.deliveries.items() if d.status == "pending"]
+        assert {e.id: (e.enabled, e.failing_since, e.pending) for e in stats.endpoints} == {
+            slot: (p.enabled, p.since, sum(s == slot for s, _ in waiting)) for slot, p in self.endpoints.items()
+        }
+        live = [(slot, d) for slot, d in waiting if slot in alive]
+        due = sum(self.ready(slot, d) for slot, d in live)
+        assert (stats.pending, stats.held, stats.failed, stats.due) == (
+            len(live), len(waiting) - len(live), len(failed), due
+        )  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("examples", [12, pytest.param(60, marks=pytest.mark.long)])
+def test_the_outbox_does_what_a_model_of_dicts_says(examples: int, tmp_path: pathlib.Path) -> None:
+    """Transactions, answers, crashes, clocks and operators together, in any order."""
+    options = settings(max_examples=examples, stateful_step_count=50, derandomize=examples == 12)
+    run_state_machine_as_test(lambda: OutboxMachine(tmp_path), settings=options)
 
 
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1933,9 +1933,9 @@ def _driver(conn: Any) -> Any:
     Django's connection or its alias, peewee's Database, a cursor. Known by what they have; nothing is imported."""
     if isinstance(conn, sqlite3.Connection):
         return conn
-    if isinstance(conn, str) and "django.db" in sys.modules:
-        aliases = sys.modules["django.db"].connections
-        conn = aliases[conn] if conn in aliases else conn
+    django = sys.modules.get("django.db")
+    if isinstance(conn, str) and django and conn in django.connections:
+        conn = django.connections[conn]
     if hasattr(conn, "ensure_connection"):  # Django's may not be open yet
         conn.ensure_connection()
     for _ in range(4):  # a Session has a Connection, that has a pooled one, that has the driver's

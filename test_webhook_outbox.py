@@ -2413,6 +2413,7 @@ def test_the_standard_policy_is_that_of_the_specification() -> None:
     for name in ("delays", "jitter", "overload_delay"):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(policy, name, 1)
+    assert repr(RetryPolicy([0, 5], 10).delays) == "(0.0, 5.0)"
     assert RetryPolicy([0, 5]) == RetryPolicy((0.0, 5.0)) and len({RetryPolicy(), RetryPolicy()}) == 1
 
 
@@ -2422,19 +2423,83 @@ def test_an_exponential_policy_grows_to_its_cap() -> None:
     assert RetryPolicy.exponential(10, cap=5, attempts=3).delays == (0, 5, 5)
     assert RetryPolicy.exponential(1, 1, attempts=4).delays == (0, 1, 1, 1)
     assert max(RetryPolicy.exponential(1, 1e300, attempts=1000).delays) == DAY
+    assert RetryPolicy.exponential(0.5).delays == (0, *(2.0**n for n in range(-1, 8)))
+    assert RetryPolicy.exponential(0.5, cap=0.5, attempts=2).delays == (0, 0.5)
 
 
 def test_a_policy_that_makes_no_sense_is_refused() -> None:
     for options in (
         *({"delays": d} for d in ((), (-1,), (math.nan,), (0, math.inf), ("a",), None, 5, (None,))),
-        *({"jitter": j} for j in (-0.1, math.nan, math.inf, 11)),
+        *({"jitter": j} for j in (-0.1, math.nan, math.inf, 10.1)),
         *({"overload_delay": o} for o in (-1, math.nan, math.inf)),
     ):
         with pytest.raises(PayloadError):
             print(options, "made", RetryPolicy(**options))  # type: ignore[arg-type]
-    for values in ((0,), (-1,), (math.nan,), (1, 0.5), (1, math.inf), (1, 2, 0), (1, 2, 9, 0), (1, 2, 9, 1001)):
+    for values in (
+        (0,),
+        (-1,),
+        (math.nan,),
+        (1, 0.5),
+        (1, math.inf),
+        (1, 2, 0),
+        (math.inf,),
+        (1, 2, math.inf),
+        (1, 2, 9, 0),
+        (1, 2, 9, 1001),
+    ):
         with pytest.raises(PayloadError):
             print(values, "made", RetryPolicy.exponential(*values))
+
+
+def test_the_wait_is_that_of_the_schedule_with_jitter_and_at_least_what_overload_asks() -> None:
+    policy = RetryPolicy((0, 10, 100), jitter=0.5, overload_delay=30)
+    assert [policy.wait(tries, False, lambda: 0.5) for tries in range(4)] == [0, 12.5, 125, None]
+    assert [policy.wait(tries, True, lambda: 0.0) for tries in range(4)] == [30, 30, 100, None]
+    assert [RetryPolicy((0, 0.5), 0.0).wait(1, overloaded, lambda: 1.0) for overloaded in (False, True)] == [0.5, 0.5]
+    assert (policy.window, RetryPolicy((0, 1), 0.0).window) == (165, 1)
+    assert [policy.probe_pause(n) for n in (0, 9, 10, 11, 13, 15, 16, 9999)] == [0, 0, 1, 2, 8, 32, 60, 60]
+    assert RetryPolicy((0, 3, 1)).probe_pause(13) == 3
+
+
+FAILED = {"status_code": 500, "reason": "status"}
+VERDICTS: list[tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]] = [
+    # attempts, first attempt, failing since; outcome; status, seconds from now, reason
+    ((3, 0, None), {"status_code": 200}, ("delivered", 0, None)),
+    ((1, 1000, 1000), {"status_code": 410, "reason": "gone"}, ("failed", 0, "gone")),
+    ((1, 1000, 1000), {"status_code": 500, "reason": "aborted"}, ("failed", 0, "aborted")),
+    ((1, 1000, 1000), FAILED, ("pending", 10, "status")),
+    ((2, 1000, 1000), FAILED, ("pending", 100, "status")),
+    ((3, 1000, 1000), FAILED, ("failed", 0, "status")),
+    ((1, 1000, 1000), {"reason": "timeout"}, ("pending", 30, "timeout")),
+    ((1, 1000, 1000), {**FAILED, "status_code": 429, "hint": 5.0}, ("pending", 30, "status")),
+    ((1, 1000, 1000), {**FAILED, "status_code": 503, "hint": 11.0}, ("pending", 11, "status")),
+    ((1, 890, 890), FAILED, ("failed", 0, "expired")),
+    ((1, 880, 890), FAILED, ("failed", 0, "expired")),
+    ((1, 890.5, 0), FAILED, ("pending", 10, "status")),
+    ((1, 0, 890.5), FAILED, ("pending", 10, "status")),
+    ((1, 0, None), FAILED, ("pending", 10, "status")),
+]
+
+
+def test_a_delivery_becomes_what_its_outcome_its_schedule_and_its_endpoints_failures_say() -> None:
+    def verdict(policy: RetryPolicy, state: Any, outcome: dict[str, Any]) -> tuple[str, float, str | None]:
+        return webhook_outbox._verdict(*state, webhook_outbox._Outcome(**outcome), policy, 1000.0, lambda: 1.0)
+
+    policy = RetryPolicy((0, 10, 100), jitter=0, overload_delay=30)
+    for state, outcome, (status, seconds, reason) in VERDICTS:
+        assert verdict(policy, state, outcome) == (status, 1000 + seconds, reason), (state, outcome)
+    assert verdict(RetryPolicy((0, 0, 0)), (1, 1000, 1000), FAILED) == ("pending", 1000, "status")
+    assert verdict(RetryPolicy((0, 0, 0.5), 0), (1, 999.5, 1), FAILED) == ("failed", 1000, "expired")
+
+
+def test_a_retry_after_without_time_zone_is_gmt_wherever_we_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        monkeypatch.setenv("TZ", "UTC-9")
+        time.tzset()
+        assert webhook_outbox._retry_after(["Tue Nov 14 22:15:20 2023"], 1_700_000_000.0) == 120
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_retry_after_is_read_as_the_rfc_says() -> None:
@@ -2443,7 +2508,7 @@ def test_retry_after_is_read_as_the_rfc_says() -> None:
     def read(*values: str) -> float | None:
         return webhook_outbox._retry_after(values, now)
 
-    assert [read(v) for v in ("0", "1", "120", "00120", "86400")] == [0, 1, 120, 120, DAY]
+    assert [read(v) for v in ("0", "1", "120", "0000000120", "86400")] == [0, 1, 120, 120, DAY]
     assert [read(v) for v in ("86401", "999999", "1" + "0" * 9, "9" * 400)] == [DAY] * 4
     for value in (
         "-1",
@@ -2461,10 +2526,15 @@ def test_retry_after_is_read_as_the_rfc_says() -> None:
         "soon",
         "Tue, ",
         "Tue, 99 Nov",
+        "14 Nov 2023 22:15:20 GMT",
+        "tue, 14 Nov 2023 22:15:20 GMT",
+        "TUE, 14 Nov 2023 22:15:20 GMT",
+        "Wednesdays, 15-Nov-23 22:15:20 GMT",
     ):
         assert read(value) is None, value
     assert read("Tue, 14 Nov 2023 22:15:20 GMT") == 120
-    assert read("Tuesday, 14-Nov-23 22:15:20 GMT") == 120
+    assert read("Wednesday, 15-Nov-23 00:00:00 GMT") == 6400
+    assert read("Tue Nov 14 22:15:20 2023") == 120
     assert read("Tue, 14 Nov 2023 22:11:20 GMT") == 0
     assert read("Fri, 31 Dec 9999 23:59:59 GMT") == DAY
     assert read("5", "120") == 120 and read("nan", "7") == 7 and read() is None
@@ -3162,6 +3232,19 @@ def test_a_url_that_is_malformed_or_odd_is_refused_at_registration(wal):
             pytest.fail(f"registered {url!r}")
         assert "canary" not in str(caught.value) and len(str(caught.value)) < 200
     assert outbox.endpoints() == []
+
+
+def test_an_address_is_known_in_every_spelling_that_needs_no_lookup():
+    private = (
+        "127.1 127.0.1 127.0.0.1. 0x7f.1 0X7F.0x0.0X0.0xA 0x7f000001 0xA9FEA9FE 017700000001 0177.0.0.01 2130706433"
+    )
+    for host in f"{private} [::1] [::FFFF:7f00:1] 10 0 1.0xAbCdEf 172.16.1".split():
+        refused = host != "1.0xAbCdEf"
+        with pytest.raises(UnsafeURL, match="private") if refused else contextlib.nullcontext():
+            webhook_outbox._prepare_url(f"https://{host}/", webhook_outbox._Guard())
+    for host in "134744072 0x8.8.0x8.010 1.2.3.4.5 0x7f.example 127.0.0.1.example 0xg a0 1-2 8.8.8.8.".split():
+        webhook_outbox._prepare_url(f"https://{host}/", webhook_outbox._Guard())
+    assert "127.0.0.1 is" in str(webhook_outbox._Guard().refusal("64:ff9b::127.0.0.1", "https"))
 
 
 GUARD_PORTS = {1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, *range(6665, 6670), 6679, 6697, 10080}
@@ -4099,6 +4182,19 @@ EXCHANGE_READ = [  # bytes, status, reusable
     (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 16_400, None, False),
     (b"HTTP/1.1 200 " + b"y" * 16_400, None, False),
     (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 16_000 + b"\r\nContent-Length: 0\r\n\r\n", 200, True),
+    (b"HTTP/1.1 200 OK\r\nContent-Length:2\r\n\r\nok", 200, True),
+    (b"HTTP/1.1 204 \r\nX:\r\n\r\n", 204, True),
+    (b"HTTP/1.1 204 X\nX: y\n\n", 204, True),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding:\r\nContent-Length: 0\r\n\r\n", 200, False),
+    (b"HTTP/1.1 204 X\r\nConnection: upgrade\r\n\r\n", 204, True),
+    (b"HTTP/1.1 100 X\r\nX: yyyyyyyyyyyyyyyyyyyyy\r\n\r\nHTTP/1.1 204\n\n", 204, True),
+    ((b"HTTP/1.1 100 " + b"y" * 1007 + b"\r\n\r\n") * 16 + OK, 200, True),
+    (
+        (b"HTTP/1.1 100 " + b"y" * 1007 + b"\r\n\r\n") * 15 + b"HTTP/1.1 100 " + b"y" * 1008 + b"\r\n\r\n" + OK,
+        None,
+        False,
+    ),
+    (EXCHANGE_LONG % 500 + b"y" * 65_536, 500, False),
     (answer(200).replace(b"200", b"2x0"), None, False),
     (answer(200).replace(b"200", b"20x"), None, False),
     (b"HTTP/1.1 200 O\rK\r\n\r\n", None, False),
@@ -4146,6 +4242,12 @@ EXCHANGE_KNOWN = [  # bytes, whether the outcome is known before the end of the 
     (b"HTTP/1.1 200 OK\n", False, b""),
     (b"HTTP/1.1 200 " + b"y" * 16_371, False, b""),
     (b"HTTP/1.1 200 " + b"y" * 16_372, True, b""),
+    (b"HTTP/1.1 2x0\r\n", True, b""),
+    (b"HTTP/1,", True, b""),
+    (b"HTTP/1.1 204 X\r\n\r\nxx", True, b""),
+    (b"HTTP/1.1 299 X\r\n\r\nok", True, b"ok"),
+    (b"HTTP/1.1 500 X\r\nTransfer-Encoding: gzip\r\n\r\nno", False, b"no"),
+    (EXCHANGE_CHUNKED % 500 + b"2\r\nn", False, b"n"),
     (b"HTTP/1.1 199 X\r\n\r\n", True, b""),
     (b"HTTP/1.1 200 X\r\n\r\nok", True, b"ok"),
     (b"HTTP/1.1 300 X\r\n\r\nno", False, b"no"),
@@ -4175,7 +4277,11 @@ EXCHANGE_KNOWN = [  # bytes, whether the outcome is known before the end of the 
 
 def test_the_outcome_is_the_valid_status_and_whatever_is_odd_ends_the_connection():
     for data, status, reusable in EXCHANGE_READ:
-        for pieces in ([data], exchange_split(data, list(range(0, len(data), 7)))):
+        for pieces in (
+            [data],
+            exchange_split(data, [len(data) // 2]),
+            exchange_split(data, list(range(0, len(data), 7))),
+        ):
             reader = exchange_read(pieces)
             assert reader.status == status and bool(reader.error) is (status is None), data[:99]
             assert reader.reusable is reusable or pieces != [data] and status is not None, data[:99]
@@ -4186,6 +4292,48 @@ def test_an_answer_is_known_as_soon_as_it_can_be_and_no_sooner():
         reader = webhook_outbox._Answer()
         assert reader.feed(data) is known and reader.body == body, data[:99]
         assert not known or bool(reader.error) is (reader.status is None), data[:99]
+        if not known and reader.status is None:
+            reader.end()
+            assert reader.error == "the connection was closed before an answer was complete"
+    assert exchange_read([]).error == "the connection was closed before an answer"
+
+
+# an answer, and what it comes to: reason, error, response, seconds of Retry-After, whether the endpoint is disabled
+EXCHANGE_JUDGED: list[tuple[bytes, tuple[Any, ...]]] = [
+    (answer(200), (None, None, None, None, False)),
+    (answer(299, b"ok", "Location: /a"), (None, None, "ok", None, False)),
+    (answer(200, b"", "Webhook-Delivery: Disable", "Retry-After: 7"), (None, None, None, None, True)),
+    (answer(200, b"", "webhook-delivery: abort-message"), (None, None, None, None, False)),
+    (answer(300, b"", "Location: /a?token", "Location: /b"),
+     ("status", "HTTP 300: redirects are not followed (Location: /a?...)", None, None, False)),
+    (answer(399, b"", "Location: /s3cr3t/\xe9\x01"),
+     ("status", "HTTP 399: redirects are not followed (Location: /[redacted]/\xc3\xa9)", None, None, False)),
+    (answer(302), ("status", "HTTP 302", None, None, False)),
+    (answer(400, b"", "Location: /a"), ("status", "HTTP 400", None, None, False)),
+    (answer(410, b"bye"), ("gone", "HTTP 410", "bye", None, True)),
+    (answer(410, b"", "webhook-delivery: abort-message"), ("gone", "HTTP 410", None, None, True)),
+    (answer(409, b"", "webhook-delivery: disable"), ("status", "HTTP 409", None, None, True)),
+    (answer(411, b"", "webhook-delivery: Abort-Message"), ("aborted", "HTTP 411", None, None, False)),
+    (answer(500, b"", "webhook-delivery: disable", "webhook-delivery: x"), ("status", "HTTP 500", None, None, False)),
+    *((answer(code, b"", "Retry-After: 7", "Retry-After: 9"), ("status", f"HTTP {code}", None, hint, False))
+      for code, hint in ((429, 9), (503, 9), (428, None), (430, None), (502, None), (504, None))),
+    (answer(500, b"s3cr3t 5hort s3cr3t"), ("status", "HTTP 500", "[redacted] 5hort [redacted]", None, False)),
+    (answer(500, "a\tb\nc\0\b\x0b\x1f\x7f\x80\x9f\xa0é".encode() + b"\xff"),
+     ("status", "HTTP 500", "a\tb\nc" + "\ufffd" * 7 + "\xa0é\\xff", None, False)),
+    (answer(500, "é".encode() * 2049), ("status", "HTTP 500", "é" * 2048, None, False)),
+    (answer(500, ("x" + "é" * 2049).encode()), ("status", "HTTP 500", "x" + "é" * 2047, None, False)),
+    (b"HTTP/2", ("protocol", "the answer is not HTTP/1.1", None, None, False)),
+]  # fmt: skip
+
+
+def test_an_answer_means_what_its_status_and_headers_say():
+    for data, expected in EXCHANGE_JUDGED:
+        reader = exchange_read([data])
+        outcome = webhook_outbox._judge(reader, ["s3cr3t", "5hort"], 0.0)
+        assert (outcome.reason, outcome.error, outcome.response, outcome.hint, outcome.disable) == expected, data[:99]
+        assert outcome.status_code == reader.status
+        assert outcome.overloaded is (reader.status in (429, 502, 504))
+    assert webhook_outbox._Outcome(reason="timeout").overloaded and not webhook_outbox._Outcome(reason="dns").overloaded
 
 
 def test_the_kept_response_is_four_kib_of_printable_text(wal, serve):

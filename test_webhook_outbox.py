@@ -5432,6 +5432,7 @@ QUEUE_STEPS: dict[str, dict[str | None, str | None]] = {
     "DELETE FROM webhook_failed WHERE event_id = 'm' || :event AND endpoint_id = :id": {"failed": "discarded"},
     "UPDATE webhook_endpoints SET ordered = NOT ordered WHERE id = :id": {},
     "UPDATE webhook_endpoints SET on_dead = 'skip' WHERE id = :id": {},
+    "UPDATE webhook_endpoints SET on_dead = on_dead, ordered = ordered WHERE id = :id": {},
     "UPDATE webhook_endpoints SET enabled = NOT enabled WHERE id = :id": {},
     "DELETE FROM webhook_endpoints WHERE id = :id": {"open": None, "failed": "discarded"},
     "DELETE FROM webhook_events WHERE seq = :event": dict.fromkeys(("open", "delivered", "discarded")),
@@ -5639,6 +5640,44 @@ def test_max_in_flight_bounds_one_endpoint(wal, serve):
             gate.opened.set()
         eventually(lambda: outbox.stats().pending == 0)
     assert bounded.most == 2
+
+
+def test_concurrency_grows_by_one_on_success_and_halves_on_overload_and_5xx_only(wal, serve):
+    held, answers, ready = [], [], threading.Semaphore(0)
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        held.append(request)
+        ready.acquire(timeout=30)
+        held.remove(request)
+        sock.sendall(answers.pop(0))
+        return True
+
+    receiver, outbox = serve(play), make_outbox(wal, retry=RetryPolicy((0, 600), 0.0), timeout=60)
+    outbox.add_endpoint(receiver.url())
+    drain_emit(outbox, range(40))
+    steps = [  # what is answered, and then: requests in all, and those under way
+        ((), 8, 8),
+        ((503, 200), 8, 6),
+        ((200,), 9, 6),
+        ((400,), 10, 6),
+        ((429, 200), 10, 4),
+        ((200,), 12, 5),
+        ((500, 504, 502, 500, 500), 13, 1),
+        ((200,), 15, 2),
+    ]
+    recorded = "SELECT count(*) FROM webhook_attempts"
+    with outbox:
+        for statuses, *expected in steps:
+            for status in statuses:
+                (done,) = query(wal, recorded)[0]
+                answers.append(answer(status))
+                ready.release()
+                eventually(lambda done=done: query(wal, recorded) == [(done + 1,)])
+            eventually(lambda expected=expected: [len(receiver.requests), len(held)] == expected)
+        time.sleep(0.2)
+        assert (len(receiver.requests), len(held)) == (15, 2)
+        answers += [OK] * 99
+        ready.release(99)
 
 
 def test_a_rate_is_never_exceeded_on_average(wal, serve):

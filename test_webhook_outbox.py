@@ -13,6 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import functools
 import gc
 import hashlib
 import hmac
@@ -29,11 +30,13 @@ import random
 import re
 import resource
 import select
+import selectors
 import shutil
 import signal
 import socket
 import sqlite3
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
@@ -44,7 +47,7 @@ import tracemalloc
 import types
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import aiosqlite
@@ -54,6 +57,7 @@ import requests
 import sqlalchemy
 import sqlalchemy.orm
 import trustme
+import urllib3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -8612,53 +8616,190 @@ def test_no_function_is_longer_than_a_screen():
 
 
 # ── measurements ─────────────────────────────────────────────────────────────────────────────────────────────────
+# `-k N4_` measures one row. A function measures one round of its rows: what it compares lies close together in time,
+# and the table shows medians. They assert only that nothing was lost, never speed. Receivers, and hosts where it
+# matters, are processes of their own; CPU is that of the process, whatever else runs.
 
-BENCH_SERVER = r"""
-import re, selectors, socket
-selector, listener = selectors.DefaultSelector(), socket.create_server(("127.0.0.1", 0), backlog=512)
-listener.setblocking(False)
-selector.register(listener, selectors.EVENT_READ)
-print(listener.getsockname()[1], flush=True)
-length = re.compile(rb"(?i)content-length: (\d+)")
-while True:
-    for key, _ in selector.select():
-        if key.data is None:
-            sock = listener.accept()[0]
-            sock.setblocking(False)
-            selector.register(sock, selectors.EVENT_READ, bytearray())
-            continue
-        try:
-            data = key.fileobj.recv(65536)
-        except OSError:
-            data = b""
-        if not data:
-            selector.unregister(key.fileobj)
-            key.fileobj.close()
-            continue
-        buffer = key.data
-        buffer += data
-        while (end := buffer.find(b"\r\n\r\n")) >= 0 and len(buffer) >= end + 4 + int(length.search(buffer)[1]):
-            del buffer[: end + 4 + int(length.search(buffer)[1])]
-            key.fileobj.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-"""
-
-
-@pytest.fixture
-def bench_url() -> Iterator[str]:
-    """A small multiplexing receiver in a process of its own."""
-    process = run_python(BENCH_SERVER)
-    try:
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}/"
-    finally:
-        process.kill()
-        process.communicate()
-
-
+BENCH_ROWS = 1_000_000
 BENCH_DATA = {"order_id": "1234", "note": "x" * 240}
+BENCH_TABLE: list[str] = []  # its rows in order
+MEASUREMENTS: list[Any] = []
 
 
-def bench_session_loop(url: str, count: int) -> tuple[float, float]:
-    """What people write today: one Session, keep-alive, one thread, signed JSON. Deliveries/s and CPU seconds each."""
+def measured(*rows: str, rounds: int = 3, **case: Any) -> Callable[[Any], Any]:
+    """Mark what measures a round and yields a value, or a tuple of them, for each of the rows. A row says its number,
+    what it is; then the target with its unit, or the unit alone."""
+    BENCH_TABLE.extend(rows)
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        numbers = dict.fromkeys(row.split()[0].strip("-") for row in rows)
+        id = "_".join([*numbers, function.__name__, *map(str, case.values())])  # for -k
+        MEASUREMENTS.append(pytest.param(functools.partial(function, **case), rows, rounds, id=id))
+        return function
+
+    return add
+
+
+class BenchReceiver(asyncio.Protocol):
+    """Answers with the time it is (/), the same 50 ms later (/slow), with 500 (/refuse), or never (/hang)."""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport, self.buffer = transport, b""
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        head, end, body = self.buffer.partition(b"\r\n\r\n")
+        if end and len(body) >= int(re.search(rb"(?i)content-length: (\d+)", head)[1]):
+            kind, self.buffer = head[6:7], b""
+            status = b"500" if kind == b"r" else b"200"
+            reply = b"HTTP/1.1 %s X\r\nContent-Length: 20\r\n\r\n%020.9f" % (status, time.monotonic())
+            if kind == b"s":
+                asyncio.get_running_loop().call_later(0.05, self.transport.write, reply)
+            elif kind != b"h":
+                self.transport.write(reply)
+
+
+def bench_receiver(certificate: str) -> None:
+    async def receive() -> None:
+        loop, tls = asyncio.get_running_loop(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(certificate)
+        both = [await loop.create_server(BenchReceiver, "127.0.0.1", 0, ssl=each, backlog=512) for each in (None, tls)]
+        print(json.dumps([server.sockets[0].getsockname()[1] for server in both]), flush=True)
+        await both[0].serve_forever()
+
+    asyncio.run(receive())
+
+
+BENCH_NGINX = """pid {0}/pid; error_log {0}/error.log; worker_processes 1; events {{ worker_connections 1024; }}
+http {{ access_log off; keepalive_requests 1000000000; keepalive_timeout 600; client_body_temp_path {0}/1;
+proxy_temp_path {0}/2; fastcgi_temp_path {0}/3; uwsgi_temp_path {0}/4; scgi_temp_path {0}/5;
+server {{ listen 127.0.0.1:{1}; listen 127.0.0.1:{2} ssl; ssl_certificate {3}; ssl_certificate_key {3};
+location / {{ return 200 ok; }} }} }}"""
+
+
+def start_nginx(folder: pathlib.Path, certificate: str) -> tuple[subprocess.Popen[str], list[int]]:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        ports = [one.getsockname()[1], two.getsockname()[1]]
+    (folder / "conf").write_text(BENCH_NGINX.format(folder, *ports, certificate))
+    command = ["nginx", "-p", str(folder), "-c", str(folder / "conf"), "-g", "daemon off;"]
+    process = subprocess.Popen(command, text=True, stderr=subprocess.DEVNULL)
+    eventually((folder / "pid").exists)
+    return process, ports
+
+
+def elsewhere(function: Callable[..., Any], *args: Any) -> subprocess.Popen[str]:
+    """Call a function of this file in a process of its own."""
+    code = f"import json, sys, {__name__} as t; print(json.dumps(t.{function.__name__}(*json.loads(sys.argv[1]))))"
+    return run_python(code, json.dumps(args))
+
+
+def result(process: subprocess.Popen[str]) -> Any:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+class Bench:
+    """Receivers, a large file, and the table."""
+
+    def __init__(self, folder: pathlib.Path, ca: trustme.CA) -> None:
+        certificate, self.ca, self.folder = str(folder / "server.pem"), str(folder / "ca.pem"), folder
+        ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(certificate)
+        ca.cert_pem.write_to_path(self.ca)
+        self.processes = [elsewhere(bench_receiver, certificate)]
+        line = self.processes[0].stdout.readline()
+        assert line, self.processes[0].communicate()
+        ports = fast = json.loads(line)
+        if shutil.which("nginx"):
+            process, fast = start_nginx(folder, certificate)
+            self.processes.append(process)
+        self.own = f"http://127.0.0.1:{ports[0]}/"  # answers with the time it is
+        self.url, self.tls = f"http://127.0.0.1:{fast[0]}/", f"https://127.0.0.1:{fast[1]}/"
+        self.rows: dict[str, tuple[str, ...]] = {}
+
+    @functools.cached_property
+    def large(self) -> str:
+        return bench_file(self.folder / "large.db", self.url, BENCH_ROWS)
+
+    def add(self, row: str, rounds: list[tuple[float, ...]]) -> None:
+        columns, (what, target) = list(zip(*rounds, strict=True)), row.split("; ")
+        bounds, unit = list(map(float, re.findall(r"[\d.]+", target))), re.sub(r"^[<>=/\d. ]+", "", target)
+
+        def text(of: Callable[[Any], float]) -> str:
+            return " / ".join(f"{of(c):,.0f}" if of(c) >= 100 else f"{of(c):.3g}" for c in columns)
+
+        pairs = zip(map(statistics.median, columns), bounds, strict=False)
+        met = all(value >= bound if target[0] == ">" else value <= bound for value, bound in pairs)
+        asked = (target, "yes" if met else "NO") if bounds else ("", "")
+        between = f"({text(min)} .. {text(max)})" if len(rounds) > 1 else ""
+        self.rows[row] = (*what.split(" ", 1), f"{text(statistics.median)} {unit}", between, *asked)
+
+    def table(self) -> str:
+        versions = f"SQLite {sqlite3.sqlite_version}, requests {requests.__version__}, urllib3 {urllib3.__version__}"
+        receiver = "nginx" if len(self.processes) > 1 else "a small Python server"
+        machine = f"{os.uname().machine}, {os.cpu_count()} cores, Python {sys.version.split()[0]}, {versions}"
+        rows = [("", "WHAT", "MEASURED: MEDIAN", "(RANGE)", "TARGET", "MET")]
+        rows += [self.rows[row] for row in BENCH_TABLE if row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join(["", f"{machine}; receiver: {receiver}", *lines])
+
+
+@pytest.fixture(scope="session")
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    bench = Bench(tmp_path_factory.mktemp("bench"), trustme.CA())
+    yield bench
+    for process in bench.processes:
+        process.terminate()
+        process.communicate()
+    shutil.rmtree(bench.folder)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(bench.table())
+
+
+def bench_outbox(path: Any, **options: Any) -> Outbox:
+    """An outbox with default settings, but that loopback is allowed."""
+    return Outbox(path, allow_networks=LOOPBACK, **options)
+
+
+def bench_file(path: pathlib.Path, url: str, rows: int = 0, status: str = "pending", **options: Any) -> str:
+    """Make a file with one endpoint, and deliveries for it."""
+    bench_outbox(make_database(path)).add_endpoint(url, id="it", **options)
+    bench_fill(path, rows, "it", status=status)
+    return str(path)
+
+
+def bench_fill(path: Any, rows: int, *endpoints: str, status: str = "pending") -> None:
+    """Write deliveries as emit does, a million in seconds."""
+    with contextlib.closing(sqlite3.connect(path)) as conn:
+        for endpoint in endpoints:
+            (last,) = conn.execute("SELECT coalesce(max(seq), 0) FROM webhook_events").fetchone()
+            event = (last, rows, json.dumps(BENCH_DATA), time.time())
+            numbers = "WITH RECURSIVE n(i) AS (SELECT ?1 + 1 UNION ALL SELECT i + 1 FROM n LIMIT ?2) "
+            events = "SELECT printf('msg_%032d', i), 'order.created', ?3, ?4 FROM n"
+            conn.execute("INSERT INTO webhook_events (id, type, data, created_at) " + numbers + events, event)
+            deliveries = "SELECT seq, ?, ?, created_at FROM webhook_events WHERE seq > ?"
+            columns = "(event, endpoint_id, status, due_at) "
+            conn.execute(f"INSERT INTO webhook_deliveries {columns}" + deliveries, (endpoint, status, last))
+        conn.commit()
+        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def steady_rate(path: str, skip: int = 500, after: int = 0) -> float:
+    """Return recorded 2xx a second, without the first and the last few."""
+    sql = "SELECT at + duration FROM webhook_attempts WHERE id > ? AND reason IS NULL ORDER BY 1"
+    ends = [row[0] for row in query(path, sql, after)]
+    return (len(ends) - 2 * skip) / (ends[-skip] - ends[skip])
+
+
+def part(values: Iterable[float], of: float) -> float:
+    """Return the value that this part of the values do not exceed: part(v, 0.99) is p99."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * of))]
+
+
+def session_loop(bench: Bench, url: str, count: int) -> tuple[float, float]:
+    """What people write today: one Session, keep-alive, one thread, signed JSON. Deliveries/s and CPU us each."""
     body = json.dumps(BENCH_DATA).encode()
     with requests.Session() as session:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -8666,35 +8807,364 @@ def bench_session_loop(url: str, count: int) -> tuple[float, float]:
             now = int(time.time())
             headers = {"content-type": "application/json", "webhook-id": f"msg_{number}", "webhook-timestamp": str(now)}
             headers["webhook-signature"] = sign(SECRET, f"msg_{number}", now, body)
-            assert session.post(url, data=body, headers=headers, timeout=5).status_code == 200
-        return count / (time.perf_counter() - wall), (time.process_time() - cpu) / count
+            assert session.post(url, data=body, headers=headers, timeout=5, verify=bench.ca).status_code == 200
+        return count / (time.perf_counter() - wall), 1e6 * (time.process_time() - cpu) / count
 
 
-def bench_drain(url: str, count: int, path: pathlib.Path) -> tuple[float, float]:
-    """From rows in SQLite to recorded 200s, default settings. Deliveries/s and CPU seconds each."""
-    outbox = make_outbox(make_database(path))
-    outbox.add_endpoint(url)
-    with outbox.transaction() as conn:
-        for _ in range(count):
-            outbox.emit(conn, "order.created", BENCH_DATA)
+def drain_all(path: str, rows: int) -> tuple[float, float]:
+    """From rows in SQLite to recorded 200s. Deliveries/s and CPU us each."""
+    outbox = bench_outbox(path)
     wall, cpu = time.perf_counter(), time.process_time()
-    assert outbox.drain(once=True).delivered == count
-    return count / (time.perf_counter() - wall), (time.process_time() - cpu) / count
+    assert outbox.drain(once=True).delivered == rows
+    return rows / (time.perf_counter() - wall), 1e6 * (time.process_time() - cpu) / rows
+
+
+@measured("N1 the receiver's limit, as far as a bare loop over 16 sockets shows it; a second")
+def the_receiver_is_not_the_bottleneck(bench: Bench, path: pathlib.Path) -> Iterator[float]:
+    request = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 300\r\n\r\n" + b"x" * 300
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for _ in range(16):
+            port = int(bench.url.split(":")[2].strip("/"))
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            selector.register(sock, selectors.EVENT_READ)
+            sock.send(request)
+        begun, done = time.perf_counter(), 0
+        while done < 30_000:
+            for key, _ in selector.select():
+                key.fileobj.recv(65536)
+                key.fileobj.send(request)
+                done += 1
+        yield done / (time.perf_counter() - begun)
+
+
+@measured(
+    "N1 deliveries, of a Session loop's; >= 15 x",
+    "N1 - Session loop / outbox; a second",
+    "N2 CPU of a Session loop's delivery, of ours; >= 12 x",
+    "N2 - Session loop / outbox; us",
+    rounds=5,
+)
+def a_drain_is_many_times_as_fast_as_a_session_loop(bench: Bench, path: pathlib.Path) -> Iterator[Any]:
+    (loop, loop_cpu), (ours, cpu) = (
+        session_loop(bench, bench.url, 1_000),
+        drain_all(bench_file(path, bench.url, 20_000), 20_000),
+    )
+    yield from (ours / loop, (loop, ours), loop_cpu / cpu, (loop_cpu, cpu))
+
+
+@measured("N3 emit, of plain inserts of the same rows; <= 2.3 x", "N3 - each further endpoint; <= 4 us", rounds=7)
+def emit_costs_little_more_than_plain_inserts(bench: Bench, path: pathlib.Path) -> Iterator[float]:
+    outbox, data = bench_outbox(bench_file(path, bench.url)), json.dumps(BENCH_DATA)
+
+    def insert(conn: sqlite3.Connection) -> None:
+        event = ("msg_" + os.urandom(16).hex(), "order.created", data, time.time())
+        row = conn.execute("INSERT INTO webhook_events (id, type, data, created_at) VALUES (?, ?, ?, ?)", event)
+        delivery = (row.lastrowid, "it", event[3])
+        conn.execute("INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (?, ?, ?)", delivery)
+
+    def each(write: Callable[[sqlite3.Connection], Any]) -> float:
+        with outbox.transaction() as conn:
+            cpu = time.process_time()
+            for _ in range(5_000):
+                write(conn)
+            return (time.process_time() - cpu) / 5_000
+
+    plain, one = each(insert), each(lambda conn: outbox.emit(conn, "order.created", BENCH_DATA))
+    for _ in range(10):
+        outbox.add_endpoint(bench.url)
+    yield one / plain
+    yield 1e5 * (each(lambda conn: outbox.emit(conn, "order.created", BENCH_DATA)) - one)
+
+
+@measured("N3b app row + emit, of the app row alone, synchronous NORMAL; <= 3 x", synchronous="NORMAL")
+@measured("N3b app row + emit, of the app row alone, synchronous FULL; <= 1.15 x", synchronous="FULL")
+def a_transaction_with_an_event_costs_little_more(
+    bench: Bench, path: pathlib.Path, synchronous: str
+) -> Iterator[float]:
+    outbox, took = bench_outbox(bench_file(path, bench.url)), ([], [])
+    with contextlib.closing(sqlite3.connect(path)) as conn:
+        conn.execute(f"PRAGMA synchronous = {synchronous}")
+        for number in range(2_000):
+            begun = time.perf_counter()
+            conn.execute("INSERT INTO orders (total) VALUES (49.99)")
+            if number % 2:
+                outbox.emit(conn, "order.created", BENCH_DATA)
+            conn.commit()
+            took[number % 2].append(time.perf_counter() - begun)
+    yield statistics.median(took[1]) / statistics.median(took[0])
+
+
+PEAK = "\nprint(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+DRAIN_2_S = """import sys, threading, webhook_outbox
+outbox = webhook_outbox.Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"])
+threading.Timer(2.0, outbox.stop).start()
+outbox.drain()"""
+
+
+def peak_memory(code: str, *args: str) -> float:
+    """Return the megabytes that a process which ran the code has used at most."""
+    return int(result(run_python(code + PEAK, *args))) / 1024
+
+
+@measured(
+    f"N4 deliveries with {BENCH_ROWS:,} waiting, of with 20,000; >= 0.95 x",
+    "N4 - peak memory, more than with 1,000; <= 10 MB",
+)
+def a_million_waiting_rows_cost_no_speed_and_no_memory(bench: Bench, path: pathlib.Path) -> Iterator[float]:
+    few = bench_file(path, bench.url, 20_000)
+    drain_all(few, 20_000)
+    ((last,),) = query(bench.large, "SELECT coalesce(max(id), 0) FROM webhook_attempts")
+    with bench_outbox(bench.large):
+        time.sleep(1.5)
+    yield steady_rate(bench.large, after=last) / steady_rate(few)
+    bench_fill(few, 1_000, "it")
+    yield peak_memory(DRAIN_2_S, bench.large) - peak_memory(DRAIN_2_S, few)
+    query(bench.large, "UPDATE webhook_deliveries SET status = 'pending', attempts = 0 WHERE status = 'delivered'")
+
+
+def host_emits(path: str, count: int, pause: float, drains: bool) -> dict[str, float]:
+    """Emit in transactions of a host; return when each commit returned."""
+    outbox, committed = bench_outbox(path), {}
+    with contextlib.closing(sqlite3.connect(path)) as conn, outbox if drains else contextlib.nullcontext():
+        for _ in range(count):
+            time.sleep(pause)
+            id = outbox.emit(conn, "order.created", BENCH_DATA)
+            conn.commit()
+            committed[id] = time.monotonic()
+        eventually(lambda: not outbox.stats().due)
+    return committed
+
+
+def latencies(path: str, committed: dict[str, float]) -> list[float]:
+    """Return the milliseconds from each commit to the moment that the receiver answered with."""
+    sql = "SELECT e.id, a.response FROM webhook_attempts AS a JOIN webhook_events AS e ON e.seq = a.event"
+    received = dict(query(path, sql))
+    assert set(received) == set(committed)
+    return [1e3 * (float(received[id]) - at) for id, at in committed.items()]
+
+
+@measured("N5 commit to received, p50 / p99, same process; <= 0.8 / 3 ms", drains=True)
+@measured("N5 commit to received, p50 / p99, other process, with traffic; <= 1.5 / 6 ms", drains=False)
+def a_commit_is_received_at_once(bench: Bench, path: pathlib.Path, drains: bool) -> Iterator[Any]:
+    bench_file(path, bench.own)
+    with contextlib.nullcontext() if drains else bench_outbox(path):
+        took = latencies(str(path), result(elsewhere(host_emits, str(path), 300, 0.01, drains)))
+    yield part(took, 0.5), part(took, 0.99)
+
+
+def idle_drains(*paths: str) -> None:
+    """Print the percentage of a core that drains take after a quiet minute, and go on."""
+    for path in paths:
+        bench_outbox(path).start()
+    time.sleep(62)
+    wall, cpu = time.perf_counter(), time.process_time()
+    time.sleep(10)
+    print(100 * (time.process_time() - cpu) / (time.perf_counter() - wall), flush=True)
+    time.sleep(300)
+
+
+@measured(
+    "N5 commit to received, p50 / p99, other process, idle; <= 12 / 27 ms",
+    "N6 CPU of an idle drain, of a core; <= 0.7 %",
+    rounds=1,
+)
+def an_idle_drain_wakes_soon_and_takes_little(bench: Bench, path: pathlib.Path) -> Iterator[Any]:
+    *paths, alone = [bench_file(path.with_name(f"{number}.db"), bench.own) for number in range(51)]
+    processes = elsewhere(idle_drains, alone), elsewhere(idle_drains, *paths)
+    try:
+        cpu, _ = (float(process.stdout.readline()) for process in processes)
+        took = [each for p in paths for each in latencies(p, host_emits(p, 1, random.random() / 40, False))]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    yield part(took, 0.5), part(took, 0.99)
+    yield cpu
+
+
+@measured("N6 - memory of a drain, more than import requests; <= 15 MB")
+def a_drain_takes_little_memory(bench: Bench, path: pathlib.Path) -> Iterator[float]:
+    bench_file(path, bench.url, 20_000)
+    yield peak_memory(DRAIN_2_S, str(path)) - peak_memory("import requests")
+
+
+def host_writes(
+    path: str, seconds: float, synchronous: str, drains: bool = False, pause: float = 0.005, reads: bool = False
+) -> tuple[list[float], float]:
+    """Commit a row (first read, and wait 1 ms) and again after a pause; return the milliseconds that each took, and
+    the percentage of "database is locked"."""
+    took, locked, end = [], 0, time.monotonic() + seconds
+    with (
+        contextlib.closing(sqlite3.connect(path, isolation_level=None)) as conn,
+        bench_outbox(path) if drains else contextlib.nullcontext(),
+    ):
+        conn.execute(f"PRAGMA synchronous = {synchronous}")
+        while time.monotonic() < end:
+            begun = time.perf_counter()
+            conn.execute("BEGIN")
+            if reads:
+                conn.execute("SELECT max(id) FROM orders").fetchone()
+                time.sleep(0.001)
+            try:
+                conn.execute("INSERT INTO orders (total) VALUES (49.99)")
+                conn.execute("COMMIT")
+            except sqlite3.OperationalError:
+                conn.execute("ROLLBACK")
+                locked += 1
+            took.append(1e3 * (time.perf_counter() - begun))
+            time.sleep(pause)
+    return took, 100 * locked / len(took)
+
+
+@contextlib.contextmanager
+def host(path: Any, *args: Any) -> Iterator[list[Any]]:
+    """Start a host in a process of its own; what it returned is in the list in the end."""
+    process, got = elsewhere(host_writes, str(path), *args), []
+    eventually(lambda: query(path, "SELECT count(*) FROM orders")[0][0], within=60)
+    yield got
+    got.extend(result(process))
+
+
+@measured("N7 commit of a host alone, p99 / max, NORMAL; ms", where="alone", synchronous="NORMAL")
+@measured("N7 commit of a host alone, p99 / max, FULL; ms", where="alone", synchronous="FULL")
+@measured("N7 - beside a drain in its process, NORMAL; <= 2 / 20 ms", where="same", synchronous="NORMAL")
+@measured("N7 - beside a drain in its process, FULL; <= 2 / 20 ms", where="same", synchronous="FULL")
+@measured("N7 - beside a drain in another, NORMAL; <= 2 / 20 ms", where="other", synchronous="NORMAL")
+@measured("N7 - beside a drain in another, FULL; <= 2 / 20 ms", where="other", synchronous="FULL")
+def a_full_speed_drain_does_not_slow_its_host(
+    bench: Bench, path: pathlib.Path, where: str, synchronous: str
+) -> Iterator[Any]:
+    bench_file(path, bench.url, BENCH_ROWS // 6)
+    with (
+        host(path, 3.0, synchronous, where == "same") as took,
+        bench_outbox(path) if where == "other" else contextlib.nullcontext(),
+    ):
+        time.sleep(2.5)
+    yield part(took[0], 0.99), max(took[0])
+
+
+@measured("N7 - host that reads, waits 1 ms, writes: locked errors; <= 1 %")
+def a_host_that_reads_then_writes_is_seldom_locked_out(bench: Bench, path: pathlib.Path) -> Iterator[float]:
+    bench_file(path, bench.url, BENCH_ROWS // 6)
+    with host(path, 3.0, "NORMAL", False, 0.0, True) as got, bench_outbox(path):
+        time.sleep(2.5)
+    yield got[1]
+
+
+@measured(
+    "N7b recorded beside a host that commits without pause; >= 1000 a second", "N7b - the host's commits; a second"
+)
+def a_drain_goes_on_beside_a_host_that_never_pauses(bench: Bench, path: pathlib.Path) -> Iterator[float]:
+    bench_file(path, bench.url, BENCH_ROWS // 6)
+    with host(path, 3.0, "NORMAL", False, 0.0) as took, bench_outbox(path):
+        time.sleep(2.5)
+        ((count,),) = query(path, "SELECT count(*) FROM webhook_attempts")
+    yield from (count / 2.5, len(took[0]) / 3.0)
+
+
+def healthy(bench: Bench, path: pathlib.Path, trouble: bool) -> tuple[float, float]:
+    """Return the deliveries/s of 50 healthy endpoints and their p99 from commit to 2xx, with or without trouble."""
+    outbox, hang = bench_outbox(make_database(path)), [f"hang{number}" for number in range(100 * trouble)]
+    with outbox.transaction() as conn:
+        for number in range(50):
+            outbox.add_endpoint(bench.own, id=f"ok{number}", events=[f"ok.{number}"], conn=conn)
+        for id in [*hang, "refuse"]:
+            outbox.add_endpoint(bench.own + id, id=id, timeout=1.0, events=["none"], conn=conn)
+    bench_fill(path, 200, *[f"ok{number}" for number in range(50)])
+    bench_fill(path, 20, *hang)
+    bench_fill(path, BENCH_ROWS // 10 if trouble else 0, "refuse")
+    pending = "SELECT 1 FROM webhook_deliveries WHERE status = 'pending' AND endpoint_id BETWEEN 'ok' AND 'ol' LIMIT 1"
+    begun = time.time()
+    outbox.start()
+    eventually(lambda: not query(path, pending), within=120)
+    ((ended,),) = query(path, "SELECT max(delivered_at) FROM webhook_deliveries")
+    for number in range(600):
+        time.sleep(0.005)
+        emit(outbox, f"ok.{number % 50}", BENCH_DATA)
+    eventually(lambda: not query(path, pending), within=120)
+    outbox.stop(0.1)
+    sql = "SELECT delivered_at - created_at FROM webhook_events JOIN webhook_deliveries ON event = seq "
+    took = [1e3 * row[0] for row in query(path, sql + "WHERE type GLOB 'ok*'")]
+    return 10_000 / (ended - begun), part(took, 0.99)
+
+
+@measured(
+    "N8 50 healthy beside 100 that hang and 100,000 refused rows, of without; >= 0.9 x",
+    "N8 - p99 of commit to 2xx, of without; <= 2 x",
+    "N8 - without / with trouble; a second",
+    "N8 - p99 without / with trouble; ms",
+)
+def endpoints_that_hang_or_refuse_cost_the_others_nothing(bench: Bench, path: pathlib.Path) -> Iterator[Any]:
+    rate, p99 = healthy(bench, path, False)
+    rate_beside, p99_beside = healthy(bench, path.with_suffix(".trouble"), True)
+    yield from (rate_beside / rate, p99_beside / p99, (rate, rate_beside), (p99, p99_beside))
+
+
+@measured("N9 receiver that takes 50 ms, 64 at once, of the bound; >= 0.95 x", workers=64)
+@measured("N9 receiver that takes 50 ms, 256 at once, of the bound; >= 0.95 x", workers=256)
+def slow_receivers_are_limited_by_exchanges_alone(bench: Bench, path: pathlib.Path, workers: int) -> Iterator[float]:
+    bench_file(path, bench.own + "slow", 40 * workers, max_in_flight=workers)
+    assert bench_outbox(path, workers=workers).drain(once=True).delivered == 40 * workers
+    yield steady_rate(str(path), skip=10 * workers) / (workers / 0.05)  # the concurrency grows at first
+
+
+@measured(
+    "N10 deliveries over TLS, of a Session loop's; >= 12 x",
+    "N10 - CPU of a Session loop's delivery, of ours; x",
+    "N10 - Session loop / outbox over TLS; a second",
+)
+def tls_costs_a_drain_little(bench: Bench, path: pathlib.Path) -> Iterator[Any]:
+    (loop, loop_cpu), file = session_loop(bench, bench.tls, 500), bench_file(path, bench.tls, 10_000, ca=bench.ca)
+    ours, cpu = drain_all(file, 10_000)
+    yield from (ours / loop, loop_cpu / cpu, (loop, ours))
+
+
+@measured(f"N11 status on {BENCH_ROWS:,} rows; <= 0.3 s", "N11 - import, beyond import requests; <= 30 ms", rounds=5)
+def status_and_import_are_quick(bench: Bench, path: pathlib.Path) -> Iterator[float]:
+    begun, arguments = time.perf_counter(), ["--db", bench.large, "status"]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        assert webhook_outbox.main(arguments) == 0
+    yield time.perf_counter() - begun
+    code = """import sys
+sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]
+import requests, time
+begun = time.process_time()
+import webhook_outbox
+print(1e3 * (time.process_time() - begun))"""
+    yield [result(run_python(code, str(path.with_suffix(".cache")))) for _ in range(2)][1]  # the first one compiles
+
+
+@measured("N12 replay of 100,000 failed rows; <= 2 s", "N12 - a host's longest commit meanwhile; <= 50 ms")
+def a_large_replay_lets_the_host_commit(bench: Bench, path: pathlib.Path) -> Iterator[float]:
+    bench_file(path, bench.url, BENCH_ROWS // 10, "failed")
+    failed = "INSERT INTO webhook_failed (event_id, endpoint_id, type, attempts, reason, failed_at) "
+    query(path, failed + "SELECT id, 'it', type, 10, 'status', created_at FROM webhook_events")
+    with host(path, 4.0, "NORMAL") as took:
+        begun = time.perf_counter()
+        assert bench_outbox(path).replay(all=True) == BENCH_ROWS // 10
+        yield time.perf_counter() - begun
+    yield max(took[0])
+
+
+@measured("- deliveries of two processes with --shard, of one; x", "- one / two; a second")
+def two_shares_use_two_cores(bench: Bench, path: pathlib.Path) -> Iterator[Any]:
+    rates, code = [], "import sys, webhook_outbox; webhook_outbox.main(sys.argv[1:]); print(0)"
+    for shards in (["1/1"], ["1/2", "2/2"]):
+        file, ids = make_database(path.with_suffix(f".{len(shards)}")), [f"it{number}" for number in range(8)]
+        for id in ids:
+            bench_outbox(file).add_endpoint(bench.url, id=id)
+        bench_fill(file, 4_000, *ids)
+        options = ["--db", file, "--allow-network", LOOPBACK[0], "drain", "--until-empty", "--shard"]
+        for process in [run_python(code, *options, shard) for shard in shards]:
+            result(process)
+        assert not query(file, "SELECT 1 FROM webhook_deliveries WHERE status <> 'delivered' LIMIT 1")
+        rates.append(steady_rate(file))
+    yield from (rates[1] / rates[0], tuple(rates))
 
 
 @pytest.mark.bench
-def test_ten_thousand_waiting_deliveries_against_a_session_loop(
-    bench_url: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rounds = []
-    for number in range(5):
-        loop, ours = bench_session_loop(bench_url, 1500), bench_drain(bench_url, 10_000, tmp_path / f"{number}.db")
-        rounds.append((loop[0], ours[0], ours[0] / loop[0], loop[1] / ours[1]))
-    with capsys.disabled():
-        print(f"\n{os.uname().machine}, {os.cpu_count()} cores, Python {sys.version.split()[0]}, "
-              f"SQLite {sqlite3.sqlite_version}, requests {requests.__version__}")  # fmt: skip
-        print("round  Session loop/s  outbox/s  ratio  CPU ratio")
-        for number, (loop_rate, rate, ratio, cpu_ratio) in enumerate(rounds, 1):
-            print(f"{number:5}  {loop_rate:14,.0f}  {rate:8,.0f}  {ratio:5.1f}  {cpu_ratio:9.1f}")
-        middle = sorted(rounds, key=lambda row: row[2])[2]
-        print(f"median ratio {middle[2]:.1f}, median CPU ratio {sorted(row[3] for row in rounds)[2]:.1f}")
+@pytest.mark.parametrize(("function", "rows", "rounds"), MEASUREMENTS)
+def test_measured(function: Any, rows: Any, rounds: int, bench: Bench, tmp_path: pathlib.Path) -> None:
+    values = [list(function(bench, tmp_path / f"{number}.db")) for number in range(rounds)]
+    for row, of_row in zip(rows, zip(*values, strict=True), strict=True):
+        bench.add(row, [each if isinstance(each, tuple) else (each,) for each in of_row])

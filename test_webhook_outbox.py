@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import functools
 import gc
+import gzip
 import hashlib
 import hmac
 import ipaddress
@@ -46,7 +47,6 @@ import time
 import tracemalloc
 import types
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -142,6 +142,7 @@ class Receiver:
     def __init__(self, play: Any = OK, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
         self.play, self.tls = play, tls
         self.requests: list[Request] = []
+        self.lasted: dict[int, float] = {}  # seconds that each connection was open, as seen from this side
         self.connections = 0
         self.closed = False
         self.open: set[socket.socket] = set()
@@ -170,12 +171,13 @@ class Receiver:
             self._run(self._serve, sock, self.connections)
 
     def _serve(self, sock: socket.socket, number: int) -> None:
-        raw = sock
+        raw, began = sock, time.monotonic()
         with contextlib.suppress(OSError, ValueError):
             if self.tls:
                 sock = self.tls.wrap_socket(sock, server_side=True)
                 self.open.add(sock)
             self.serve(sock, number)
+        self.lasted[number] = time.monotonic() - began
         for each in {sock, raw}:
             self.open.discard(each)
             each.close()
@@ -227,8 +229,8 @@ def serve() -> Iterator[Callable[..., Receiver]]:
     """Make receivers that are closed at the end of the test."""
     made: list[Receiver] = []
 
-    def make(play: Any = OK, **options: Any) -> Receiver:
-        made.append(Receiver(play, **options))
+    def make(play: Any = OK, kind: type[Receiver] = Receiver, **options: Any) -> Receiver:
+        made.append(kind(play, **options))
         return made[-1]
 
     yield make
@@ -3590,7 +3592,8 @@ def test_the_environment_does_not_touch_a_delivery(wal, serve, authority, tmp_pa
 
 # A network of its own, in which every address is this machine: where connections land is the verdict.
 
-NETWORK_ZONE: dict[str, list[list[str]]] = {  # what the DNS server answers, lookup by lookup; the last for ever
+# What the DNS server answers, lookup by lookup, the last for ever; a name among addresses is a CNAME.
+NETWORK_ZONE: dict[str, list[list[str]]] = {
     "public.test": [["93.184.216.34"]],
     "public6.test": [["2606:2800:220:1:248:1893:25c8:1946"]],
     "loopback.test": [["127.0.0.1"]],
@@ -3598,23 +3601,40 @@ NETWORK_ZONE: dict[str, list[list[str]]] = {  # what the DNS server answers, loo
     "mixed.test": [["93.184.216.34", "127.0.0.1"]],
     "rebind.test": [["93.184.216.34"], ["127.0.0.1"]],
     "flipping.test": [["10.0.0.1"], ["93.184.216.34"]],
+    "mixed6.test": [["93.184.216.34", "::1"]],
+    "alias.test": [["a.alias.test", "b.alias.test", "93.184.216.34"]],
+    "alias-inside.test": [["public.test", "127.0.0.1"]],
+    "huge.test": [[*(f"93.184.{n >> 8}.{n & 255}" for n in range(2000)), "127.0.0.1"]],
     "mapped.test": [["::ffff:127.0.0.1"]],
+    "mapped-outside.test": [["::ffff:93.184.216.34"]],
     "nat64.test": [["64:ff9b::7f00:1"]],
     "unique-local.test": [["fd00::1"]],
     "nothing.test": [[]],
-    "silent.test": [],  # no answer at all
+    "silent.test": [],  # no answer at all: the system's resolver waits for 30 s
 }
 NETWORK_LITERALS = (
     "93.184.216.34 127.0.0.1 2130706433 0x7f.1 0177.0.0.1 0 10.0.0.1 169.254.169.254 [::1] [::ffff:10.0.0.1] "
     "[64:ff9b::a9fe:a9fe] [fe80::1] [fd00::1] 0.0.0.0 224.0.0.1 localhost"
 ).split()
+# Spellings that parsers read differently, written past registration; every name in them resolves to loopback.
+NETWORK_ODD = r"""https://127.0.0.1./ https://[::ffff:7f00:1]/ https://[0:0:0:0:0:ffff:a9fe:a9fe]/ https://[::127.0.0.1]/
+https://0x7f000001/ https://127.0.1/ https://LOCALHOST./ https://public.test.inside.test/ https://127\uff0e0\uff0e0\uff0e1/
+https://\u24db\u24de\u24d2\u24d0\u24db\u24d7\u24de\u24e2\u24e3/ https://\uff11\uff12\uff17.0.0.1/ https://in\u00adside.test/
+https://public.test:443@inside.test/ https://inside.test\x5c@public.test/ https://inside.test?@public.test/ https://[::]/
+https://inside.test/\x5c.public.test https://00000177.1/ https://[::ffff:0:127.0.0.1]/ https://[fe80::1%25lo]/
+https://[2002:7f00:1::]/ https://[2001:0:7f00:1::]/ https://[ff02::1]/ https://INSIDE.test:00443/ https://4294967295/
+https://1.1.1.1\x20&@127.0.0.1/ https://127.0.0.1\t/ https://inside.test%2epublic.test/ https://[127.0.0.1]/
+https://[v1.127]/ https://0b1111111.0.0.1/ https://127.0.0.1%2f@public.test/ https://999999999999/""".split()
 NETWORK_SCRIPT = """
-import ipaddress, json, socket, struct, subprocess, sys, threading
-folder, zone, literals = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+import ipaddress, json, os, socket, struct, subprocess, sys, threading
+from webhook_outbox import Outbox, RetryPolicy, UnsafeURL
+folder, (zone, literals, cases, ca) = sys.argv[1], json.load(sys.stdin)
 try:
     for line in ("ip link set lo up", "ip route add local 0.0.0.0/0 dev lo", "ip -6 route add local ::/0 dev lo",
-                 f"mount --bind {folder}/resolv.conf /etc/resolv.conf"):
-        subprocess.run(line.split(), check=True, capture_output=True)
+                 f"mount --bind {folder}/resolv.conf /etc/resolv.conf",
+                 f"mount --bind {folder}/nsswitch.conf /etc/nsswitch.conf"):
+        if os.path.exists(line.split()[-1]) or line[0] == "i":
+            subprocess.run(line.split(), check=True, capture_output=True)
     dns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     dns.bind(("127.0.0.1", 53))
 except (OSError, subprocess.CalledProcessError) as error:
@@ -3629,23 +3649,26 @@ def names():
             labels.append(query[at + 1 : at + 1 + query[at]].decode())
             at += query[at] + 1
         name, kind = ".".join(labels), struct.unpack("!H", query[at + 1 : at + 3])[0]
-        turns = zone.get(name, [[]])
+        turns = zone.get(name, [others])
         if not turns:
             continue
         turn = asked.setdefault((name, kind), 0)
         asked[name, kind] += 1
-        found = [ipaddress.ip_address(text) for text in turns[min(turn, len(turns) - 1)]]
-        found = [address for address in found if (address.version == 6) == (kind == 28)]
-        answers = b"".join(
-            b"\\xc0\\x0c" + struct.pack("!HHIH", kind, 1, 0, len(address.packed)) + address.packed for address in found
-        )
-        head = query[:2] + b"\\x81\\x80" + struct.pack("!HHHH", 1, len(found), 0, 0)
-        dns.sendto(head + query[12 : at + 5] + answers, who)
+        records, owner = [], b"\\xc0\\x0c"
+        for text in turns[min(turn, len(turns) - 1)]:
+            if text[-1].isalpha():
+                data = b"".join(bytes([len(label)]) + label.encode() for label in text.split(".")) + bytes(1)
+                records.append(owner + struct.pack("!HHIH", 5, 1, 0, len(data)) + data)
+                owner = data
+            elif (":" in text) == (kind == 28):
+                data = ipaddress.ip_address(text).packed
+                records.append(owner + struct.pack("!HHIH", kind, 1, 0, len(data)) + data)
+        head = query[:2] + b"\\x81\\x80" + struct.pack("!HHHH", 1, len(records), 0, 0)
+        dns.sendto(head + query[12 : at + 5] + b"".join(records), who)
 
-landed = []
+landed, others = [], []
 
-def listen(family, address):
-    listener = socket.create_server((address, 80), family=family, backlog=64)
+def listen(listener):
     while True:
         conn, _ = listener.accept()
         landed.append(conn.getsockname()[0].removeprefix("::ffff:"))
@@ -3653,61 +3676,79 @@ def listen(family, address):
             conn.recv(65536)
             conn.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n")
 
-for target in ((names,), (listen, socket.AF_INET, "0.0.0.0"), (listen, socket.AF_INET6, "::")):
-    threading.Thread(target=target[0], args=target[1:], daemon=True).start()
+listeners = [socket.create_server(("0.0.0.0", port)) for port in (25, 80, 443)]
+listeners += [socket.create_server(("::", port), family=socket.AF_INET6) for port in (25, 80, 443)]
+threading.Thread(target=names, daemon=True).start()
+for listener in listeners:
+    threading.Thread(target=listen, args=(listener,), daemon=True).start()
 
-from webhook_outbox import Outbox, RetryPolicy, UnsafeURL
-outbox = Outbox(folder + "/app.db", allow_http=True, timeout=3, connect_timeout=2, retry=RetryPolicy((0,)))
+outbox = Outbox(folder + "/app.db", allow_http=True, timeout=10, retry=RetryPolicy((0,)))
 ids, refused = {}, []
 for host in [*zone, *literals]:
+    silent = {"events": ["first"], "timeout": 1.0} if host == "silent.test" else {}
     try:
-        ids[outbox.add_endpoint(f"http://{host}/").id] = host
+        ids[outbox.add_endpoint(f"http://{host}/", **silent).id] = host
     except UnsafeURL:
         refused.append(host)
-reasons = {host: [] for host in ids.values()}
-for _ in range(2):
+told = {host: [] for host in ids.values()}
+for type in ("first", "second"):
     with outbox.transaction() as conn:
-        event = outbox.emit(conn, "order.created", {})
+        event = outbox.emit(conn, type, {})
     outbox.drain(once=True)
     for attempt in outbox.attempts(event):
-        reasons[ids[attempt.endpoint_id]].append(attempt.reason)
-print(json.dumps({"landed": landed, "refused": refused, "reasons": reasons}))
+        told[ids[attempt.endpoint_id]].append((attempt.reason, attempt.duration))
+places, verdicts = list(landed), []
+outbox.add_endpoint("https://x.test/", id="odd", ca=ca)
+for url, others in cases:
+    del landed[:]
+    with outbox.transaction() as conn:
+        conn.execute("UPDATE webhook_endpoints SET url = ? WHERE id = 'odd'", (url,))
+    attempt = outbox.ping("odd")
+    for listener in listeners:  # what came before is known by then
+        address = "::7" if listener.family == socket.AF_INET6 else "127.7.7.7"
+        with socket.create_connection((address, listener.getsockname()[1])) as own:
+            own.sendall(b"x")
+            own.recv(99)
+    verdicts.append([attempt.reason, [address for address in landed if address not in ("127.7.7.7", "::7")]])
+print(json.dumps({"landed": places, "refused": refused, "told": told, "verdicts": verdicts}))
 """
 
 
-def test_in_a_network_where_every_address_answers_connections_land_only_where_they_may(tmp_path):
+def test_in_a_network_where_every_address_answers_connections_land_only_where_they_may(tmp_path, authority):
     if not all(map(shutil.which, ("unshare", "ip", "mount"))):
         pytest.skip("needs unshare, ip and mount")
-    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions attempts:1 timeout:5\n")
-    script = [
-        sys.executable,
-        "-c",
-        NETWORK_SCRIPT,
-        str(tmp_path),
-        json.dumps(NETWORK_ZONE),
-        json.dumps(NETWORK_LITERALS),
-    ]
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions attempts:1 timeout:30\n")
+    (tmp_path / "nsswitch.conf").write_text("hosts: files dns\n")
+    cases, expected = [], []
+    for line in GUARD_CASES.strip().splitlines():
+        verdict, addresses, url = line.encode().decode("unicode_escape").split(" ", 2)
+        cases.append((url, [] if addresses in "-!" else addresses.split(",")))
+        literal = url.partition("[")[2].partition("]")[0]
+        expected.append([] if verdict == "block" else [literal or addresses])
+    for text in GUARD_ODD + NETWORK_ODD:
+        cases.append((text.encode().decode("unicode_escape"), ["127.0.0.1"]))
+        expected.append([])
     ran = subprocess.run(
-        ["unshare", "-r", "-n", "-m", *script], capture_output=True, text=True, timeout=90, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        ["unshare", "-r", "-n", "-m", sys.executable, "-c", NETWORK_SCRIPT, str(tmp_path)], capture_output=True,
+        text=True, timeout=90, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        input=json.dumps([NETWORK_ZONE, NETWORK_LITERALS, cases, authority.path]),
     )  # fmt: skip
-    if not ran.stdout or "skip" in ran.stdout:
+    if '{"skip"' in ran.stdout or ran.stderr.startswith("unshare"):
         pytest.skip(f"no network namespace here: {ran.stdout}{ran.stderr[-200:]}")
+    assert ran.returncode == 0, ran.stderr
     seen = json.loads(ran.stdout)
-    reasons = seen["reasons"]
-    good = {"93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946"}
-    assert set(seen["landed"]) == good and len(seen["landed"]) == 2 * 3 + 1 + 1
-    assert [host for host, told in reasons.items() if told == [None, None]] == [
-        "public.test",
-        "public6.test",
-        "93.184.216.34",
-    ]
-    assert reasons["rebind.test"] == [None, "blocked"] and reasons["flipping.test"] == ["blocked", None]
-    assert reasons["nothing.test"] == ["dns", "dns"] and reasons["silent.test"] == ["dns", "dns"]
-    for name in ("loopback", "metadata", "mixed", "mapped", "nat64", "unique-local"):
-        assert reasons[name + ".test"] == ["blocked", "blocked"], name
-    assert reasons["localhost"] == ["blocked", "blocked"]
+    outside = ["public.test", "public6.test", "alias.test", "mapped-outside.test", "93.184.216.34"]
+    assert set(seen["landed"]) == {"93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946"}
+    assert len(seen["landed"]) == 2 * len(outside) + 1 + 1
+    expect = {host: ["blocked", "blocked"] for host in seen["told"]} | {host: [None, None] for host in outside}
+    expect |= {"rebind.test": [None, "blocked"], "flipping.test": ["blocked", None]}
+    expect |= {"nothing.test": ["dns", "dns"], "silent.test": ["dns"]}
+    assert {host: [reason for reason, _ in told] for host, told in seen["told"].items()} == expect
+    assert seen["told"]["silent.test"][0][1] < 5, "a lookup without an end ends with the endpoint's timeout"
     assert set(seen["refused"]) == set(NETWORK_LITERALS) - {"93.184.216.34", "localhost"}
+    for (url, _), (reason, places), where in zip(cases, seen["verdicts"], expected, strict=True):
+        assert places == where, url
+        assert where or reason in ("blocked", "dns"), (url, reason)
 
 
 # ── exchange ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3719,12 +3760,14 @@ def exchange_cut(data: bytes) -> Callable[..., bool]:
 
 
 def exchange_endless(head: bytes, piece: bytes, pause: float = 0.0) -> Callable[..., bool]:
-    """Send a head, then the same piece for ever."""
+    """Send a head, then the same piece for ever; count what it got rid of."""
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
         sock.sendall(head)
+        receiver.sent = 0
         while not receiver.closed:
             sock.sendall(piece)
+            receiver.sent += len(piece)
             time.sleep(pause)
         return False
 
@@ -3749,22 +3792,60 @@ def exchange_reset(receiver: Receiver, sock: socket.socket, request: Request) ->
 
 
 class ExchangeDeaf(Receiver):
-    """Accepts connections, and does with them what `play` says without reading a request."""
+    """Does with its first connection what `play` says without reading a request, or TLS if that comes `later`."""
+
+    later: ssl.SSLContext | None = None
 
     def serve(self, sock: socket.socket, number: int) -> None:
-        self.play(self, sock, None)
-        while sock.recv(65536):
-            pass
+        if number > 1:
+            super().serve(sock, number)
+            return
+        self.tls = self.tls or self.later
+        if self.play(self, sock, None):
+            while sock.recv(65536):
+                pass
+
+
+@contextlib.contextmanager
+def exchange_lateness() -> Iterator[list[float]]:
+    """How late a thread that sleeps 10 ms woke, at worst: what this machine may add to any time limit."""
+    worst, stop = [0.0], threading.Event()
+
+    def tick() -> None:
+        began = time.monotonic()
+        while not stop.wait(0.01):
+            worst[0] = max(worst[0], time.monotonic() - began - 0.01)
+            began = time.monotonic()
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        yield worst
+    finally:
+        stop.set()
+        thread.join()
 
 
 EXCHANGE_CHUNKED = b"HTTP/1.1 %d X\r\nTransfer-Encoding: chunked\r\n\r\n"
 EXCHANGE_LONG = b"HTTP/1.1 %d X\r\nContent-Length: 1000000000000\r\n\r\n"
-EXCHANGE_BOMB = zlib.compress(bytes(1 << 26), 9)
-# name, what the receiver does, reason and status of the attempt
+EXCHANGE_RECORD = b"\x16\x03\x03\x40\x00" + bytes(99)  # the start of a long TLS record
+# number in the list of faults and name, what the receiver does, reason and status of the attempt; 4: without TLS where
+# it is expected, and without reading a request
 EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     "2 close": (exchange_cut(b""), "protocol", None),
     "2 reset": (exchange_reset, ("connect", "protocol"), None),
+    "2 reset in the head": (
+        lambda r, s, q: s.sendall(OK[:20]) or exchange_reset(r, s, q),
+        ("connect", "protocol"),
+        None,
+    ),
     "3 silence": (b"", "timeout", None),
+    "4 stall": (lambda *_: True, "timeout", None),
+    "4 drip": (exchange_drip(EXCHANGE_RECORD), "timeout", None),
+    "4 plain": (lambda r, s, q: not s.sendall(OK), "tls", None),
+    "4 alert": (lambda r, s, q: not s.sendall(b"\x15\x03\x03\x00\x02\x02\x28"), "tls", None),
+    "4 close": (lambda *_: False, ("tls", "connect"), None),
+    "4 reset": (exchange_reset, ("tls", "connect"), None),
     "5 header drip": (exchange_drip(answer(200, b"", "X: " + "x" * 99)), "timeout", None),
     "6 body drip": (exchange_endless(EXCHANGE_LONG % 200, b"x", 0.1), "timeout", None),
     "6 chunk drip": (exchange_endless(EXCHANGE_CHUNKED % 200, b"1\r\nx\r\n", 0.1), "timeout", None),
@@ -3774,13 +3855,15 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     "8 processing": (b"HTTP/1.1 102 Processing\r\n\r\n", "protocol", None),
     "8 hints": (b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + OK, "protocol", None),
     "8 odd": (b"HTTP/1.1 199 Odd\r\n\r\n", "protocol", None),
+    "8 two answers": (OK + answer(200, b"stale"), None, 200),
     "9 upgrade": (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "protocol", None),
     "10 endless body": (exchange_endless(EXCHANGE_LONG % 200, bytes(65536)), None, 200),
     "10 endless error": (exchange_endless(EXCHANGE_LONG % 500, bytes(65536)), "status", 500),
     "10 endless chunks": (exchange_endless(EXCHANGE_CHUNKED % 500, b"8\r\n12345678\r\n" * 999), "status", 500),
     "10 endless chunk": (exchange_endless(EXCHANGE_CHUNKED % 200 + b"ffffffff\r\n", bytes(65536)), None, 200),
     "10 endless unframed": (exchange_endless(b"HTTP/1.1 404 X\r\n\r\n", b"x" * 65536), "status", 404),
-    "11 bomb": (answer(200, EXCHANGE_BOMB, "Content-Encoding: deflate"), None, 200),
+    "10 long error": (answer(500, b"x" * 200_000), "status", 500),
+    "11 bomb": (answer(200, gzip.compress(bytes(1 << 26)), "Content-Encoding: gzip"), None, 200),
     "12 redirect endless": (
         exchange_endless((EXCHANGE_LONG % 302)[:-2] + b"Location: /x\r\n\r\n", bytes(65536)),
         "status",
@@ -3793,11 +3876,24 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     "15 giant status": (exchange_endless(b"HTTP/1.1 200 ", b"x" * 65536), "protocol", None),
     "16 bad chunk": (EXCHANGE_CHUNKED % 500 + b"zz\r\nx\r\n", "status", 500),
     "16 bad chunk end": (EXCHANGE_CHUNKED % 200 + b"1\r\nxyz\r\n", None, 200),
+    "16 chunk negative": (EXCHANGE_CHUNKED % 200 + b"-2\r\nok\r\n0\r\n\r\n", None, 200),
+    "16 bytes after the end": (EXCHANGE_CHUNKED % 200 + b"2\r\nok\r\n0\r\n\r\nHTTP", None, 200),
     "16 short body": (exchange_cut(answer(500, b"x" * 9)[:-3]), "status", 500),
     "16 short success": (exchange_cut(answer(200, b"x" * 9)[:-3]), None, 200),
     "16 two lengths": (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok", None, 200),
+    "16 length and chunks": (OK[:-6] + b"\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", None, 200),
+    "16 coded chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", None, 200),
+    "16 unframed": (b"HTTP/1.1 200 OK\r\n\r\n", None, 200),
+    "16 space before colon": (b"HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\nok", None, 200),
+    "16 folded": (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n folded\r\n\r\nok", None, 200),
+    "16 nul": (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: \0\r\n\r\nok", None, 200),
+    "16 one zero": (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", None, 200),
+    "16 closing": (answer(200, b"ok", "Connection: close"), None, 200),
+    "16 body of none": (answer(204, b"ok"), None, 204),
+    "16 negative success": (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", None, 200),
     "16 negative": (exchange_cut(b"HTTP/1.1 503 X\r\nContent-Length: -1\r\n\r\nno"), "status", 503),
     "16 old": (exchange_cut(b"<html>ok</html>"), "protocol", None),
+    "16 version": (b"HTTP/0.9\r\n\r\n", "protocol", None),
     "16 garbage": (b"\x00\xff\r\n\r\n", "protocol", None),
     "16 cut head": (exchange_cut(b"HTTP/1.1 200 OK\r\nContent-Le"), "protocol", None),
     "17 099": (answer(99).replace(b" 99 ", b" 099 "), "protocol", None),
@@ -3808,95 +3904,101 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     "20 502": (answer(502), "status", 502),
     "20 503": (answer(503), "status", 503),
     "20 504": (answer(504), "status", 504),
+    "25 latency": (lambda r, s, q: time.sleep(0.5) or not s.sendall(answer(500)), "status", 500),
     "25 partition": (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", "timeout", None),
 }
 EXCHANGE_TIMEOUT = 1.0
+EXCHANGE_KEPT = (
+    "1 ",
+    "11",
+    "13",
+    "14",
+    "19",
+    "20",
+    "25 latency",
+)  # whole answers: the connection may carry the next event
+
+
+def exchange_once(name: str, fault: Any) -> Callable[..., bool]:
+    """Play a fault on the first connection. Answer what comes later with its own id; whoever reuses a connection that
+    took an odd answer gets a late one first, which belongs to the event before."""
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request | None) -> bool:
+        if fault is not None and (request is None or len(receiver.requests) == request.connection == 1):
+            return fault(receiver, sock, request) if callable(fault) else not sock.sendall(fault)
+        late = b"" if request.connection > 1 or name.startswith(EXCHANGE_KEPT) else answer(200, b"late")
+        sock.sendall(late + answer(200, request.headers["webhook-id"].encode()))
+        return True
+
+    return play
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_no_fault_of_a_receiver_lasts_longer_costs_memory_or_touches_the_others(wal, serve, authority, tls):
-    context = authority.server() if tls else None
-    victim = serve()
+def test_no_fault_of_a_receiver_costs_time_or_memory_or_reaches_the_next_event_or_the_others(
+    wal, serve, authority, tls
+):
+    context, clock, lookups = authority.server() if tls else None, Clock(), []
+    victim, well = serve(), serve(tls=context)
+    inside = b"HTTP/1.1 302 X\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n"
     faults = {
         **EXCHANGE_FAULTS,
-        "14 internal": (answer(302, b"", "Location: " + victim.url("/?token=x")), "status", 302),
+        "1 refused": (None, "connect", None),
+        "14 internal": (inside % victim.url("/?canaries").encode(), "status", 302),
+        "14 name": (inside % b"http://inside.test/?canaries", "status", 302),
     }
-    servers = {name: serve(play, tls=context) for name, (play, _, _) in faults.items()}
-    healthy = [serve(tls=context) for _ in range(3)]
-    clock = Clock()
-    outbox = make_outbox(wal, timeout=20, workers=200, clock=clock)
-    for name, receiver in servers.items():
-        timeout = EXCHANGE_TIMEOUT if faults[name][1] == "timeout" else None  # the others end by themselves
-        outbox.add_endpoint(receiver.url(), id=name.replace(" ", "-"), ca=authority.path, timeout=timeout)
-    for receiver in healthy:
-        outbox.add_endpoint(receiver.url(), ca=authority.path)
-    event_id = emit(outbox)
-    tracemalloc.start()
-    try:
-        report = outbox.drain(once=True)
-        assert tracemalloc.get_traced_memory()[1] < 10_000_000
-    finally:
-        tracemalloc.stop()
-    good = [name for name, (_, reason, _) in faults.items() if reason is None]
-    assert report.delivered == len(good) + len(healthy) and report.failed == 1
-    assert all(len(receiver.requests) == 1 for receiver in [*healthy, *servers.values()]) and victim.connections == 0
+    outbox = make_outbox(wal, timeout=20, workers=200, clock=clock, resolver=lambda host, port: lookups.append(host))
+    ids, servers = {name: name.replace(" ", "-") for name in faults}, {}
+    refuses = socket.socket()
+    refuses.bind(("127.0.0.1", 0))  # and does not listen
+    for name, (fault, reason, _) in faults.items():
+        play, deaf = exchange_once(name, fault), name.startswith("4")
+        servers[name] = receiver = serve(play, ExchangeDeaf) if deaf else serve(play, tls=context)
+        receiver.later = authority.server()
+        receiver.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # else the kernel takes megabytes
+        url = receiver.url("/hook?canary").replace("http:", "https:" if deaf else "http:")
+        if name == "1 refused":
+            url = url.replace(str(receiver.port), str(refuses.getsockname()[1]))
+        timeout = EXCHANGE_TIMEOUT if reason == "timeout" else None  # the others end by themselves
+        outbox.add_endpoint(url, id=ids[name], ca=authority.path, timeout=timeout, max_in_flight=1)
+    healthy = [outbox.add_endpoint(well.url(f"/{n}"), ca=authority.path).id for n in range(10)]
+    first, second = emit(outbox), emit(outbox)
+    with refuses, exchange_lateness() as worst:
+        tracemalloc.start()
+        try:
+            outbox.drain(once=True)
+            assert tracemalloc.get_traced_memory()[1] < 10_000_000
+        finally:
+            tracemalloc.stop()
+        eventually(lambda: all(len(receiver.lasted) == receiver.connections for receiver in servers.values()))
     for name, (_, reason, status) in faults.items():
-        (attempt,) = outbox.attempts(event_id, name.replace(" ", "-"))
+        receiver, (attempt,) = servers[name], outbox.attempts(first, ids[name])
         assert attempt.status_code == status, (name, attempt)
         assert attempt.reason in (reason if isinstance(reason, tuple) else (reason,)), (name, attempt)
-        assert attempt.duration < (EXCHANGE_TIMEOUT + 1.0 if reason == "timeout" else 20), (name, attempt)
-        assert len(attempt.response or "") <= 4096
+        most = EXCHANGE_TIMEOUT + 0.5 + 3 * worst[0] if reason == "timeout" else 20.0
+        assert attempt.duration < most and (reason != "timeout" or receiver.lasted[1] < most), (name, attempt, worst)
+        assert getattr(receiver, "sent", 0) < 1_000_000 and len(attempt.response or "") <= 4096, name
         if reason is not None:
             assert attempt.error.isprintable() and 0 < len(attempt.error) <= 300, (name, attempt)
+            assert "canar" not in attempt.error, (name, attempt)
         if status in (302, 307):
-            assert "redirects are not followed" in attempt.error and "token" not in attempt.error, attempt
-    expected = {None: "delivered", "gone": "failed"}
-    assert statuses(outbox, event_id) == {
-        **{name.replace(" ", "-"): expected.get(reason, "pending") for name, (_, reason, _) in faults.items()},
-        **{endpoint.id: "delivered" for endpoint in outbox.endpoints() if endpoint.id.startswith("ep_")},
-    }
-    assert [e.id for e in outbox.endpoints() if not e.enabled] == ["19-gone"]
-    for receiver in servers.values():
-        receiver.play = OK
+            assert "redirects are not followed" in attempt.error, attempt
+    assert victim.connections == 0 and lookups == []
+    states = {None: "delivered", "gone": "failed"}
+    wanted = {ids[name]: states.get(reason, "pending") for name, (_, reason, _) in faults.items()}
+    assert statuses(outbox, first) == wanted | dict.fromkeys(healthy, "delivered")
+    others = dict.fromkeys([*wanted, *healthy], "delivered")
+    assert statuses(outbox, second) == others | {"1-refused": "pending", "19-gone": "held"}
+    assert {d.due_at - clock.now for d in outbox.event(first).deliveries if d.status == "pending"} == {1.0}
+    outbox.update_endpoint("1-refused", url=servers["1 refused"].url())
+    outbox.enable_endpoint("19-gone")
     clock.advance(1)
-    report = outbox.drain(once=True)
-    assert (report.delivered, report.retried, report.pending) == (len(faults) - len(good) - 1, 0, 0)
-
-
-def test_a_connection_that_cannot_be_made_ends_in_time_and_is_tried_again(wal, authority):
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as closed:
-        port = closed.getsockname()[1]
-    record = b"\x16\x03\x03\x40\x00" + bytes(99)
-    made = {
-        "refused": (f"https://127.0.0.1:{port}/", None, "connect"),
-        "stall": (None, lambda *_: None, "timeout"),
-        "drip": (None, exchange_drip(record), "timeout"),
-        "plain": (None, exchange_cut(OK), "tls"),
-        "hello": (None, exchange_cut(b"\x15\x03\x03\x00\x02\x02\x28"), "tls"),
-    }
-    outbox = make_outbox(wal, timeout=20, clock=Clock())
-    servers: dict[str, Receiver] = {}
-    try:
-        for name, (url, play, reason) in made.items():
-            if play is not None:
-                servers[name] = ExchangeDeaf(play)
-                url = servers[name].url().replace("http:", "https:")
-            outbox.add_endpoint(url, id=name, timeout=EXCHANGE_TIMEOUT if reason == "timeout" else None)
-        servers["fine"] = Receiver(tls=authority.server())
-        outbox.add_endpoint(servers["fine"].url(), id="fine", ca=authority.path)
-        event_id = emit(outbox)
-        report = outbox.drain(once=True)
-        assert (report.delivered, report.retried) == (1, len(made))
-        for name, (_, _, reason) in made.items():
-            (attempt,) = outbox.attempts(event_id, name)
-            assert attempt.reason == reason and attempt.status_code is None, (name, attempt)
-            assert attempt.duration < (EXCHANGE_TIMEOUT + 1.0 if reason == "timeout" else 20), (name, attempt)
-            assert attempt.error.isprintable(), (name, attempt)
-        attempt = outbox.ping("drip")
-        assert attempt.reason == "timeout" and attempt.duration < EXCHANGE_TIMEOUT + 1.0
-    finally:
-        for receiver in servers.values():
-            receiver.close()
+    assert outbox.drain(once=True).pending == 0
+    assert {d.status for d in outbox.deliveries(limit=1000)} == {"delivered", "failed"}
+    for id in (first, second):
+        for attempt in outbox.attempts(id):
+            own = attempt.endpoint_id not in healthy and (id == second or attempt.at == clock.now)
+            assert not own or attempt.response == (id if attempt.reason is None else None), attempt
+    assert len(well.requests) == 2 * len(healthy)
 
 
 def test_retry_after_moves_the_next_attempt_back_and_never_forward(wal, serve):
@@ -3931,56 +4033,6 @@ def test_retry_after_moves_the_next_attempt_back_and_never_forward(wal, serve):
     for delivery in outbox.event(event_id).deliveries:
         values, status, wait = ids[delivery.endpoint_id]
         assert delivery.due_at - clock.now == pytest.approx(wait), (values, status)
-
-
-EXCHANGE_ODD = [
-    b"HTTP/1.1 103 Early Hints\r\n\r\n",
-    b"HTTP/1.1 102 Processing\r\n\r\n",
-    b"HTTP/1.1 199 X\r\n\r\n",
-    b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
-    OK + answer(200, b"stale"),
-    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\nok",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n folded\r\n\r\nok",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: \0\r\n\r\nok",
-    EXCHANGE_CHUNKED % 200 + b"2\r\nok\r\n0\r\n\r\nHTTP",
-    EXCHANGE_CHUNKED % 200 + b"-2\r\nok\r\n0\r\n\r\n",
-    EXCHANGE_CHUNKED % 200 + b"2\r\nokay\r\n0\r\n\r\n",
-    b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
-    answer(200, b"ok", "Connection: close"),
-    answer(204, b"ok"),
-    answer(500, b"x" * 200_000),
-    b"HTTP/0.9\r\n\r\n",
-]
-
-
-@pytest.mark.parametrize("tls", [False, True])
-def test_after_an_odd_answer_the_next_event_gets_its_own_answer(wal, serve, authority, tls):
-    """Stock clients reuse the connection, and the answer that was held back goes to the wrong event."""
-
-    def player(odd: bytes) -> Callable[..., bool]:
-        def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-            own = answer(200, request.headers["webhook-id"].encode())
-            first = len(receiver.requests) == 1
-            sock.sendall(odd if first else own if request.connection > 1 else answer(200, b"late") + own)
-            return True
-
-        return play
-
-    context = authority.server() if tls else None
-    receivers = [serve(player(odd), tls=context) for odd in EXCHANGE_ODD]
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)), workers=200)
-    for number, receiver in enumerate(receivers):
-        outbox.add_endpoint(receiver.url(), id=str(number), max_in_flight=1, ca=authority.path)
-    first, second = emit(outbox), emit(outbox)
-    outbox.drain(once=True)
-    for odd, receiver in zip(EXCHANGE_ODD, receivers, strict=True):
-        assert [(r.headers["webhook-id"], r.connection) for r in receiver.requests] == [(first, 1), (second, 2)], odd
-    assert {(a.reason, a.response) for a in outbox.attempts(second)} == {(None, second)}
 
 
 EXCHANGE_REUSE: list[tuple[Any, int | None]] = [  # with the connections that 8 requests take
@@ -4044,28 +4096,24 @@ class ExchangeSlow(Receiver):
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_a_large_body_reaches_a_slow_reader_whole_and_one_that_never_reads_ends_in_time(wal, authority, tls):
+def test_a_large_body_reaches_a_slow_reader_whole_and_one_that_never_reads_ends_in_time(wal, serve, authority, tls):
     context = authority.server() if tls else None
-    slow, never, early = ExchangeSlow(tls=context), ExchangeSlow(tls=context), ExchangeDeaf(None, tls=context)
+    slow, never = serve(kind=ExchangeSlow, tls=context), serve(kind=ExchangeSlow, tls=context)
+    early = serve(lambda r, sock, q: not sock.sendall(answer(413, b"too large")), ExchangeDeaf, tls=context)
     never.pace = 0
-    early.play = lambda receiver, sock, request: sock.sendall(answer(413, b"too large"))
-    for receiver in (slow, never, early):
+    outbox = make_outbox(wal, max_body=1 << 24, clock=Clock())
+    for receiver, name, timeout in ((slow, "slow", 30.0), (never, "never", 1.0), (early, "early", 30.0)):
         receiver.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
-    try:
-        outbox = make_outbox(wal, max_body=1 << 24, clock=Clock())
-        for receiver, name, timeout in ((slow, "slow", 30.0), (never, "never", 1.0), (early, "early", 30.0)):
-            outbox.add_endpoint(receiver.url(), id=name, ca=authority.path, timeout=timeout, body="data")
-        data = {"text": "xyzé" * 2_000_000}
-        event_id = emit(outbox, data=data)
+        outbox.add_endpoint(receiver.url(), id=name, ca=authority.path, timeout=timeout, body="data")
+    data = {"text": "xyzé" * 2_000_000}
+    event_id = emit(outbox, data=data)
+    with exchange_lateness() as worst:
         report = outbox.drain(once=True)
-        assert (report.delivered, report.retried) == (1, 2)
-        outcomes = {a.endpoint_id: (a.reason, a.status_code) for a in outbox.attempts(event_id)}
-        assert outcomes == {"slow": (None, 200), "never": ("timeout", None), "early": ("status", 413)}
-        assert json.loads(slow.requests[0].body) == data
-        assert outbox.attempts(event_id, "never")[0].duration < 1.0 + 1.0
-    finally:
-        for receiver in (slow, never, early):
-            receiver.close()
+    assert (report.delivered, report.retried) == (1, 2)
+    outcomes = {a.endpoint_id: (a.reason, a.status_code) for a in outbox.attempts(event_id)}
+    assert outcomes == {"slow": (None, 200), "never": ("timeout", None), "early": ("status", 413)}
+    assert json.loads(slow.requests[0].body) == data
+    assert outbox.attempts(event_id, "never")[0].duration < 1.0 + 0.5 + 3 * worst[0]
 
 
 def exchange_read(pieces: list[bytes], end: bool = True) -> webhook_outbox._Answer:
@@ -5723,11 +5771,11 @@ def test_endpoints_that_hang_do_not_delay_healthy_ones(wal, serve, hanging):
     hung, well, outbox = serve(gate), serve(), make_outbox(wal, timeout=20)
     for number in range(hanging):
         outbox.add_endpoint(hung.url(f"/{number}"))
-    for number in range(9):
+    for number in range(50):
         outbox.add_endpoint(well.url(f"/{number}"))
-    drain_emit(outbox, range(20))
+    drain_emit(outbox, range(4))
     with outbox:
-        eventually(lambda: len(well.requests) == 180)
+        eventually(lambda: len(well.requests) == 200)
         assert gate.inside
         gate.opened.set()
         eventually(lambda: outbox.stats().pending == 0, within=20)

@@ -6264,7 +6264,8 @@ def write(name, path, ledger, seed):
                     conn.execute("RELEASE inner")
                 if rng.random() < 0.3:
                     raise Undo
-        except (Undo, sqlite3.OperationalError):  # the latter: it waited too long for the lock
+        except (Undo, sqlite3.OperationalError) as error:
+            assert isinstance(error, Undo) or "locked" in str(error)  # it may have waited too long
             say(b"no", *kept)
         else:
             say(b"ok", *kept)
@@ -6345,7 +6346,10 @@ def test_eight_processes_that_all_drain_deliver_each_event_once(database, serve,
     assert len(set(drain_senders(receiver))) == 1
 
 
-def test_a_standby_takes_over_within_half_a_second_of_a_death_and_never_while_the_holder_lives(database, serve, herd):
+@pytest.mark.parametrize("stopped", [1.0, pytest.param(3.0, marks=pytest.mark.long)])
+def test_a_standby_takes_over_within_half_a_second_of_a_death_and_never_while_the_holder_lives(
+    database, serve, herd, stopped
+):
     """Half a second is promised, a poll of 0.1 s expected. The median of seven leaves room for a busy machine."""
     gate = DrainGate()
     receiver, outbox = serve(gate), make_outbox(database)
@@ -6369,7 +6373,7 @@ def test_a_standby_takes_over_within_half_a_second_of_a_death_and_never_while_th
     herd.signal(holder, signal.SIGSTOP)
     gate.opened.set()  # the answer comes while nobody can read it
     drain_emit(outbox, [next(numbers)])
-    time.sleep(2.0)
+    time.sleep(stopped)
     assert len(receiver.requests) == 2
     herd.signal(holder, signal.SIGCONT)
     assert send() == holder
@@ -6397,7 +6401,7 @@ def crashes_received(requests_: list[Request]) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("rounds", [12, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [12, pytest.param(80, marks=pytest.mark.long)])
 def test_a_drain_killed_by_its_receiver_right_after_a_200_repeats_only_what_was_not_recorded(
     database, serve, herd, rounds
 ):
@@ -6568,11 +6572,12 @@ class CrashesStorm:
         return {what: found for what, found in wrong.items() if found}, numbers
 
 
-@pytest.mark.parametrize("rounds", [25, pytest.param(150, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [20, pytest.param(120, marks=pytest.mark.long)])
 def test_a_storm_of_kills_stops_and_locks_loses_nothing_and_repeats_nothing_without_a_cause(
     database, serve, herd, tmp_path, rounds
 ):
-    """The seed sets what the storm chooses, not how its processes interleave: a failure may not return at once."""
+    """WEBHOOK_OUTBOX_SEED repeats what the storm chose, not how its processes interleaved: a failure may not return at
+    once."""
     seed = int(os.environ.get("WEBHOOK_OUTBOX_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"WEBHOOK_OUTBOX_SEED={seed}")  # shown when the test fails
     storm = CrashesStorm(database, tmp_path, herd, seed)

@@ -3230,6 +3230,47 @@ https://127.1/ https://\u2460\u2461\u2466.0.0.1/ https://xn--a\u00fc.example/ ht
 GUARD_ODD += ["https://example.com/" + "a" * 2048, "https://" + "a." * 127 + "com/", "https://example.com/ x", ""]
 
 
+URL_FAULTS: dict[str, list[Any]] = {  # what the refusal says; "" for none
+    "": [
+        "https://a.b/" + "a" * 2036,
+        "https://a.b/\xa0",
+        "https://a.b",
+        f"https://{'a.' * 126}a/",
+        f"https://{'a' * 63}.b/",
+    ],
+    "2048": ["", 7, "https://a.b/" + "a" * 2037],
+    "a space, ": [f"https://a.b/{sign}" for sign in "\0\x1f \x7f\x80\x9f\\"],
+    "write https://host": ["https://[::1/", "https://::1/", "https://a.b:65536/", "https://a.b:+443/"],
+    "must start with": ["ftp://a.b/", "https:///a", "//a.b/", "https:a.b"],
+    "user names": ["https://a@b.c/", "https://:a@b.c/", "https://a%2eb/"],
+    "fragment": ["https://a.b/#", "https://a.b/#a"],
+    "port is not": ["https://a.b:/", "https://a.b:000443/", "https://[2606:4700::1]:/"],
+    "label|requests cannot": [
+        f"https://{'a.' * 126}aa/",
+        f"https://{'a' * 64}.b/",
+        "https://a..b/",
+        "https://.a/",
+        "https://a../",
+    ],
+    "plain http": ["http://a.b/", "http://8.8.8.8/"],
+}
+
+
+def test_each_fault_of_a_url_is_named():
+    inside = webhook_outbox._Guard((ipaddress.ip_network("10.0.0.0/8"),))
+    for why, url in [(why, url) for why, urls in URL_FAULTS.items() for url in urls]:
+        with pytest.raises(UnsafeURL, match=why) if why else contextlib.nullcontext():
+            assert webhook_outbox._prepare_url(url, webhook_outbox._Guard()).url
+    for url, guard in (
+        ("http://a.b/", inside),
+        ("http://a.b/", webhook_outbox._Guard((), True)),
+        ("http://10.0.0.1/", inside),
+    ):
+        assert webhook_outbox._prepare_url(url, guard).url == url
+    with pytest.raises(UnsafeURL, match="plain http"):
+        webhook_outbox._prepare_url("http://8.8.8.8/", inside)
+
+
 def test_a_url_that_is_malformed_or_odd_is_refused_at_registration(wal):
     outbox = make_outbox(wal, allow_networks=())
     for url in [*(text.encode().decode("unicode_escape") for text in GUARD_ODD), 7, None, b"https://a.b/"]:
@@ -5484,6 +5525,8 @@ QUEUE_STEPS: dict[str, dict[str | None, str | None]] = {
     "DELETE FROM webhook_failed WHERE event_id = 'm' || :event AND endpoint_id = :id": {"failed": "discarded"},
     "UPDATE webhook_endpoints SET ordered = NOT ordered WHERE id = :id": {},
     "UPDATE webhook_endpoints SET on_dead = 'skip' WHERE id = :id": {},
+    """UPDATE webhook_endpoints SET on_dead = 'hold' WHERE id = :id
+          AND NOT EXISTS (SELECT 1 FROM webhook_deliveries WHERE endpoint_id = :id AND status = 'failed')""": {},
     "UPDATE webhook_endpoints SET on_dead = on_dead, ordered = ordered WHERE id = :id": {},
     "UPDATE webhook_endpoints SET enabled = NOT enabled WHERE id = :id": {},
     "DELETE FROM webhook_endpoints WHERE id = :id": {"open": None, "failed": "discarded"},
@@ -5519,7 +5562,7 @@ def test_whatever_plain_sql_does_each_queue_has_one_head_and_nothing_else_change
     rng, before = random.Random(seed), {}
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
         db.executescript(webhook_outbox.schema_sql())
-        for _ in range(600):
+        for _ in range(1_500):
             sql, becomes = rng.choice([*QUEUE_STEPS.items(), *list(QUEUE_STEPS.items())[:6] * 2])
             event, id = rng.choice([*before, (1, "a")])
             (new,) = db.execute("SELECT coalesce(max(seq), 0) + 1 FROM webhook_events").fetchone()

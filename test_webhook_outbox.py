@@ -2197,10 +2197,10 @@ def test_a_megabyte_of_header_is_refused_soon() -> None:
         good = signed_by_hand(scheme)
         for name in good:
             refusal({**good, name: filler * (1_000_000 // len(filler))}, scheme=scheme)
-            refusal([*good.items(), *[(name, filler)] * 100_000], scheme=scheme)
+            refusal([*good.items(), *[(name, filler)] * 20_000], scheme=scheme)
             with contextlib.suppress(SignatureError):  # what follows the right signature of Stripe may be anything
                 verify(SIGNED_BODY, {**good, name: good[name] + filler * 100_000}, SECRET, scheme=scheme, now=SIGNED_AT)
-        others = [(f"webhook-{number}", filler) for number in range(50_000)]
+        others = [(f"webhook-{number}", filler) for number in range(20_000)]
         assert verify(SIGNED_BODY, [*others, *good.items()], SECRET, scheme=scheme, now=SIGNED_AT).body == SIGNED_BODY
     assert time.process_time() - began < 30
 
@@ -2208,14 +2208,14 @@ def test_a_megabyte_of_header_is_refused_soon() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_large_body_is_read_once_and_parsed_only_if_it_is_genuine(scheme: str) -> None:
     """Parsed, the lists in it would take a dozen times its size."""
-    body = b"[" + b"[]," * 700_000 + b"[]]"
+    body = b"[" + b"[]," * 300_000 + b"[]]"
     good, forged = signed_by_hand(scheme, body), signed_by_hand(scheme, body, secret=SECRET_TWO)
     tracemalloc.start()
     refusal(forged, [SECRET] * 16, body, scheme=scheme)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 5 * len(body)
-    assert len(verify(body, good, SECRET, scheme=scheme, now=SIGNED_AT).data) == 700_001
+    assert len(verify(body, good, SECRET, scheme=scheme, now=SIGNED_AT).data) == 300_001
 
 
 hostile_text = st.one_of(

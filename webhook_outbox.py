@@ -1474,11 +1474,12 @@ class _Wire:
         prepared = _prepare_url(endpoint.url, outbox._guard)
         host = urllib.parse.urlsplit(prepared.url or "").netloc
         proxied = opener.proxy if (prepared.url or "").startswith("http:") else None
+        login = opener.proxy_headers(opener.proxy) if opener.proxy else {}
         target = prepared.url if proxied else prepared.path_url
         agent = f"webhook-outbox/{__version__}" + (f" ({outbox.app_name})" if outbox.app_name else "")
         lines = [f"POST {target} HTTP/1.1", f"Host: {host}", f"User-Agent: {agent}"]
         lines += ["Accept: */*", "Accept-Encoding: identity"]
-        lines += [f"{name}: {value}" for name, value in (opener.proxy_headers(proxied) if proxied else {}).items()]
+        lines += [f"{name}: {value}" for name, value in login.items() if proxied]
         transform = outbox.transforms.get(endpoint.body)
         if transform is None and endpoint.body not in _BODIES:
             raise _Unready(f"no transform is called {endpoint.body!r}; run the drain with --app")
@@ -1491,6 +1492,7 @@ class _Wire:
         hidden = [query, *query.split("&"), *(part.rpartition("=")[2] for part in query.split("&"))]
         hidden += [value for _, value in urllib.parse.parse_qsl(query)]
         hidden += [secret.removeprefix("whsec_") for secret, _ in secrets]
+        hidden += [value.rpartition(" ")[2] for value in login.values()]
         return cls(endpoint, secrets, prepared, start, schemes, transform, outbox.app_name, hidden, slow)
 
     def body(self, picked: _Picked) -> tuple[bytes, str]:
@@ -1544,16 +1546,24 @@ class _Wire:
             f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
             f"webhook-id: {picked.id}\r\nwebhook-timestamp: {int(now)}\r\n{extra}\r\n"
         )
-        hidden = [*self.hidden, *valid, *(value for _, value in signed)]
+        hidden = [*self.hidden, *(s.removeprefix("whsec_") for s in valid), *(value for _, value in signed)]
         hidden += [part for _, value in custom for part in (value, value.rpartition(" ")[2])]
         return self.start + head.encode("latin-1") + body, hidden
 
 
+_RUN = re.compile(r"[A-Za-z0-9]+")
+
+
 def _redacted(text: str, hidden: Iterable[str]) -> str:
-    """Return text without the secrets that a receiver echoed. Not a guarantee against encoded echoes."""
+    """Return text without the secrets that a receiver echoed, as they are or as JSON and URLs spell them. Not a
+    guarantee against other encodings, or against a part of a secret."""
     for value in hidden:
-        if len(value) >= 6 and value in text:
-            text = text.replace(value, "[redacted]")
+        # No spelling changes letters and digits; they rule most values out at little cost.
+        if 6 <= len(value) <= len(text) and all(run in text for run in _RUN.findall(value)):
+            in_json = json.dumps(value)[1:-1]
+            in_url = urllib.parse.quote(value, errors="replace")
+            for spelling in (value, in_json, in_json.replace("/", "\\/"), in_url, in_url.replace("/", "%2F")):
+                text = text.replace(spelling, "[redacted]")
     return text
 
 
@@ -1734,7 +1744,7 @@ def _judge(answer: _Answer, hidden: Iterable[str], now: float) -> _Outcome:
     error = f"HTTP {status}"
     if 300 <= status < 400 and b"location" in header:
         location = header[b"location"][0].decode("latin-1")
-        error += f": redirects are not followed (Location: {_redacted(_one_line(_masked(location), 200), hidden)})"
+        error += f": redirects are not followed (Location: {_one_line(_redacted(_masked(location), hidden), 200)})"
     reason = "gone" if status == 410 else "aborted" if order == b"abort-message" else "status"
     hint = None
     if status in (429, 503):
@@ -5036,6 +5046,7 @@ def _parser() -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
+            message = re.sub(r"whsec_\S+", "whsec_...", message)  # a secret without its --secret
             self.exit(2, f"webhook_outbox: {_one_line(message, 200)}; see --help\n")
 
     parser = Parser(

@@ -10,6 +10,7 @@ import ast
 import asyncio
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -44,8 +45,10 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import tracemalloc
 import types
+import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -3612,6 +3615,7 @@ def test_the_environment_does_not_touch_a_delivery(wal, serve, authority, tmp_pa
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
     outbox = make_outbox(wal, retry=RetryPolicy((0,)))
     outbox.add_endpoint(plain.url(), id="plain", max_in_flight=1)
     outbox.add_endpoint(plain.url("/bearer"), id="bearer", headers={"Authorization": "Bearer mine"}, max_in_flight=1)
@@ -3621,14 +3625,14 @@ def test_the_environment_does_not_touch_a_delivery(wal, serve, authority, tmp_pa
         ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"), (authority.path, str(tmp_path / "empty.pem"))
     ):
         monkeypatch.setenv(variable, path)
-        event_id = emit(outbox)
+        _, event_id = emit(outbox), emit(outbox)
         outbox.drain(once=True)
         outcomes = {a.endpoint_id: a.reason for a in outbox.attempts(event_id)}
         assert outcomes == {"plain": None, "bearer": None, "own": None, "default": "tls"}, variable
         monkeypatch.delenv(variable)
     assert {r.headers.get("authorization") for r in plain.requests} == {None, "Bearer mine"}
     assert not any("cookie" in r.headers for r in plain.requests)
-    assert victim.connections == 0
+    assert victim.connections == 0 and not (tmp_path / "keys").exists()
 
 
 # A network of its own, in which every address is this machine: where connections land is the verdict.
@@ -3639,13 +3643,13 @@ NETWORK_ZONE: dict[str, list[list[str]]] = {
     "public6.test": [["2606:2800:220:1:248:1893:25c8:1946"]],
     "loopback.test": [["127.0.0.1"]],
     "metadata.test": [["169.254.169.254"]],
-    "mixed.test": [["93.184.216.34", "127.0.0.1"]],
+    "mixed.test": [["93.184.216.34", "10.0.0.1"]],  # loopback would be sorted first
     "rebind.test": [["93.184.216.34"], ["127.0.0.1"]],
     "flipping.test": [["10.0.0.1"], ["93.184.216.34"]],
     "mixed6.test": [["93.184.216.34", "::1"]],
     "alias.test": [["a.alias.test", "b.alias.test", "93.184.216.34"]],
     "alias-inside.test": [["public.test", "127.0.0.1"]],
-    "huge.test": [[*(f"93.184.{n >> 8}.{n & 255}" for n in range(2000)), "127.0.0.1"]],
+    "huge.test": [[*(f"93.184.{n >> 8}.{n & 255}" for n in range(2000)), "10.0.0.1"]],
     "mapped.test": [["::ffff:127.0.0.1"]],
     "mapped-outside.test": [["::ffff:93.184.216.34"]],
     "nat64.test": [["64:ff9b::7f00:1"]],
@@ -3974,11 +3978,24 @@ def exchange_once(name: str, fault: Any) -> Callable[..., bool]:
     return play
 
 
+def exchange_check(attempt: Any, receiver: Receiver, reason: Any, status: int | None, late: float) -> None:
+    """The attempt came to what the table says, in time, read little, and has one clean line of error."""
+    assert attempt.status_code == status, attempt
+    assert attempt.reason in (reason if isinstance(reason, tuple) else (reason,)), attempt
+    assert attempt.duration < (EXCHANGE_TIMEOUT + 0.5 + 3 * late if reason == "timeout" else 20), (attempt, late)
+    assert getattr(receiver, "sent", 0) < 1_000_000 and len(attempt.response or "") <= 4096, attempt
+    if reason is not None:
+        assert attempt.error.isprintable() and 0 < len(attempt.error) <= 300 and "canar" not in attempt.error, attempt
+    if status in (302, 307):
+        assert "redirects are not followed" in attempt.error, attempt
+
+
 @pytest.mark.parametrize("tls", [False, True])
 def test_no_fault_of_a_receiver_costs_time_or_memory_or_reaches_the_next_event_or_the_others(
     wal, serve, authority, tls
 ):
-    context, clock, lookups = authority.server() if tls else None, Clock(), []
+    secure, clock, lookups = authority.server(), Clock(), []
+    context = secure if tls else None
     victim, well = serve(), serve(tls=context)
     inside = b"HTTP/1.1 302 X\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n"
     faults = {
@@ -3994,7 +4011,7 @@ def test_no_fault_of_a_receiver_costs_time_or_memory_or_reaches_the_next_event_o
     for name, (fault, reason, _) in faults.items():
         play, deaf = exchange_once(name, fault), name.startswith("4")
         servers[name] = receiver = serve(play, ExchangeDeaf) if deaf else serve(play, tls=context)
-        receiver.later = authority.server()
+        receiver.later = secure
         receiver.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # else the kernel takes megabytes
         url = receiver.url("/hook?canary").replace("http:", "https:" if deaf else "http:")
         if name == "1 refused":
@@ -4011,18 +4028,10 @@ def test_no_fault_of_a_receiver_costs_time_or_memory_or_reaches_the_next_event_o
         finally:
             tracemalloc.stop()
         eventually(lambda: all(len(receiver.lasted) == receiver.connections for receiver in servers.values()))
-    for name, (_, reason, status) in faults.items():
-        receiver, (attempt,) = servers[name], outbox.attempts(first, ids[name])
-        assert attempt.status_code == status, (name, attempt)
-        assert attempt.reason in (reason if isinstance(reason, tuple) else (reason,)), (name, attempt)
-        most = EXCHANGE_TIMEOUT + 0.5 + 3 * worst[0] if reason == "timeout" else 20.0
-        assert attempt.duration < most and (reason != "timeout" or receiver.lasted[1] < most), (name, attempt, worst)
-        assert getattr(receiver, "sent", 0) < 1_000_000 and len(attempt.response or "") <= 4096, name
-        if reason is not None:
-            assert attempt.error.isprintable() and 0 < len(attempt.error) <= 300, (name, attempt)
-            assert "canar" not in attempt.error, (name, attempt)
-        if status in (302, 307):
-            assert "redirects are not followed" in attempt.error, attempt
+    for name, (_, *end) in faults.items():
+        (attempt,) = outbox.attempts(first, ids[name])
+        exchange_check(attempt, servers[name], *end, worst[0])
+        assert end[0] != "timeout" or servers[name].lasted[1] < EXCHANGE_TIMEOUT + 0.5 + 3 * worst[0], (name, worst)
     assert victim.connections == 0 and lookups == []
     states = {None: "delivered", "gone": "failed"}
     wanted = {ids[name]: states.get(reason, "pending") for name, (_, reason, _) in faults.items()}
@@ -4040,6 +4049,21 @@ def test_no_fault_of_a_receiver_costs_time_or_memory_or_reaches_the_next_event_o
             own = attempt.endpoint_id not in healthy and (id == second or attempt.at == clock.now)
             assert not own or attempt.response == (id if attempt.reason is None else None), attempt
     assert len(well.requests) == 2 * len(healthy)
+
+
+def test_a_ping_ends_like_an_attempt_whatever_the_receiver_does(wal, serve):
+    """It reads its answer with a loop of its own, because its caller waits."""
+    faults = {name: fault for name, fault in EXCHANGE_FAULTS.items() if not name.startswith("4")}
+    outbox, servers = make_outbox(wal, timeout=20), {}
+    for name, (play, reason, _) in faults.items():
+        servers[name] = receiver = serve(play)
+        receiver.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+        timeout = EXCHANGE_TIMEOUT if reason == "timeout" else None
+        outbox.add_endpoint(receiver.url(), id=name.replace(" ", "-"), timeout=timeout)
+    with exchange_lateness() as worst, concurrent.futures.ThreadPoolExecutor(len(faults)) as pool:
+        attempts = dict(zip(faults, pool.map(lambda name: outbox.ping(name.replace(" ", "-")), faults), strict=True))
+    for name, (_, *end) in faults.items():
+        exchange_check(attempts[name], servers[name], *end, worst[0])
 
 
 def test_retry_after_moves_the_next_attempt_back_and_never_forward(wal, serve):
@@ -4525,11 +4549,21 @@ EXCHANGE_CANARY = "canary" + "5ecre7" * 4
 EXCHANGE_CANARIES = {
     "secret": "whsec_" + base64.b64encode(EXCHANGE_CANARY.encode()).decode(),
     "env": "whsec_" + base64.b64encode(EXCHANGE_CANARY[::-1].encode()).decode(),
+    "file": "whsec_" + base64.b64encode(EXCHANGE_CANARY.swapcase().encode()).decode(),
     "query": "canary-query-é",
     "flag": "canary-flag",
-    "bearer": "canary-bearer",
-    "event": "canary-event",
+    "bearer": 'canary/bearer+"<&>"==',
+    "event": "canary/event",
     "header": "canary-from-environment",
+}
+EXCHANGE_SPELLINGS: dict[int, Callable[[str], str]] = {  # how receivers write down what they got, by what they answer
+    200: str,
+    302: repr,
+    400: json.dumps,
+    403: lambda text: json.dumps(text).replace("/", "\\/"),
+    404: urllib.parse.quote,
+    422: urllib.parse.quote_plus,
+    500: str,
 }
 
 
@@ -4539,21 +4573,35 @@ def exchange_echo(status: int) -> Callable[..., bool]:
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
         target = request.line.split(" ")[1]
         known = [text for name, text in EXCHANGE_CANARIES.items() if name != "event"]
-        echo = b"\n".join([request.raw, *(repr(text).encode() for text in (target, request.headers, known))])
-        sock.sendall(answer(status, echo, f"Location: {receiver.url(target)}", f"X-Echo: {target}"))
+        known += [target, urllib.parse.unquote(target), *(text.removeprefix("whsec_") for text in known)]
+        echo = EXCHANGE_SPELLINGS[status]("\n".join([request.raw.decode("latin-1"), *known])).encode()
+        long = receiver.url("/" * (200 - 8 - len(receiver.url(""))) + request.headers.get("x-key", ""))
+        sock.sendall(answer(status, echo, f"Location: {long}", f"X-Echo: {target}"))
         return True
 
     return play
 
 
-def test_no_secret_leaves_by_a_log_a_repr_an_error_a_table_or_an_echo(wal, serve, authority, monkeypatch, caplog):
+def exchange_refused(call: Callable[..., Any], *args: Any, **options: Any) -> str:
+    """Return what a log would show of a call that raises."""
+    try:
+        call(*args, **options)
+    except (webhook_outbox.OutboxError, ValueError):
+        return traceback.format_exc()
+    pytest.fail(f"not refused: {args} {options}")
+
+
+def test_no_secret_leaves_by_a_log_a_repr_an_error_a_table_or_an_echo(
+    wal, serve, authority, monkeypatch, caplog, tmp_path
+):
     canaries, notices = EXCHANGE_CANARIES, []
     monkeypatch.setenv("CANARY_SECRET", canaries["env"])
     monkeypatch.setenv("CANARY_HEADER", canaries["header"])
+    (tmp_path / "secret").write_text(canaries["file"])
     caplog.set_level(logging.DEBUG)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as closed:
         refused = f"http://127.0.0.1:{closed.getsockname()[1]}/"
-    echoing = [serve(exchange_echo(status)) for status in (200, 302, 400, 500)]
+    echoing = [serve(exchange_echo(status)) for status in EXCHANGE_SPELLINGS]
     bases = [receiver.url() for receiver in echoing]
     bases += [serve(tls=authority.server()).url(), refused, "https://inside.test/", "https://nowhere.test/"]
     bases += [
@@ -4568,13 +4616,41 @@ def test_no_secret_leaves_by_a_log_a_repr_an_error_a_table_or_an_echo(wal, serve
             secret=canaries["secret"],
             headers={"Authorization": f"Bearer {canaries['bearer']}", "X-Key": "env:CANARY_HEADER"},
             signing="standard+stripe+github",
+            cert=authority.client(),
         )
-        endpoints += [endpoint, outbox.rotate_secret(endpoint.id, secret="env:CANARY_SECRET")]
+        outside = ("env:CANARY_SECRET", f"file:{tmp_path / 'secret'}")
+        endpoints += [endpoint, *(outbox.rotate_secret(endpoint.id, secret=text) for text in outside)]
+    told = serve()
+    outbox.add_endpoint(told.url(), events=["webhook.*"])
     event_id = emit(outbox, headers={"X-Event-Token": canaries["event"]})
-    report = outbox.drain(once=True)
-    assert (report.delivered, report.failed) == (1, len(bases) - 1)
-    pings = [outbox.ping(endpoint.id) for endpoint in endpoints[::2]]
+    report = outbox.drain(until_empty=True)
+    assert (report.delivered, report.failed) == (1 + len(told.requests), len(bases) - 1) and len(told.requests) > 5
+    pings = [outbox.ping(endpoint.id) for endpoint in endpoints[::3]]
     assert {a.reason for a in pings} == {None, "status", "tls", "connect", "blocked", "dns"}
+    login = f"user:{canaries['flag']}"
+    echoing.append(serve(lambda receiver, sock, request: not sock.sendall(answer(500, request.raw))))
+    proxied = make_outbox(wal, allow_http=True, proxy=echoing[-1].url("").replace("//", f"//{login}@"))
+    pings += [proxied.ping(proxied.add_endpoint(f"{scheme}://x.test/").id) for scheme in ("http", "https")]
+    assert [a.reason for a in pings[-2:]] == ["status", "connect"]
+    url, secret, header = endpoints[0].url, canaries["secret"], canaries["bearer"]
+    refused = [
+        exchange_refused(outbox.add_endpoint, url + "#"),
+        exchange_refused(outbox.add_endpoint, url.replace("http", "gopher")),
+        exchange_refused(outbox.add_endpoint, f"https://{login}@x.test/"),
+        exchange_refused(outbox.add_endpoint, url, id=endpoints[0].id, secret=secret),
+        exchange_refused(outbox.add_endpoint, url, secret=secret[:-1]),
+        exchange_refused(outbox.add_endpoint, url, headers={"X": header + "\n"}),
+        exchange_refused(outbox.add_endpoint, url, headers={"X": header, "x": header}),
+        exchange_refused(outbox.add_endpoint, url, headers={header: header}),
+        exchange_refused(outbox.add_endpoint, url, headers=header),
+        exchange_refused(outbox.update_endpoint, endpoints[0].id, url=url + "\n", headers={"X": header}),
+        exchange_refused(outbox.rotate_secret, endpoints[0].id, secret=secret + "\n"),
+        exchange_refused(emit, outbox, headers={"X": canaries["event"] + "\0"}),
+        exchange_refused(Outbox, wal, proxy=f"https://{login}@x.test/"),
+        exchange_refused(sign, secret[:-1], "msg_1", 0, b""),
+        exchange_refused(verify, b"", {"webhook-signature": header}, secret),
+        exchange_refused(verify, b"", echoing[0].requests[0].headers, [secret, secret[:-1]]),
+    ]
     tables = [
         name
         for (name,) in query(wal, "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'webhook%'")
@@ -4587,11 +4663,14 @@ def test_no_secret_leaves_by_a_log_a_repr_an_error_a_table_or_an_echo(wal, serve
         "records": repr(
             [outbox.failed(), outbox.attempts(event_id), pings, outbox.event(event_id), outbox.deliveries()]
         ),
-        "reprs": repr([endpoints, outbox.endpoints(), outbox, outbox.stats(), notices]),
-        "metrics": getattr(outbox, "metrics", str)(),
+        "reprs": repr([endpoints, outbox.endpoints(), outbox, outbox.stats(), notices, proxied, proxied.endpoints()]),
+        "metrics": outbox.metrics(),
+        "notices": repr([request.body for request in told.requests]),
+        "tracebacks": "\n".join(refused),
     }
     assert len(outbox.failed()) == report.failed and "redacted" in places["tables"] and caplog.records
-    hidden = [text.removeprefix("whsec_") for text in canaries.values()] + ["canary-query", EXCHANGE_CANARY]
+    hidden = [text.removeprefix("whsec_") for text in canaries.values()] + ["canary", EXCHANGE_CANARY]
+    hidden += [base64.b64encode(login.encode()).decode(), pathlib.Path(authority.client()).read_text().split("\n")[1]]
     for request in echoing[0].requests:
         hidden += [request.headers[name] for name in ("webhook-signature", "stripe-signature", "x-hub-signature-256")]
     for (place, text), canary in itertools.product(places.items(), hidden):
@@ -8008,7 +8087,7 @@ def test_only_three_commands_show_a_secret_and_none_a_query_or_a_header(cli, wal
         "endpoint", "add", url, "--id", "x", "--secret", SECRET, "--headers", f"Authorization: Bearer {CANARY}"
     )
     outbox = make_outbox(wal, retry=RetryPolicy((0,)))
-    id = emit(outbox, "order.created", {"n": 1})
+    id = emit(outbox, "order.created", {"n": 1}, headers={"X-Event": CANARY})
     assert outbox.drain(once=True).failed == 1
     reads = [
         "status",
@@ -8020,15 +8099,26 @@ def test_only_three_commands_show_a_secret_and_none_a_query_or_a_header(cli, wal
         "failed show 1",
     ]
     said = [cli(*line.split(), *json) for line in reads for json in ((), ("--json",))]
+    said += [cli(*line.split(), code=1) for line in ("doctor", "doctor --json", "check")]
+    said += [cli("metrics"), cli("emit", "order.created", "1", "--headers", f"X: {CANARY}", "--delay", "99")]
     assert all("?..." in cli("endpoint", "list", *json) for json in ((), ("--json",)))
     with pytest.raises(AssertionError) as ping:
         cli("endpoint", "ping", "x")
     said += [str(ping.value), cli("endpoint", "add", url, "--id", "x", "--secret", SECRET, code=1)]
     said += [cli("endpoint", "update", "x", "--url", url + "#", "--headers", f"X:{CANARY}\n", code=1)]
     said += [cli("endpoint", "add", url, "--secret", SECRET[:-1], code=1)]
+    said += [cli("endpoint", "add", url, "--headers", f"Authorization Bearer {CANARY}", code=1)]
+    said += [cli("endpoint", verb, "x", SECRET, code=2) for verb in ("rotate", "update", "secret")]
     said += [
         cli(*line.split())
-        for line in ("endpoint disable x", "endpoint enable x", "failed replay 1", "endpoint backfill x")
+        for line in (
+            "endpoint disable x",
+            "endpoint enable x",
+            "failed replay 1",
+            "endpoint backfill x",
+            f"resend {id}",
+            "prune",
+        )
     ]
     drained = command("--db", wal, "--allow-network", "127.0.0.0/8", "drain", "--once")
     said += [drained.stdout, drained.stderr, cli("endpoint", "update", "x", "--rate", "2")]

@@ -495,7 +495,10 @@ def _one_line(text: str, most: int = 300) -> str:
 
 
 def _moment(value: float) -> str:
-    return datetime.datetime.fromtimestamp(value, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
+    try:
+        return datetime.datetime.fromtimestamp(value, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):  # plain SQL can store any number
+        return f"{value:g}"
 
 
 def _age(seconds: float | None) -> str:
@@ -1829,8 +1832,10 @@ def _lenient_text(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogateescape")
 
 
-def _open(path: str, patience: float = 5.0) -> sqlite3.Connection:
+def _open(path: str, patience: float = 5.0, create: bool = False) -> sqlite3.Connection:
     """Open a connection of our own, autocommit. patience: seconds that SQLite waits for a lock."""
+    if not create and not os.path.exists(path):  # SQLite would put an empty file there
+        raise SchemaError(f"{path} does not exist; `python -m webhook_outbox --db {path} init` makes it")
     try:
         db = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
@@ -1852,8 +1857,8 @@ def _close(db: sqlite3.Connection) -> None:
 
 
 @contextlib.contextmanager
-def _session(path: str) -> Iterator[sqlite3.Connection]:
-    db = _open(path)
+def _session(path: str, create: bool = False) -> Iterator[sqlite3.Connection]:
+    db = _open(path, create=create)
     try:
         yield db
     finally:
@@ -1917,10 +1922,8 @@ def _prepare_file(path: str, create: bool) -> str:
     """Make or check the tables of a file; return the outbox's identity, which emit compares."""
     if sqlite3.sqlite_version_info < _SQLITE_NEEDED:
         raise SchemaError(f"SQLite {sqlite3.sqlite_version} is too old; 3.34 or newer is needed")
-    if not create and not os.path.exists(path):
-        raise SchemaError(f"{path} does not exist; `python -m webhook_outbox --db {path} init` makes it")
     try:
-        with _session(path) as db:
+        with _session(path, create) as db:
             version = _version(db, path)
             if not create and version < len(_SCHEMA):
                 what = (
@@ -2020,6 +2023,14 @@ def _check_identity(cursor: sqlite3.Cursor, identity: str, path: str) -> None:
         raise SchemaError(f"this connection is open on another file than the outbox's, {path}")
 
 
+def _file_id(path: str) -> tuple[int, int] | None:
+    """Return what tells the file at a path from one that takes its place; None when there is none."""
+    with contextlib.suppress(OSError):
+        stat = os.stat(path)
+        return stat.st_dev, stat.st_ino
+    return None
+
+
 class _Share(NamedTuple):
     """A part of the endpoints: those whose id falls to `number` of `parts`; 1 of 1 is all of them."""
 
@@ -2066,6 +2077,11 @@ class _Lock:
             if not opened or error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise OutboxError(f"the lock file {self.path} cannot be used: {error.strerror}") from None
             return False
+
+    def lost(self) -> bool:
+        """Say whether somebody deleted the file: then another process can lock a new one."""
+        there = os.fstat(self._fd)
+        return _file_id(self.path) != (there.st_dev, there.st_ino)
 
     def release(self) -> None:
         if _HELD.get(self.path) is self:
@@ -2482,6 +2498,7 @@ class _Drain:
         self.lock = _Lock(outbox.path, share)
         self.opener = _Opener(outbox)
         self.db: sqlite3.Connection = None  # type: ignore[assignment]  # opened by run, in the loop's thread
+        self.file: tuple[int, int] | None = None  # which db is open on
         self.selector = selectors.DefaultSelector()
         self.wake_in, self.wake_out = socket.socketpair()
         self.woken = False  # a byte is on its way: no need for another
@@ -2552,6 +2569,7 @@ class _Drain:
             _close(self.db)
 
     def _open_db(self) -> None:
+        self.file = _file_id(self.outbox.path)
         self.db = _open(self.outbox.path, patience=0.0)
         self.data_version, self.look = -1, True
         self._patiently(self._set_up_db)
@@ -2830,7 +2848,14 @@ class _Drain:
     def _start(self, lane: _Lane, now: float, mono: float) -> bool:
         """Start the endpoint's next attempt; False when it has nothing due."""
         if not lane.buffer:
-            picked, complete = _pick(self.db, lane.id, now, lane.known)
+            try:
+                picked, complete = _pick(self.db, lane.id, now, lane.known)
+            except sqlite3.Error as error:
+                if _is_busy(error) or self.mode != "forever":
+                    raise
+                lane.paused_until = now + _LONGEST_PROBE  # a damaged page is not the others' fault
+                _log.error("deliveries of endpoint %s cannot be read (%s)", lane.id, error)
+                return False
             lane.buffer.extend(picked)
             lane.known.update(row.event for row in picked)
             lane.next_due = _next_due(self.db, lane.id, now) if complete else now
@@ -3178,6 +3203,11 @@ class _Drain:
 
     def _chores(self, now: float, mono: float) -> None:
         self.chores_at = mono + 0.025
+        if _file_id(self.outbox.path) != self.file:  # a restore, say; what we know is not about the file there now
+            self.outcomes, self.dirty, self.tally = [], {}, _no_tally()
+            raise OutboxError(f"{self.outbox.path} was deleted or replaced while it was drained")
+        if self.lock.lost():
+            raise OutboxError(f"the lock file {self.lock.path} was deleted; leave it to the drain")
         for attempt in [a for a in self.attempts if a.deadline + (0 if a.connection else 0.25) <= mono]:
             if attempt.connection is not None:
                 self._shut(attempt.connection)
@@ -3425,7 +3455,7 @@ def _endpoint_stats(
     history = [0] * 12
     for at, _, reason, _ in recent:
         if reason is None:
-            history[max(0, min(11, int((at - now + 3600.0) // 300.0)))] += 1
+            history[int(max(0.0, min(11.0, (at - now + 3600.0) / 300.0)))] += 1
     return EndpointStats(
         id=endpoint.id,
         enabled=endpoint.enabled,
@@ -4416,7 +4446,8 @@ def _findings(outbox: Outbox) -> Iterator[_Finding]:
 
 
 def _say(text: str = "") -> None:
-    print(text, flush=True)
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal may lack our bars, a row may hold what is no Unicode
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _cut(text: str, most: int) -> str:

@@ -59,6 +59,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import queue
 import random
@@ -1108,6 +1109,26 @@ def _getaddrinfo(host: str, port: int) -> list[str]:
     return [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
+_THREAD_ROOM = 16 << 20  # bytes of memory that a new thread may need
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+
+
+def _start_thread(run: Callable[..., Any], *args: Any, name: str | None = None) -> threading.Thread:
+    """Start a daemon thread; raise what _is_exhaustion knows when there is no room for one. Look for memory first:
+    start() waits for ever when the new thread finds none for its first step (CPython issue 140746)."""
+    mmap.mmap(-1, _THREAD_ROOM).close()
+    thread = threading.Thread(target=run, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _is_exhaustion(error: BaseException) -> bool:
+    """Say whether this process ran out of descriptors, memory or threads, which is no receiver's fault."""
+    if isinstance(error, OSError):
+        return error.errno in _EXHAUSTED
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "new thread" in str(error)
+
+
 class _Lookups:
     """Name lookups with a time limit. They cannot be interrupted, so a stuck one keeps a thread of its own: at most
     one a host (who else asks for it waits for the same answer) and 32 in all."""
@@ -1125,13 +1146,15 @@ class _Lookups:
                 if len(self._running) >= _MAX_LOOKUPS:
                     raise _NoAddress(f"{_MAX_LOOKUPS} name lookups are stuck; is the resolver down?")
                 answer = concurrent.futures.Future()
-                threading.Thread(target=self._look_up, args=(host, port, answer), daemon=True).start()
+                _start_thread(self._look_up, host, port, answer)
                 self._running[host, port] = answer
         try:
             addresses = answer.result(max(0.0, min(_LOOKUP_TIMEOUT, deadline - time.monotonic())))
         except concurrent.futures.TimeoutError:
             raise _NoAddress(f"looking up {host} took too long") from None
         except Exception as error:  # OSError by contract; UnicodeError from names that cannot be encoded
+            if _is_exhaustion(error):
+                raise
             why = getattr(error, "strerror", None) or type(error).__name__
             raise _NoAddress(f"{host} does not resolve: {why}") from None
         if not addresses:
@@ -2459,16 +2482,14 @@ class _Observing:
             return _log.error("the observer is %d behind; it misses %s", _UNOBSERVED, notice)
         self._notices.put(notice)
         if self._thread is None:
-            thread = threading.Thread(target=self._run, name="webhook_outbox observer", daemon=True)
-            with contextlib.suppress(RuntimeError):  # no more threads: the next notice tries again
-                thread.start()
-                self._thread = thread
+            with contextlib.suppress(RuntimeError, OSError):  # no room for a thread: the next notice tries again
+                self._thread = _start_thread(self._run, name="webhook_outbox observer")
 
     def _run(self) -> None:
         for notice in iter(self._notices.get, None):
             try:
                 self._observer(notice)  # type: ignore[misc]
-            except (Exception, SystemExit):
+            except BaseException:  # its SystemExit ends neither this thread nor the process
                 _log.exception("the observer failed")
 
     def close(self) -> None:
@@ -2492,9 +2513,9 @@ class _Drain:
         self.share = share
         self.pid = os.getpid()
         self.thread = 0  # that runs the loop
-        self.parked, self.go_on = threading.Event(), threading.Event()  # around a fork; clear go_on: close the file
-        self.go_on.set()
-        self.forks = 0  # threads that are forking now
+        self.forking = threading.Condition()  # guards the next two; its waiters are woken when one changes
+        self.forks = 0  # threads that are forking now: close the file
+        self.parked = False  # it is closed, and stays so until forks is 0
         self.lock = _Lock(outbox.path, share)
         self.opener = _Opener(outbox)
         self.db: sqlite3.Connection = None  # type: ignore[assignment]  # opened by run, in the loop's thread
@@ -2520,7 +2541,7 @@ class _Drain:
         self.notices: list[Notice] = []  # for the observer, after the rows are recorded
         self.record_at = 0.0  # monotonic: not before
         self.storing = True  # False: the last write failed for another reason than a lock; send nothing until one works
-        self.no_threads_until = 0.0
+        self.starved_until = 0.0  # monotonic: before it, no room for a thread or a connection
         self.delivered = self.retried = self.failed = 0
         self.data_version = self.endpoints_version = -1
         self.look = True  # somebody committed: read who has work
@@ -2545,22 +2566,20 @@ class _Drain:
 
     def park(self) -> None:
         """Before a fork: have the loop close its connection, so that the child inherits none of SQLite's notes."""
-        with self.hand:
+        with self.forking:
             self.forks += 1
-            self.parked.clear()
-            self.go_on.clear()
-        if threading.get_ident() == self.thread:  # forked by a callback of ours
-            self._close_db()
-        else:
-            self.wake()
-            self.parked.wait(5.0)
+            if threading.get_ident() == self.thread:  # forked by a callback of ours
+                self._close_db()
+            else:
+                self.wake()
+                self.forking.wait_for(lambda: self.parked, 5.0)
 
     def unpark(self) -> None:
-        with self.hand:
+        with self.forking:
             self.forks -= 1
+            self.forking.notify_all()
             if self.forks:
                 return
-            self.go_on.set()
         if threading.get_ident() == self.thread:
             self._open_db()
 
@@ -2577,8 +2596,11 @@ class _Drain:
     def _let_fork(self) -> None:
         """In the loop, when a thread of this process is about to fork."""
         self._close_db()
-        self.parked.set()
-        self.go_on.wait(60.0)
+        with self.forking:
+            self.parked = True
+            self.forking.notify_all()
+            self.forking.wait_for(lambda: not self.forks, 60.0)
+            self.parked = False
         self._open_db()
 
     # The run.
@@ -2635,7 +2657,7 @@ class _Drain:
                 return False  # whoever drains has done it
             if self.selector.select(_TAKEOVER_POLL):
                 self._hear()
-            if not self.go_on.is_set():
+            if self.forks:
                 self._let_fork()
         return False
 
@@ -2662,7 +2684,7 @@ class _Drain:
     def _loop(self) -> None:
         while True:
             self._wait()
-            if not self.go_on.is_set():
+            if self.forks:
                 self._let_fork()
             mono, now = time.monotonic(), self.outbox.clock()
             try:
@@ -2843,7 +2865,7 @@ class _Drain:
                 return False
         if lane.has_idle():
             return True
-        return self.no_threads_until <= mono and self.openers < (_OPENERS if proven else _OPENERS // 2)
+        return self.starved_until <= mono and self.openers < (_OPENERS if proven else _OPENERS // 2)
 
     def _start(self, lane: _Lane, now: float, mono: float) -> bool:
         """Start the endpoint's next attempt; False when it has nothing due."""
@@ -2898,11 +2920,20 @@ class _Drain:
         attempt.lane.opening += 1
         self.openers += 1
         try:
-            threading.Thread(target=self._open_for, args=(attempt, attempt.wire, connect), daemon=True).start()
-        except RuntimeError:  # no more threads: not the receiver's fault, so not an attempt
-            self.no_threads_until = time.monotonic() + 1.0
+            _start_thread(self._open_for, attempt, attempt.wire, connect)
+        except (RuntimeError, OSError) as error:
             self._undelegate(attempt)
-            self._hand_back(attempt)
+            self._starve(attempt, error)
+
+    def _starve(self, attempt: _Attempt, error: BaseException) -> None:
+        """This process ran out of something: not the receiver's fault, so not an attempt. Open nothing for a second."""
+        mono = time.monotonic()
+        if "shutdown" in str(error):  # RuntimeError of an interpreter that is ending: no thread will ever start again
+            self.stop(10.0)
+        elif self.starved_until <= mono:
+            _log.warning("no connection can be opened (%s: %s); trying again in 1 s", type(error).__name__, error)
+        self.starved_until = mono + 1.0
+        self._hand_back(attempt)
 
     def _undelegate(self, attempt: _Attempt) -> None:
         attempt.lane.opening -= 1
@@ -2942,7 +2973,11 @@ class _Drain:
             self._undelegate(attempt)
             late = attempt not in self.attempts  # its deadline passed meanwhile
             if attempt.error is not None:
-                if not late:
+                if late:
+                    continue
+                if attempt.request is not None and _is_exhaustion(attempt.error):  # and not of a transform's making
+                    self._starve(attempt, attempt.error)
+                else:
                     self._end(attempt, _failure(attempt.error, attempt.hidden))
                 continue
             if attempt.sock is None:
@@ -3272,7 +3307,7 @@ class _Drain:
             if key.data is not None:
                 self._shut(key.data)
         if self.outcomes or self.dirty:  # an exception, or the grace ran out: what is known is not thrown away
-            with contextlib.suppress(sqlite3.Error):
+            with contextlib.suppress(Exception):  # MemoryError too: the lock below must go whatever happens
                 self.db.execute("PRAGMA busy_timeout = 1000")
                 while self.outcomes or self.dirty:
                     self._write()
@@ -3282,7 +3317,9 @@ class _Drain:
         self.lock.release()
         self._close_db()
         _DRAINS.discard(self)
-        self.parked.set()
+        with self.forking:
+            self.parked = True  # for good
+            self.forking.notify_all()
         self.opener.close()
         self.observing.close()
 
@@ -3859,10 +3896,7 @@ class Outbox:
             if self.running and not self._halt.is_set():  # one that is stopping does not count
                 return
             self._halt = threading.Event()
-            self._thread = threading.Thread(
-                target=self._background, args=(self._halt,), name="webhook_outbox", daemon=True
-            )
-            self._thread.start()
+            self._thread = _start_thread(self._background, self._halt, name="webhook_outbox")
         atexit.unregister(self._at_exit)
         atexit.register(self._at_exit)
 

@@ -1603,6 +1603,26 @@ _OURS = re.compile(
 )
 
 
+@functools.lru_cache(maxsize=64)  # most receivers send the same head for a second, or for ever
+def _read_fields(block: bytes, keep: bool, bodiless: bool) -> tuple[Mapping[bytes, list[bytes]], bool, str, int]:
+    """Return the headers that matter of a head (to be read only), whether the connection may be used again, and the
+    body's framing and length. keep: HTTP/1.1."""
+    headers: dict[bytes, list[bytes]] = {}
+    for name, value in _OURS.findall(block):
+        headers.setdefault(name.lower(), []).append(value.rstrip(b" \t"))
+    tokens = b",".join(headers.get(b"connection", [])).lower()
+    reusable = bool(_WELL_FORMED.fullmatch(block)) and b"close" not in tokens and (keep or b"keep-alive" in tokens)
+    lengths, coding = headers.get(b"content-length"), headers.get(b"transfer-encoding")
+    if bodiless:
+        return headers, reusable, "length", 0
+    if coding is not None:
+        chunked = [c.lower() for c in coding] == [b"chunked"] and not lengths
+        return headers, reusable, "chunked" if chunked else "close", -1
+    if lengths and len(set(lengths)) == 1 and re.fullmatch(rb"[0-9]{1,18}", lengths[0]):
+        return headers, reusable, "length", int(lengths[0])
+    return headers, reusable, "close", 0
+
+
 class _Answer:
     """Reads one answer, byte by byte if need be, at a cost that grows with what arrived.
 
@@ -1617,7 +1637,7 @@ class _Answer:
         self.buffer = bytearray()
         self.body = bytearray()
         self.status: int | None = None
-        self.headers: dict[bytes, list[bytes]] = {}
+        self.headers: Mapping[bytes, list[bytes]] = {}
         self.error = ""
         self.reusable = True
         self._framing = ""  # "", then length, chunked or close
@@ -1666,29 +1686,11 @@ class _Answer:
         if status < 200:  # 101 or an early hint: whatever follows belongs to a protocol that we do not speak
             return self._fail(f"the answer was {status}, which is not final")
         self.status = status
-        self._read_headers(bytes(self.buffer[line.end() : end.end()]), line[1] == b"1")
+        fields = _read_fields(bytes(self.buffer[line.end() : end.end()]), line[1] == b"1", status in (204, 304))
+        self.headers, reusable, self._framing, self._left = fields
+        self.reusable &= reusable
         del self.buffer[: end.end()]
         return True
-
-    def _read_headers(self, block: bytes, keep: bool) -> None:
-        if not _WELL_FORMED.fullmatch(block):
-            self.reusable = False
-        for name, value in _OURS.findall(block):
-            self.headers.setdefault(name.lower(), []).append(value.rstrip(b" \t"))
-        if not keep or b"connection" in self.headers:
-            tokens = b",".join(self.headers.get(b"connection", [])).lower()
-            if b"close" in tokens or (not keep and b"keep-alive" not in tokens):
-                self.reusable = False
-        lengths, coding = self.headers.get(b"content-length"), self.headers.get(b"transfer-encoding")
-        if self.status in (204, 304):
-            self._framing, self._left = "length", 0
-        elif coding is not None:
-            self._framing = "chunked" if [c.lower() for c in coding] == [b"chunked"] and not lengths else "close"
-            self._left = -1
-        elif lengths and len(set(lengths)) == 1 and re.fullmatch(rb"[0-9]{1,18}", lengths[0]):
-            self._framing, self._left = "length", int(lengths[0])
-        else:
-            self._framing = "close"
 
     def _read_body(self) -> bool:
         if self._framing == "close":  # to the end of the connection; a success needs no waiting for it
@@ -1814,6 +1816,7 @@ def _exchange(sock: socket.socket, request: bytes, deadline: float) -> _Answer:
 # inherits the memory without the locks: if the child closed such a connection, it would delete a journal that is in
 # use. So the child keeps them for ever, and a drain closes its own for the moment of a fork (_Drain.park).
 _PINNED: dict[int, sqlite3.Connection] = {}
+_FORK = threading.RLock()  # held by a thread that forks, and by a drain that begins: no fork falls into its opening
 _DRAINS: set[_Drain] = set()  # running in this process
 _OUTBOXES: weakref.WeakSet[Outbox] = weakref.WeakSet()  # in a child they start with no drain
 _HELD: dict[str, _Lock] = {}  # held by this process: record locks do not keep its own threads apart
@@ -1821,6 +1824,7 @@ _hooked: list[int] = []  # not empty: the hooks are set; they cannot be taken ba
 
 
 def _before_fork() -> None:
+    _FORK.acquire()
     for drain in list(_DRAINS):
         drain.park()
 
@@ -1828,11 +1832,13 @@ def _before_fork() -> None:
 def _after_fork_in_parent() -> None:
     for drain in list(_DRAINS):
         drain.unpark()
+    _FORK.release()
 
 
 def _after_fork_in_child() -> None:
     import ctypes
 
+    _FORK.release()
     for db in _PINNED.values():  # one reference that is never given back: the interpreter's end would close it
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
     for kept in (_PINNED, _DRAINS, _HELD):
@@ -2532,6 +2538,7 @@ class _Drain:
         self.turn: list[_Lane] = []  # whose turn comes first, rotated
         self.attempts: set[_Attempt] = set()
         self.openers = 0
+        self.spare = 0  # places that endpoints without a recent success may still take in this turn
         self.outcomes: list[tuple[Any, ...]] = []  # rows for webhook_record
         self.dirty: dict[str, _Lane] = {}  # whose state is not in their rows yet; some may be disabled by now
         self.tally: dict[str, dict[str, float]] = _no_tally()  # per endpoint, for metrics; not written yet
@@ -2612,8 +2619,9 @@ class _Drain:
             self.wake_out.setblocking(False)
             self.selector.register(self.wake_out, selectors.EVENT_READ)
             self.thread = threading.get_ident()
-            _DRAINS.add(self)
-            self._open_db()
+            with _FORK:
+                _DRAINS.add(self)
+                self._open_db()
             if self._await_lock():
                 self._check_writable()
                 self._loop()
@@ -2838,6 +2846,9 @@ class _Drain:
         if not self.storing or len(self.outcomes) >= _UNRECORDED:
             return
         ready = [lane for lane in self.turn if lane.may_start(now, mono)]
+        if ready:
+            unproven = sum(attempt.lane.proven_until <= mono for attempt in self.attempts)
+            self.spare = max(1, self.outbox.workers * 3 // 8) - unproven
         last = None
         while ready:
             still = []
@@ -2849,6 +2860,7 @@ class _Drain:
                     and self._start(lane, now, mono)
                 ):
                     last = lane
+                    self.spare -= lane.proven_until <= mono
                     if lane.may_start(now, mono):
                         still.append(lane)
             ready = still
@@ -2859,10 +2871,8 @@ class _Drain:
     def _admit(self, lane: _Lane, mono: float) -> bool:
         """Keep most places, and half the openers, for endpoints that answered lately: those that hang fill the rest."""
         proven = lane.proven_until > mono or (lane.failing_since is None and not lane.active)
-        if not proven:
-            unproven = sum(1 for attempt in self.attempts if attempt.lane.proven_until <= mono)
-            if unproven >= max(1, self.outbox.workers * 3 // 8):
-                return False
+        if not proven and self.spare <= 0:
+            return False
         if lane.has_idle():
             return True
         return self.starved_until <= mono and self.openers < (_OPENERS if proven else _OPENERS // 2)

@@ -2853,14 +2853,15 @@ class _Drain:
         while ready:
             still = []
             for lane in ready:
+                under_way = len(self.attempts)
                 if (
-                    len(self.attempts) < self.outbox.workers
+                    under_way < self.outbox.workers
                     and len(self.outcomes) < _UNRECORDED
                     and self._admit(lane, mono)
                     and self._start(lane, now, mono)
                 ):
                     last = lane
-                    self.spare -= lane.proven_until <= mono
+                    self.spare -= len(self.attempts) > under_way and lane.proven_until <= mono
                     if lane.may_start(now, mono):
                         still.append(lane)
             ready = still

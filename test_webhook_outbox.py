@@ -89,7 +89,6 @@ LOOPBACK = ["127.0.0.0/8", "::1/128"]
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 settings.register_profile("default", deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("default")
-gc.freeze()  # each test collects garbage to see what it leaves; what is imported by now stays out of it
 
 # ── what tests share ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -330,8 +329,15 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
+@pytest.fixture(scope="session", autouse=True)
+def what_was_there_before() -> None:
+    """Each test collects garbage to see what it leaves; what was imported and collected by now stays out of it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
-def leaves_nothing_behind() -> Iterator[None]:
+def leaves_nothing_behind(what_was_there_before: None) -> Iterator[None]:
     """Each test ends with the threads, connections and descriptors that it began with."""
     gc.collect()
     threads, before, pinned = set(threading.enumerate()), descriptors(), set(webhook_outbox._PINNED)
@@ -2464,7 +2470,7 @@ def edges_into(seen: Edges) -> Callable[..., Any]:
 
 @pytest.mark.long
 def test_a_fuzzer_led_by_coverage_finds_no_open_door_and_no_other_error(capsys: pytest.CaptureFixture[str]) -> None:
-    rng, began, runs, genuine = random.Random(65), time.monotonic(), 50_000, 0
+    rng, began, runs, genuine = random.Random(65), time.monotonic(), 30_000, 0
     edges: Edges = set()
     seen: Edges = set()
     trace = edges_into(seen)
@@ -5035,7 +5041,7 @@ def test_start_and_stop_may_come_in_any_order_and_number(wal, serve):
     assert not outbox.running
 
 
-@pytest.mark.parametrize("rounds", [50, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [25, pytest.param(200, marks=pytest.mark.long)])
 def test_many_starts_and_stops_leave_nothing_behind(wal, serve, rounds):
     receiver, outbox = serve(), make_outbox(wal)
     outbox.add_endpoint(receiver.url())
@@ -5356,13 +5362,13 @@ def test_the_observer_may_stop_the_drain_and_somebody_start_it_again(wal, serve)
     receiver = serve()
     outbox = make_outbox(wal, observer=lambda notice: outbox.stop())
     outbox.add_endpoint(receiver.url())
-    for number in range(3):
+    for number in range(2):
         outbox.start()
         event = drain_emit(outbox, [number])[number]
         eventually(lambda: not outbox.running)
         assert statuses(outbox, event).popitem()[1] == "delivered"
     outbox.stop()
-    assert drain_sent(receiver) == [0, 1, 2]
+    assert drain_sent(receiver) == [0, 1]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit])
@@ -5520,7 +5526,7 @@ def test_commits_of_anybody_wake_the_drain(database, serve):
         eventually(lambda: 4 in drain_sent(receiver), within=2)
 
 
-@pytest.mark.parametrize("seconds", [1.2, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seconds", [0.7, pytest.param(8, marks=pytest.mark.long)])
 def test_outcomes_wait_for_a_lock_that_somebody_holds_and_nothing_is_sent_twice(database, serve, caplog, seconds):
     """EXCLUSIVE keeps readers out as well in rollback mode; in WAL mode it is the write lock."""
     gate = DrainGate()
@@ -6041,7 +6047,7 @@ def test_a_damaged_page_is_one_clear_line_and_costs_only_the_endpoint_whose_rows
     outbox.add_endpoint(receiver.url("/b"), id="b", events=["well"])
     with outbox:
         emit(outbox, data="x" * 100_000, delay=60)
-        assert query(wal, "PRAGMA wal_checkpoint(TRUNCATE)") == [(0, 0, 0)]
+        eventually(lambda: query(wal, "PRAGMA wal_checkpoint(TRUNCATE)") == [(0, 0, 0)])  # busy while the drain reads
         with run_python(code, wal) as process:
             assert process.wait(60) == 0, process.stderr.read()
         clock.advance(61)
@@ -6853,7 +6859,7 @@ def test_eight_processes_that_all_drain_deliver_each_event_once(database, serve,
     assert len(set(drain_senders(receiver))) == 1
 
 
-@pytest.mark.parametrize("stopped", [1.0, pytest.param(3.0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stopped", [0.6, pytest.param(3.0, marks=pytest.mark.long)])
 def test_a_standby_takes_over_within_half_a_second_of_a_death_and_never_while_the_holder_lives(
     database, serve, herd, stopped
 ):
@@ -6908,7 +6914,7 @@ def crashes_received(requests_: list[Request]) -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("rounds", [12, pytest.param(80, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [8, pytest.param(80, marks=pytest.mark.long)])
 def test_a_drain_killed_by_its_receiver_right_after_a_200_repeats_only_what_was_not_recorded(
     database, serve, herd, rounds
 ):
@@ -7079,7 +7085,7 @@ class CrashesStorm:
         return {what: found for what, found in wrong.items() if found}, numbers
 
 
-@pytest.mark.parametrize("rounds", [20, pytest.param(120, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [12, pytest.param(120, marks=pytest.mark.long)])
 def test_a_storm_of_kills_stops_and_locks_loses_nothing_and_repeats_nothing_without_a_cause(
     database, serve, herd, tmp_path, rounds
 ):
@@ -7122,7 +7128,7 @@ def test_killed_between_the_answer_and_its_recording_each_attempt_under_way_is_r
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("forks", [12, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("forks", [8, pytest.param(60, marks=pytest.mark.long)])
 def test_forks_and_pools_of_processes_at_any_moment_lose_and_repeat_nothing(database, serve, forks):
     code = """
     import os, sqlite3, sys, time, warnings
@@ -7320,7 +7326,7 @@ def power_drain(path: Any, receiver: Receiver, clock: Clock) -> None:
     assert [x for x in sent if x[1] == "queue"] == [x for x in waiting if x[1] == "queue"]
 
 
-@pytest.mark.parametrize(("steps", "every"), [(30, 6), pytest.param(70, 4, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("steps", "every"), [(24, 6), pytest.param(70, 4, marks=pytest.mark.long)])
 def test_a_power_cut_anywhere_in_the_wal_keeps_what_was_acknowledged_and_halves_nothing(tmp_path, serve, steps, every):
     """The WAL ends after any frame, inside one, or goes on behind a damaged one. A step whose frames are all there has
     happened, to the row, and no other has; a drain is several. The next drain sends what waits, each once."""
@@ -8268,7 +8274,7 @@ class OutboxMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("examples", [12, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [7, pytest.param(60, marks=pytest.mark.long)])
 def test_the_outbox_does_what_a_model_of_dicts_says(examples: int, tmp_path: pathlib.Path) -> None:
     """Transactions, answers, crashes, clocks and operators together, in any order."""
     options = settings(max_examples=examples, stateful_step_count=50, derandomize=examples == 12)

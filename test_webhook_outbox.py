@@ -5966,9 +5966,9 @@ def test_a_process_that_takes_the_lock_in_bursts_delays_and_doubles_nothing(data
                 if bursts.poll() is not None:
                     break
         assert bursts.returncode == 0, bursts.stderr.read()
-        eventually(lambda: not query(database, "SELECT 1 FROM webhook_deliveries WHERE status = 'pending'"))
+        eventually(lambda: not query(database, "SELECT 1 FROM webhook_deliveries WHERE status = 'pending'"), within=30)
     assert sorted(drain_sent(receiver)) == list(range(n + 1))
-    assert caplog.records == []
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_a_reader_that_pins_the_wal_holds_nobody_up_and_the_drain_pins_nothing(wal, serve):

@@ -1686,9 +1686,9 @@ class _Answer:
         if status < 200:  # 101 or an early hint: whatever follows belongs to a protocol that we do not speak
             return self._fail(f"the answer was {status}, which is not final")
         self.status = status
-        fields = _read_fields(bytes(self.buffer[line.end() : end.end()]), line[1] == b"1", status in (204, 304))
-        self.headers, reusable, self._framing, self._left = fields
-        self.reusable &= reusable
+        block = bytes(self.buffer[line.end() : end.end()])
+        fields = _read_fields(block, line[1] == b"1", status in (204, 304))
+        self.headers, self.reusable, self._framing, self._left = fields
         del self.buffer[: end.end()]
         return True
 
@@ -2305,21 +2305,7 @@ _UNRECORDED = 2_000  # outcomes that may wait for the write lock before sending 
 _TAKEOVER_POLL = 0.1  # seconds between two looks at a lock that another process holds
 _HOST_BUSY = 0.5  # seconds since somebody else's commit in which the host counts as writing
 _GAP_BUSY, _GAP_SENDING, _GAP_IDLE = 0.1, 0.01, 0.001  # seconds between two commits of ours
-_BUCKETS = (
-    0.01,
-    0.05,
-    0.1,
-    0.5,
-    1.0,
-    5.0,
-    30.0,
-    60.0,
-    300.0,
-    3600.0,
-    21600.0,
-    86400.0,
-    math.inf,
-)  # seconds, of metrics
+_BUCKETS = tuple(map(float, "0.01 0.05 0.1 0.5 1 5 30 60 300 3600 21600 86400 inf".split()))  # seconds, of metrics
 _BUCKET_NAMES = tuple(f"le {bound:g}" for bound in _BUCKETS)
 _PRUNE_PAUSE = 3_600.0  # seconds between two rounds of retention
 _NOTICE_TYPES = {
@@ -3724,7 +3710,7 @@ class Outbox:
             "signing": lambda v: "+".join({_choice("signing", part, _SIGNINGS): 0 for part in str(v).split("+")}),
             "rate": lambda v: None if v is None else _number("rate", v, 1e-6, 1e6),
             "max_in_flight": lambda v: _whole("max_in_flight", v, 1, 10_000),
-            "ordered": lambda v: int(_choice("ordered", v, (True, False)) in ("True", "1")),
+            "ordered": lambda v: (_choice("ordered", v, (True, False)), int(v))[1],
             "on_dead": lambda v: _choice("on_dead", v, ("skip", "hold")),
             "timeout": lambda v: None if v is None else _number("timeout", v, 0.01, 3600),
             "cert": lambda v: None if v is None else _dumps(_checked_files("cert", v)),

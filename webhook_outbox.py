@@ -2573,7 +2573,7 @@ class _Drain:
         self.delivered = self.retried = self.failed = 0
         self.data_version = self.endpoints_version = -1
         self.look = True  # somebody committed: read who has work
-        self.host_wrote_at = self.lively_at = -math.inf
+        self.host_wrote_at = self.lively_at = self.heard_at = -math.inf
         self.poll_at = self.chores_at = self.progress_at = self.prune_at = 0.0
         self.prune_from: int | None = None
         self.seen = math.inf  # wall clock at the last look; above now at the start and when the clock was set back
@@ -2756,9 +2756,12 @@ class _Drain:
     def _pause(self, mono: float) -> float:
         """Return the seconds until something may need doing."""
         quiet = mono - self.lively_at
-        pause = 0.001 if quiet < 0.1 or self.look else 0.005 if quiet < 60 else 0.025
+        pause = 0.001 if quiet < 0.1 or self.look else 0.005 if quiet < 60 else 0.018
         if self.outcomes:
             pause = min(pause, max(0.0, self.record_at - mono))
+        if not self.attempts and mono - self.heard_at < 0.005:  # emitted here a moment ago, so committed in a moment
+            time.sleep(0.0002)  # epoll knows milliseconds only
+            return 0.0
         return pause
 
     def _wait(self) -> None:
@@ -2780,13 +2783,13 @@ class _Drain:
         with contextlib.suppress(BlockingIOError):
             self.wake_out.recv(4096)
         self.woken = False  # after it: the byte of a wake in between would be gone, and all later ones suppressed
-        self.lively_at = time.monotonic()
+        self.heard_at = self.lively_at = time.monotonic()
         self.poll_at = 0.0
 
     def _notice(self, mono: float) -> None:
         """See what others committed: data_version moves for everybody's commits but our own."""
         if mono >= self.poll_at:
-            self.poll_at = mono + 0.001
+            self.poll_at = mono + (0.001 if self.attempts else 0.0)
             (version,) = self.db.execute("PRAGMA data_version").fetchone()
             if version != self.data_version:
                 if self.data_version != -1:
@@ -3295,10 +3298,10 @@ class _Drain:
             self.observing.tell(notice)
         self.notices = []
 
-    # Chores, about forty times a second.
+    # Chores, about forty times a second, ten while idle.
 
     def _chores(self, now: float, mono: float) -> None:
-        self.chores_at = mono + 0.025
+        self.chores_at = mono + (0.025 if self.attempts else 0.1)
         if _file_id(self.outbox.path) != self.file:  # a restore, say; what we know is not about the file there now
             self.outcomes, self.dirty, self.tally = [], {}, _no_tally()
             raise OutboxError(f"{self.outbox.path} was deleted or replaced while it was drained")

@@ -8997,8 +8997,8 @@ README = ROOT / "README.md"
 readme = pytest.mark.skipif(not README.exists(), reason="there is no README.md")
 
 
-def readme_blocks(*languages: str) -> list[tuple[int, str]]:
-    """Return (line number, text) of fenced blocks, but for those after a comment <!-- not run: reason -->."""
+def readme_blocks(*languages: str, all: bool = False) -> list[tuple[int, str]]:
+    """Return (line number, text) of fenced blocks; without `all`, not those after a <!-- not run: reason -->."""
     found, block, text = [], None, README.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(text, 1):
         fence = re.match(r"\s*```+\s*(\w*)", line)
@@ -9006,7 +9006,7 @@ def readme_blocks(*languages: str) -> list[tuple[int, str]]:
             before = next((above for above in reversed(text[: number - 1]) if above.strip()), "")
             block = (number, fence.group(1), bool(re.match(r"\s*<!-- not run: \S.* -->", before)), [])
         elif fence:
-            if block[1] in languages and not block[2]:
+            if block[1] in languages and (all or not block[2]):
                 found.append((block[0], textwrap.dedent("\n".join(block[3])) + "\n"))
             block = None
         elif block is not None:
@@ -9031,22 +9031,230 @@ def readme_commands() -> list[tuple[int, list[str]]]:
 
 
 @readme
-def test_the_readmes_python_runs_from_top_to_bottom(tmp_path):
-    """All blocks in one namespace, in a process of its own with an empty folder; it may leave an outbox running."""
+def test_the_readmes_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    """All blocks in one namespace, in a process of its own with an empty folder; it may leave an outbox running. Those
+    that begin with the name of a file are also written to it, for the later ones to import."""
     blocks = readme_blocks("python")
     assert blocks
+    monkeypatch.setenv("BILLING_SECRET", SECRET)
     code = """
-        import json, sys
+        import json, pathlib, re, sys, webhook_outbox
         space = {"__name__": "readme"}
         for line, text in json.load(sys.stdin):
+            if named := re.match(r"# (\\w+\\.py)\\n", text):
+                pathlib.Path(named[1]).write_text(text)
             exec(compile("\\n" * line + text, "README.md", "exec"), space)
         for value in list(space.values()):
-            if not isinstance(value, type) and hasattr(value, "emit") and hasattr(value, "stop"):
+            if type(value) is webhook_outbox.Outbox:
                 value.stop(1.0)
     """
     process = run_python(code, cwd=tmp_path, stdin=subprocess.PIPE)
     _, err = process.communicate(json.dumps(blocks), timeout=120)
     assert process.returncode == 0 and "Traceback" not in err, err
+
+
+def readme_files(folder: pathlib.Path) -> None:
+    """Write the blocks that begin with the name of a file to these files."""
+    for _, text in readme_blocks("python", all=True):
+        if named := re.match(r"# ([\w/]+\.py)\n", text):
+            (folder / named[1]).parent.mkdir(exist_ok=True)
+            (folder / named[1]).write_text(text)
+
+
+@contextlib.contextmanager
+def readme_server(folder: pathlib.Path, *words: str, port: str = "--port=%d", **environment: str) -> Iterator[str]:
+    """Run a server in a folder, in a process of its own; yield host and port when it listens."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+    paths = f"{ROOT}:{folder}"
+    with (folder / f"server.{number}.log").open("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *words, port % number],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": paths, "BILLING_SECRET": SECRET, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+        def listens() -> bool:
+            assert process.poll() is None, pathlib.Path(log.name).read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", number), 1):
+                return True
+            return False
+
+        try:
+            eventually(listens, within=60)
+            yield f"127.0.0.1:{number}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
+                process.wait()
+
+
+README_DJANGO = {
+    "__init__.py": "",
+    "models.py": """if True:
+        from django.db import models
+        class Invoice(models.Model):
+            order_id = models.TextField()
+            total = models.FloatField()
+            class Meta:
+                app_label, db_table = "billing_django", "invoices"
+    """,
+    "settings.py": """if True:
+        DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "billing.db"}}
+        INSTALLED_APPS, ROOT_URLCONF, ALLOWED_HOSTS = ["billing_django"], "billing_django.urls", ["127.0.0.1"]
+        MIDDLEWARE = ["django.middleware.csrf.CsrfViewMiddleware"]
+        SECRET_KEY, USE_TZ, BILLING_SECRET = "x", True, __import__("os").environ["BILLING_SECRET"]
+    """,
+    "urls.py": """if True:
+        from django.urls import path
+        from .views import hooks
+        urlpatterns = [path("hooks", hooks)]
+    """,
+}
+README_SERVERS: dict[str, tuple[str, ...]] = {
+    "flask": ("flask", "--app", "billing_flask", "run"),
+    "gunicorn": ("gunicorn", "billing_flask:app", "--workers", "2"),
+    "uvicorn": ("uvicorn", "billing_fastapi:app"),
+    "django": ("django", "runserver", "--noreload", "--settings", "billing_django.settings"),
+}
+
+
+@contextlib.contextmanager
+def readme_billing(folder: pathlib.Path, server: str, *options: str) -> Iterator[str]:
+    """The README's receiver, run by a real server; yield host and port."""
+    readme_files(folder)
+    if server == "django":
+        for name, text in README_DJANGO.items():
+            (folder / "billing_django" / name).write_text(text)
+        make = [sys.executable, "-m", "django", "migrate", "--run-syncdb", "--settings", "billing_django.settings"]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "BILLING_SECRET": SECRET}
+        subprocess.run(make, check=True, capture_output=True, cwd=folder, env=environment, timeout=60)
+    port = {"gunicorn": "--bind=127.0.0.1:%d", "django": "127.0.0.1:%d"}.get(server, "--port=%d")
+    with readme_server(folder, *README_SERVERS[server], *options, port=port) as where:
+        yield where
+
+
+@readme
+@pytest.mark.parametrize("server", README_SERVERS)
+def test_the_readmes_receivers_make_one_invoice_of_an_order_whatever_comes(wal, tmp_path, server):
+    """A real outbox delivers, forges and replays; the handler fails while its table has another name."""
+    clock, billing = Clock(time.time()), str(tmp_path / "billing.db")
+    outbox = make_outbox(wal, clock=clock, timeout=15.0)
+
+    def sent(event_id: str) -> list[Any]:
+        outbox.drain(once=True)
+        return [(attempt.status_code, attempt.error) for attempt in outbox.attempts(event_id)]
+
+    def left() -> tuple[Any, Any]:
+        invoices = query(billing, "SELECT order_id, total FROM invoices ORDER BY order_id")
+        return invoices, query(billing, "SELECT count(*) FROM webhook_inbox")
+
+    with readme_billing(tmp_path, server) as where:
+        url = f"http://{where}/hooks"
+        outbox.add_endpoint(url, id="billing", events=["order.*"], secret=SECRET)
+        outbox.add_endpoint(url, id="forger", events=["forged"])
+        good = (204, None)
+        first = emit(outbox, data={"order_id": "1", "total": 49.99})
+        assert sent(first) == [good]
+        outbox.resend(first)
+        assert sent(first) == [good, good] and left() == ([("1", 49.99)], [(1,)])
+        assert sent(emit(outbox, "forged", {"order_id": "2", "total": 1})) == [(400, "HTTP 400")]
+        clock.advance(-301)
+        late = emit(outbox, data={"order_id": "3", "total": 3.0})
+        assert sent(late) == [(400, "HTTP 400")] and left() == ([("1", 49.99)], [(1,)])
+        clock.advance(301)
+        assert sent(late)[1:] == [good] and left() == ([("1", 49.99), ("3", 3.0)], [(2,)])
+        query(billing, "ALTER TABLE invoices RENAME TO away")
+        failing = emit(outbox, data={"order_id": "4", "total": 4.0})
+        assert sent(failing) == [(500, "HTTP 500")]
+        query(billing, "ALTER TABLE away RENAME TO invoices")
+        assert left() == ([("1", 49.99), ("3", 3.0)], [(2,)])
+        clock.advance(1)
+        assert sent(failing)[1:] == [good] and left() == ([("1", 49.99), ("3", 3.0), ("4", 4.0)], [(3,)])
+        with contextlib.closing(sqlite3.connect(billing)) as other, outbox:
+            other.execute("BEGIN IMMEDIATE")  # a handler that waits for SQLite keeps nobody else waiting
+            waiting = emit(outbox, data={"order_id": "5", "total": 5.0})
+            eventually(lambda: any(drain.attempts for drain in outbox._drains))
+            for _ in range(20):
+                assert requests.get(url, timeout=2).status_code == 405
+            assert outbox.attempts(waiting) == []
+            other.rollback()
+            eventually(lambda: outbox.attempts(waiting))
+        assert sent(waiting) == [good]
+        now = int(time.time())
+        signed = {"webhook-id": "x", "webhook-timestamp": str(now), "webhook-signature": sign(SECRET, "x", now, b"1")}
+        for body, headers in ((b"1", {}), (b"2", signed), (b"1", {**signed, "webhook-id": "y"})):
+            assert requests.post(url, data=body, headers=headers, timeout=10).status_code == 400
+    assert left()[1] == [(4,)]
+
+
+@pytest.fixture
+def billing_pem(authority: Authority, tmp_path: pathlib.Path) -> pathlib.Path:
+    """The files that the README's servers name: their certificate, and the authority of the sender's."""
+    authority.ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "billing.pem")
+    shutil.copy(authority.path, tmp_path / "sender-ca.pem")
+    return tmp_path
+
+
+@readme
+@pytest.mark.parametrize("server", ["gunicorn", "uvicorn"])
+def test_the_readmes_servers_admit_only_the_senders_certificate(wal, billing_pem, authority, server):
+    ((_, words),) = [found for found in readme_commands() if found[1][0] == server]
+    with readme_billing(billing_pem, server, *words[2:]) as where:
+        outbox = make_outbox(wal, timeout=15.0)
+        url = f"https://{where}/hooks"
+        outbox.add_endpoint(url, id="shop", secret=SECRET, ca=authority.path, cert=authority.client())
+        outbox.add_endpoint(url, id="bare", secret=SECRET, ca=authority.path)
+        id = emit(outbox, data={"order_id": "1", "total": 1})
+        outbox.drain(once=True)
+    assert statuses(outbox, id) == {"shop": "delivered", "bare": "pending"}
+    assert outbox.attempts(id, "bare")[0].reason in ("tls", "connect", "protocol")  # an alert, a reset or just an end
+    assert query(str(billing_pem / "billing.db"), "SELECT order_id FROM invoices") == [("1",)]
+
+
+@readme
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="there is no nginx here")
+def test_the_readmes_nginx_admits_only_the_senders_address_and_certificate(wal, billing_pem, authority, serve):
+    ((_, block),) = readme_blocks("nginx")
+    receiver, stranger, ports = serve(), trustme.CA(), []
+    stranger.issue_cert("client@example.com").private_key_and_cert_chain_pem.write_to_path(billing_pem / "stranger.pem")
+    with (billing_pem / "conf").open("w") as conf:
+        conf.write("pid pid; error_log error.log; events {} http { access_log off;\n")
+        for word in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
+            conf.write(f"{word}_temp_path {billing_pem / word};\n")
+        for address in ("127.0.0.1", "203.0.113.7"):  # that of the sender, and that of the README
+            with socket.create_server(("127.0.0.1", 0)) as taken:
+                ports.append(taken.getsockname()[1])
+            text = block.replace("203.0.113.7", address).replace("443", f"127.0.0.1:{ports[-1]}")
+            conf.write(text.replace("/etc/nginx", str(billing_pem)).replace("http://127.0.0.1:8000", receiver.url("")))
+        conf.write("}")
+    arguments = ["nginx", "-p", str(billing_pem), "-c", conf.name]
+    tested = subprocess.run([*arguments, "-t"], capture_output=True, text=True, timeout=60)
+    assert tested.returncode == 0 and "warn" not in tested.stderr, tested.stderr
+    process = subprocess.Popen([*arguments, "-g", "daemon off;"], stderr=subprocess.DEVNULL)
+    try:
+        eventually((billing_pem / "pid").exists)
+        outbox = make_outbox(wal)
+        for id, cert, port in (
+            ("shop", authority.client(), ports[0]),
+            ("bare", None, ports[0]),
+            ("stranger", str(billing_pem / "stranger.pem"), ports[0]),
+            ("far", authority.client(), ports[1]),
+        ):
+            outbox.add_endpoint(f"https://127.0.0.1:{port}/hooks", id=id, ca=authority.path, cert=cert)
+        id = emit(outbox)
+        outbox.drain(once=True)
+    finally:
+        process.terminate()
+        process.wait(20)
+    codes = {attempt.endpoint_id: attempt.status_code for attempt in outbox.attempts(id)}
+    assert codes == {"shop": 200, "bare": 400, "stranger": 400, "far": 403} and len(receiver.requests) == 1
 
 
 @readme

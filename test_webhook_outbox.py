@@ -19,6 +19,7 @@ import gc
 import gzip
 import hashlib
 import hmac
+import html
 import ipaddress
 import itertools
 import json
@@ -9255,6 +9256,95 @@ def test_the_readmes_nginx_admits_only_the_senders_address_and_certificate(wal, 
         process.wait(20)
     codes = {attempt.endpoint_id: attempt.status_code for attempt in outbox.attempts(id)}
     assert codes == {"shop": 200, "bare": 400, "stranger": 400, "far": 403} and len(receiver.requests) == 1
+
+
+README_SHOP = """if True:
+    from flask import Flask, abort, request
+    from webhook_outbox import Outbox
+    app, outbox = Flask(__name__), Outbox("app.db", allow_networks=["127.0.0.0/8"])
+    def customer():  # stands for a login
+        return request.headers["X-Customer"]
+    def csrf_token():
+        return "<token> of " + customer()
+    app.jinja_env.globals["csrf_token"] = csrf_token
+    @app.before_request
+    def protect():
+        if request.method == "POST" and request.form.get("csrf_token") != csrf_token():
+            abort(403)
+    from webhooks_page import page
+    app.register_blueprint(page)
+"""
+
+
+@readme
+def test_the_readmes_page_lets_a_customer_see_and_touch_only_what_is_theirs(wal, tmp_path, serve):
+    """c4 and c42 are two customers; what is shown is read as a browser does, forms carry the page's token."""
+    readme_files(tmp_path)
+    text = (tmp_path / "webhooks_page.py").read_text().splitlines()
+    assert sum(bool(line.strip()) for line in text) <= 40
+    (tmp_path / "shop.py").write_text(README_SHOP)
+    theirs, other = serve([OK, answer(500, b"<script>alert('1')</script>"), OK]), serve()
+    outbox = make_outbox(wal)
+
+    def page(who: str, act: str = "", code: int = 200, **form: str) -> str:
+        options: dict[str, Any] = {"headers": {"X-Customer": who}, "timeout": 30}
+        shown = requests.get(url, params={"act": act, **form}, **options)  # reading changes nothing
+        assert shown.status_code == 200 and "whsec_" not in shown.text
+        if act:
+            token = html.unescape(re.findall(r'name="csrf_token" value="([^"]*)"', shown.text)[0])
+            assert requests.post(url, data={"act": act, **form}, **options).status_code == 403
+            shown = requests.post(url, data={"act": act, "csrf_token": token, **form}, **options)
+        assert shown.status_code == code and (code != 200 or shown.headers["Cache-Control"] == "no-store")
+        return shown.text
+
+    def secret_of(text: str) -> str:
+        (found,) = re.findall(r"<code>(whsec_[^<]*)</code>", text)
+        return html.unescape(found)
+
+    with readme_server(tmp_path, "flask", "--app", "shop", "run") as where:
+        url = f"http://{where}/webhooks"
+        secret = secret_of(page("c42", "add", url=theirs.url("/<b>?a=1&b=2"), events="order.* user.created"))
+        (endpoint,) = outbox.endpoints()
+        assert endpoint.events == ("c42.order.*", "c42.user.created")
+        assert "It answered." in page("c42", "ping", id=endpoint.id)
+        assert verify(theirs.requests[0].body, theirs.requests[0].headers, secret).type == "webhook.ping"
+        page("c4", "add", url=other.url(), events="*")
+        (foreign,) = (e for e in outbox.endpoints() if e.id != endpoint.id)
+        first = emit(outbox, "c42.order.created", {"order_id": 1})
+        emit(outbox, "c42.other")
+        emit(outbox, "c4.order.created")
+        outbox.drain(once=True)
+        assert (len(theirs.requests), len(other.requests)) == (2, 1)
+        shown = page("c42")
+        assert "&lt;script&gt;alert(&#39;1&#39;)" in shown and "<script" not in shown and "<b>" not in shown
+        for text in ("c42.order.created: pending", "HTTP 500", html.escape(endpoint.url), endpoint.id, first):
+            assert text in shown
+        for text in (foreign.url, foreign.id, "c42.other", "c4.order"):
+            assert text not in shown
+        assert "1 will be sent again" in page("c42", "resend", id=endpoint.id, event=first)
+        outbox.drain(once=True)
+        assert "c42.order.created: delivered" in page("c42")
+        renewed = secret_of(page("c42", "rotate", id=endpoint.id))
+        page("c42", "resend", id=endpoint.id, event=first)
+        outbox.drain(once=True)
+        assert {verify(theirs.requests[3].body, theirs.requests[3].headers, s).id for s in (secret, renewed)} == {first}
+        before = outbox.endpoints(), outbox.deliveries(), query(wal, "SELECT secrets FROM webhook_endpoints")
+        shown = page("c4")
+        for text in (html.escape(endpoint.url), endpoint.id, first, "c42"):
+            assert text not in shown
+        for act in ("ping", "rotate", "resend"):
+            page("c4", act, 404, id=endpoint.id, event=first)
+            page("c4", act, 404, event=first)
+        page("c4", "resend", id=foreign.id, event=first)  # an endpoint of its own, an event of another's
+        page("c4", "resend", id=foreign.id, event="msg_nobody")
+        page("c4", "nonsense", id=endpoint.id)
+        assert "private or special-purpose" in page("c4", "add", url="https://10.0.0.1/", events="*")
+        for events in ("", "[c]42.*", "*.*"):
+            assert "must" in page("c4", "add", url=other.url(), events=events)
+        page("c4", "add", 400, url=other.url())
+        assert before == (outbox.endpoints(), outbox.deliveries(), query(wal, "SELECT secrets FROM webhook_endpoints"))
+        outbox.drain(once=True)
+    assert (len(theirs.requests), len(other.requests)) == (4, 1)
 
 
 @readme

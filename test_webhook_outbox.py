@@ -9309,7 +9309,8 @@ def test_the_readmes_page_lets_a_customer_see_and_touch_only_what_is_theirs(wal,
         assert "It answered." in page("c42", "ping", id=endpoint.id)
         assert verify(theirs.requests[0].body, theirs.requests[0].headers, secret).type == "webhook.ping"
         page("c4", "add", url=other.url(), events="*")
-        (foreign,) = (e for e in outbox.endpoints() if e.id != endpoint.id)
+        foreign = outbox.endpoints()[1]
+        outbox.add_endpoint(serve(answer(500, b"for operators")).url(), id="ours", events=["*"])  # gets theirs too
         first = emit(outbox, "c42.order.created", {"order_id": 1})
         emit(outbox, "c42.other")
         emit(outbox, "c4.order.created")
@@ -9319,7 +9320,7 @@ def test_the_readmes_page_lets_a_customer_see_and_touch_only_what_is_theirs(wal,
         assert "&lt;script&gt;alert(&#39;1&#39;)" in shown and "<script" not in shown and "<b>" not in shown
         for text in ("c42.order.created: pending", "HTTP 500", html.escape(endpoint.url), endpoint.id, first):
             assert text in shown
-        for text in (foreign.url, foreign.id, "c42.other", "c4.order"):
+        for text in (foreign.url, foreign.id, "c42.other", "c4.order", "ours", "for operators"):
             assert text not in shown
         assert "1 will be sent again" in page("c42", "resend", id=endpoint.id, event=first)
         outbox.drain(once=True)

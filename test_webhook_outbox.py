@@ -5174,22 +5174,128 @@ def test_an_upgrade_that_is_cut_off_leaves_the_older_version_whole(wal):
     assert query(wal, "SELECT value FROM webhook_meta WHERE key = 'schema_version'") == [(len(webhook_outbox._SCHEMA),)]
 
 
-def test_slack_and_discord_get_messages_that_can_mention_nobody(wal, serve):
-    receiver, outbox = serve(), make_outbox(wal)
-    for body in ("slack", "discord"):
-        outbox.add_endpoint(receiver.url(f"/{body}"), id=body, body=body)
-    emit(outbox, data={"note": "<!channel> & @everyone"})
-    emit(outbox, data={"note": "x" * 5000})
+@pytest.mark.parametrize("app_name", ["", "Müller & Söhne/shop #1"])
+def test_cloudevents_are_read_by_the_library_of_their_project(wal, serve, app_name):
+    from cloudevents.core.bindings.http import HTTPMessage, from_http_event
+    from cloudevents.v1.http import from_http
+
+    receiver, outbox = serve(), make_outbox(wal, app_name=app_name.replace("ü", "ue").replace("ö", "oe"))
+    outbox.add_endpoint(receiver.url(), body="cloudevents", secret=SECRET)
+    every = [{"note": "é😀", "n": [1.5, None, {}]}, [1], "text", 7, True, False]
+    ids = [emit(outbox, data=data) for data in every]
     outbox.drain(once=True)
-    by_path: dict[str, list[Any]] = {"slack": [], "discord": []}
+    found = {}
     for request in receiver.requests:
-        assert request.headers["content-type"] == "application/json"
-        by_path[request.line.split()[1][1:]].append(json.loads(request.body))
-    short, long = sorted(by_path["slack"], key=lambda message: len(message["text"]))
-    assert short == {"text": 'order.created {"note":"&lt;!channel&gt; &amp; @everyone"}'} and len(long["text"]) == 3000
-    short, long = sorted(by_path["discord"], key=lambda message: len(message["content"]))
-    assert short["content"] == 'order.created {"note":"<!channel> & @everyone"}' and len(long["content"]) == 2000
-    assert short["allowed_mentions"] == long["allowed_mentions"] == {"parse": []}
+        verify(request.body, request.headers, SECRET)
+        new = from_http_event(HTTPMessage(dict(request.headers), request.body))  # in structured mode, by content-type
+        old = from_http(request.headers, request.body)
+        found[new.get_id()] = new.get_data()
+        event = outbox.event(new.get_id())
+        assert (new.get_specversion(), new.get_type(), old["type"]) == ("1.0", event.type, event.type)
+        assert abs(
+            new.get_time().timestamp() - event.created_at
+        ) < 0.002 and new.get_time().utcoffset() == datetime.timedelta(0)
+        assert new.get_datacontenttype() == "application/json" and old.data == new.get_data()
+        assert new.get_source() == old["source"] and re.fullmatch(r"[\w%./-]+", new.get_source(), re.ASCII)
+    assert found == dict(zip(ids, every, strict=True))
+
+
+def as_slack(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+    """Judge a message as Slack's documentation says that incoming webhooks do."""
+    message = json.loads(request.body)
+    text = message.get("text")
+    if request.headers["content-type"] != "application/json" or set(message) != {"text"}:
+        said = answer(400, b"invalid_payload")
+    elif not isinstance(text, str) or not text.strip():
+        said = answer(400, b"no_text")
+    else:
+        said = answer(400, b"msg_too_long") if len(text.encode("utf-16-le")) > 2 * 40_000 else OK
+    sock.sendall(said)
+    return True
+
+
+def as_discord(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+    """The same for Discord: 2,000 characters, counted in the way that gives most; mentions only as told."""
+    message = json.loads(request.body)
+    content = message.get("content", "")
+    good = content.strip() and len(content.encode("utf-16-le")) <= 2 * 2_000
+    good = good and set(message) == {"content", "allowed_mentions"}
+    good = good and request.headers["content-type"] == "application/json"
+    sock.sendall(answer(204) if good else answer(400, b'{"code": 50006, "message": "Cannot send an empty message"}'))
+    return True
+
+
+def test_slack_and_discord_get_messages_that_they_take_and_that_can_mention_nobody(wal, serve):
+    outbox = make_outbox(wal)
+    receivers = {"slack": serve(as_slack), "discord": serve(as_discord)}
+    for body, receiver in receivers.items():
+        outbox.add_endpoint(receiver.url(), id=body, body=body, max_in_flight=1)
+    notes = ["<!channel> & @everyone", "x" * 5000, "&" * 5000, "😀" * 5000, '\n\t"' * 2000, ""]
+    ids = [emit(outbox, data={"note": note}) for note in notes]
+    outbox.drain(once=True)
+    assert {status for id in ids for status in statuses(outbox, id).values()} == {"delivered"}
+    messages = {body: [json.loads(sent.body) for sent in receiver.requests] for body, receiver in receivers.items()}
+    texts = [message["text"] for message in messages["slack"]]
+    assert texts[0] == 'order.created {"note":"&lt;!channel&gt; &amp; @everyone"}' and len(texts[1]) == 3000
+    assert not any(set(text) & set("<>") for text in texts)
+    texts = [message["content"] for message in messages["discord"]]
+    assert texts[0] == 'order.created {"note":"<!channel> & @everyone"}' and len(texts[1]) == 2000
+    assert all(message["allowed_mentions"] == {"parse": []} for message in messages["discord"])
+
+
+TRANSFORMS_APP = """
+import json, sys, threading
+from webhook_outbox import Outbox, RetryPolicy
+
+def boom(event):
+    raise ValueError("no\\nluck")
+
+def leave(event):
+    sys.exit(3)
+
+def late(event):
+    threading.Event().wait(1.5)  # longer than its endpoint's timeout
+
+transforms = {
+    "raises": boom, "leaves": leave, "blocks": late,
+    "none": lambda event: None, "text": lambda event: "text", "triple": lambda event: (b"", "a/b", 1),
+    "single": lambda event: (b"",), "swapped": lambda event: ("a/b", b""),
+    "split": lambda event: (b"", "a/b\\r\\nx: 1"),
+    "foreign": lambda event: (b"", "☃"), "nothing": lambda event: event.data["gone"],
+    "upper": lambda event: json.dumps([event.id, event.type, event.key, event.data]).upper().encode(),
+    "plain": lambda event: (b"plain", "text/plain; charset=utf-8"),
+}
+outbox = Outbox("app.db", retry=RetryPolicy((0,)), allow_networks=["127.0.0.0/8"], transforms=transforms)
+"""
+
+
+def test_a_transform_that_fails_in_any_way_costs_only_its_own_attempts(wal, tmp_path, serve):
+    """By `drain --app` in a process of its own: the transforms are the host's code."""
+    (tmp_path / "shop.py").write_text(TRANSFORMS_APP, encoding="utf-8")
+    names = re.findall(r'"(\w+)": (?:lambda|boom|leave|late)', TRANSFORMS_APP)
+    receiver, outbox = serve(), make_outbox(wal, transforms=dict.fromkeys(names, repr))
+    for name in names:
+        timeout = 0.5 if name == "blocks" else None
+        outbox.add_endpoint(receiver.url(f"/{name}"), id=name, body=name, timeout=timeout, secret=SECRET)
+    outbox.add_endpoint(receiver.url("/standard"), id="standard")
+    ids = [emit(outbox, data={"n": number}, key="k") for number in range(3)]
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    ended = command("--app", "shop:outbox", "drain", "--until-empty", cwd=tmp_path, env=environment)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+    assert ended.stdout == f"delivered 9, failed {3 * (len(names) - 2)}, retried 0, still pending 0\n"
+    for id in ids:
+        outcomes = {attempt.endpoint_id: (attempt.reason, attempt.error) for attempt in outbox.attempts(id)}
+        assert {name for name, (reason, _) in outcomes.items() if reason is None} == {"standard", "upper", "plain"}
+        assert {name for name, (reason, _) in outcomes.items() if reason == "timeout"} == {"blocks"}
+        assert {reason for reason, _ in outcomes.values()} == {None, "timeout", "internal"}
+        assert outcomes["raises"][1] == "ValueError: no luck" and outcomes["leaves"][1] == "SystemExit: 3"
+        for name in ("none", "text", "triple", "single", "swapped", "split"):
+            assert "must return bytes, or (bytes, content type)" in outcomes[name][1]
+    upper = [request for request in receiver.requests if request.line.split()[1] == "/upper"]
+    assert [json.loads(request.body)[0] for request in upper] == [id.upper() for id in ids]  # in the order of their key
+    assert verify(upper[0].body, upper[0].headers, SECRET).data == [ids[0].upper(), "ORDER.CREATED", "K", {"N": 0}]
+    plain = [request for request in receiver.requests if request.line.split()[1] == "/plain"]
+    assert (plain[0].body, plain[0].headers["content-type"]) == (b"plain", "text/plain; charset=utf-8")
 
 
 @pytest.mark.parametrize("ordered", [False, True])

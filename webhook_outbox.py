@@ -1410,8 +1410,8 @@ def _slack_body(event: Event) -> bytes:
 
 
 def _discord_body(event: Event) -> bytes:
-    """Return a Discord message, which may be 2,000 characters long and mentions nobody."""
-    text = f"{event.type} {_dumps(event.data)}"[:2000]
+    """Return a Discord message, which may be 2,000 characters long (of UTF-16, to be safe) and mentions nobody."""
+    text = f"{event.type} {_dumps(event.data)}".encode("utf-16-le")[:4000].decode("utf-16-le", "ignore")
     return _dumps({"content": text, "allowed_mentions": {"parse": []}}).encode()
 
 
@@ -1526,7 +1526,7 @@ class _Wire:
         if self.transform is not None:
             event = Event(picked.id or "", picked.type, json.loads(picked.data), picked.key, picked.created_at)
             made = self.transform(event)
-            body, content_type = made if isinstance(made, tuple) else (made, "application/json")
+            body, content_type = made if isinstance(made, tuple) and len(made) == 2 else (made, "application/json")
             if not isinstance(body, bytes) or not isinstance(content_type, str) or not content_type.isprintable():
                 raise _Unready(f"the transform {self.endpoint.body!r} must return bytes, or (bytes, content type)")
             return body, content_type

@@ -5195,6 +5195,7 @@ def test_cloudevents_are_read_by_the_library_of_their_project(wal, serve, app_na
         assert abs(
             new.get_time().timestamp() - event.created_at
         ) < 0.002 and new.get_time().utcoffset() == datetime.timedelta(0)
+        assert request.headers["content-type"] == "application/cloudevents+json"
         assert new.get_datacontenttype() == "application/json" and old.data == new.get_data()
         assert new.get_source() == old["source"] and re.fullmatch(r"[\w%./-]+", new.get_source(), re.ASCII)
     assert found == dict(zip(ids, every, strict=True))
@@ -5241,6 +5242,37 @@ def test_slack_and_discord_get_messages_that_they_take_and_that_can_mention_nobo
     texts = [message["content"] for message in messages["discord"]]
     assert texts[0] == 'order.created {"note":"<!channel> & @everyone"}' and len(texts[1]) == 2000
     assert all(message["allowed_mentions"] == {"parse": []} for message in messages["discord"])
+
+
+def test_slack_may_be_the_monitor(wal, serve):
+    outbox, slack = make_outbox(wal, retry=RetryPolicy((0,))), serve(as_slack)
+    outbox.add_endpoint(slack.url(), id="slack", events=["webhook.*"], body="slack")
+    outbox.add_endpoint(serve(answer(500)).url(), id="crm")
+    id = emit(outbox)
+    assert outbox.drain(until_empty=True).delivered == 2
+    texts = [json.loads(request.body)["text"] for request in slack.requests]
+    assert sorted(text.split()[0] for text in texts) == ["webhook.delivery.failed", "webhook.endpoint.failing"]
+    assert all(id in text and '"endpoint_id":"crm"' in text and "HTTP 500" in text for text in texts)
+
+
+def test_each_attempt_is_a_log_record_that_says_what_it_was_about(database, serve, caplog):
+    """Failures always; successes at DEBUG, so that a busy host does not pay for them."""
+    outbox = make_outbox(database, retry=RetryPolicy((0, 0)))
+    outbox.add_endpoint(serve([answer(500), OK, OK, answer(500), answer(500), OK, OK]).url(), id="crm")
+
+    def logged(level: int) -> list[Any]:
+        caplog.clear()
+        with caplog.at_level(level, "webhook_outbox"):
+            emit(outbox)
+            outbox.drain(until_empty=True)
+        records = [record for record in caplog.records if hasattr(record, "event")]
+        assert all(record.event == outbox.events(limit=1)[0].id in record.getMessage() for record in records)
+        return [(r.levelname, r.endpoint, r.attempt, r.reason) for r in records]
+
+    assert logged(logging.DEBUG) == [("INFO", "crm", 1, "status"), ("DEBUG", "crm", 2, None)]
+    assert logged(logging.DEBUG) == [("DEBUG", "crm", 1, None)]
+    assert logged(logging.DEBUG) == [("INFO", "crm", 1, "status"), ("WARNING", "crm", 2, "status")]
+    assert logged(logging.INFO) == logged(logging.INFO) == []
 
 
 TRANSFORMS_APP = """
@@ -8658,19 +8690,61 @@ def test_every_listing_is_also_json_with_all_fields(cli, wal, serve):
     assert set(stats["endpoints"][0]) == {f.name for f in dataclasses.fields(webhook_outbox.EndpointStats)}
 
 
-def test_status_is_a_table_that_a_person_can_read(cli, wal, serve):
+def test_status_is_a_table_that_a_person_can_read(cli, wal, serve, monkeypatch):
     assert "no endpoints" in cli("status")
     outbox = make_outbox(wal)
     outbox.add_endpoint(serve([OK, OK, answer(500)]).url(), id="crm")
     for _ in range(3):
         emit(outbox)
         outbox.drain(once=True)
+    monkeypatch.setenv("COLUMNS", "120")
     first, head, line = cli("status").splitlines()
     assert first.startswith("1 pending (") and "0 held, 0 failed" in first
     assert all(
         word in head for word in ("SUCCESS", "P50", "P95", "WAITING", "OLDEST", "FAILED", "LAST HOUR", "LAST ERROR")
     )
-    assert line.startswith("crm ") and "67 %" in line and line.endswith("HTTP 500") and "█" in line
+    assert line.startswith("crm ") and "66 %" in line and line.endswith("HTTP 500") and "█" in line
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "C"])
+def test_status_fits_its_terminal_and_is_whole_in_a_pipe(wal, serve, encoding):
+    """A row a line; errors in the last column, or below where 80 columns have no room for them. In C, Python itself
+    chooses UTF-8; what cannot be shown is shown in another way, never as an escape."""
+    outbox, long = make_outbox(wal, retry=RetryPolicy((0, 60))), "x" * 60
+    outbox.add_endpoint(serve(answer(302, b"", "Location: /" + "y" * 150)).url(), id=long)
+    outbox.add_endpoint(serve([OK, answer(500)]).url())
+    ids = [emit(outbox), emit(outbox)]
+    outbox.drain(once=True)
+    errors = [outbox.attempts(ids[0], long)[0].error, "HTTP 500"]
+    environment = {"LC_ALL": "C"} if encoding == "C" else {"PYTHONIOENCODING": encoding}
+
+    def shown(**more: str) -> list[str]:
+        ended = command("--db", wal, "status", env={**environment, **more}, encoding=encoding.replace("C", "utf-8"))
+        assert (ended.returncode, ended.stderr) == (0, "") and "\\" not in ended.stdout
+        assert bool(set(ended.stdout) & set("▁█…·")) == (encoding in ("utf-8", "C"))
+        return ended.stdout.splitlines()
+
+    _, head, *rows = shown(COLUMNS="80")
+    assert [line for line in (head, *rows) if len(line) > 80] == [] and "LAST ERROR" not in head
+    assert [row[:2] == "  " for row in rows] == [False, True, False, True]
+    assert rows[1].startswith("  HTTP 302: redirects are not followed") and rows[3] == "  HTTP 500"
+    assert rows[0].startswith("xxxxxxxxxx") and re.match(r"ep_\w{16}    50 %", rows[2])
+    assert (rows[0][-1], rows[2][-1]) == (("·", "█") if encoding in ("utf-8", "C") else (".", "8"))
+    for columns in ("120", "160"):
+        head, *rows = shown(COLUMNS=columns)[1:]
+        assert len(rows) == (4 if columns == "120" else 2) and max(map(len, rows)) <= int(columns)
+    _, head, *rows = shown(COLUMNS="")
+    assert [line.split()[0] for line in rows] == [long, outbox.endpoints()[1].id]
+    assert errors[0][:70] in rows[0] and rows[1].endswith(errors[1])
+
+
+def test_a_success_rate_of_100_percent_means_that_nothing_failed(wal, cli):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint("https://example.com/", id="crm")
+    insert = "INSERT INTO webhook_attempts (event, endpoint_id, at, duration, reason) VALUES (1, 'crm', ?, 0.1, ?)"
+    with contextlib.closing(sqlite3.connect(wal)) as conn, conn:
+        conn.executemany(insert, [(time.time(), "status" if n == 0 else None) for n in range(1000)])
+    assert " 99 % " in cli("status")
 
 
 def test_only_three_commands_show_a_secret_and_none_a_query_or_a_header(cli, wal, serve):
@@ -9031,12 +9105,21 @@ def test_ctrl_c_on_a_terminal_ends_a_drain_with_its_summary(wal, serve):
     assert screen.rstrip().endswith("delivered 1, failed 0, retried 0, still pending 0")
 
 
+def test_status_watch_on_a_terminal_is_written_over_the_last_one(wal):
+    make_outbox(wal)
+    _, screen = cli_on_terminal("--db", wal, "status", "--watch", ctrl_c_after="no endpoints yet")
+    assert (
+        screen.startswith("\x1b[H0 pending (") and "\x1b[K" in screen and "\x1b[J" in screen and "\x1b[2J" not in screen
+    )
+
+
 def test_status_watch_repeats_until_ctrl_c(wal, serve, tmp_path):
     make_outbox(wal)
     with cli_running(tmp_path, "--db", wal, "status", "--watch") as control:
         control(seen="0 pending")
         make_outbox(wal).add_endpoint(serve().url(), id="late")
         assert control(seen="late ").count("pending (") == 2
+        assert "\x1b" not in control(seen="late ")  # no terminal
         code, _, err = control(end=signal.SIGINT)
     assert code in (0, 130) and err == ""
 

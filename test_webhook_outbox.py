@@ -9537,6 +9537,56 @@ def test_the_readmes_page_lets_a_customer_see_and_touch_only_what_is_theirs(wal,
     assert (len(theirs.requests), len(other.requests)) == (4, 1)
 
 
+VENDORED_APP = """
+import os, sqlite3, sys
+from app._vendor.webhook_outbox import Outbox, PayloadError, RetryPolicy
+
+def own_errors(event):
+    try:
+        outbox.emit(None, "no type", {})
+    except PayloadError as error:
+        return f"{type(error).__module__} {event.type}".encode(), "text/plain"
+
+outbox = Outbox("app.db", retry=RetryPolicy((0, 0.1)), allow_networks=["127.0.0.0/8"], transforms={"own": own_errors})
+frame = sys._getframe()  # imported by the command that runs: whose classes does it use?
+while frame and frame.f_code.co_name != "_load_app":
+    frame = frame.f_back
+if frame:
+    same = isinstance(outbox, frame.f_globals["Outbox"]) and frame.f_globals["PayloadError"] is PayloadError
+    print("same classes" if same and "webhook_outbox" not in sys.modules else "others", file=sys.stderr)
+"""
+
+
+@readme
+def test_a_vendored_copy_runs_its_app_with_the_apps_own_classes(tmp_path, serve):
+    """As the README says it: copied by its shell lines, run by its command."""
+    shutil.copy(ROOT / "webhook_outbox.py", tmp_path)
+    ((_, block),) = [found for found in readme_blocks("sh") if "_vendor" in found[1]]
+    copy, run = block.splitlines()
+    subprocess.run(copy, shell=True, check=True, cwd=tmp_path)  # noqa: S602  # a line of the README
+    (tmp_path / "webhook_outbox.py").unlink()
+    (tmp_path / "app" / "main.py").write_text(VENDORED_APP)
+    words = run.removeprefix("python ").removesuffix(" drain").split()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def vendored(*args: str, code: int = 0) -> str:
+        line = [sys.executable, *words, *args]
+        ended = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+        assert ended.returncode == code and "same classes\n" in ended.stderr, ended.stderr
+        assert "Traceback" not in ended.stderr
+        return ended.stdout + ended.stderr
+
+    receiver = serve([answer(500), OK])
+    vendored("endpoint", "add", receiver.url(), "--id", "crm", "--body", "own")
+    id = vendored("emit", "order.created", '{"order_id": 1}').split()[0]
+    assert "1 pending" in vendored("status")
+    assert "delivered 1, failed 0, retried 1, still pending 0" in vendored("drain", "--until-empty")
+    assert [(request.body, request.headers["webhook-id"]) for request in receiver.requests] == [
+        (b"app._vendor.webhook_outbox order.created", id)
+    ] * 2
+    assert "crm " in vendored("status") and "the type is not valid" in vendored("emit", "no type", "{}", code=1)
+
+
 @readme
 def test_the_readmes_commands_are_what_the_command_line_takes(capsys):
     ours = [

@@ -5330,6 +5330,25 @@ def test_a_transform_that_fails_in_any_way_costs_only_its_own_attempts(wal, tmp_
     assert (plain[0].body, plain[0].headers["content-type"]) == (b"plain", "text/plain; charset=utf-8")
 
 
+def test_transforms_that_never_end_cost_the_others_no_opener_and_their_rows_fail(wal, serve):
+    """Nobody can end a thread. Two of an endpoint are let go; its later attempts end at once."""
+    held, receiver = threading.Event(), serve(answer(200, b"", "Connection: close"))
+    outbox = make_outbox(wal, transforms={"stuck": lambda event: held.wait(60)}, retry=RetryPolicy((0, 0), jitter=0.0))
+    for number in range(12):  # with two threads each more than there are openers
+        outbox.add_endpoint(receiver.url("/stuck"), id=f"s{number}", body="stuck", timeout=0.2)
+    outbox.add_endpoint(receiver.url("/good"), id="good", timeout=5)
+    event, *_ = [emit(outbox) for _ in range(3)]
+    try:
+        report = outbox.drain(until_empty=True)
+        assert (report.delivered, report.failed, report.pending) == (3, 36, 0)
+        assert {request.line.split()[1] for request in receiver.requests} == {"/good"}
+        assert [attempt.reason for attempt in outbox.attempts(event, "s0")] == ["timeout", "internal"]
+        assert all("never ends" in str(row.error) for row in outbox.failed())
+    finally:
+        held.set()
+    eventually(lambda: not any("_open_for" in thread.name for thread in threading.enumerate()))
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 def test_removing_and_backfilling_a_large_backlog_lets_the_host_commit_in_between(wal, ordered):
     outbox = make_outbox(wal)

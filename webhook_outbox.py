@@ -2376,6 +2376,7 @@ class _Attempt:
     error: BaseException | None = None  # why it made none
     connection: _Connection | None = None
     resent: bool = False  # its kept-alive connection turned out to be dead; this is the second, fresh one
+    lost: bool = False  # its thread did not come back in time, and may never
 
 
 class _Lane:
@@ -2392,6 +2393,7 @@ class _Lane:
         self.idle: list[_Connection] = []
         self.active = 0  # attempts under way
         self.opening = 0  # of these: with a thread
+        self.lost = 0  # threads in a transform, or at a file, that did not come back in time
         self.limit = float(_FIRST_LIMIT)  # exchanges at once; up by one on success, halved on overload
         self.next_due = 0.0  # wall clock: when reading the table makes sense again
         self.next_slot = 0.0  # monotonic: the rate limit's next place
@@ -2946,6 +2948,8 @@ class _Drain:
             if lane.wire is None:
                 raise lane.broken or _Unready("the endpoint is not configured")
             if lane.wire.slow:
+                if lane.lost >= _OPENERS_EACH:
+                    raise _Unready("its transform, or reading its secret, never ends; mend it, restart the drain")
                 self._delegate(attempt, connect=not lane.idle)
                 return True
             attempt.request, attempt.hidden = lane.wire.request(attempt.picked, now)
@@ -3020,7 +3024,10 @@ class _Drain:
         with self.hand:
             handed, self.handed = self.handed, []
         for attempt in handed:
-            self._undelegate(attempt)
+            if attempt.lost:
+                attempt.lane.lost -= 1
+            else:
+                self._undelegate(attempt)
             late = attempt not in self.attempts  # its deadline passed meanwhile
             if attempt.error is not None:
                 if late:
@@ -3313,6 +3320,9 @@ class _Drain:
         for attempt in [a for a in self.attempts if a.deadline + (0 if a.connection else 0.25) <= mono]:
             if attempt.connection is not None:
                 self._shut(attempt.connection)
+            elif attempt.request is None:  # opening a connection ends in time, the host's own code need not
+                attempt.lost, attempt.lane.lost = True, attempt.lane.lost + 1
+                self._undelegate(attempt)
             waited = "for a connection" if attempt.connection is None else "for the answer"
             self._end(
                 attempt,

@@ -9651,6 +9651,85 @@ def test_the_readmes_commands_are_what_the_command_line_takes(capsys):
 
 
 @readme
+def test_in_flask_the_readmes_dashboard_stands_behind_the_login(wal):
+    flask = pytest.importorskip("flask")
+    cli_fail_some(wal)
+    (block,) = [text for _, text in readme_blocks("python") if "flask" in text]
+    space: dict[str, Any] = {"__name__": "readme", "outbox": make_outbox(wal), "os": os}
+    exec(compile(block, "README.md", "exec"), space)  # noqa: S102 - the README's own code
+    app = space["app"]
+    app.add_url_rule("/login", "login", lambda: flask.session.update(is_admin=True) or "ok")
+    with dash_served(app) as base, DashVisitor(base, "/admin/webhooks") as visitor:
+        for path in ("/", "/replay"):
+            assert visitor.session.get(base + "/admin/webhooks" + path, timeout=10).status_code == 403
+        visitor.session.get(base + "/login", timeout=10)
+        readme_visits(visitor, wal)
+
+
+@readme
+def test_in_django_the_readmes_dashboard_stands_behind_the_login(wal):
+    pytest.importorskip("django")
+    cli_fail_some(wal)
+    (block,) = [text for _, text in readme_blocks("python") if "django" in text]
+    process = run_python(
+        """
+        import sys, types, wsgiref.simple_server
+        import django.conf
+        csrf = "django.middleware.csrf.CsrfViewMiddleware"
+        apps = ["django.contrib.contenttypes", "django.contrib.auth"]
+        django.conf.settings.configure(ROOT_URLCONF="__main__", ALLOWED_HOSTS=["127.0.0.1"], SECRET_KEY="x" * 50,
+                                       INSTALLED_APPS=apps, MIDDLEWARE=["__main__.login", csrf])
+        django.setup()
+        from django.core.handlers.wsgi import WSGIHandler
+        from django.urls import re_path
+        import webhook_outbox
+        dashboard = webhook_outbox.dashboard_app(webhook_outbox.Outbox(sys.argv[1]))
+        exec(sys.argv[2])
+        urlpatterns = [re_path(r"^admin/webhooks/(.*)$", django_webhooks)]
+        def login(get_response):
+            def middleware(request):
+                request.user = types.SimpleNamespace(is_staff=request.COOKIES.get("login") == "staff")
+                return get_response(request)
+            return middleware
+        server = wsgiref.simple_server.make_server("127.0.0.1", 0, WSGIHandler())
+        print(server.server_port, flush=True)
+        server.serve_forever()
+        """,
+        wal,
+        block,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        base = f"http://127.0.0.1:{int((process.stdout or sys.stdin).readline())}"
+        with DashVisitor(base, "/admin/webhooks") as visitor:
+            refused = visitor.session.get(base + "/admin/webhooks/", timeout=10, allow_redirects=False)
+            assert refused.status_code == 302 and "login" in refused.headers["Location"]
+            visitor.session.cookies.set("login", "staff")
+            readme_visits(visitor, wal)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def readme_visits(visitor: DashVisitor, path: str) -> None:
+    """Walk through a dashboard that is mounted in an app: pages, links, and forms of ours and others."""
+    outbox = make_outbox(path)
+    page = visitor.get()
+    assert all(link.startswith("/admin/webhooks/") for link in page.links)
+    for link in set(page.links):
+        visitor.get(link.removeprefix("/admin/webhooks"))
+    action, fields = visitor.form("discard")
+    assert visitor.post(action, {**fields, "token": "x"}).status_code == 403
+    assert visitor.post(action, fields, Origin="https://evil.example").status_code == 403
+    assert len(outbox.failed()) == 3
+    assert visitor.press("discard", fields["ids"]).text.count("Given up") == 2
+    assert len(outbox.failed()) == 2
+    visitor.press("disable", "a")
+    visitor.press("replay")
+    assert len(outbox.failed()) < 2 and not outbox.endpoint("a").enabled
+
+
+@readme
 def test_the_readme_sets_up_in_two_commands():
     """One runs the demo on a fresh machine, one passes the tests: each brings along what it needs."""
     lines = README.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()

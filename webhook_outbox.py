@@ -4855,8 +4855,6 @@ def dashboard_app(outbox: Outbox) -> WSGIApplication:
     are masked. It asks for no login: whoever reaches it sees the events' data, and can replay, discard and disable.
     Mount it behind the login of your app, which also answers for the Host header.
     """
-    import hashlib
-
     style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     policy = "default-src 'none'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; style-src "
     always = [

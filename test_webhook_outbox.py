@@ -11050,6 +11050,42 @@ def a_large_replay_lets_the_host_commit(bench: Bench, path: pathlib.Path) -> Ite
     yield max(took[0])
 
 
+def computes(path: str, drains: bool) -> float:
+    """Be a host whose two threads compute in Python for three seconds, and maybe drain; return rounds a second."""
+    done, end = [0, 0], time.monotonic() + 3.0
+
+    def compute(number: int) -> None:
+        while time.monotonic() < end:
+            json.loads(json.dumps([BENCH_DATA] * 10))
+            done[number] += 1
+
+    threads = [threading.Thread(target=compute, args=(number,)) for number in range(2)]
+    with bench_outbox(path) if drains else contextlib.nullcontext():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return sum(done) / 3.0
+
+
+@measured(
+    "- deliveries in a process whose threads compute, of a drain alone; x",
+    "- such a host's pace, of without deliveries; x",
+    "- deliveries by a process beside it, of a drain alone; x",
+    "- such a host's pace, of without deliveries there; x",
+)
+def a_busy_host_slows_a_thread_more_than_a_process(bench: Bench, path: pathlib.Path) -> Iterator[float]:
+    file, pace, made = bench_file(path, bench.url, BENCH_ROWS // 6), [], []
+    alone = drain_all(bench_file(path.with_suffix(".alone"), bench.url, 20_000), 20_000)[0]
+    for drains in (None, "in", "beside"):
+        ((before,),) = query(file, "SELECT count(*) FROM webhook_attempts")
+        process = elsewhere(computes, file, drains == "in")
+        with bench_outbox(file) if drains == "beside" else contextlib.nullcontext():
+            pace.append(result(process))
+        made.append((query(file, "SELECT count(*) FROM webhook_attempts")[0][0] - before) / 3.0)
+    yield from (made[1] / alone, pace[1] / pace[0], made[2] / alone, pace[2] / pace[0])
+
+
 @measured("- deliveries of two processes with --shard, of one; x", "- one / two; a second")
 def two_shares_use_two_cores(bench: Bench, path: pathlib.Path) -> Iterator[Any]:
     rates, code = [], "import sys, webhook_outbox; webhook_outbox.main(sys.argv[1:]); print(0)"

@@ -2763,14 +2763,16 @@ class _Drain:
         pause = 0.001 if quiet < 0.1 or self.look else 0.005 if quiet < 60 else 0.018
         if self.outcomes:
             pause = min(pause, max(0.0, self.record_at - mono))
-        if not self.attempts and mono - self.heard_at < 0.005:  # emitted here a moment ago, so committed in a moment
-            time.sleep(0.0002)  # epoll knows milliseconds only
-            return 0.0
         return pause
 
     def _wait(self) -> None:
         """Sleep until a socket has news or the next poll is due; handle the sockets."""
-        for key, mask in self.selector.select(self._pause(time.monotonic())):
+        mono = time.monotonic()
+        pause = self._pause(mono)
+        if not self.attempts and mono - self.heard_at < 0.005:  # emitted here a moment ago, so committed in a moment
+            time.sleep(0.0002)  # the selector knows milliseconds only
+            pause = 0.0
+        for key, mask in self.selector.select(pause):
             connection: _Connection | None = key.data
             if connection is None:
                 self._hear()
@@ -2911,8 +2913,9 @@ class _Drain:
                 continue
             if not lane.has_idle() and (self.openers >= _OPENERS * share or self.starved_until > mono):
                 lane.line = line
-                if rank == 1:  # nobody there has a connection: the first goes on being the first
-                    return line.appendleft(lane)
+                if rank == 1:  # nobody in this line has a connection: the first goes on being the first
+                    line.appendleft(lane)
+                    return
                 line.append(lane)
                 stuck += 1
             elif self._start(lane, now, mono):

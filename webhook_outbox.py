@@ -1768,8 +1768,7 @@ class _Answer:
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Outcome:
+class _Outcome(NamedTuple):
     """What one attempt came to."""
 
     status_code: int | None = None
@@ -3172,7 +3171,7 @@ class _Drain:
         if picked.id is None or picked.valid != 1:  # a damaged row does not heal
             status = "failed"
         if reason is not outcome.reason:
-            outcome = dataclasses.replace(outcome, reason=reason)
+            outcome = outcome._replace(reason=reason)
         self._add_row(picked.event, lane.id, status, due_at, attempt.wall, mono - attempt.started, outcome)
         if status == "failed" and lane.enabled and self._hopeless(lane, now):
             lane.disable, lane.enabled, lane.dirty = "no success for 5 days", False, True

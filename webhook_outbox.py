@@ -4591,11 +4591,17 @@ def _init(outbox: Outbox, options: Any) -> None:
     _say(f"{outbox.path} is ready{next_step}")
 
 
-def _header_pairs(texts: Sequence[str]) -> dict[str, str]:
-    pairs = [text.partition(":") for text in texts]
-    if not all(colon for _, colon, _ in pairs):
-        raise PayloadError("a header is written 'Name: value'")
-    return {name.strip(): value.strip() for name, _, value in pairs}
+def _given(options: Any, names: str) -> dict[str, Any]:
+    """Return those of some options that were given, as the library takes them."""
+    given = {name: value for name in names.split() if (value := getattr(options, name)) is not None}
+    if "headers" in given:
+        pairs = [text.partition(":") for text in given["headers"]]
+        if not all(colon for _, colon, _ in pairs):
+            raise PayloadError("a header is written 'Name: value'")
+        given["headers"] = {name.strip(): value.strip() for name, _, value in pairs}
+    if "cert" in given:
+        given["cert"] = given["cert"][0] if len(given["cert"]) == 1 else tuple(given["cert"])
+    return given
 
 
 def _emit_by_hand(outbox: Outbox, options: Any) -> None:
@@ -4603,9 +4609,8 @@ def _emit_by_hand(outbox: Outbox, options: Any) -> None:
         data = json.loads(sys.stdin.read() if options.data == "-" else options.data)
     except (ValueError, RecursionError) as error:
         raise PayloadError(f"the data is not JSON: {_one_line(str(error), 100)}") from None
-    given = {name: getattr(options, name) for name in ("key", "idempotency_key", "delay")}
     with outbox.transaction() as conn:
-        id = outbox.emit(conn, options.type, data, headers=_header_pairs(getattr(options, "headers", [])), **given)
+        id = outbox.emit(conn, options.type, data, **_given(options, "key idempotency_key delay headers"))
     _say(id)
     if not outbox.event(id).deliveries:
         print("no enabled endpoint takes it; `endpoint list` shows their patterns", file=sys.stderr)
@@ -4657,24 +4662,16 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
     _say(f"{counts}, still pending {report.pending}")
 
 
-def _endpoint_options(options: Any) -> dict[str, Any]:
-    """Return the endpoint options that were given on the command line, as the library takes them."""
-    names = "events secret description headers body signing rate max_in_flight ordered on_dead timeout cert ca".split()
-    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    if "headers" in given:
-        given["headers"] = _header_pairs(given["headers"])
-    if "cert" in given:
-        given["cert"] = given["cert"][0] if len(given["cert"]) == 1 else tuple(given["cert"])
-    return given
+_ENDPOINT_OPTIONS = " ".join(EndpointOptions.__annotations__)
 
 
 def _endpoint_add(outbox: Outbox, options: Any) -> None:
-    endpoint = outbox.add_endpoint(options.url, id=options.id, **_endpoint_options(options))
+    endpoint = outbox.add_endpoint(options.url, **_given(options, f"id secret {_ENDPOINT_OPTIONS}"))
     _say(f"{endpoint.id}\nsecret {endpoint.secret}\nGive the secret to the receiver; `endpoint secret` shows it again.")
 
 
 def _endpoint_update(outbox: Outbox, options: Any) -> None:
-    _show_one(outbox.update_endpoint(options.id, url=options.url, **_endpoint_options(options)), False)
+    _show_one(outbox.update_endpoint(options.id, **_given(options, f"url {_ENDPOINT_OPTIONS}")), False)
 
 
 def _endpoint_list(outbox: Outbox, options: Any) -> None:
@@ -4694,6 +4691,10 @@ def _endpoint_set(outbox: Outbox, options: Any) -> None:
     _say(f"{options.verb}d {options.id}")
 
 
+def _endpoint_rotate(outbox: Outbox, options: Any) -> None:
+    _say(f"secret {outbox.rotate_secret(options.id, **_given(options, 'secret grace')).secret}")
+
+
 def _endpoint_ping(outbox: Outbox, options: Any) -> int:
     attempt = outbox.ping(options.id)
     answer = attempt.error or f"HTTP {attempt.status_code}"
@@ -4701,15 +4702,13 @@ def _endpoint_ping(outbox: Outbox, options: Any) -> int:
     return 1 if attempt.reason else 0
 
 
-def _endpoint_backfill(outbox: Outbox, options: Any) -> None:
-    filters = {"until": options.until, "type": options.type, "dry_run": options.dry_run}
-    count = outbox.backfill(options.id, since=options.since or 0.0, **filters)
+def _backfill(outbox: Outbox, options: Any) -> None:
+    count = outbox.backfill(options.id, since=options.since or 0.0, **_given(options, "until type dry_run"))
     _say(f"{count} deliveries {'would be ' if options.dry_run else ''}added")
 
 
 def _events_list(outbox: Outbox, options: Any) -> None:
-    names = ("type", "since", "until", "limit", "after")
-    rows = outbox.events(**{name: getattr(options, name) for name in names})
+    rows = outbox.events(**_given(options, "type since until limit after"))
     _show(rows, "id type key created_at data", options.json, "no events", without="deliveries")
 
 
@@ -4725,8 +4724,7 @@ def _events_show(outbox: Outbox, options: Any) -> None:
 
 
 def _failed_filters(options: Any) -> Any:
-    names = ("endpoint", "type", "reason", "since", "until")
-    return {name: getattr(options, name) for name in names} | {"ids": [*options.ids, *options.more_ids] or None}
+    return _given(options, "endpoint type reason since until") | {"ids": [*options.ids, *options.more_ids] or None}
 
 
 def _refuse_typo(outbox: Outbox, options: Any, found: bool) -> None:
@@ -4736,7 +4734,7 @@ def _refuse_typo(outbox: Outbox, options: Any, found: bool) -> None:
 
 
 def _failed_list(outbox: Outbox, options: Any) -> None:
-    rows = outbox.failed(limit=options.limit, after=options.after, **_failed_filters(options))
+    rows = outbox.failed(**_given(options, "limit after"), **_failed_filters(options))
     _refuse_typo(outbox, options, bool(rows))
     _show(rows, "id event_id endpoint_id type attempts reason error failed_at", options.json, "nothing failed")
 
@@ -4755,6 +4753,10 @@ def _failed_act(outbox: Outbox, options: Any) -> None:
     if not count and (options.ids or options.more_ids):
         raise NotFound("there are no such failed rows; `failed list` shows those there are")
     _say(f"{count} failed rows {'would be ' if options.dry_run else ''}{options.verb}ed")
+
+
+def _resend(outbox: Outbox, options: Any) -> None:
+    _say(f"{outbox.resend(options.id, endpoint=options.endpoint)} deliveries are pending again")
 
 
 def _local_receiver(port: int, answer: Callable[[Mapping[str, str], bytes], int]) -> Any:
@@ -4957,149 +4959,104 @@ def _shard(text: str) -> _Share:
     return _Share(int(match[1]), int(match[2]))
 
 
-def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return flags, options
-
-
-_ABSENT = object()  # argparse.SUPPRESS, which is imported late: an option that is not given is not passed on
 _FLAG = {"action": "store_true"}
-_ID = _argument("id")
-_JSON = _argument("--json", **_FLAG)
-_DRY_RUN = _argument("--dry-run", help="only count", **_FLAG)
-_LIMIT = _argument("--limit", type=int, default=100)
-_TYPE_FILTER = _argument("--type", help="a type, or a group: 'order.*'")
-_SINCE = _argument("--since", type=_when, help="UTC seconds, or 2026-01-31T12:00")
-_UNTIL = _argument("--until", type=_when)
-_SECRET = _argument("--secret", help="whsec_..., env:NAME or file:PATH; one is made when it is left out")
-_HEADERS = _argument("--headers", nargs="+", action="extend", default=_ABSENT, metavar="'NAME: VALUE'")
-_FAILED_FILTERS = (
-    _argument("ids", nargs="*", type=int, metavar="ID"),
-    _argument("--ids", dest="more_ids", nargs="+", type=int, default=[], metavar="ID"),
-    _argument("--endpoint", metavar="ID"),
-    _TYPE_FILTER,
-    _argument("--reason", help=", ".join(_REASONS)),
-    _SINCE,
-    _UNTIL,
-)
-_ENDPOINT_OPTIONS = (
-    _argument("--events", nargs="+", default=_ABSENT, metavar="PATTERN", help="order.created, 'order.*' or '*'"),
-    _HEADERS,
-    _argument("--description", default=_ABSENT),
-    _argument("--body", default=_ABSENT, help="standard, data, cloudevents, slack, discord, or a transform of --app"),
-    _argument("--signing", default=_ABSENT, help="standard, stripe, github, joined by + to send several"),
-    _argument("--rate", default=_ABSENT, type=float, help="deliveries per second"),
-    _argument("--timeout", default=_ABSENT, type=float, help="seconds an attempt may last (15)"),
-    _argument("--max-in-flight", type=int, default=_ABSENT, help="attempts at once at the most (16)"),
-    _argument("--ordered", default=_ABSENT, help="one after the other", **_FLAG),
-    _argument("--no-ordered", dest="ordered", action="store_false", default=_ABSENT),
-    _argument("--on-dead", choices=("skip", "hold"), default=_ABSENT, help="what a queue does after a failed row"),
-    _argument("--cert", nargs="+", default=_ABSENT, metavar="PATH", help="client certificate, and its key"),
-    _argument("--ca", default=_ABSENT, metavar="PATH", help="certificates of a private authority"),
-)
-_EMIT_OPTIONS = (
-    _argument("--key", help="events with one key go out in order"),
-    _argument("--idempotency-key", help="a second event with it is the first one"),
-    _argument("--delay", type=float, default=0.0, help="seconds"),
-    _HEADERS,
-)
-_DRAIN_OPTIONS = (
-    _argument("--once", help="until nothing is due now", **_FLAG),
-    _argument("--until-empty", help="until nothing is pending, retries included", **_FLAG),
-    _argument("--workers", type=int, help="attempts under way at once"),
-    _argument("--shard", type=_shard, default=_ALL, metavar="K/N", help="only this share of the endpoints, like 1/4"),
-)
-_CHECK_OPTIONS = (
-    _argument("--max-age", type=float, default=300.0, metavar="S", help="seconds that a due delivery may wait (300)"),
-    _argument("--max-failed", type=int, default=0, metavar="N", help="failed rows allowed (0)"),
-    _argument("--max-failing-endpoints", type=int, default=0, metavar="N", help="failing or disabled ones allowed (0)"),
-)
-_LISTEN_OPTIONS = (
-    _argument("--port", type=int, default=8000),
-    _argument("--secret", help="whsec_...: verify with it"),
-    _argument("--status", type=int, default=200, metavar="N", help="what to answer (200)"),
-)
+# The arguments of all commands. One that differs in a command stands under that command's words too; one that is a
+# plain text and says enough by its name is left out.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "--json": _FLAG,
+    "--dry-run": dict(_FLAG, help="only count"),
+    "--all": _FLAG,
+    "--limit": dict(type=int),
+    "--type": dict(help="a type, or a group: 'order.*'"),
+    "--since": dict(type=_when, help="UTC seconds, or 2026-01-31T12:00"),
+    "--until": dict(type=_when),
+    "init --wal": dict(_FLAG, help="also switch to WAL"),
+    "endpoint add url": dict(metavar="URL"),
+    "--secret": dict(help="whsec_..., env:NAME or file:PATH; one is made when it is left out"),
+    "--events": dict(nargs="+", metavar="PATTERN", help="order.created, 'order.*' or '*'"),
+    "--headers": dict(nargs="+", action="extend", metavar="'NAME: VALUE'"),
+    "--body": dict(help="standard, data, cloudevents, slack, discord, or a transform of --app"),
+    "--signing": dict(help="standard, stripe, github, joined by + to send several"),
+    "--rate": dict(type=float, help="deliveries per second"),
+    "--timeout": dict(type=float, help="seconds an attempt may last (15)"),
+    "--max-in-flight": dict(type=int, help="attempts at once at the most (16)"),
+    "--ordered": dict(action="store_const", const=True, help="one after the other"),
+    "--no-ordered": dict(action="store_const", const=False, dest="ordered"),
+    "--on-dead": dict(choices=("skip", "hold"), help="what a queue does after a failed row"),
+    "--cert": dict(nargs="+", metavar="PATH", help="client certificate, and its key"),
+    "--ca": dict(metavar="PATH", help="certificates of a private authority"),
+    "endpoint disable --reason": dict(default=""),
+    "--grace": dict(type=float, help="seconds that the old one signs too"),
+    "emit data": dict(metavar="JSON", help="- reads standard input"),
+    "--key": dict(help="events with one key go out in order"),
+    "--idempotency-key": dict(help="a second event with it is the first one"),
+    "--delay": dict(type=float, help="seconds"),
+    "--once": dict(_FLAG, help="until nothing is due now"),
+    "--until-empty": dict(_FLAG, help="until nothing is pending, retries included"),
+    "--workers": dict(type=int, help="attempts under way at once"),
+    "--shard": dict(type=_shard, default=_ALL, metavar="K/N", help="only this share of the endpoints, like 1/4"),
+    "--watch": dict(_FLAG, help="again every two seconds"),
+    "--max-age": dict(type=float, default=300.0, metavar="S", help="seconds that a due delivery may wait (300)"),
+    "--max-failed": dict(type=int, default=0, metavar="N", help="failed rows allowed (0)"),
+    "--max-failing-endpoints": dict(type=int, default=0, metavar="N", help="failing or disabled ones allowed (0)"),
+    "--after": dict(metavar="ID"),
+    "failed list --after": dict(type=int, metavar="ID"),
+    "ids": dict(nargs="*", type=int, metavar="ID"),
+    "--ids": dict(dest="more_ids", nargs="+", type=int, default=[], metavar="ID"),
+    "--endpoint": dict(metavar="ID"),
+    "--reason": dict(help=", ".join(_REASONS)),
+    "failed show id": dict(type=int),
+    "resend --endpoint": dict(help="only to this one, which need not have had it"),
+    "--older-than": dict(type=float, metavar="SECONDS"),
+    "--port": dict(type=int, default=8000),
+    "listen --secret": dict(help="whsec_...: verify with it"),
+    "--status": dict(type=int, default=200, metavar="N", help="what to answer (200)"),
+}
+_OPTIONS = " ".join(f"--{name.replace('_', '-')}" for name in EndpointOptions.__annotations__) + " --no-ordered"
+_LIMITS = "--max-age --max-failed --max-failing-endpoints"
+_FILTERS = "ids --ids --endpoint --type --reason --since --until"
 _GROUPS = {"endpoint": "where events go", "events": "the record of events", "failed": "deliveries that were given up"}
 # Each command: its words, what runs it with (outbox, options), its help, its arguments.
-_COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, tuple[Any, ...]], ...] = (
-    ("demo", _demo, "show the whole story on temporary files", ()),
-    ("init", _init, "make the tables", (_argument("--wal", help="also switch to WAL", **_FLAG),)),
-    ("schema", lambda o, a: _say(schema_sql().rstrip()), "print the SQL of the tables", ()),
-    ("doctor", _doctor, "say what is wrong with this file and machine", (_JSON,)),
-    (
-        "endpoint add",
-        _endpoint_add,
-        "register an endpoint",
-        (_argument("url", metavar="URL"), _argument("--id"), _SECRET, *_ENDPOINT_OPTIONS),
-    ),
-    ("endpoint list", _endpoint_list, "list endpoints", (_JSON,)),
-    ("endpoint show", lambda o, a: _show_one(o.endpoint(a.id), a.json), "show one endpoint", (_ID, _JSON)),
-    ("endpoint update", _endpoint_update, "change options", (_ID, _argument("--url"), *_ENDPOINT_OPTIONS)),
-    ("endpoint disable", _endpoint_set, "hold its deliveries", (_ID, _argument("--reason", default=""))),
-    ("endpoint enable", _endpoint_set, "resume its deliveries", (_ID,)),
-    ("endpoint remove", _endpoint_set, "delete it with its waiting deliveries", (_ID,)),
-    (
-        "endpoint rotate",
-        lambda o, a: _say(f"secret {o.rotate_secret(a.id, secret=a.secret, grace=a.grace).secret}"),
-        "give it a new secret",
-        (_ID, _SECRET, _argument("--grace", type=float, default=86_400.0, help="seconds that the old one signs too")),
-    ),
-    ("endpoint secret", lambda o, a: _say(o._secret(a.id)), "print its secret", (_ID,)),
-    ("endpoint ping", _endpoint_ping, "send it a webhook.ping now", (_ID,)),
+_COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
+    ("demo", _demo, "show the whole story on temporary files", ""),
+    ("init", _init, "make the tables", "--wal"),
+    ("schema", lambda o, a: _say(schema_sql().rstrip()), "print the SQL of the tables", ""),
+    ("doctor", _doctor, "say what is wrong with this file and machine", "--json"),
+    ("endpoint add", _endpoint_add, "register an endpoint", f"url --id --secret {_OPTIONS}"),
+    ("endpoint list", _endpoint_list, "list endpoints", "--json"),
+    ("endpoint show", lambda o, a: _show_one(o.endpoint(a.id), a.json), "show one endpoint", "id --json"),
+    ("endpoint update", _endpoint_update, "change options", f"id --url {_OPTIONS}"),
+    ("endpoint disable", _endpoint_set, "hold its deliveries", "id --reason"),
+    ("endpoint enable", _endpoint_set, "resume its deliveries", "id"),
+    ("endpoint remove", _endpoint_set, "delete it with its waiting deliveries", "id"),
+    ("endpoint rotate", _endpoint_rotate, "give it a new secret", "id --secret --grace"),
+    ("endpoint secret", lambda o, a: _say(o._secret(a.id)), "print its secret", "id"),
+    ("endpoint ping", _endpoint_ping, "send it a webhook.ping now", "id"),
     (
         "endpoint backfill",
-        _endpoint_backfill,
+        _backfill,
         "deliver recorded events that it has not had",
-        (_ID, _SINCE, _UNTIL, _TYPE_FILTER, _DRY_RUN),
+        "id --since --until --type --dry-run",
     ),
+    ("emit", _emit_by_hand, "record an event by hand", "type data --key --idempotency-key --delay --headers"),
     (
-        "emit",
-        _emit_by_hand,
-        "record an event by hand",
-        (_argument("type"), _argument("data", metavar="JSON", help="- reads standard input"), *_EMIT_OPTIONS),
+        "drain",
+        _drain_here,
+        "deliver what is due; for ever unless told otherwise",
+        "--once --until-empty --workers --shard",
     ),
-    ("drain", _drain_here, "deliver what is due; for ever unless told otherwise", _DRAIN_OPTIONS),
-    (
-        "status",
-        _status,
-        "show endpoints and what waits",
-        (_JSON, _argument("--watch", help="again every two seconds", **_FLAG)),
-    ),
-    ("metrics", lambda o, a: _say(o.metrics().rstrip()), "print the numbers for Prometheus", ()),
-    ("check", _check, "one line, and exit code 1 if something is wrong: for cron and monitoring", _CHECK_OPTIONS),
-    (
-        "events list",
-        _events_list,
-        "list events, newest first",
-        (_TYPE_FILTER, _SINCE, _UNTIL, _LIMIT, _argument("--after", metavar="ID"), _JSON),
-    ),
-    ("events show", _events_show, "show an event, its deliveries and attempts", (_ID, _JSON)),
-    (
-        "failed list",
-        _failed_list,
-        "list failed rows, oldest first",
-        (*_FAILED_FILTERS, _LIMIT, _argument("--after", type=int, metavar="ID"), _JSON),
-    ),
-    ("failed show", _failed_show, "show one failed row", (_argument("id", type=int), _JSON)),
-    (
-        "failed replay",
-        _failed_act,
-        "deliver failed rows again",
-        (*_FAILED_FILTERS, _argument("--all", **_FLAG), _DRY_RUN),
-    ),
-    ("failed discard", _failed_act, "delete failed rows", (*_FAILED_FILTERS, _argument("--all", **_FLAG), _DRY_RUN)),
-    (
-        "resend",
-        lambda o, a: _say(f"{o.resend(a.id, endpoint=a.endpoint)} deliveries are pending again"),
-        "deliver a recorded event again",
-        (_ID, _argument("--endpoint", help="only to this one, which need not have had it")),
-    ),
-    (
-        "prune",
-        lambda o, a: _say(f"{o.prune(a.older_than)} events pruned"),
-        "delete old events",
-        (_argument("--older-than", type=float, metavar="SECONDS"),),
-    ),
-    ("listen", _listen, "a local receiver that verifies and prints what arrives", _LISTEN_OPTIONS),
+    ("status", _status, "show endpoints and what waits", "--json --watch"),
+    ("metrics", lambda o, a: _say(o.metrics().rstrip()), "print the numbers for Prometheus", ""),
+    ("check", _check, "one line, and exit code 1 if something is wrong: for cron and monitoring", _LIMITS),
+    ("events list", _events_list, "list events, newest first", "--type --since --until --limit --after --json"),
+    ("events show", _events_show, "show an event, its deliveries and attempts", "id --json"),
+    ("failed list", _failed_list, "list failed rows, oldest first", f"{_FILTERS} --limit --after --json"),
+    ("failed show", _failed_show, "show one failed row", "id --json"),
+    ("failed replay", _failed_act, "deliver failed rows again", f"{_FILTERS} --all --dry-run"),
+    ("failed discard", _failed_act, "delete failed rows", f"{_FILTERS} --all --dry-run"),
+    ("resend", _resend, "deliver a recorded event again", "id --endpoint"),
+    ("prune", lambda o, a: _say(f"{o.prune(a.older_than)} events pruned"), "delete old events", "--older-than"),
+    ("listen", _listen, "a local receiver that verifies and prints what arrives", "--port --secret --status"),
 )
 
 
@@ -5127,9 +5084,8 @@ def _parser() -> Any:
             places[group] = made.add_subparsers(dest="verb", required=True, metavar="VERB")
         made = places[group].add_parser(name, help=help, description=help)
         made.set_defaults(run=run)
-        for flags, options in arguments:
-            absent = {"default": argparse.SUPPRESS} if options.get("default") is _ABSENT else {}
-            made.add_argument(*flags, **options | absent)
+        for argument in arguments.split():
+            made.add_argument(argument, **_ARGUMENTS.get(f"{words} {argument}", _ARGUMENTS.get(argument, {})))
     return parser
 
 

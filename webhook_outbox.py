@@ -3481,29 +3481,18 @@ def _failed_where(
     )
 
 
-def _endpoint_stats(
-    endpoint: Endpoint, waiting: tuple[int, int, float | None], queued: int, failed: int, recent: list[Any], now: float
-) -> EndpointStats:
-    count, due, oldest = waiting
-    good = sorted(duration for _, duration, reason, _ in recent if reason is None)
-    history = [0] * 12
-    for at, _, reason, _ in recent:
-        if reason is None:
-            history[int(max(0.0, min(11.0, (at - now + 3600.0) / 300.0)))] += 1
-    return EndpointStats(
-        id=endpoint.id,
-        enabled=endpoint.enabled,
-        pending=count + queued,
-        oldest_due_age=now - oldest if due and oldest is not None else None,
-        failed=failed,
-        delivered=len(good),
-        attempts=len(recent),
-        p50=good[len(good) // 2] if good else None,
-        p95=good[len(good) * 95 // 100] if good else None,
-        last_error=next((error for _, _, reason, error in reversed(recent) if reason is not None), None),
-        history=tuple(history),
-        failing_since=endpoint.failing_since,
+def _endpoint_stats(row: Sequence[Any], tried: Sequence[Sequence[Any]], now: float) -> EndpointStats:
+    id, enabled, failing_since, pending, due, oldest, failed = row
+    good = sorted(duration for _, duration, reason, _ in tried if reason is None)
+    p50, p95 = (good[len(good) * share // 100] if good else None for share in (50, 95))
+    age = now - oldest if due else None
+    error = next((error for _, _, reason, error in reversed(tried) if reason is not None), None)
+    twelfths = collections.Counter(
+        min(11, int((at - now + 3600) / 300)) for at, _, reason, _ in tried if reason is None
     )
+    history = tuple(twelfths[n] for n in range(12))
+    counts = failed, len(good), len(tried)
+    return EndpointStats(id, bool(enabled), pending, age, *counts, p50, p95, error, history, failing_since)
 
 
 def _family(name: str, kind: str, help: str, samples: Iterable[tuple[str, str, float]]) -> list[str]:
@@ -4165,44 +4154,35 @@ class Outbox:
     def stats(self) -> Stats:
         """Return the outbox's numbers. Reads indexes, so it is quick beside a large backlog."""
         now = self.clock()
-        recent: dict[str, list[Any]] = {}
+        tried: dict[str, list[Any]] = collections.defaultdict(list)
         with self._reading() as cursor:
-
-            def by_endpoint(sql: str, *values: float) -> dict[str, Any]:
-                return {row[0]: row[1:] for row in cursor.execute(sql, values)}
-
-            waiting = by_endpoint(
-                """SELECT endpoint_id, count(*), sum(due_at <= ?), min(due_at) FROM webhook_deliveries
-                    WHERE status = 'pending' GROUP BY endpoint_id""",
-                now,
+            cursor.execute(
+                """SELECT p.id, p.enabled, p.failing_since,
+                          coalesce(d.count, 0) +
+                          (SELECT count(*) FROM webhook_deliveries
+                            WHERE endpoint_id = p.id AND queue IS NOT NULL AND status = 'queued'),
+                          coalesce(d.due, 0), d.oldest,
+                          (SELECT count(*) FROM webhook_failed WHERE endpoint_id = p.id)
+                     FROM webhook_endpoints AS p LEFT JOIN
+                          (SELECT endpoint_id, count(*) AS count, sum(due_at <= ?) AS due, min(due_at) AS oldest
+                             FROM webhook_deliveries WHERE status = 'pending' GROUP BY endpoint_id) AS d
+                          ON d.endpoint_id = p.id
+                    ORDER BY p.created_at, p.id""",
+                (now,),
             )
-            queued = by_endpoint(
-                """SELECT p.id, (SELECT count(*) FROM webhook_deliveries
-                                  WHERE endpoint_id = p.id AND queue IS NOT NULL AND status = 'queued')
-                     FROM webhook_endpoints AS p"""
-            )
-            failed = by_endpoint("SELECT endpoint_id, count(*) FROM webhook_failed GROUP BY endpoint_id")
+            rows = cursor.fetchall()
             attempts = """SELECT endpoint_id, at, duration, reason, error FROM
                             (SELECT * FROM webhook_attempts ORDER BY id DESC LIMIT 20000) WHERE at >= ? ORDER BY id"""
             for id, *attempt in cursor.execute(attempts, (now - 3600.0,)):
-                recent.setdefault(id, []).append(attempt)
-        endpoints = tuple(
-            _endpoint_stats(
-                endpoint,
-                waiting.get(endpoint.id, (0, 0, None)),
-                queued.get(endpoint.id, (0,))[0],
-                failed.get(endpoint.id, (0,))[0],
-                recent.get(endpoint.id, []),
-                now,
-            )
-            for endpoint in self.endpoints()
-        )
+                tried[id].append(attempt)
+            (failed,) = cursor.execute("SELECT count(*) FROM webhook_failed").fetchone()
+        endpoints = tuple(_endpoint_stats(row, tried[row[0]], now) for row in rows)
         enabled = [e for e in endpoints if e.enabled]
         return Stats(
             pending=sum(e.pending for e in enabled),
-            due=sum(waiting[e.id][1] for e in enabled if e.id in waiting),
+            due=sum(due for _, enabled, _, _, due, _, _ in rows if enabled),
             held=sum(e.pending for e in endpoints if not e.enabled),
-            failed=sum(count for (count,) in failed.values()),
+            failed=failed,
             oldest_due_age=max((e.oldest_due_age for e in enabled if e.oldest_due_age is not None), default=None),
             endpoints=endpoints,
         )

@@ -3495,6 +3495,15 @@ def _endpoint_stats(row: Sequence[Any], tried: Sequence[Sequence[Any]], now: flo
     return EndpointStats(id, bool(enabled), pending, age, *counts, p50, p95, error, history, failing_since)
 
 
+_GAUGES = (
+    ("pending", "Deliveries that wait, held ones too.", "pending"),
+    ("failed", "Rows of webhook_failed.", "failed"),
+    ("oldest_due_age_seconds", "Age of the oldest due delivery.", "oldest_due_age"),
+    ("enabled", "1 for an enabled endpoint.", "enabled"),
+    ("failing_since_seconds", "UTC of the first failure in a row; 0: none.", "failing_since"),
+)
+
+
 def _family(name: str, kind: str, help: str, samples: Iterable[tuple[str, str, float]]) -> list[str]:
     """Return one metric in Prometheus' text format; samples are (suffix, labels, value)."""
     name = "webhook_outbox_" + name
@@ -4194,39 +4203,20 @@ class Outbox:
         with self._reading() as cursor:
             for id, name, value in cursor.execute("SELECT endpoint_id, name, value FROM webhook_counts"):
                 counts.setdefault(id, {})[name] = value
-        rows = [(f'endpoint="{e.id}"', e, counts.get(e.id, {})) for e in self.stats().endpoints]
-
-        def gauge(name: str, help: str, value: Callable[[EndpointStats], float | None]) -> list[str]:
-            return _family(name, "gauge", help, (("", labels, value(e) or 0) for labels, e, _ in rows))
-
-        for _, _, of in rows:
+        lines = []
+        attempts, given_up, seconds = (list[tuple[str, str, float]]() for _ in range(3))
+        endpoints = [(f'endpoint="{e.id}"', e) for e in self.stats().endpoints]
+        for name, help, field in _GAUGES:
+            lines += _family(name, "gauge", help, (("", labels, getattr(e, field) or 0) for labels, e in endpoints))
+        for labels, endpoint in endpoints:
+            of = counts.get(endpoint.id, {})
             of["delivered"] = sum(of.get(name, 0.0) for name in _BUCKET_NAMES)
-        tries = ((labels, of, result) for labels, _, of in rows for result in ("delivered", *_REASONS) if result in of)
-        lines = [
-            *gauge("pending", "Deliveries that wait, held ones too.", lambda e: e.pending),
-            *gauge("failed", "Rows of webhook_failed.", lambda e: e.failed),
-            *gauge("oldest_due_age_seconds", "Age of the oldest due delivery.", lambda e: e.oldest_due_age),
-            *gauge("enabled", "1 for an enabled endpoint.", lambda e: e.enabled),
-            *gauge("failing_since_seconds", "UTC of the first failure in a row; 0: none.", lambda e: e.failing_since),
-            *_family(
-                "attempts_total",
-                "counter",
-                "Attempts by result: delivered, or why not.",
-                (("", f'{labels},result="{result}"', of[result]) for labels, of, result in tries),
-            ),
-            *_family(
-                "given_up_total",
-                "counter",
-                "Deliveries that went to webhook_failed.",
-                (("", labels, of.get("given up", 0)) for labels, _, of in rows),
-            ),
-            *_family(
-                "delivery_seconds",
-                "histogram",
-                "Seconds from emit to 2xx.",
-                (sample for labels, _, of in rows for sample in _histogram(labels, of)),
-            ),
-        ]
+            attempts += [("", f'{labels},result="{name}"', of[name]) for name in ("delivered", *_REASONS) if name in of]
+            given_up.append(("", labels, of.get("given up", 0)))
+            seconds += _histogram(labels, of)
+        lines += _family("attempts_total", "counter", "Attempts by result: delivered, or why not.", attempts)
+        lines += _family("given_up_total", "counter", "Deliveries that went to webhook_failed.", given_up)
+        lines += _family("delivery_seconds", "histogram", "Seconds from emit to 2xx.", seconds)
         return "\n".join(lines) + "\n"
 
     def prune(self, older_than: float | None = None) -> int:

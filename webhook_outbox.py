@@ -1218,37 +1218,13 @@ class _Opening:
         return sock
 
 
-# _new_conn is the seam that urllib3's own SOCKS support overrides, in 1.26 and in 2.x. A release without it would
-# dial by itself: _Opener.open then finds `dialled` unset and refuses the connection.
-class _HTTPConnection(urllib3.connection.HTTPConnection):
-    opening: _Opening
-
-    def _new_conn(self) -> socket.socket:
-        return self.opening.dial(self.host.strip("[]"), self.port or 80, self.socket_options or ())
-
-
-class _HTTPSConnection(urllib3.connection.HTTPSConnection):
-    opening: _Opening
-
-    def _new_conn(self) -> socket.socket:
-        return self.opening.dial(self.host.strip("[]"), self.port or 443, self.socket_options or ())
-
-
-class _HTTPPool(urllib3.connectionpool.HTTPConnectionPool):
-    ConnectionCls = _HTTPConnection
-
-
-class _HTTPSPool(urllib3.connectionpool.HTTPSConnectionPool):
-    ConnectionCls = _HTTPSConnection
-
-
 # urllib3 1.26 gives Python no name to check where the host is an address; it then compares the certificate itself,
 # provided that the context does not ask Python to.
 _OLD_URLLIB3 = getattr(urllib3, "__version__", "").startswith("1.")
 
 
 class _Opener(requests.adapters.HTTPAdapter):
-    """Opens connections for endpoints: requests' adapter, with the guard where its pools dial."""
+    """Opens connections for endpoints: requests' adapter, with the guard where its connections dial."""
 
     def __init__(self, outbox: Outbox) -> None:
         super().__init__()
@@ -1256,10 +1232,6 @@ class _Opener(requests.adapters.HTTPAdapter):
         self.proxy, self.connect_timeout = outbox.proxy, outbox.connect_timeout
         self._lock = threading.Lock()  # guards _contexts
         self._contexts: dict[tuple[Any, ...], ssl.SSLContext] = {}
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
 
     def open(self, prepared: requests.PreparedRequest, endpoint: Endpoint, deadline: float) -> socket.socket:
         """Return a connected socket, past TLS; raise what _explain understands. deadline: monotonic."""
@@ -1269,7 +1241,11 @@ class _Opener(requests.adapters.HTTPAdapter):
         connection = pool._new_conn()
         now = time.monotonic()
         opening = _Opening(self.guard, self.lookups, scheme, deadline, min(deadline, now + self.connect_timeout))
-        connection.opening = opening
+        if not self.proxy:
+            # _new_conn is the seam that urllib3's own SOCKS support overrides, in 1.26 and in 2.x. A release without
+            # it would dial by itself: then `dialled` is unset, and the connection refused.
+            where = connection.host.strip("[]"), connection.port, connection.socket_options or ()
+            connection._new_conn = functools.partial(opening.dial, *where)
         connection.timeout = max(0.001, deadline - now)
         if scheme == "https":
             connection.ssl_context = self._context(endpoint, urllib3_checks=_OLD_URLLIB3 and bool(_literal(pool.host)))

@@ -1049,15 +1049,13 @@ def _check_authority(url: str) -> str:
         port = parts.port
     except ValueError as error:
         _refuse_url(f"{_one_line(str(error).split(':')[0])}; write https://host/path")
-    host, colon, port_text = parts.netloc.rpartition("]")[2].rpartition(":")
+    _, colon, port_text = parts.netloc.rpartition("]")[2].rpartition(":")
     if parts.scheme not in ("https", "http") or not parts.netloc:
         _refuse_url("it must start with https://")
     if "@" in parts.netloc or "%" in parts.netloc:
         _refuse_url("user names and percent signs do not belong in the host; send credentials in headers")
     if "#" in url:
         _refuse_url("a fragment (#...) is never sent; remove it")
-    if ":" in host or (not parts.netloc.startswith("[") and parts.netloc.count(":") > 1):
-        _refuse_url("an IPv6 address needs brackets: https://[2001:db8::1]/")
     if colon and not re.fullmatch(r"[0-9]{1,5}", port_text):
         _refuse_url("its port is not a number")
     if port is not None and (port in _BAD_PORTS or (port not in (80, 443) and port < 1024)):

@@ -965,18 +965,15 @@ def _retry_after(values: Sequence[str], now: float) -> float | None:
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_DENIED_V4 = tuple(
-    ipaddress.IPv4Network(text)
+_DENIED = tuple(
+    ipaddress.ip_network(text)
     for text in (
         "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 "
         "192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 "
-        "198.51.100.0/24 203.0.113.0/24 224.0.0.0/3"
+        "198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 "
+        "::/3 4000::/2 8000::/1 "  # all but 2000::/3, the global addresses; and of these:
+        "2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48 3ffe::/16 3fff::/20"
     ).split()
-)
-_GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
-_DENIED_V6 = tuple(
-    ipaddress.IPv6Network(text)
-    for text in "2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48 3ffe::/16 3fff::/20".split()
 )
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _NO_HTTP = "plain http is refused; use https, or admit it with allow_networks (--allow-network) or allow_http"
@@ -1010,13 +1007,9 @@ class _Guard:
             address = _unwrapped(ipaddress.ip_address(text))
         except ValueError:
             return f"{text!r} is no IP address"
-        if any(address in network for network in self.allow_networks if network.version == address.version):
+        if any(address in network for network in self.allow_networks):  # never where one is IPv4 and the other IPv6
             return None
-        if isinstance(address, ipaddress.IPv4Address):
-            denied = any(address in network for network in _DENIED_V4)
-        else:
-            denied = address not in _GLOBAL_V6 or any(address in network for network in _DENIED_V6)
-        if denied:
+        if any(address in network for network in _DENIED):
             return f"{address} is a private or special-purpose address; allow_networks (--allow-network) can admit it"
         if scheme != "https" and not self.allow_http:
             return _NO_HTTP

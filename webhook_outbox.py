@@ -709,12 +709,15 @@ def _key(secret: str | bytes, least: int = 16, most: int = 1 << 16) -> bytes:
     return key
 
 
-def _mac(key: bytes, message: bytes) -> bytes:
-    return hmac.digest(key, message, "sha256")
-
-
-def _sign_standard(key: bytes, id: str, timestamp: int, body: bytes) -> str:
-    return "v1," + base64.b64encode(_mac(key, b"%b.%d." % (id.encode(), timestamp) + body)).decode("ascii")
+def _signature(scheme: str, secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
+    """Return the signature of a body as the scheme's header carries it."""
+    if scheme == "standard":
+        mac = hmac.digest(_key(secret), b"%b.%d." % (id.encode(), timestamp) + body, "sha256")
+        return "v1," + base64.b64encode(mac).decode("ascii")
+    key = secret.encode() if isinstance(secret, str) else secret
+    if scheme == "stripe":
+        return "v1=" + hmac.digest(key, b"%d." % timestamp + body, "sha256").hex()
+    return "sha256=" + hmac.digest(key, body, "sha256").hex()
 
 
 def sign(secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
@@ -722,14 +725,7 @@ def sign(secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
 
     secret: `whsec_...`, bare base64, or raw key bytes, of 16 bytes or more; PayloadError (a ValueError) otherwise.
     """
-    return _sign_standard(_key(secret), id, timestamp, body)
-
-
-def _sign_stripe(key: bytes, timestamp: int, body: bytes) -> str:
-    return _mac(key, b"%d." % timestamp + body).hex()
-
-
-_cached_key = functools.lru_cache(maxsize=256)(_key)
+    return _signature("standard", secret, id, timestamp, body)
 
 
 def _signature_headers(
@@ -737,14 +733,14 @@ def _signature_headers(
 ) -> list[tuple[str, str]]:
     """Return the headers that sign a body with each secret, current first, for each scheme."""
     headers = []
-    if "standard" in schemes:
-        signatures = [_sign_standard(_cached_key(s), id, timestamp, body) for s in signing_secrets]
-        headers.append(("webhook-signature", " ".join(signatures)))
-    if "stripe" in schemes:
-        entries = [f"t={timestamp}", *(f"v1={_sign_stripe(s.encode(), timestamp, body)}" for s in signing_secrets)]
-        headers.append(("Stripe-Signature", ",".join(entries)))
-    if "github" in schemes:  # one header, one signature: GitHub has no rotation, the current secret signs
-        headers.append(("X-Hub-Signature-256", "sha256=" + _mac(signing_secrets[0].encode(), body).hex()))
+    for scheme in schemes:
+        signatures = [_signature(scheme, secret, id, timestamp, body) for secret in signing_secrets]
+        if scheme == "standard":
+            headers.append(("webhook-signature", " ".join(signatures)))
+        elif scheme == "stripe":
+            headers.append(("Stripe-Signature", ",".join([f"t={timestamp}", *signatures])))
+        else:  # one header, one signature: GitHub has no rotation, the current secret signs
+            headers.append(("X-Hub-Signature-256", signatures[0]))
     return headers
 
 
@@ -784,45 +780,29 @@ def _any_equal(expected: Iterable[str], received: Sequence[str]) -> bool:
     return found
 
 
-def _verify_standard(
-    body: bytes, headers: dict[str, str], keys: list[str | bytes], tolerance: float, now: float | None
-) -> tuple[str, int | None]:
-    id, timestamp, signatures = (headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature"))
+_SCHEMES = ("standard", "stripe", "github")
+
+
+def _claims(scheme: str, headers: Mapping[str, str]) -> tuple[str, str | None, list[str]]:
+    """Return what a request says of itself, unproven: its id, its timestamp and its signatures."""
+    id = headers.get("webhook-id", "")
+    if scheme == "github":
+        signature = headers.get("x-hub-signature-256")
+        if not signature:
+            raise SignatureError("X-Hub-Signature-256 is missing")
+        return id or headers.get("x-github-delivery", ""), None, [signature]
+    if scheme == "stripe":
+        parts = headers.get("stripe-signature", "").split(",", 2 * _MAX_SIGNATURES)
+        times = [part[2:] for part in parts if part.startswith("t=")]
+        if len(times) != 1:
+            raise SignatureError("Stripe-Signature is missing, or does not hold exactly one t=")
+        return id, times[0], [part for part in parts if part.startswith("v1=")]
+    timestamp, signatures = headers.get("webhook-timestamp"), headers.get("webhook-signature")
     if not (id and timestamp and signatures):
         raise SignatureError("a header is missing: webhook-id, webhook-timestamp and webhook-signature are needed")
     if len(id) > 256 or not id.isascii() or not id.isprintable() or "." in id:
         raise SignatureError("webhook-id is not a plain identifier")
-    signed_at = _signed_at(timestamp, tolerance, now)
-    received = signatures.split(" ", _MAX_SIGNATURES)
-    if not _any_equal((sign(key, id, signed_at, body) for key in keys), received):
-        raise SignatureError("no signature matches: another secret, or the body was changed (use the raw bytes)")
-    return id, signed_at
-
-
-def _verify_stripe(
-    body: bytes, headers: dict[str, str], keys: list[str | bytes], tolerance: float, now: float | None
-) -> tuple[str, int | None]:
-    pairs = [part.partition("=")[::2] for part in headers.get("stripe-signature", "").split(",", 2 * _MAX_SIGNATURES)]
-    times = [value for name, value in pairs if name == "t"]
-    if len(times) != 1:
-        raise SignatureError("Stripe-Signature is missing, or does not hold exactly one t=")
-    signed_at = _signed_at(times[0], tolerance, now)
-    expected = (_sign_stripe(k.encode() if isinstance(k, str) else k, signed_at, body) for k in keys)
-    if not _any_equal(expected, [value for name, value in pairs if name == "v1"]):
-        raise SignatureError("no v1 signature matches: another secret, or the body was changed (use the raw bytes)")
-    return headers.get("webhook-id", ""), signed_at
-
-
-def _verify_github(
-    body: bytes, headers: dict[str, str], keys: list[str | bytes], tolerance: float, now: float | None
-) -> tuple[str, int | None]:
-    expected = ("sha256=" + _mac(k.encode() if isinstance(k, str) else k, body).hex() for k in keys)
-    if not _any_equal(expected, [headers.get("x-hub-signature-256", "")]):
-        raise SignatureError("X-Hub-Signature-256 is missing or does not match")
-    return headers.get("webhook-id") or headers.get("x-github-delivery", ""), None
-
-
-_VERIFIERS = {"standard": _verify_standard, "stripe": _verify_stripe, "github": _verify_github}
+    return id, timestamp, signatures.split(" ", _MAX_SIGNATURES)
 
 
 def _parsed(id: str, id_is_signed: bool, signed_at: int | None, body: bytes) -> ReceivedEvent:
@@ -859,9 +839,12 @@ def verify(
             raise SignatureError("the body must be the raw bytes of the request, not text or parsed JSON")
         body = bytes(body)
         keys = [secret] if isinstance(secret, (str, bytes)) else list(secret)
-        if not keys or not all(keys) or scheme not in _VERIFIERS:
-            raise SignatureError("verify needs a secret, and a scheme of: " + ", ".join(_VERIFIERS))
-        id, signed_at = _VERIFIERS[scheme](body, _received_headers(headers), keys, tolerance, now)
+        if not keys or not all(keys) or scheme not in _SCHEMES:
+            raise SignatureError("verify needs a secret, and a scheme of: " + ", ".join(_SCHEMES))
+        id, timestamp, signatures = _claims(scheme, _received_headers(headers))
+        signed_at = None if timestamp is None else _signed_at(timestamp, tolerance, now)
+        if not _any_equal((_signature(scheme, key, id, signed_at or 0, body) for key in keys), signatures):
+            raise SignatureError("no signature matches: another secret, or the body was changed (use the raw bytes)")
     except SignatureError:
         raise
     except Exception as error:  # hostile headers reach odd corners; a receiver answers 400, never 500
@@ -1314,7 +1297,6 @@ def _explain(error: BaseException) -> tuple[str, str]:
 # Promises: the exact bytes of one POST, and the strict reading of its answer. Values in, values out; the sockets
 # are the caller's. HTTP/1.1 by RFC 9112; redirects are never followed, nothing is decoded.
 
-_SIGNINGS = ("standard", "stripe", "github")
 _BODIES = ("standard", "data", "cloudevents")
 _TYPE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
@@ -1478,8 +1460,8 @@ class _Wire:
             raise _Unready(f"no transform is called {endpoint.body!r}; run the drain with --app")
         slow = transform is not None or any(secret.startswith("file:") for secret, _ in secrets)
         start = "\r\n".join(lines).encode("latin-1") + b"\r\n"
-        schemes = tuple(endpoint.signing.split("+"))
-        if not set(schemes) <= set(_SIGNINGS):
+        schemes = tuple(dict.fromkeys(endpoint.signing.split("+")))
+        if not set(schemes) <= set(_SCHEMES):
             raise _Unready(f"no signing is called {endpoint.signing!r}; update the endpoint")
         query = urllib.parse.urlsplit(prepared.url or "").query  # as it goes over the wire, percent-encoded
         hidden = [query, *query.split("&"), *(part.rpartition("=")[2] for part in query.split("&"))]
@@ -3672,7 +3654,7 @@ class Outbox:
             "description": lambda v: _line("description", v, 1000),
             "headers": lambda v: _dumps(_checked_headers(v)),
             "body": lambda v: _choice("body", v, bodies),
-            "signing": lambda v: "+".join({_choice("signing", part, _SIGNINGS): 0 for part in str(v).split("+")}),
+            "signing": lambda v: "+".join({_choice("signing", part, _SCHEMES): 0 for part in str(v).split("+")}),
             "rate": lambda v: None if v is None else _number("rate", v, 1e-6, 1e6),
             "max_in_flight": lambda v: _whole("max_in_flight", v, 1, 10_000),
             "ordered": lambda v: (_choice("ordered", v, (True, False)), int(v))[1],

@@ -502,6 +502,11 @@ def _moment(value: float) -> str:
         return f"{value:g}"
 
 
+def _seconds(moment: datetime.datetime) -> float:
+    """Return UTC seconds; a time that names no zone is UTC."""
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
+
+
 def _age(seconds: float | None) -> str:
     if seconds is None:
         return "-"
@@ -880,11 +885,8 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         delays = tuple(self.delays) if isinstance(self.delays, (list, tuple)) else ()
         numbers = [*delays, self.jitter, 0.0 if self.overload_delay is None else self.overload_delay]
-        if (
-            not delays
-            or not all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers)
-            or self.jitter > 10
-        ):
+        sound = all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers)
+        if not delays or not sound or self.jitter > 10:
             raise PayloadError("RetryPolicy: delays must be one or more numbers of seconds, jitter a share up to 10")
         delays = tuple(map(float, delays))
         if self.overload_delay is None:
@@ -934,10 +936,7 @@ def _retry_after(values: Sequence[str], now: float) -> float | None:
             continue
         with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):
             if re.match(r"[A-Z][a-z]{2,8},? ", value):  # each of RFC 9110's three date formats is GMT
-                moment = email.utils.parsedate_to_datetime(value)
-                hints.append(
-                    (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp() - now
-                )
+                hints.append(_seconds(email.utils.parsedate_to_datetime(value)) - now)
     return min(max(0.0, *hints), _LONGEST_HINT) if hints else None
 
 
@@ -1736,23 +1735,17 @@ def _failure(error: BaseException, hidden: Iterable[str] = ()) -> _Outcome:
 
 def _exchange(sock: socket.socket, request: bytes, deadline: float) -> _Answer:
     """Send a request and read its answer, blocking, until the deadline; the drain has its own loop for many."""
-    answer = _Answer()
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE)
-        out = memoryview(request)
-        while (left := deadline - time.monotonic()) > 0:
-            selector.select(left)
-            with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                if out:
-                    out = out[sock.send(out) :]
-                    if not out:
-                        selector.modify(sock, selectors.EVENT_READ)
-                    continue
-                data = sock.recv(65_536)
-                if not data:
-                    answer.end()
-                if not data or answer.feed(data):
-                    return answer
+    answer, out = _Answer(), memoryview(request)
+    while (left := deadline - time.monotonic()) > 0:
+        sock.settimeout(left)
+        if out:
+            out = out[sock.send(out) :]
+            continue
+        data = sock.recv(65_536)
+        if not data:
+            answer.end()
+        if not data or answer.feed(data):
+            return answer
     raise TimeoutError
 
 
@@ -4866,7 +4859,7 @@ def _when(text: str) -> float:
         moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:
         raise argparse.ArgumentTypeError("write UTC seconds, or 2026-01-31T12:00") from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
+    return _seconds(moment)
 
 
 def _shard(text: str) -> _Share:

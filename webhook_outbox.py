@@ -3296,11 +3296,14 @@ def _choice(name: str, value: Any, choices: Sequence[Any]) -> str:
     return str(value)
 
 
+def _new_id(now: float) -> str:
+    """Return an event's id: random, sorted by time."""
+    return f"msg_{int(now * 1000):012x}{secrets.token_hex(10)}"
+
+
 def _checked_type(type: Any) -> str:
     if not isinstance(type, str) or len(type) > 256 or not _TYPE.fullmatch(type):
-        raise PayloadError(
-            "the type is not valid: letters, digits, _ and - in parts joined by dots, like order.created"
-        )
+        raise PayloadError("a type is letters, digits, _ and - in parts joined by dots, like order.created")
     return type
 
 
@@ -3501,9 +3504,7 @@ class Outbox:
     ) -> None:
         path = os.fsdecode(os.fspath(database))
         if path in ("", ":memory:") or path.startswith("file:"):
-            raise SchemaError(
-                "the outbox needs the path of a file: one in memory is seen by one connection, not the drain's"
-            )
+            raise SchemaError("the outbox needs the path of a file: a database in memory belongs to one connection")
         if proxy is not None and not re.fullmatch(r"http://[^/\s]+/?", proxy):
             raise PayloadError("proxy must be http://host:port")
         self.path = os.path.realpath(path)
@@ -3582,7 +3583,7 @@ class Outbox:
         delay = _number("delay", delay, 0, 1e9)
         header_text = _dumps(_checked_headers(headers)) if headers else None
         now = self.clock()
-        id = f"msg_{int(now * 1000):012x}{secrets.token_hex(10)}"
+        id = _new_id(now)
         delay += self.retry.delays[0]
         row = (type, text, key, idempotency_key, delay, header_text, id, now, self._identity)
         if isinstance(conn, sqlite3.Connection):
@@ -3686,12 +3687,10 @@ class Outbox:
         id = id or "ep_" + secrets.token_hex(8)
         columns |= {"id": id, "secrets": _dumps([[secret, None]]), "created_at": self.clock()}
         with self._writing(conn) as cursor:
+            names, marks = ", ".join(columns), ", ".join("?" * len(columns))
             try:
-                cursor.execute(
-                    f"""INSERT INTO main.webhook_endpoints ({", ".join(columns)})
-                        VALUES ({", ".join("?" * len(columns))})""",
-                    tuple(columns.values()),
-                )
+                statement = f"INSERT INTO main.webhook_endpoints ({names}) VALUES ({marks})"
+                cursor.execute(statement, tuple(columns.values()))
             except sqlite3.IntegrityError:
                 raise PayloadError(f"there is an endpoint {id} already; update it, or choose another id") from None
             return dataclasses.replace(self._endpoint_on(cursor, id), secret=secret)
@@ -3718,10 +3717,8 @@ class Outbox:
         with self._writing(conn) as cursor:
             self._endpoint_on(cursor, id)
             if columns:
-                cursor.execute(
-                    f"UPDATE main.webhook_endpoints SET {', '.join(f'{name} = ?' for name in columns)} WHERE id = ?",
-                    (*columns.values(), id),
-                )
+                changes = ", ".join(f"{name} = ?" for name in columns)
+                cursor.execute(f"UPDATE main.webhook_endpoints SET {changes} WHERE id = ?", (*columns.values(), id))
             return self._endpoint_on(cursor, id)
 
     def update_endpoint(
@@ -3791,7 +3788,7 @@ class Outbox:
         with self._reading() as cursor:
             endpoint, endpoint_secrets = self._endpoint_on(cursor, id), self._secrets_on(cursor, id)
         now, started = self.clock(), time.monotonic()
-        event_id = f"msg_{int(now * 1000):012x}{secrets.token_hex(10)}"
+        event_id = _new_id(now)
         picked = _Picked(0, 0, None, None, event_id, "webhook.ping", "{}", 1, None, None, now)
         opener, hidden = _Opener(self), list[str]()
         try:
@@ -3804,16 +3801,8 @@ class Outbox:
             outcome = _failure(error, hidden)
         finally:
             opener.close()
-        return Attempt(
-            event_id,
-            id,
-            now,
-            outcome.status_code,
-            outcome.reason,
-            outcome.error,
-            time.monotonic() - started,
-            outcome.response,
-        )
+        status, seconds = outcome.status_code, time.monotonic() - started
+        return Attempt(event_id, id, now, status, outcome.reason, outcome.error, seconds, outcome.response)
 
     # Draining.
 
@@ -3930,9 +3919,7 @@ class Outbox:
     def _act_on_failed(self, statement: str, all: bool, dry_run: bool, conn: Any, filters: Filters) -> int:
         where, values = _failed_where(**filters)
         if where == "1" and not all:
-            raise PayloadError(
-                "say which failed rows: by ids, endpoint, type, reason, since, until, or all (--all, all=True)"
-            )
+            raise PayloadError("say which failed rows: ids, endpoint, type, reason, since, until or --all (all=True)")
         statement = statement.format(where=where, now=repr(float(self.clock())))
         done = last = 0
         with self._reading(conn) as cursor:  # rows that fail again meanwhile are not for this call

@@ -3639,6 +3639,10 @@ class Outbox:
             with _session(self.path) as db:
                 yield sqlite3.Cursor(db)
 
+    def _select(self, sql: str, *values: Any) -> list[Any]:
+        with self._reading() as cursor:
+            return cursor.execute(sql, values).fetchall()
+
     def _columns(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return checked column values for endpoint options."""
         bodies = (*_BODIES, *self.transforms)
@@ -3889,12 +3893,9 @@ class Outbox:
         type (or a group: order.*), reason, since and until (of failed_at)."""
         where, values = _failed_where(**filters)
         names = ", ".join(field.name for field in dataclasses.fields(FailedDelivery))
-        with self._reading() as cursor:
-            cursor.execute(
-                f"SELECT {names} FROM webhook_failed WHERE id > ? AND {where} ORDER BY id LIMIT ?",
-                (after or 0, *values, int(_number("limit", limit, 0, 1e9))),
-            )
-            return [FailedDelivery(*row) for row in cursor.fetchall()]
+        sql = f"SELECT {names} FROM webhook_failed WHERE id > ? AND {where} ORDER BY id LIMIT ?"
+        rows = self._select(sql, after or 0, *values, _whole("limit", limit, 0, 10**9))
+        return [FailedDelivery(*row) for row in rows]
 
     def replay(self, *, all: bool = False, dry_run: bool = False, conn: Any = None, **filters: Unpack[Filters]) -> int:
         """Make failed rows pending again, with a fresh retry budget: same id, same body, the current secret.
@@ -3921,23 +3922,20 @@ class Outbox:
         if where == "1" and not all:
             raise PayloadError("say which failed rows: ids, endpoint, type, reason, since, until or --all (all=True)")
         statement = statement.format(where=where, now=repr(float(self.clock())))
+        with self._reading(conn) as cursor:
+            cursor.execute(f"SELECT count(*), max(id) FROM main.webhook_failed WHERE {where}", values)
+            count, end = cursor.fetchone()
+        if dry_run or not count:
+            return int(count)
         done = last = 0
-        with self._reading(conn) as cursor:  # rows that fail again meanwhile are not for this call
-            end = cursor.execute("SELECT max(id) FROM main.webhook_failed").fetchone()[0] or 0
-        while True:
+        while last < end:  # rows that fail again meanwhile are not for this call
+            batch = f"SELECT id FROM main.webhook_failed WHERE id > ? AND {where} ORDER BY id LIMIT 1000"
             with self._reading(conn) as cursor:
-                cursor.execute(
-                    f"SELECT id FROM main.webhook_failed WHERE id > ? AND id <= ? AND {where} ORDER BY id LIMIT 1000",
-                    (last, end, *values),
-                )
-                batch = [row[0] for row in cursor.fetchall()]
-            if not batch:
-                return done
-            if dry_run:
-                done += len(batch)
-            else:
-                done += self._write_batch(statement, (batch[0], batch[-1], *values), conn)
-            last = batch[-1]
+                (upto,) = cursor.execute(f"SELECT max(id) FROM ({batch})", (last, *values)).fetchone()
+            upto = min(end, upto or end)
+            done += self._write_batch(statement, (last + 1, upto, *values), conn)
+            last = upto
+        return done
 
     def resend(self, event_id: str, *, endpoint: str | None = None, conn: Any = None) -> int:
         """Deliver a recorded event again, delivered or not: to each endpoint that had it, or to `endpoint`, which
@@ -4031,12 +4029,9 @@ class Outbox:
             ("created_at < ?", _seconds_or_none("until", until)),
             ("seq < (SELECT seq FROM webhook_events WHERE id = ?)", after),
         )
-        with self._reading() as cursor:
-            cursor.execute(
-                f"SELECT id, type, data, key, created_at FROM webhook_events WHERE {where} ORDER BY seq DESC LIMIT ?",
-                (*values, int(_number("limit", limit, 0, 1e9))),
-            )
-            return [Event(id, type, json.loads(data), key, at) for id, type, data, key, at in cursor.fetchall()]
+        sql = f"SELECT id, type, data, key, created_at FROM webhook_events WHERE {where} ORDER BY seq DESC LIMIT ?"
+        rows = self._select(sql, *values, _whole("limit", limit, 0, 10**9))
+        return [Event(id, type, json.loads(data), key, at) for id, type, data, key, at in rows]
 
     def deliveries(
         self,
@@ -4068,26 +4063,19 @@ class Outbox:
             ("e.created_at < ?", _seconds_or_none("until", until)),
             ("(d.event, d.endpoint_id) < ((SELECT seq FROM webhook_events WHERE id = ?), ?)", after),
         )
-        with self._reading() as cursor:
-            cursor.execute(
-                f"""SELECT e.id, d.endpoint_id, {public}, d.attempts, d.due_at, d.delivered_at
-                      FROM webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event
-                      LEFT JOIN webhook_endpoints AS p ON p.id = d.endpoint_id
-                     WHERE {where} ORDER BY d.event DESC, d.endpoint_id DESC LIMIT ?""",
-                (*values, int(_number("limit", limit, 0, 1e9))),
-            )
-            return [Delivery(*row) for row in cursor.fetchall()]
+        sql = f"""SELECT e.id, d.endpoint_id, {public}, d.attempts, d.due_at, d.delivered_at
+                    FROM webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event
+                    LEFT JOIN webhook_endpoints AS p ON p.id = d.endpoint_id
+                   WHERE {where} ORDER BY d.event DESC, d.endpoint_id DESC LIMIT ?"""
+        return [Delivery(*row) for row in self._select(sql, *values, _whole("limit", limit, 0, 10**9))]
 
     def attempts(self, event_id: str, endpoint: str | None = None) -> list[Attempt]:
         """Return what was tried for an event, oldest first."""
         with self._reading() as cursor:
             seq = self._seq_on(cursor, event_id)
-            cursor.execute(
-                """SELECT ?, endpoint_id, at, status_code, reason, error, duration, response FROM webhook_attempts
-                    WHERE event = ? AND ? IN ('', endpoint_id) ORDER BY id""",
-                (event_id, seq, endpoint or ""),
-            )
-            return [Attempt(*row) for row in cursor.fetchall()]
+        sql = """SELECT ?, endpoint_id, at, status_code, reason, error, duration, response FROM webhook_attempts
+                  WHERE event = ? AND ? IN ('', endpoint_id) ORDER BY id"""
+        return [Attempt(*row) for row in self._select(sql, event_id, seq, endpoint or "")]
 
     def stats(self) -> Stats:
         """Return the outbox's numbers. Reads indexes, so it is quick beside a large backlog."""
@@ -4129,9 +4117,8 @@ class Outbox:
         """Return the numbers in Prometheus' text format. Counters and the histogram (seconds from emit to 2xx) are
         kept in the file, so they survive restarts; several processes show the same."""
         counts: dict[str, dict[str, float]] = {}
-        with self._reading() as cursor:
-            for id, name, value in cursor.execute("SELECT endpoint_id, name, value FROM webhook_counts"):
-                counts.setdefault(id, {})[name] = value
+        for id, name, value in self._select("SELECT endpoint_id, name, value FROM webhook_counts"):
+            counts.setdefault(id, {})[name] = value
         lines = []
         attempts, given_up, seconds = (list[tuple[str, str, float]]() for _ in range(3))
         endpoints = [(f'endpoint="{e.id}"', e) for e in self.stats().endpoints]

@@ -4221,12 +4221,8 @@ class _Finding(NamedTuple):
     text: str
 
 
-def _problem(text: str) -> _Finding:
-    return _Finding("problem", text)
-
-
-def _note(text: str) -> _Finding:
-    return _Finding("note", text)
+_problem = functools.partial(_Finding, "problem")
+_note = functools.partial(_Finding, "note")
 
 
 def _file_system(path: str) -> str:
@@ -4241,9 +4237,8 @@ def _file_system(path: str) -> str:
 
 
 def _wal_reset_bug(version: tuple[int, ...]) -> bool:
-    return version < _WAL_RESET_FIXED[0] and not any(
-        version[:2] == fixed[:2] and version >= fixed for fixed in _WAL_RESET_FIXED[1:]
-    )
+    newest, *backports = _WAL_RESET_FIXED
+    return version < newest and not any(version[:2] == fixed[:2] and version >= fixed for fixed in backports)
 
 
 def _look_at_file(path: str, db: sqlite3.Connection) -> Iterator[_Finding]:
@@ -4258,22 +4253,16 @@ def _look_at_file(path: str, db: sqlite3.Connection) -> Iterator[_Finding]:
     if synchronous < 2:
         yield _problem("synchronous is below FULL by default here: a power cut loses commits; have the app set FULL")
     if journal == "wal" and _wal_reset_bug(sqlite3.sqlite_version_info):
-        yield _note(
-            f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug: several writers (app and drain are two) may, "
-            "very rarely, damage the file; upgrade SQLite to 3.51.3"
-        )
+        bug = "has the WAL-reset bug: beside the app a drain writes, which may, very rarely, damage the file"
+        yield _note(f"SQLite {sqlite3.sqlite_version} {bug}; upgrade SQLite to 3.51.3")
     if journal == "wal":
         _, pages, moved = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         if pages - moved > _LONG_WAL:
-            yield _problem(
-                f"a reader that stays open keeps {pages - moved:,} pages in {path}-wal, which grows: find a connection "
-                "with a half-read cursor or a transaction that never ends"
-            )
+            kept = f"a reader that stays open keeps {pages - moved:,} pages in {path}-wal, which grows"
+            yield _problem(f"{kept}: find a connection with a half-read cursor or a transaction that never ends")
     kind = _file_system(path)
     if _NETWORK_FILE_SYSTEM.match(kind):
-        yield _problem(
-            f"the file is on {kind}, a network file system: SQLite's locks fail there; move it to a local disk"
-        )
+        yield _problem(f"on {kind}, a network file system: SQLite's locks fail there; move the file to a local disk")
 
 
 def _look_at_owners(path: str) -> Iterator[_Finding]:
@@ -4282,10 +4271,8 @@ def _look_at_owners(path: str) -> Iterator[_Finding]:
         with contextlib.suppress(OSError):
             other = os.stat(path + suffix).st_uid
             if other != owner:
-                yield _problem(
-                    f"{path}{suffix} belongs to user {other}, the file to {owner}: run app and drain as one user, and "
-                    "hand it over with chown"
-                )
+                theirs = f"{path}{suffix} belongs to user {other}, the file to {owner}"
+                yield _problem(f"{theirs}: run app and drain as one user, and hand it over with chown")
     if not os.access(os.path.dirname(path), os.W_OK):
         yield _problem(f"the folder of {path} cannot be written: it must hold the journal and the drain's lock")
 
@@ -4330,6 +4317,7 @@ def _look_at_endpoints(outbox: Outbox, stats: Stats, db: sqlite3.Connection) -> 
         yield _note("there are no endpoints: events are recorded and go nowhere; `endpoint add URL`")
     with contextlib.closing(_Opener(outbox)) as opener:
         for endpoint, secrets, _ in _load_endpoints(db):
+            id = endpoint if isinstance(endpoint, str) else endpoint.id
             try:
                 if isinstance(endpoint, str):
                     raise _Unready("its row is damaged; update or remove it")
@@ -4339,7 +4327,6 @@ def _look_at_endpoints(outbox: Outbox, stats: Stats, db: sqlite3.Connection) -> 
                 if endpoint.url.startswith("https:"):
                     opener._context(endpoint, False)
             except Exception as error:
-                id = endpoint if isinstance(endpoint, str) else endpoint.id
                 yield _problem(f"{id} cannot be sent to from here: {_one_line(str(error))}")
 
 

@@ -54,6 +54,7 @@ import email.utils
 import errno
 import functools
 import hmac
+import html
 import ipaddress
 import itertools
 import json
@@ -1338,23 +1339,15 @@ def _standard_body(picked: _Picked) -> bytes:
 
 def _cloudevents_body(picked: _Picked, source: str) -> bytes:
     """Return CloudEvents 1.0 in structured mode."""
-    head = {
-        "specversion": "1.0",
-        "id": picked.id,
-        "source": urllib.parse.quote(source) or "webhook-outbox",
-        "type": picked.type,
-        "time": _iso(picked.created_at),
-        "datacontenttype": "application/json",
-    }
-    return f'{_dumps(head)[:-1]},"data":{picked.data}}}'.encode()
+    context = {"specversion": "1.0", "id": picked.id, "source": urllib.parse.quote(source) or "webhook-outbox"}
+    context |= {"type": picked.type, "time": _iso(picked.created_at), "datacontenttype": "application/json"}
+    return f'{_dumps(context)[:-1]},"data":{picked.data}}}'.encode()
 
 
 def _slack_body(event: Event) -> bytes:
     """Return a Slack message. Escaped as Slack wants it, so that data cannot mention a channel."""
     text = f"{event.type} {_dumps(event.data)}"[:3000]
-    for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
-        text = text.replace(char, entity)
-    return _dumps({"text": text}).encode()
+    return _dumps({"text": html.escape(text, quote=False)}).encode()
 
 
 def _discord_body(event: Event) -> bytes:
@@ -3355,6 +3348,13 @@ def _checked_data(data: Any) -> str:
     return text
 
 
+def _path(database: str | os.PathLike[str]) -> str:
+    path = os.fsdecode(os.fspath(database))
+    if path in ("", ":memory:") or path.startswith("file:"):
+        raise SchemaError("this needs the path of a file: a database in memory is one connection's own, and forgets")
+    return os.path.realpath(path)
+
+
 def _networks(networks: Iterable[str | _Network]) -> tuple[_Network, ...]:
     if isinstance(networks, str):
         networks = [networks]
@@ -3502,12 +3502,9 @@ class Outbox:
         rng: Callable[[], float] = random.random,
         resolver: _Resolver | None = None,
     ) -> None:
-        path = os.fsdecode(os.fspath(database))
-        if path in ("", ":memory:") or path.startswith("file:"):
-            raise SchemaError("the outbox needs the path of a file: a database in memory belongs to one connection")
         if proxy is not None and not re.fullmatch(r"http://[^/\s]+/?", proxy):
             raise PayloadError("proxy must be http://host:port")
-        self.path = os.path.realpath(path)
+        self.path = _path(database)
         self.retry = retry or RetryPolicy()
         self.timeout = _number("timeout", timeout, 0.01, 3600)
         self.connect_timeout = _number("connect_timeout", connect_timeout, 0.01, 3600)
@@ -4140,15 +4137,14 @@ class Outbox:
         (None: the retention). Events with failed rows stay. A drain does this by itself. Returns how many."""
         age = self.retention if older_than is None else _number("older_than", older_than, 0, 1e11)
         cutoff = self.clock() - age
-        removed, position = 0, 0
+        removed = 0
+        position: int | None = 0
         with _session(self.path) as db:
-            while True:
-                count, next_position = _prune_some(db, position, cutoff)
+            while position is not None:
+                count, position = _prune_some(db, position, cutoff)
                 removed += count
-                if next_position is None:
-                    return removed
-                position = next_position
                 time.sleep(0.002)  # let the host in
+        return removed
 
 
 # ── receiving ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4167,10 +4163,7 @@ class Inbox:
     """
 
     def __init__(self, database: str | os.PathLike[str]) -> None:
-        path = os.fsdecode(os.fspath(database))
-        if path in ("", ":memory:"):
-            raise SchemaError("the inbox needs a file; an in-memory database forgets what it received")
-        self._path = os.path.realpath(path)
+        self._path = _path(database)
         self._identity = _prepare_file(self._path, create=True)
         self._warned = False
 
@@ -4653,8 +4646,6 @@ def _local_receiver(port: int, answer: Callable[[Mapping[str, str], bytes], int]
             pass
 
     class Server(http.server.ThreadingHTTPServer):
-        daemon_threads = True
-
         def handle_error(self, *_: Any) -> None:  # a sender that breaks off
             pass
 

@@ -1420,12 +1420,15 @@ def _stored_headers(text: str | None) -> dict[str, str]:
         raise _Unready("the event's headers are not usable") from None
 
 
+_Secrets = list[tuple[str, float | None]]  # (secret, valid until), current first
+
+
 @dataclasses.dataclass(slots=True)
 class _Wire:
     """How requests for one endpoint are written; made once for each version of its row."""
 
     endpoint: Endpoint
-    secrets: list[tuple[str, float | None]]  # (secret, valid until), current first
+    secrets: _Secrets
     prepared: requests.PreparedRequest
     start: bytes  # request line and the headers that never change
     schemes: tuple[str, ...]
@@ -1435,16 +1438,14 @@ class _Wire:
     slow: bool  # building a request may block or run the host's code: the loop hands it to a thread
 
     @classmethod
-    def make(
-        cls, endpoint: Endpoint, secrets: list[tuple[str, float | None]], outbox: Outbox, opener: _Opener
-    ) -> _Wire:
+    def make(cls, endpoint: Endpoint, secrets: _Secrets, outbox: Outbox, opener: _Opener) -> _Wire:
         prepared = _prepare_url(endpoint.url, outbox._guard)
-        host = urllib.parse.urlsplit(prepared.url or "").netloc
-        proxied = opener.proxy if (prepared.url or "").startswith("http:") else None
+        parts = urllib.parse.urlsplit(prepared.url or "")
+        proxied = opener.proxy and parts.scheme == "http"
         login = opener.proxy_headers(opener.proxy) if opener.proxy else {}
         target = prepared.url if proxied else prepared.path_url
         agent = f"webhook-outbox/{__version__}" + (f" ({outbox.app_name})" if outbox.app_name else "")
-        lines = [f"POST {target} HTTP/1.1", f"Host: {host}", f"User-Agent: {agent}"]
+        lines = [f"POST {target} HTTP/1.1", f"Host: {parts.netloc}", f"User-Agent: {agent}"]
         lines += ["Accept: */*", "Accept-Encoding: identity"]
         lines += [f"{name}: {value}" for name, value in login.items() if proxied]
         transform = outbox.transforms.get(endpoint.body)
@@ -1455,7 +1456,7 @@ class _Wire:
         schemes = tuple(dict.fromkeys(endpoint.signing.split("+")))
         if not set(schemes) <= set(_SCHEMES):
             raise _Unready(f"no signing is called {endpoint.signing!r}; update the endpoint")
-        query = urllib.parse.urlsplit(prepared.url or "").query  # as it goes over the wire, percent-encoded
+        query = parts.query  # as it goes over the wire, percent-encoded
         hidden = [query, *query.split("&"), *(part.rpartition("=")[2] for part in query.split("&"))]
         hidden += [value for _, value in urllib.parse.parse_qsl(query)]
         hidden += [secret.removeprefix("whsec_") for secret, _ in secrets]
@@ -3774,7 +3775,7 @@ class Outbox:
             cursor.execute("UPDATE main.webhook_endpoints SET secrets = ? WHERE id = ?", (_dumps(valid), id))
             return dataclasses.replace(self._endpoint_on(cursor, id), secret=secret)
 
-    def _secrets_on(self, cursor: sqlite3.Cursor, id: str) -> list[tuple[str, float | None]]:
+    def _secrets_on(self, cursor: sqlite3.Cursor, id: str) -> _Secrets:
         cursor.execute("SELECT secrets FROM main.webhook_endpoints WHERE id = ?", (id,))
         return [(secret, until) for secret, until in json.loads(cursor.fetchall()[0][0])]
 
@@ -4505,13 +4506,10 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
         counts += f"  retried {report.retried:,}" if report.retried else ""
         print(f"\r\x1b[K{counts}  {rate:,.0f}/s{left}", end="", file=sys.stderr, flush=True)
 
-    signals = 0
-
     def on_signal(number: int, frame: Any) -> None:
-        nonlocal signals
-        signals += 1
-        drain.stop(10.0 if signals == 1 else 0.0)
-        if signals == 1 and drain.attempts:
+        first = not drain.stopping
+        drain.stop(10.0 if first else 0.0)
+        if first and drain.attempts:
             _log.info("finishing %d under way; once more to stop at once", len(drain.attempts))
 
     mode = "until_empty" if options.until_empty else "once" if options.once else "forever"

@@ -933,8 +933,7 @@ def _retry_after(values: Sequence[str], now: float) -> float | None:
     hints: list[float] = []
     for value in values:
         if re.fullmatch(r"[0-9]+", value, re.ASCII):
-            hints.append(float(value.lstrip("0") or 0) if len(value.lstrip("0")) <= 6 else _LONGEST_HINT)
-            continue
+            hints.append(float(value))
         with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):
             if re.match(r"[A-Z][a-z]{2,8},? ", value):  # each of RFC 9110's three date formats is GMT
                 hints.append(_seconds(email.utils.parsedate_to_datetime(value)) - now)

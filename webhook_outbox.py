@@ -3427,7 +3427,7 @@ def _failed_where(
 
 
 def _endpoint_stats(row: Sequence[Any], tried: Sequence[Sequence[Any]], now: float) -> EndpointStats:
-    id, enabled, failing_since, pending, due, oldest, failed = row
+    id, failed, enabled, failing_since, pending, due, oldest = row
     good = sorted(duration for _, duration, reason, _ in tried if reason is None)
     p50, p95 = (good[len(good) * share // 100] if good else None for share in (50, 95))
     age = now - oldest if due else None
@@ -4080,12 +4080,12 @@ class Outbox:
         tried: dict[str, list[Any]] = collections.defaultdict(list)
         with self._reading() as cursor:
             cursor.execute(
-                """SELECT p.id, p.enabled, p.failing_since,
+                """SELECT p.id, (SELECT count(*) FROM webhook_failed WHERE endpoint_id = p.id),
+                          p.enabled, p.failing_since,
                           coalesce(d.count, 0) +
                           (SELECT count(*) FROM webhook_deliveries
                             WHERE endpoint_id = p.id AND queue IS NOT NULL AND status = 'queued'),
-                          coalesce(d.due, 0), d.oldest,
-                          (SELECT count(*) FROM webhook_failed WHERE endpoint_id = p.id)
+                          coalesce(d.due, 0), d.oldest
                      FROM webhook_endpoints AS p LEFT JOIN
                           (SELECT endpoint_id, count(*) AS count, sum(due_at <= ?) AS due, min(due_at) AS oldest
                              FROM webhook_deliveries WHERE status = 'pending' GROUP BY endpoint_id) AS d
@@ -4103,7 +4103,7 @@ class Outbox:
         enabled = [e for e in endpoints if e.enabled]
         return Stats(
             pending=sum(e.pending for e in enabled),
-            due=sum(due for _, enabled, _, _, due, _, _ in rows if enabled),
+            due=sum(due for _, _, enabled, _, _, due, _ in rows if enabled),
             held=sum(e.pending for e in endpoints if not e.enabled),
             failed=failed,
             oldest_due_age=max((e.oldest_due_age for e in enabled if e.oldest_due_age is not None), default=None),

@@ -993,9 +993,7 @@ class _Guard:
             return None
         if any(address in network for network in _DENIED):
             return f"{address} is a private or special-purpose address; allow_networks (--allow-network) can admit it"
-        if scheme != "https" and not self.allow_http:
-            return _NO_HTTP
-        return None
+        return None if scheme == "https" or self.allow_http else _NO_HTTP
 
 
 def _literal(host: str) -> str | None:

@@ -4868,6 +4868,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 _OPTIONS = " ".join(f"--{name.replace('_', '-')}" for name in EndpointOptions.__annotations__) + " --no-ordered"
 _LIMITS = "--max-age --max-failed --max-failing-endpoints"
+_DRAINING = "--once --until-empty --workers --shard"
 _FILTERS = "ids --ids --endpoint --type --reason --since --until"
 _GROUPS = {"endpoint": "where events go", "events": "the record of events", "failed": "deliveries that were given up"}
 # Each command: its words, what runs it with (outbox, options), its help, its arguments.
@@ -4886,19 +4887,9 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
     ("endpoint rotate", _endpoint_rotate, "give it a new secret", "id --secret --grace"),
     ("endpoint secret", lambda o, a: _say(o._secret(a.id)), "print its secret", "id"),
     ("endpoint ping", _endpoint_ping, "send it a webhook.ping now", "id"),
-    (
-        "endpoint backfill",
-        _backfill,
-        "deliver recorded events that it has not had",
-        "id --since --until --type --dry-run",
-    ),
+    ("endpoint backfill", _backfill, "deliver recorded events that it missed", "id --since --until --type --dry-run"),
     ("emit", _emit_by_hand, "record an event by hand", "type data --key --idempotency-key --delay --headers"),
-    (
-        "drain",
-        _drain_here,
-        "deliver what is due; for ever unless told otherwise",
-        "--once --until-empty --workers --shard",
-    ),
+    ("drain", _drain_here, "deliver what is due; for ever unless told otherwise", _DRAINING),
     ("status", _status, "show endpoints and what waits", "--json --watch"),
     ("metrics", lambda o, a: _say(o.metrics().rstrip()), "print the numbers for Prometheus", ""),
     ("check", _check, "one line, and exit code 1 if something is wrong: for cron and monitoring", _LIMITS),

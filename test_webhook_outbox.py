@@ -19,6 +19,7 @@ import gc
 import gzip
 import hashlib
 import hmac
+import html
 import ipaddress
 import itertools
 import json
@@ -5173,22 +5174,179 @@ def test_an_upgrade_that_is_cut_off_leaves_the_older_version_whole(wal):
     assert query(wal, "SELECT value FROM webhook_meta WHERE key = 'schema_version'") == [(len(webhook_outbox._SCHEMA),)]
 
 
-def test_slack_and_discord_get_messages_that_can_mention_nobody(wal, serve):
-    receiver, outbox = serve(), make_outbox(wal)
-    for body in ("slack", "discord"):
-        outbox.add_endpoint(receiver.url(f"/{body}"), id=body, body=body)
-    emit(outbox, data={"note": "<!channel> & @everyone"})
-    emit(outbox, data={"note": "x" * 5000})
+@pytest.mark.parametrize("app_name", ["", "Müller & Söhne/shop #1"])
+def test_cloudevents_are_read_by_the_library_of_their_project(wal, serve, app_name):
+    from cloudevents.core.bindings.http import HTTPMessage, from_http_event
+    from cloudevents.v1.http import from_http
+
+    receiver, outbox = serve(), make_outbox(wal, app_name=app_name.replace("ü", "ue").replace("ö", "oe"))
+    outbox.add_endpoint(receiver.url(), body="cloudevents", secret=SECRET)
+    every = [{"note": "é😀", "n": [1.5, None, {}]}, [1], "text", 7, True, False]
+    ids = [emit(outbox, data=data) for data in every]
     outbox.drain(once=True)
-    by_path: dict[str, list[Any]] = {"slack": [], "discord": []}
+    found = {}
     for request in receiver.requests:
-        assert request.headers["content-type"] == "application/json"
-        by_path[request.line.split()[1][1:]].append(json.loads(request.body))
-    short, long = sorted(by_path["slack"], key=lambda message: len(message["text"]))
-    assert short == {"text": 'order.created {"note":"&lt;!channel&gt; &amp; @everyone"}'} and len(long["text"]) == 3000
-    short, long = sorted(by_path["discord"], key=lambda message: len(message["content"]))
-    assert short["content"] == 'order.created {"note":"<!channel> & @everyone"}' and len(long["content"]) == 2000
-    assert short["allowed_mentions"] == long["allowed_mentions"] == {"parse": []}
+        verify(request.body, request.headers, SECRET)
+        new = from_http_event(HTTPMessage(dict(request.headers), request.body))  # in structured mode, by content-type
+        old = from_http(request.headers, request.body)
+        found[new.get_id()] = new.get_data()
+        event = outbox.event(new.get_id())
+        assert (new.get_specversion(), new.get_type(), old["type"]) == ("1.0", event.type, event.type)
+        assert abs(
+            new.get_time().timestamp() - event.created_at
+        ) < 0.002 and new.get_time().utcoffset() == datetime.timedelta(0)
+        assert request.headers["content-type"] == "application/cloudevents+json"
+        assert new.get_datacontenttype() == "application/json" and old.data == new.get_data()
+        assert new.get_source() == old["source"] and re.fullmatch(r"[\w%./-]+", new.get_source(), re.ASCII)
+    assert found == dict(zip(ids, every, strict=True))
+
+
+def as_slack(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+    """Judge a message as Slack's documentation says that incoming webhooks do."""
+    message = json.loads(request.body)
+    text = message.get("text")
+    if request.headers["content-type"] != "application/json" or set(message) != {"text"}:
+        said = answer(400, b"invalid_payload")
+    elif not isinstance(text, str) or not text.strip():
+        said = answer(400, b"no_text")
+    else:
+        said = answer(400, b"msg_too_long") if len(text.encode("utf-16-le")) > 2 * 40_000 else OK
+    sock.sendall(said)
+    return True
+
+
+def as_discord(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+    """The same for Discord: 2,000 characters, counted in the way that gives most; mentions only as told."""
+    message = json.loads(request.body)
+    content = message.get("content", "")
+    good = content.strip() and len(content.encode("utf-16-le")) <= 2 * 2_000
+    good = good and set(message) == {"content", "allowed_mentions"}
+    good = good and request.headers["content-type"] == "application/json"
+    sock.sendall(answer(204) if good else answer(400, b'{"code": 50006, "message": "Cannot send an empty message"}'))
+    return True
+
+
+def test_slack_and_discord_get_messages_that_they_take_and_that_can_mention_nobody(wal, serve):
+    outbox = make_outbox(wal)
+    receivers = {"slack": serve(as_slack), "discord": serve(as_discord)}
+    for body, receiver in receivers.items():
+        outbox.add_endpoint(receiver.url(), id=body, body=body, max_in_flight=1)
+    notes = ["<!channel> & @everyone", "x" * 5000, "&" * 5000, "😀" * 5000, '\n\t"' * 2000, ""]
+    ids = [emit(outbox, data={"note": note}) for note in notes]
+    outbox.drain(once=True)
+    assert {status for id in ids for status in statuses(outbox, id).values()} == {"delivered"}
+    messages = {body: [json.loads(sent.body) for sent in receiver.requests] for body, receiver in receivers.items()}
+    texts = [message["text"] for message in messages["slack"]]
+    assert texts[0] == 'order.created {"note":"&lt;!channel&gt; &amp; @everyone"}' and len(texts[1]) == 3000
+    assert not any(set(text) & set("<>") for text in texts)
+    texts = [message["content"] for message in messages["discord"]]
+    assert texts[0] == 'order.created {"note":"<!channel> & @everyone"}' and len(texts[1]) == 2000
+    assert all(message["allowed_mentions"] == {"parse": []} for message in messages["discord"])
+
+
+def test_slack_may_be_the_monitor(wal, serve):
+    outbox, slack = make_outbox(wal, retry=RetryPolicy((0,))), serve(as_slack)
+    outbox.add_endpoint(slack.url(), id="slack", events=["webhook.*"], body="slack")
+    outbox.add_endpoint(serve(answer(500)).url(), id="crm")
+    id = emit(outbox)
+    assert outbox.drain(until_empty=True).delivered == 2
+    texts = [json.loads(request.body)["text"] for request in slack.requests]
+    assert sorted(text.split()[0] for text in texts) == ["webhook.delivery.failed", "webhook.endpoint.failing"]
+    assert all(id in text and '"endpoint_id":"crm"' in text and "HTTP 500" in text for text in texts)
+
+
+def test_each_attempt_is_a_log_record_that_says_what_it_was_about(database, serve, caplog):
+    """Failures always; successes at DEBUG, so that a busy host does not pay for them."""
+    outbox = make_outbox(database, retry=RetryPolicy((0, 0)))
+    outbox.add_endpoint(serve([answer(500), OK, OK, answer(500), answer(500), OK, OK]).url(), id="crm")
+
+    def logged(level: int) -> list[Any]:
+        caplog.clear()
+        with caplog.at_level(level, "webhook_outbox"):
+            emit(outbox)
+            outbox.drain(until_empty=True)
+        records = [record for record in caplog.records if hasattr(record, "event")]
+        assert all(record.event == outbox.events(limit=1)[0].id in record.getMessage() for record in records)
+        return [(r.levelname, r.endpoint, r.attempt, r.reason) for r in records]
+
+    assert logged(logging.DEBUG) == [("INFO", "crm", 1, "status"), ("DEBUG", "crm", 2, None)]
+    assert logged(logging.DEBUG) == [("DEBUG", "crm", 1, None)]
+    assert logged(logging.DEBUG) == [("INFO", "crm", 1, "status"), ("WARNING", "crm", 2, "status")]
+    assert logged(logging.INFO) == logged(logging.INFO) == []
+
+
+TRANSFORMS_APP = """
+import json, sys, threading
+from webhook_outbox import Outbox, RetryPolicy
+
+def boom(event):
+    raise ValueError("no\\nluck")
+
+def leave(event):
+    sys.exit(3)
+
+def late(event):
+    threading.Event().wait(1.5)  # longer than its endpoint's timeout
+
+transforms = {
+    "raises": boom, "leaves": leave, "blocks": late,
+    "none": lambda event: None, "text": lambda event: "text", "triple": lambda event: (b"", "a/b", 1),
+    "single": lambda event: (b"",), "swapped": lambda event: ("a/b", b""),
+    "split": lambda event: (b"", "a/b\\r\\nx: 1"),
+    "foreign": lambda event: (b"", "☃"), "nothing": lambda event: event.data["gone"],
+    "upper": lambda event: json.dumps([event.id, event.type, event.key, event.data]).upper().encode(),
+    "plain": lambda event: (b"plain", "text/plain; charset=utf-8"),
+}
+outbox = Outbox("app.db", retry=RetryPolicy((0,)), allow_networks=["127.0.0.0/8"], transforms=transforms)
+"""
+
+
+def test_a_transform_that_fails_in_any_way_costs_only_its_own_attempts(wal, tmp_path, serve):
+    """By `drain --app` in a process of its own: the transforms are the host's code."""
+    (tmp_path / "shop.py").write_text(TRANSFORMS_APP, encoding="utf-8")
+    names = re.findall(r'"(\w+)": (?:lambda|boom|leave|late)', TRANSFORMS_APP)
+    receiver, outbox = serve(), make_outbox(wal, transforms=dict.fromkeys(names, repr))
+    for name in names:
+        timeout = 0.5 if name == "blocks" else None
+        outbox.add_endpoint(receiver.url(f"/{name}"), id=name, body=name, timeout=timeout, secret=SECRET)
+    outbox.add_endpoint(receiver.url("/standard"), id="standard")
+    ids = [emit(outbox, data={"n": number}, key="k") for number in range(3)]
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    ended = command("--app", "shop:outbox", "drain", "--until-empty", cwd=tmp_path, env=environment)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+    assert ended.stdout == f"delivered 9, failed {3 * (len(names) - 2)}, retried 0, still pending 0\n"
+    for id in ids:
+        outcomes = {attempt.endpoint_id: (attempt.reason, attempt.error) for attempt in outbox.attempts(id)}
+        assert {name for name, (reason, _) in outcomes.items() if reason is None} == {"standard", "upper", "plain"}
+        assert {name for name, (reason, _) in outcomes.items() if reason == "timeout"} == {"blocks"}
+        assert {reason for reason, _ in outcomes.values()} == {None, "timeout", "internal"}
+        assert outcomes["raises"][1] == "ValueError: no luck" and outcomes["leaves"][1] == "SystemExit: 3"
+        for name in ("none", "text", "triple", "single", "swapped", "split"):
+            assert "must return bytes, or (bytes, content type)" in outcomes[name][1]
+    upper = [request for request in receiver.requests if request.line.split()[1] == "/upper"]
+    assert [json.loads(request.body)[0] for request in upper] == [id.upper() for id in ids]  # in the order of their key
+    assert verify(upper[0].body, upper[0].headers, SECRET).data == [ids[0].upper(), "ORDER.CREATED", "K", {"N": 0}]
+    plain = [request for request in receiver.requests if request.line.split()[1] == "/plain"]
+    assert (plain[0].body, plain[0].headers["content-type"]) == (b"plain", "text/plain; charset=utf-8")
+
+
+def test_transforms_that_never_end_cost_the_others_no_opener_and_their_rows_fail(wal, serve):
+    """Nobody can end a thread. Two of an endpoint are let go; its later attempts end at once."""
+    held, receiver = threading.Event(), serve(answer(200, b"", "Connection: close"))
+    outbox = make_outbox(wal, transforms={"stuck": lambda event: held.wait(60)}, retry=RetryPolicy((0, 0), jitter=0.0))
+    for number in range(12):  # with two threads each more than there are openers
+        outbox.add_endpoint(receiver.url("/stuck"), id=f"s{number}", body="stuck", timeout=0.2)
+    outbox.add_endpoint(receiver.url("/good"), id="good", timeout=5)
+    event, *_ = [emit(outbox) for _ in range(3)]
+    try:
+        report = outbox.drain(until_empty=True)
+        assert (report.delivered, report.failed, report.pending) == (3, 36, 0)
+        assert {request.line.split()[1] for request in receiver.requests} == {"/good"}
+        assert [attempt.reason for attempt in outbox.attempts(event, "s0")] == ["timeout", "internal"]
+        assert all("never ends" in str(row.error) for row in outbox.failed())
+    finally:
+        held.set()
+    eventually(lambda: not any("_open_for" in thread.name for thread in threading.enumerate()))
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -8552,19 +8710,61 @@ def test_every_listing_is_also_json_with_all_fields(cli, wal, serve):
     assert set(stats["endpoints"][0]) == {f.name for f in dataclasses.fields(webhook_outbox.EndpointStats)}
 
 
-def test_status_is_a_table_that_a_person_can_read(cli, wal, serve):
+def test_status_is_a_table_that_a_person_can_read(cli, wal, serve, monkeypatch):
     assert "no endpoints" in cli("status")
     outbox = make_outbox(wal)
     outbox.add_endpoint(serve([OK, OK, answer(500)]).url(), id="crm")
     for _ in range(3):
         emit(outbox)
         outbox.drain(once=True)
+    monkeypatch.setenv("COLUMNS", "120")
     first, head, line = cli("status").splitlines()
     assert first.startswith("1 pending (") and "0 held, 0 failed" in first
     assert all(
         word in head for word in ("SUCCESS", "P50", "P95", "WAITING", "OLDEST", "FAILED", "LAST HOUR", "LAST ERROR")
     )
-    assert line.startswith("crm ") and "67 %" in line and line.endswith("HTTP 500") and "█" in line
+    assert line.startswith("crm ") and "66 %" in line and line.endswith("HTTP 500") and "█" in line
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "C"])
+def test_status_fits_its_terminal_and_is_whole_in_a_pipe(wal, serve, encoding):
+    """A row a line; errors in the last column, or below where 80 columns have no room for them. In C, Python itself
+    chooses UTF-8; what cannot be shown is shown in another way, never as an escape."""
+    outbox, long = make_outbox(wal, retry=RetryPolicy((0, 60))), "x" * 60
+    outbox.add_endpoint(serve(answer(302, b"", "Location: /" + "y" * 150)).url(), id=long)
+    outbox.add_endpoint(serve([OK, answer(500)]).url())
+    ids = [emit(outbox), emit(outbox)]
+    outbox.drain(once=True)
+    errors = [outbox.attempts(ids[0], long)[0].error, "HTTP 500"]
+    environment = {"LC_ALL": "C"} if encoding == "C" else {"PYTHONIOENCODING": encoding}
+
+    def shown(**more: str) -> list[str]:
+        ended = command("--db", wal, "status", env={**environment, **more}, encoding=encoding.replace("C", "utf-8"))
+        assert (ended.returncode, ended.stderr) == (0, "") and "\\" not in ended.stdout
+        assert bool(set(ended.stdout) & set("▁█…·")) == (encoding in ("utf-8", "C"))
+        return ended.stdout.splitlines()
+
+    _, head, *rows = shown(COLUMNS="80")
+    assert [line for line in (head, *rows) if len(line) > 80] == [] and "LAST ERROR" not in head
+    assert [row[:2] == "  " for row in rows] == [False, True, False, True]
+    assert rows[1].startswith("  HTTP 302: redirects are not followed") and rows[3] == "  HTTP 500"
+    assert rows[0].startswith("xxxxxxxxxx") and re.match(r"ep_\w{16}    50 %", rows[2])
+    assert (rows[0][-1], rows[2][-1]) == (("·", "█") if encoding in ("utf-8", "C") else (".", "8"))
+    for columns in ("120", "160"):
+        head, *rows = shown(COLUMNS=columns)[1:]
+        assert len(rows) == (4 if columns == "120" else 2) and max(map(len, rows)) <= int(columns)
+    _, head, *rows = shown(COLUMNS="")
+    assert [line.split()[0] for line in rows] == [long, outbox.endpoints()[1].id]
+    assert errors[0][:70] in rows[0] and rows[1].endswith(errors[1])
+
+
+def test_a_success_rate_of_100_percent_means_that_nothing_failed(wal, cli):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint("https://example.com/", id="crm")
+    insert = "INSERT INTO webhook_attempts (event, endpoint_id, at, duration, reason) VALUES (1, 'crm', ?, 0.1, ?)"
+    with contextlib.closing(sqlite3.connect(wal)) as conn, conn:
+        conn.executemany(insert, [(time.time(), "status" if n == 0 else None) for n in range(1000)])
+    assert " 99 % " in cli("status")
 
 
 def test_only_three_commands_show_a_secret_and_none_a_query_or_a_header(cli, wal, serve):
@@ -8925,12 +9125,21 @@ def test_ctrl_c_on_a_terminal_ends_a_drain_with_its_summary(wal, serve):
     assert screen.rstrip().endswith("delivered 1, failed 0, retried 0, still pending 0")
 
 
+def test_status_watch_on_a_terminal_is_written_over_the_last_one(wal):
+    make_outbox(wal)
+    _, screen = cli_on_terminal("--db", wal, "status", "--watch", ctrl_c_after="no endpoints yet")
+    assert (
+        screen.startswith("\x1b[H0 pending (") and "\x1b[K" in screen and "\x1b[J" in screen and "\x1b[2J" not in screen
+    )
+
+
 def test_status_watch_repeats_until_ctrl_c(wal, serve, tmp_path):
     make_outbox(wal)
     with cli_running(tmp_path, "--db", wal, "status", "--watch") as control:
         control(seen="0 pending")
         make_outbox(wal).add_endpoint(serve().url(), id="late")
         assert control(seen="late ").count("pending (") == 2
+        assert "\x1b" not in control(seen="late ")  # no terminal
         code, _, err = control(end=signal.SIGINT)
     assert code in (0, 130) and err == ""
 
@@ -8998,8 +9207,8 @@ README = ROOT / "README.md"
 readme = pytest.mark.skipif(not README.exists(), reason="there is no README.md")
 
 
-def readme_blocks(*languages: str) -> list[tuple[int, str]]:
-    """Return (line number, text) of fenced blocks, but for those after a comment <!-- not run: reason -->."""
+def readme_blocks(*languages: str, all: bool = False) -> list[tuple[int, str]]:
+    """Return (line number, text) of fenced blocks; without `all`, not those after a <!-- not run: reason -->."""
     found, block, text = [], None, README.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(text, 1):
         fence = re.match(r"\s*```+\s*(\w*)", line)
@@ -9007,7 +9216,7 @@ def readme_blocks(*languages: str) -> list[tuple[int, str]]:
             before = next((above for above in reversed(text[: number - 1]) if above.strip()), "")
             block = (number, fence.group(1), bool(re.match(r"\s*<!-- not run: \S.* -->", before)), [])
         elif fence:
-            if block[1] in languages and not block[2]:
+            if block[1] in languages and (all or not block[2]):
                 found.append((block[0], textwrap.dedent("\n".join(block[3])) + "\n"))
             block = None
         elif block is not None:
@@ -9032,22 +9241,370 @@ def readme_commands() -> list[tuple[int, list[str]]]:
 
 
 @readme
-def test_the_readmes_python_runs_from_top_to_bottom(tmp_path):
-    """All blocks in one namespace, in a process of its own with an empty folder; it may leave an outbox running."""
+def test_the_readmes_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    """All blocks in one namespace, in a process of its own with an empty folder; it may leave an outbox running. Those
+    that begin with the name of a file are also written to it, for the later ones to import."""
     blocks = readme_blocks("python")
     assert blocks
+    monkeypatch.setenv("BILLING_SECRET", SECRET)
     code = """
-        import json, sys
+        import json, pathlib, re, sys, webhook_outbox
         space = {"__name__": "readme"}
         for line, text in json.load(sys.stdin):
+            if named := re.match(r"# (\\w+\\.py)\\n", text):
+                pathlib.Path(named[1]).write_text(text)
             exec(compile("\\n" * line + text, "README.md", "exec"), space)
         for value in list(space.values()):
-            if not isinstance(value, type) and hasattr(value, "emit") and hasattr(value, "stop"):
+            if type(value) is webhook_outbox.Outbox:
                 value.stop(1.0)
     """
     process = run_python(code, cwd=tmp_path, stdin=subprocess.PIPE)
     _, err = process.communicate(json.dumps(blocks), timeout=120)
     assert process.returncode == 0 and "Traceback" not in err, err
+
+
+def readme_files(folder: pathlib.Path) -> None:
+    """Write the blocks that begin with the name of a file to these files."""
+    for _, text in readme_blocks("python", all=True):
+        if named := re.match(r"# ([\w/]+\.py)\n", text):
+            (folder / named[1]).parent.mkdir(exist_ok=True)
+            (folder / named[1]).write_text(text)
+
+
+@contextlib.contextmanager
+def readme_server(folder: pathlib.Path, *words: str, port: str = "--port=%d", **environment: str) -> Iterator[str]:
+    """Run a server in a folder, in a process of its own; yield host and port when it listens."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+    paths = f"{ROOT}:{folder}"
+    with (folder / f"server.{number}.log").open("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *words, port % number],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": paths, "BILLING_SECRET": SECRET, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+        def listens() -> bool:
+            assert process.poll() is None, pathlib.Path(log.name).read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", number), 1):
+                return True
+            return False
+
+        try:
+            eventually(listens, within=60)
+            yield f"127.0.0.1:{number}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
+                process.wait()
+
+
+README_DJANGO = {
+    "__init__.py": "",
+    "models.py": """if True:
+        from django.db import models
+        class Invoice(models.Model):
+            order_id = models.TextField()
+            total = models.FloatField()
+            class Meta:
+                app_label, db_table = "billing_django", "invoices"
+    """,
+    "settings.py": """if True:
+        DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "billing.db"}}
+        INSTALLED_APPS, ROOT_URLCONF, ALLOWED_HOSTS = ["billing_django"], "billing_django.urls", ["127.0.0.1"]
+        MIDDLEWARE = ["django.middleware.csrf.CsrfViewMiddleware"]
+        SECRET_KEY, USE_TZ, BILLING_SECRET = "x", True, __import__("os").environ["BILLING_SECRET"]
+    """,
+    "urls.py": """if True:
+        from django.urls import path
+        from .views import hooks
+        urlpatterns = [path("hooks", hooks)]
+    """,
+}
+README_SERVERS: dict[str, tuple[str, ...]] = {
+    "flask": ("flask", "--app", "billing_flask", "run"),
+    "gunicorn": ("gunicorn", "billing_flask:app", "--workers", "2"),
+    "uvicorn": ("uvicorn", "billing_fastapi:app"),
+    "django": ("django", "runserver", "--noreload", "--settings", "billing_django.settings"),
+}
+
+
+@contextlib.contextmanager
+def readme_billing(folder: pathlib.Path, server: str, *options: str) -> Iterator[str]:
+    """The README's receiver, run by a real server; yield host and port."""
+    readme_files(folder)
+    if server == "django":
+        for name, text in README_DJANGO.items():
+            (folder / "billing_django" / name).write_text(text)
+        make = [sys.executable, "-m", "django", "migrate", "--run-syncdb", "--settings", "billing_django.settings"]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "BILLING_SECRET": SECRET}
+        subprocess.run(make, check=True, capture_output=True, cwd=folder, env=environment, timeout=60)
+    port = {"gunicorn": "--bind=127.0.0.1:%d", "django": "127.0.0.1:%d"}.get(server, "--port=%d")
+    with readme_server(folder, *README_SERVERS[server], *options, port=port) as where:
+        yield where
+
+
+@readme
+@pytest.mark.parametrize("server", README_SERVERS)
+def test_the_readmes_receivers_make_one_invoice_of_an_order_whatever_comes(wal, tmp_path, server):
+    """A real outbox delivers, forges and replays; the handler fails while its table has another name."""
+    clock, billing = Clock(time.time()), str(tmp_path / "billing.db")
+    outbox = make_outbox(wal, clock=clock, timeout=15.0)
+
+    def sent(event_id: str) -> list[Any]:
+        outbox.drain(once=True)
+        return [(attempt.status_code, attempt.error) for attempt in outbox.attempts(event_id)]
+
+    def left() -> tuple[Any, Any]:
+        invoices = query(billing, "SELECT order_id, total FROM invoices ORDER BY order_id")
+        return invoices, query(billing, "SELECT count(*) FROM webhook_inbox")
+
+    with readme_billing(tmp_path, server) as where:
+        url = f"http://{where}/hooks"
+        outbox.add_endpoint(url, id="billing", events=["order.*"], secret=SECRET)
+        outbox.add_endpoint(url, id="forger", events=["forged"])
+        good = (204, None)
+        first = emit(outbox, data={"order_id": "1", "total": 49.99})
+        assert sent(first) == [good]
+        outbox.resend(first)
+        assert sent(first) == [good, good] and left() == ([("1", 49.99)], [(1,)])
+        assert sent(emit(outbox, "forged", {"order_id": "2", "total": 1})) == [(400, "HTTP 400")]
+        clock.advance(-301)
+        late = emit(outbox, data={"order_id": "3", "total": 3.0})
+        assert sent(late) == [(400, "HTTP 400")] and left() == ([("1", 49.99)], [(1,)])
+        clock.advance(301)
+        assert sent(late)[1:] == [good] and left() == ([("1", 49.99), ("3", 3.0)], [(2,)])
+        query(billing, "ALTER TABLE invoices RENAME TO away")
+        failing = emit(outbox, data={"order_id": "4", "total": 4.0})
+        assert sent(failing) == [(500, "HTTP 500")]
+        query(billing, "ALTER TABLE away RENAME TO invoices")
+        assert left() == ([("1", 49.99), ("3", 3.0)], [(2,)])
+        clock.advance(1)
+        assert sent(failing)[1:] == [good] and left() == ([("1", 49.99), ("3", 3.0), ("4", 4.0)], [(3,)])
+        with contextlib.closing(sqlite3.connect(billing)) as other, outbox:
+            other.execute("BEGIN IMMEDIATE")  # a handler that waits for SQLite keeps nobody else waiting
+            waiting = emit(outbox, data={"order_id": "5", "total": 5.0})
+            eventually(lambda: any(drain.attempts for drain in outbox._drains))
+            for _ in range(20):
+                assert requests.get(url, timeout=2).status_code == 405
+            assert outbox.attempts(waiting) == []
+            other.rollback()
+            eventually(lambda: outbox.attempts(waiting))
+        assert sent(waiting) == [good]
+        now = int(time.time())
+        signed = {"webhook-id": "x", "webhook-timestamp": str(now), "webhook-signature": sign(SECRET, "x", now, b"1")}
+        for body, headers in ((b"1", {}), (b"2", signed), (b"1", {**signed, "webhook-id": "y"})):
+            assert requests.post(url, data=body, headers=headers, timeout=10).status_code == 400
+    assert left()[1] == [(4,)]
+
+
+@pytest.fixture
+def billing_pem(authority: Authority, tmp_path: pathlib.Path) -> pathlib.Path:
+    """The files that the README's servers name: their certificate, and the authority of the sender's."""
+    authority.ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "billing.pem")
+    shutil.copy(authority.path, tmp_path / "sender-ca.pem")
+    return tmp_path
+
+
+@readme
+@pytest.mark.parametrize("server", ["gunicorn", "uvicorn"])
+def test_the_readmes_servers_admit_only_the_senders_certificate(wal, billing_pem, authority, server):
+    ((_, words),) = [found for found in readme_commands() if found[1][0] == server]
+    with readme_billing(billing_pem, server, *words[2:]) as where:
+        outbox = make_outbox(wal, timeout=15.0)
+        url = f"https://{where}/hooks"
+        outbox.add_endpoint(url, id="shop", secret=SECRET, ca=authority.path, cert=authority.client())
+        outbox.add_endpoint(url, id="bare", secret=SECRET, ca=authority.path)
+        id = emit(outbox, data={"order_id": "1", "total": 1})
+        outbox.drain(once=True)
+    assert statuses(outbox, id) == {"shop": "delivered", "bare": "pending"}
+    assert outbox.attempts(id, "bare")[0].reason in ("tls", "connect", "protocol")  # an alert, a reset or just an end
+    assert query(str(billing_pem / "billing.db"), "SELECT order_id FROM invoices") == [("1",)]
+
+
+@readme
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="there is no nginx here")
+def test_the_readmes_nginx_admits_only_the_senders_address_and_certificate(wal, billing_pem, authority, serve):
+    ((_, block),) = readme_blocks("nginx")
+    receiver, stranger, ports = serve(), trustme.CA(), []
+    stranger.issue_cert("client@example.com").private_key_and_cert_chain_pem.write_to_path(billing_pem / "stranger.pem")
+    with (billing_pem / "conf").open("w") as conf:
+        conf.write("pid pid; error_log error.log; events {} http { access_log off;\n")
+        for word in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"):
+            conf.write(f"{word}_temp_path {billing_pem / word};\n")
+        for address in ("127.0.0.1", "203.0.113.7"):  # that of the sender, and that of the README
+            with socket.create_server(("127.0.0.1", 0)) as taken:
+                ports.append(taken.getsockname()[1])
+            text = block.replace("203.0.113.7", address).replace("443", f"127.0.0.1:{ports[-1]}")
+            conf.write(text.replace("/etc/nginx", str(billing_pem)).replace("http://127.0.0.1:8000", receiver.url("")))
+        conf.write("}")
+    arguments = ["nginx", "-p", str(billing_pem), "-c", conf.name]
+    tested = subprocess.run([*arguments, "-t"], capture_output=True, text=True, timeout=60)
+    assert tested.returncode == 0 and "warn" not in tested.stderr, tested.stderr
+    process = subprocess.Popen([*arguments, "-g", "daemon off;"], stderr=subprocess.DEVNULL)
+    try:
+        eventually((billing_pem / "pid").exists)
+        outbox = make_outbox(wal)
+        for id, cert, port in (
+            ("shop", authority.client(), ports[0]),
+            ("bare", None, ports[0]),
+            ("stranger", str(billing_pem / "stranger.pem"), ports[0]),
+            ("far", authority.client(), ports[1]),
+        ):
+            outbox.add_endpoint(f"https://127.0.0.1:{port}/hooks", id=id, ca=authority.path, cert=cert)
+        id = emit(outbox)
+        outbox.drain(once=True)
+    finally:
+        process.terminate()
+        process.wait(20)
+    codes = {attempt.endpoint_id: attempt.status_code for attempt in outbox.attempts(id)}
+    assert codes == {"shop": 200, "bare": 400, "stranger": 400, "far": 403} and len(receiver.requests) == 1
+
+
+README_SHOP = """if True:
+    from flask import Flask, abort, request
+    from webhook_outbox import Outbox
+    app, outbox = Flask(__name__), Outbox("app.db", allow_networks=["127.0.0.0/8"])
+    def customer():  # stands for a login
+        return request.headers["X-Customer"]
+    def csrf_token():
+        return "<token> of " + customer()
+    app.jinja_env.globals["csrf_token"] = csrf_token
+    @app.before_request
+    def protect():
+        if request.method == "POST" and request.form.get("csrf_token") != csrf_token():
+            abort(403)
+    from webhooks_page import page
+    app.register_blueprint(page)
+"""
+
+
+@readme
+def test_the_readmes_page_lets_a_customer_see_and_touch_only_what_is_theirs(wal, tmp_path, serve):
+    """c4 and c42 are two customers; what is shown is read as a browser does, forms carry the page's token."""
+    readme_files(tmp_path)
+    text = (tmp_path / "webhooks_page.py").read_text().splitlines()
+    assert sum(bool(line.strip()) for line in text) <= 40
+    (tmp_path / "shop.py").write_text(README_SHOP)
+    theirs, other = serve([OK, answer(500, b"<script>alert('1')</script>"), OK]), serve()
+    outbox = make_outbox(wal)
+
+    def page(who: str, act: str = "", code: int = 200, **form: str) -> str:
+        options: dict[str, Any] = {"headers": {"X-Customer": who}, "timeout": 30}
+        shown = requests.get(url, params={"act": act, **form}, **options)  # reading changes nothing
+        assert shown.status_code == 200 and "whsec_" not in shown.text
+        if act:
+            token = html.unescape(re.findall(r'name="csrf_token" value="([^"]*)"', shown.text)[0])
+            assert requests.post(url, data={"act": act, **form}, **options).status_code == 403
+            shown = requests.post(url, data={"act": act, "csrf_token": token, **form}, **options)
+        assert shown.status_code == code and (code != 200 or shown.headers["Cache-Control"] == "no-store")
+        return shown.text
+
+    def secret_of(text: str) -> str:
+        (found,) = re.findall(r"<code>(whsec_[^<]*)</code>", text)
+        return html.unescape(found)
+
+    with readme_server(tmp_path, "flask", "--app", "shop", "run") as where:
+        url = f"http://{where}/webhooks"
+        secret = secret_of(page("c42", "add", url=theirs.url("/<b>?a=1&b=2"), events="order.* user.created"))
+        (endpoint,) = outbox.endpoints()
+        assert endpoint.events == ("c42.order.*", "c42.user.created")
+        assert "It answered." in page("c42", "ping", id=endpoint.id)
+        assert verify(theirs.requests[0].body, theirs.requests[0].headers, secret).type == "webhook.ping"
+        page("c4", "add", url=other.url(), events="*")
+        foreign = outbox.endpoints()[1]
+        outbox.add_endpoint(serve(answer(500, b"for operators")).url(), id="ours", events=["*"])  # gets theirs too
+        first = emit(outbox, "c42.order.created", {"order_id": 1})
+        emit(outbox, "c42.other")
+        emit(outbox, "c4.order.created")
+        outbox.drain(once=True)
+        assert (len(theirs.requests), len(other.requests)) == (2, 1)
+        shown = page("c42")
+        assert "&lt;script&gt;alert(&#39;1&#39;)" in shown and "<script" not in shown and "<b>" not in shown
+        for text in ("c42.order.created: pending", "HTTP 500", html.escape(endpoint.url), endpoint.id, first):
+            assert text in shown
+        for text in (foreign.url, foreign.id, "c42.other", "c4.order", "ours", "for operators"):
+            assert text not in shown
+        assert "1 will be sent again" in page("c42", "resend", id=endpoint.id, event=first)
+        outbox.drain(once=True)
+        assert "c42.order.created: delivered" in page("c42")
+        renewed = secret_of(page("c42", "rotate", id=endpoint.id))
+        page("c42", "resend", id=endpoint.id, event=first)
+        outbox.drain(once=True)
+        assert {verify(theirs.requests[3].body, theirs.requests[3].headers, s).id for s in (secret, renewed)} == {first}
+        before = outbox.endpoints(), outbox.deliveries(), query(wal, "SELECT secrets FROM webhook_endpoints")
+        shown = page("c4")
+        for text in (html.escape(endpoint.url), endpoint.id, first, "c42"):
+            assert text not in shown
+        for act in ("ping", "rotate", "resend"):
+            page("c4", act, 404, id=endpoint.id, event=first)
+            page("c4", act, 404, event=first)
+        page("c4", "resend", id=foreign.id, event=first)  # an endpoint of its own, an event of another's
+        page("c4", "resend", id=foreign.id, event="msg_nobody")
+        page("c4", "nonsense", id=endpoint.id)
+        assert "private or special-purpose" in page("c4", "add", url="https://10.0.0.1/", events="*")
+        for events in ("", "[c]42.*", "*.*"):
+            assert "must" in page("c4", "add", url=other.url(), events=events)
+        page("c4", "add", 400, url=other.url())
+        assert before == (outbox.endpoints(), outbox.deliveries(), query(wal, "SELECT secrets FROM webhook_endpoints"))
+        outbox.drain(once=True)
+    assert (len(theirs.requests), len(other.requests)) == (4, 1)
+
+
+VENDORED_APP = """
+import os, sqlite3, sys
+from app._vendor.webhook_outbox import Outbox, PayloadError, RetryPolicy
+
+def own_errors(event):
+    try:
+        outbox.emit(None, "no type", {})
+    except PayloadError as error:
+        return f"{type(error).__module__} {event.type}".encode(), "text/plain"
+
+outbox = Outbox("app.db", retry=RetryPolicy((0, 0.1)), allow_networks=["127.0.0.0/8"], transforms={"own": own_errors})
+frame = sys._getframe()  # imported by the command that runs: whose classes does it use?
+while frame and frame.f_code.co_name != "_load_app":
+    frame = frame.f_back
+if frame:
+    same = isinstance(outbox, frame.f_globals["Outbox"]) and frame.f_globals["PayloadError"] is PayloadError
+    print("same classes" if same and "webhook_outbox" not in sys.modules else "others", file=sys.stderr)
+"""
+
+
+@readme
+def test_a_vendored_copy_runs_its_app_with_the_apps_own_classes(tmp_path, serve):
+    """As the README says it: copied by its shell lines, run by its command."""
+    shutil.copy(ROOT / "webhook_outbox.py", tmp_path)
+    ((_, block),) = [found for found in readme_blocks("sh") if "_vendor" in found[1]]
+    copy, run = block.splitlines()
+    subprocess.run(copy, shell=True, check=True, cwd=tmp_path)  # noqa: S602  # a line of the README
+    (tmp_path / "webhook_outbox.py").unlink()
+    (tmp_path / "app" / "main.py").write_text(VENDORED_APP)
+    words = run.removeprefix("python ").removesuffix(" drain").split()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def vendored(*args: str, code: int = 0) -> str:
+        line = [sys.executable, *words, *args]
+        ended = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+        assert ended.returncode == code and "same classes\n" in ended.stderr, ended.stderr
+        assert "Traceback" not in ended.stderr
+        return ended.stdout + ended.stderr
+
+    receiver = serve([answer(500), OK])
+    vendored("endpoint", "add", receiver.url(), "--id", "crm", "--body", "own")
+    id = vendored("emit", "order.created", '{"order_id": 1}').split()[0]
+    assert "1 pending" in vendored("status")
+    assert "delivered 1, failed 0, retried 1, still pending 0" in vendored("drain", "--until-empty")
+    assert [(request.body, request.headers["webhook-id"]) for request in receiver.requests] == [
+        (b"app._vendor.webhook_outbox order.created", id)
+    ] * 2
+    assert "crm " in vendored("status") and "the type is not valid" in vendored("emit", "no type", "{}", code=1)
 
 
 @readme

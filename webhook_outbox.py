@@ -1363,8 +1363,8 @@ def _slack_body(event: Event) -> bytes:
 
 
 def _discord_body(event: Event) -> bytes:
-    """Return a Discord message, which may be 2,000 characters long and mentions nobody."""
-    text = f"{event.type} {_dumps(event.data)}"[:2000]
+    """Return a Discord message, which may be 2,000 characters long (of UTF-16, to be safe) and mentions nobody."""
+    text = f"{event.type} {_dumps(event.data)}".encode("utf-16-le")[:4000].decode("utf-16-le", "ignore")
     return _dumps({"content": text, "allowed_mentions": {"parse": []}}).encode()
 
 
@@ -1482,7 +1482,7 @@ class _Wire:
         if self.transform is not None:
             event = Event(picked.id or "", picked.type, json.loads(picked.data), picked.key, picked.created_at)
             made = self.transform(event)
-            body, content_type = made if isinstance(made, tuple) else (made, "application/json")
+            body, content_type = made if isinstance(made, tuple) and len(made) == 2 else (made, "application/json")
             if not isinstance(body, bytes) or not isinstance(content_type, str) or not content_type.isprintable():
                 raise _Unready(f"the transform {self.endpoint.body!r} must return bytes, or (bytes, content type)")
             return body, content_type
@@ -2307,6 +2307,7 @@ class _Attempt:
     error: BaseException | None = None  # why it made none
     connection: _Connection | None = None
     resent: bool = False  # its kept-alive connection turned out to be dead; this is the second, fresh one
+    lost: bool = False  # its thread did not come back in time, and may never
 
 
 class _Lane:
@@ -2323,6 +2324,7 @@ class _Lane:
         self.idle: list[_Connection] = []
         self.active = 0  # attempts under way
         self.opening = 0  # of these: with a thread
+        self.lost = 0  # threads in a transform, or at a file, that did not come back in time
         self.limit = float(_FIRST_LIMIT)  # exchanges at once; up by one on success, halved on overload
         self.next_due = 0.0  # wall clock: when reading the table makes sense again
         self.next_slot = 0.0  # monotonic: the rate limit's next place
@@ -2504,7 +2506,7 @@ class _Drain:
         self.delivered = self.retried = self.failed = 0
         self.data_version = self.endpoints_version = -1
         self.look = True  # somebody committed: read who has work
-        self.host_wrote_at = self.lively_at = -math.inf
+        self.host_wrote_at = self.lively_at = self.heard_at = -math.inf
         self.poll_at = self.chores_at = self.progress_at = self.prune_at = 0.0
         self.prune_from: int | None = None
         self.seen = math.inf  # wall clock at the last look; above now at the start and when the clock was set back
@@ -2687,9 +2689,12 @@ class _Drain:
     def _pause(self, mono: float) -> float:
         """Return the seconds until something may need doing."""
         quiet = mono - self.lively_at
-        pause = 0.001 if quiet < 0.1 or self.look else 0.005 if quiet < 60 else 0.025
+        pause = 0.001 if quiet < 0.1 or self.look else 0.005 if quiet < 60 else 0.018
         if self.outcomes:
             pause = min(pause, max(0.0, self.record_at - mono))
+        if not self.attempts and mono - self.heard_at < 0.005:  # emitted here a moment ago, so committed in a moment
+            time.sleep(0.0002)  # epoll knows milliseconds only
+            return 0.0
         return pause
 
     def _wait(self) -> None:
@@ -2711,13 +2716,13 @@ class _Drain:
         with contextlib.suppress(BlockingIOError):
             self.wake_out.recv(4096)
         self.woken = False  # after it: the byte of a wake in between would be gone, and all later ones suppressed
-        self.lively_at = time.monotonic()
+        self.heard_at = self.lively_at = time.monotonic()
         self.poll_at = 0.0
 
     def _notice(self, mono: float) -> None:
         """See what others committed: data_version moves for everybody's commits but our own."""
         if mono >= self.poll_at:
-            self.poll_at = mono + 0.001
+            self.poll_at = mono + (0.001 if self.attempts else 0.0)
             (version,) = self.db.execute("PRAGMA data_version").fetchone()
             if version != self.data_version:
                 if self.data_version != -1:
@@ -2874,6 +2879,8 @@ class _Drain:
             if lane.wire is None:
                 raise lane.broken or _Unready("the endpoint is not configured")
             if lane.wire.slow:
+                if lane.lost >= _OPENERS_EACH:
+                    raise _Unready("its transform, or reading its secret, never ends; mend it, restart the drain")
                 self._delegate(attempt, connect=not lane.idle)
                 return True
             attempt.request, attempt.hidden = lane.wire.request(attempt.picked, now)
@@ -2948,7 +2955,10 @@ class _Drain:
         with self.hand:
             handed, self.handed = self.handed, []
         for attempt in handed:
-            self._undelegate(attempt)
+            if attempt.lost:
+                attempt.lane.lost -= 1
+            else:
+                self._undelegate(attempt)
             late = attempt not in self.attempts  # its deadline passed meanwhile
             if attempt.error is not None:
                 if late:
@@ -3094,7 +3104,8 @@ class _Drain:
             lane.disable, lane.enabled, lane.dirty = "no success for 5 days", False, True
         self._count(status, lane, picked, outcome, now)
         disabled = "disabled" if was_enabled and not lane.enabled else None
-        if status != "delivered" or change or disabled or outbox.observer is not None:
+        told = outbox.observer is not None or _log.isEnabledFor(logging.DEBUG)
+        if status != "delivered" or change or disabled or told:
             what = {"delivered": "delivered", "failed": "gave_up"}.get(status, "attempt_failed")
             self._tell([what, change, disabled], lane, picked, outcome, now)
         if lane.dirty:
@@ -3144,13 +3155,15 @@ class _Drain:
             self.retried += 1
 
     def _tell(self, kinds: list[str | None], lane: _Lane, picked: _Picked, outcome: _Outcome, now: float) -> None:
-        """Log what went wrong; tell the observer, and who subscribes to webhook.* events."""
+        """Log what happened; tell the observer, and who subscribes to webhook.* events."""
         extra = {"event": picked.id, "endpoint": lane.id, "attempt": picked.attempts + 1, "reason": outcome.reason}
         if outcome.reason is not None:
             gave_up = "gave_up" in kinds
             text = "%s to %s: %s (%s)" + ("; given up" if gave_up else "")
             level = logging.WARNING if gave_up else logging.INFO
             _log.log(level, text, picked.id, lane.id, outcome.error, outcome.reason, extra=extra)
+        else:
+            _log.debug("%s to %s: delivered", picked.id, lane.id, extra=extra)
         if "disabled" in kinds:
             _log.warning("endpoint %s is disabled: %s", lane.id, lane.disable, extra=extra)
         for kind in filter(None, kinds):
@@ -3226,10 +3239,10 @@ class _Drain:
             self.observing.tell(notice)
         self.notices = []
 
-    # Chores, about forty times a second.
+    # Chores, about forty times a second, ten while idle.
 
     def _chores(self, now: float, mono: float) -> None:
-        self.chores_at = mono + 0.025
+        self.chores_at = mono + (0.025 if self.attempts else 0.1)
         if _file_id(self.outbox.path) != self.file:  # a restore, say; what we know is not about the file there now
             self.outcomes, self.dirty, self.tally = [], {}, _no_tally()
             raise OutboxError(f"{self.outbox.path} was deleted or replaced while it was drained")
@@ -3238,6 +3251,9 @@ class _Drain:
         for attempt in [a for a in self.attempts if a.deadline + (0 if a.connection else 0.25) <= mono]:
             if attempt.connection is not None:
                 self._shut(attempt.connection)
+            elif attempt.request is None:  # opening a connection ends in time, the host's own code need not
+                attempt.lost, attempt.lane.lost = True, attempt.lane.lost + 1
+                self._undelegate(attempt)
             waited = "for a connection" if attempt.connection is None else "for the answer"
             self._end(
                 attempt,
@@ -4402,9 +4418,16 @@ def _findings(outbox: Outbox) -> Iterator[_Finding]:
 # Exit codes: 0 done, 1 the thing asked for failed or did not hold, 2 usage.
 
 
+_PLAIN = str.maketrans("·▁▂▃▄▅▆▇█…", ".12345678~")
+
+
 def _say(text: str = "") -> None:
-    encoding = sys.stdout.encoding or "utf-8"  # a terminal may lack our bars, a row may hold what is no Unicode
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:  # a terminal may lack our bars, a row may hold what is no Unicode
+        text = text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+    print(text, flush=True)
 
 
 def _cut(text: str, most: int) -> str:
@@ -4459,27 +4482,39 @@ def _show_one(row: Any, as_json: bool) -> None:
 
 
 def _status_text(stats: Stats) -> str:
+    """Return a table for the terminal's width (200 in a pipe); where little is left, errors have lines of their own."""
+    import shutil
+
     oldest = f", oldest {_age(stats.oldest_due_age)}" if stats.due else ""
     first = f"{stats.pending} pending ({stats.due} due now{oldest}), {stats.held} held, {stats.failed} failed"
     if not stats.endpoints:
         return first + "\nno endpoints yet: `endpoint add URL` makes one"
-    width = max(8, *(len(e.id) for e in stats.endpoints))
-    lines = [first, f"{'ENDPOINT':{width}}  SUCCESS     P50     P95  WAITING  OLDEST  FAILED  LAST HOUR     LAST ERROR"]
+    columns = shutil.get_terminal_size((200, 0)).columns
+    width = max(8, min(max(len(e.id) for e in stats.endpoints), columns - 61))
+    room = columns - width - 63
+    last = "     LAST ERROR" if room >= 30 else ""
+    lines = [first, f"{'ENDPOINT':{width}} SUCCESS    P50    P95  WAITING  OLDEST  FAILED  LAST HOUR{last}"]
     for e in stats.endpoints:
-        share = f"{100 * e.delivered / e.attempts:.0f} %" if e.attempts else "-"
+        share = f"{100 * e.delivered // e.attempts} %" if e.attempts else "-"  # 100 % only without a failure
         most = max(e.history) or 1
         bars = "".join("▁▂▃▄▅▆▇█"[-(-count * 7 // most)] if count else "·" for count in e.history)
-        ages = f"{_age(e.p50):>6}  {_age(e.p95):>6}  {e.pending:>7}  {_age(e.oldest_due_age):>6}"
-        note = _cut(e.last_error or "", 60) if e.enabled else "disabled, deliveries are held"
-        lines.append(f"{e.id:{width}}  {share:>7}  {ages}  {e.failed:>6}  {bars}  {note}".rstrip())
+        p50, p95, oldest = (_age(age).replace(" ", "") for age in (e.p50, e.p95, e.oldest_due_age))
+        row = f"{_cut(e.id, width):{width}} {share:>7}  {p50:>5}  {p95:>5}  "
+        row += f"{e.pending:>7}  {oldest:>6}  {e.failed:>6}  {bars}"
+        note = (e.last_error or "") if e.enabled else "disabled, deliveries are held"
+        lines.append(f"{row}  {_cut(note, room)}".rstrip() if last else row)
+        if note and not last:
+            lines.append("  " + _cut(note, max(20, columns - 2)))
     return "\n".join(lines)
 
 
 def _status(outbox: Outbox, options: Any) -> None:
     while True:
         stats = outbox.stats()
-        clear = "\x1b[H\x1b[2J" if options.watch and not options.json else ""
-        _say(json.dumps(dataclasses.asdict(stats), indent=2) if options.json else clear + _status_text(stats))
+        text = json.dumps(dataclasses.asdict(stats), indent=2) if options.json else _status_text(stats)
+        if options.watch and sys.stdout.isatty() and not options.json:  # over the last one, without a flicker
+            text = "\x1b[H" + text.replace("\n", "\x1b[K\n") + "\x1b[K\x1b[J"
+        _say(text)
         if not options.watch:
             return
         time.sleep(2)

@@ -3372,7 +3372,7 @@ def _new_id(now: float) -> str:
 
 def _checked_type(type: Any) -> str:
     if not isinstance(type, str) or len(type) > 256 or not _TYPE.fullmatch(type):
-        raise PayloadError("a type is letters, digits, _ and - in parts joined by dots, like order.created")
+        raise PayloadError("the type is not valid: letters, digits, _ and - in parts joined by dots (order.created)")
     return type
 
 

@@ -20,6 +20,7 @@ import gzip
 import hashlib
 import hmac
 import html
+import html.parser
 import ipaddress
 import itertools
 import json
@@ -7988,6 +7989,588 @@ def test_the_doctor_knows_network_file_systems_and_the_versions_with_the_wal_res
     assert [bug(v) for v in ((3, 44, 6), (3, 50, 7), (3, 51, 3), (3, 53, 0), (4, 0, 0))] == [False] * 5
 
 
+# ── dashboard ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = """</pre></td><script>alert(1)</script>'"><img src=x onerror=alert(1)>{0}&lt;\u202e"""
+DASH_TAGS = set(
+    "html head meta title style body main header h1 h2 h3 p a span small strong div dl dt dd table thead tbody tr th td"
+    " svg rect article details summary form input button pre time ol li".split()
+)
+DASH_ATTRIBUTES = set(
+    "lang charset name content class href method action type value aria-label scope data-name tabindex role viewbox"
+    " width height x y rx title".split()
+)
+
+
+class DashParser(html.parser.HTMLParser):
+    """What a browser sees in a page: its tags, attributes, text, and forms as (action, fields)."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.links: list[str] = []
+        self.forms: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = dict(attributes)
+        self.tags.add(tag)
+        self.attributes |= set(given)
+        self.links += [given["href"] or ""] if tag == "a" else []
+        if tag == "form":
+            self.forms.append((given["action"] or "", {}))
+        elif tag == "input":
+            self.forms[-1][1][given["name"] or ""] = given["value"] or ""
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@contextlib.contextmanager
+def dash_served(app: Any) -> Iterator[str]:
+    """Serve a WSGI application on loopback with threads; yield its address."""
+    import socketserver
+    import wsgiref.simple_server
+
+    class Handler(wsgiref.simple_server.WSGIRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
+        daemon_threads = True  # a browser keeps connections open that it may need
+
+    with wsgiref.simple_server.make_server("127.0.0.1", 0, app, Server, Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class DashVisitor:
+    """A browser without a screen: keeps cookies, follows links and sends the forms that it was given."""
+
+    def __init__(self, base: str, mount: str = "") -> None:
+        self.base, self.mount, self.session = base, mount, requests.Session()
+
+    def __enter__(self) -> DashVisitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.session.close()
+
+    def get(self, path: str = "/") -> DashParser:
+        found = self.session.get(self.base + self.mount + path, timeout=10)
+        assert found.status_code == 200, (found.status_code, found.text[-300:])
+        return DashParser(found.text)
+
+    def form(self, verb: str, value: str | None = None, path: str = "/") -> tuple[str, dict[str, str]]:
+        for action, fields in self.get(path).forms:
+            if action.partition("?")[0] == f"{self.mount}/{verb}" and value in (None, *fields.values()):
+                return action, fields
+        raise AssertionError(f"no form to {verb} {value}")
+
+    def post(self, action: str, fields: Any, **headers: str) -> requests.Response:
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.session.post(self.base + action, data=fields, headers=names, timeout=10, allow_redirects=False)
+
+    def press(self, verb: str, value: str | None = None, path: str = "/") -> DashParser:
+        """Press a button as it stands on the page, and follow where that leads."""
+        sent = self.post(*self.form(verb, value, path), Origin=self.base, Sec_Fetch_Site="same-origin")
+        assert sent.status_code == 303, (sent.status_code, sent.text[-300:])
+        assert sent.headers["Location"].startswith(self.mount + "/")
+        return self.get(sent.headers["Location"][len(self.mount) :])
+
+
+@pytest.fixture
+def visitor(wal: str) -> Iterator[DashVisitor]:
+    """A visitor of the dashboard of a file in which three deliveries failed: two of endpoint a, one of b."""
+    cli_fail_some(wal)
+    with dash_served(webhook_outbox.dashboard_app(make_outbox(wal))) as base, DashVisitor(base) as visitor:
+        yield visitor
+
+
+def dash_state(path: str) -> Any:
+    outbox = make_outbox(path)
+    return outbox.failed(), outbox.endpoints(), outbox.deliveries()
+
+
+def test_the_dashboard_shows_endpoints_failed_rows_and_the_timeline_of_an_event(wal, serve):
+    outbox = make_outbox(wal, retry=RetryPolicy((0, 0), jitter=0))
+    outbox.add_endpoint(serve([OK, answer(503, b"try later")]).url(), id="crm", description="Customers")
+    outbox.add_endpoint(serve().url(), id="off", events=["nothing"])
+    outbox.disable_endpoint("off", "they moved")
+    for n in range(2):
+        id = emit(outbox, "order.paid", {"name": "Zoë", "lines": [n]}, key="k-7")
+        outbox.drain(until_empty=True)
+    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
+        page = visitor.get()
+        for text in "crm|Customers|33%|HTTP 503|they moved|try later|attempts: 2|k-7|disabled".split("|"):
+            assert text in page.text, text
+        assert re.search(r"1 deliveries in the last hour; in each five minutes: (0, ){11}1", page.text)
+        assert f"/event/{id}" in page.links and "svg" in page.tags
+        shown = visitor.get(f"/event/{id}")
+        for text in (id, "order.paid", '"name": "Zoë"', "k-7", "try later"):
+            assert text in shown.text, text
+        assert shown.text.count("status · HTTP 503") == 2 and "failed" in shown.text
+        assert visitor.get(f"/event/{outbox.events()[-1].id}").text.count("delivered") == 1
+
+
+def test_an_empty_dashboard_says_so(wal):
+    with dash_served(webhook_outbox.dashboard_app(make_outbox(wal))) as base, DashVisitor(base) as visitor:
+        page = visitor.get()
+    assert page.text.count("There are none.") == 3 and not page.forms
+
+
+def test_the_buttons_replay_discard_disable_and_enable(wal, visitor):
+    outbox = make_outbox(wal)
+    first, second, third = outbox.failed()
+    visitor.press("replay", str(first.id))
+    assert statuses(outbox, first.event_id) == {"a": "pending"} and outbox.failed() == [second, third]
+    visitor.press("discard", str(second.id))
+    assert outbox.failed() == [third] and statuses(outbox, second.event_id) == {"a": "failed"}
+    assert "disabled" in visitor.press("disable", "a").text
+    assert not outbox.endpoint("a").enabled and outbox.endpoint("a").disabled_reason == "on the dashboard"
+    assert outbox.endpoint("b").enabled and statuses(outbox, first.event_id) == {"a": "held"}
+    assert "disabled" not in visitor.press("enable", "a").text
+    assert outbox.endpoint("a").enabled
+
+
+def test_failed_rows_are_paged_filtered_by_endpoint_and_replayed_as_shown(wal, serve):
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(serve(answer(500)).url(), id="a", events=["order.*"])
+    outbox.add_endpoint(serve(answer(500)).url(), id="z", events=["order.0"])
+    for n in range(30):
+        emit(outbox, f"order.{n}")
+    outbox.drain(once=True)
+    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
+        (link,) = {link for link in visitor.get().links if "endpoint=a" in link}
+        page = visitor.get(link)
+        assert page.text.count("Given up") == 25 and "of a" in page.text and "to z" not in page.text
+        (more,) = [link for link in page.links if "after=" in link]
+        assert visitor.get(more).text.count("Given up") == 5
+        shown = visitor.press("replay", ",".join(str(row.id) for row in outbox.failed(endpoint="a")[:25]), link)
+        assert shown.text.count("Given up") == 5 and "of a" in shown.text  # it stays where it was
+        assert len(outbox.failed(endpoint="a")) == 5 and len(outbox.failed(endpoint="z")) == 1
+        assert visitor.get("/?after=x&after=99999999999999999999&endpoint=").text.count("Given up") == 6
+
+
+DASH_FOREIGN: dict[str, tuple[dict[str, str | None], dict[str, str]]] = {
+    "no token": ({"token": None}, {}),
+    "an empty token": ({"token": ""}, {}),
+    "another token": ({"token": "x" * 22}, {}),
+    "a token that is not ASCII": ({"token": "é" * 22}, {}),
+    "no cookie": ({}, {"Cookie": ""}),
+    "another cookie": ({}, {"Cookie": "webhook_outbox=" + "x" * 22}),
+    "no cookie and an empty token": ({"token": ""}, {"Cookie": ""}),
+    "an empty cookie and an empty token": ({"token": ""}, {"Cookie": "webhook_outbox="}),
+    "a form of another site": ({}, {"Origin": "https://evil.example"}),
+    "a form of another port": ({}, {"Origin": "http://127.0.0.1:1"}),
+    "a form of nowhere": ({}, {"Origin": "null"}),
+    "an origin that begins like ours": ({}, {"Origin": "BASE.evil.example"}),
+    "another site by fetch metadata": ({}, {"Origin": "BASE", "Sec-Fetch-Site": "cross-site"}),
+    "a sibling site": ({}, {"Origin": "BASE", "Sec-Fetch-Site": "same-site"}),
+}
+
+
+@pytest.mark.parametrize("what", DASH_FOREIGN)
+def test_a_form_that_is_not_ours_changes_nothing(wal, visitor, what):
+    before = dash_state(wal)
+    change, headers = DASH_FOREIGN[what]
+    for verb in ("replay", "discard", "disable"):
+        action, fields = visitor.form(verb)
+        sent = {name: value for name, value in {**fields, **change}.items() if value is not None}
+        if "Cookie" in headers:
+            visitor.session.cookies.clear()
+        given = {name.replace("-", "_"): value.replace("BASE", visitor.base) for name, value in headers.items()}
+        refused = visitor.post(action, sent, **given)
+        assert refused.status_code == 403 and "load the page again" in refused.text, refused.text[-300:]
+        assert visitor.post(action + "?token=" + fields["token"], sent, **given).status_code == 403
+    assert dash_state(wal) == before
+    outbox = make_outbox(wal)
+    outbox.disable_endpoint("a")
+    action, fields = visitor.form("enable")
+    sent = {name: value for name, value in {**fields, **change}.items() if value is not None}
+    if "Cookie" in headers:
+        visitor.session.cookies.clear()
+    assert visitor.post(action, sent, **given).status_code == 403 and not outbox.endpoint("a").enabled
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"Origin": "BASE"}, {"Sec_Fetch_Site": "same-origin", "Origin": "http://proxied"}]
+)
+def test_a_form_of_ours_is_taken_from_old_browsers_and_behind_proxies(wal, visitor, headers):
+    given = {name: value.replace("BASE", visitor.base) for name, value in headers.items()}
+    assert visitor.post(*visitor.form("replay"), **given).status_code == 303
+    assert len(make_outbox(wal).failed()) < 3
+
+
+def test_the_form_cookie_is_kept_hidden_from_scripts_and_bound_to_the_mount(wal, visitor):
+    first = visitor.session.get(visitor.base, timeout=10).headers["Set-Cookie"]
+    assert re.fullmatch(r"webhook_outbox=[\w-]{22}; Path=/; HttpOnly; SameSite=Lax", first)
+    visitor.session.cookies.set("other", "1")
+    assert visitor.session.get(visitor.base, timeout=10).headers["Set-Cookie"] == first  # open tabs stay good
+    app = webhook_outbox.dashboard_app(make_outbox(wal))
+    seen: list[Any] = []
+    environ = {"REQUEST_METHOD": "GET", "SCRIPT_NAME": "//evil.example/\xc3\xa9;", "wsgi.url_scheme": "https"}
+    (page,) = app(environ, lambda status, headers: seen.append((status, dict(headers))))
+    assert seen[0][0] == "200 OK" and "; Path=/evil.example/%C3%A9%3B; " in seen[0][1]["Set-Cookie"]
+    assert seen[0][1]["Set-Cookie"].endswith("; Secure")
+    assert all(link.startswith("/evil.example/%C3%A9%3B/") for link in DashParser(page.decode()).links)
+
+
+def test_what_is_no_proper_request_gets_a_page_and_changes_nothing(wal, visitor):
+    before = dash_state(wal)
+    action, fields = visitor.form("replay")
+    body = urllib.parse.urlencode(fields)
+    for method, path, data, status in (
+        ("GET", "/nothing", None, 404),
+        ("GET", "/event", None, 404),
+        ("GET", "/event/msg_none", None, 404),
+        ("GET", "/event/%00%ff<script>", None, 404),
+        ("POST", "/nothing", body, 404),
+        ("GET", action, None, 405),
+        ("HEAD", action, None, 405),
+        ("POST", "/", body, 405),
+        ("DELETE", "/", None, 405),
+        ("PUT", action, body, 405),
+        ("POST", action, body + "&x=" + "x" * 20_000, 413),
+        ("POST", action, b"\xff\xfe", 400),
+        ("POST", action, "%ff=%fe", 400),
+        ("POST", action, "no form", 400),
+        ("POST", action, "&".join(f"f{n}=1" for n in range(100)), 400),
+        ("POST", action, body.replace("ids=", "id="), 400),
+        ("POST", action, body.replace("ids=", "ids=x"), 400),
+        ("POST", "/disable", body.replace("ids=", "ids2="), 400),
+        ("POST", "/disable", body.replace("ids=", "id=nobody"), 404),
+        ("POST", "/replay/1", body, 404),
+    ):
+        answered = visitor.session.request(method, visitor.base + path, data=data, timeout=10)
+        assert answered.status_code == status, (method, path, data, answered.status_code)
+        assert "Traceback" not in answered.text and "<script" not in answered.text
+        if method != "HEAD":
+            assert f"<h1>{status} " in answered.text and 'href="/"' in answered.text
+        assert (status == 405) == ("Allow" in answered.headers)
+    with contextlib.closing(socket.create_connection(("127.0.0.1", int(visitor.base.rpartition(":")[2])))) as sock:
+        sock.sendall(f"POST {action} HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode())
+        assert b" 400 " in sock.recv(65536)
+    assert dash_state(wal) == before
+
+
+def test_head_is_get_without_the_page_and_a_get_changes_nothing(wal, visitor):
+    before = dash_state(wal)
+    for path in ("/", f"/event/{make_outbox(wal).events()[0].id}"):
+        head, got = (visitor.session.request(method, visitor.base + path, timeout=10) for method in ("HEAD", "GET"))
+        assert head.status_code == 200 and head.content == b"" and "html" in head.headers["Content-Type"]
+        assert abs(int(head.headers["Content-Length"]) - len(got.content)) < 20  # ages grow meanwhile
+    assert dash_state(wal) == before
+
+
+def test_a_page_may_not_be_framed_cached_or_scripted(visitor):
+    for path in ("/", "/nothing"):
+        headers = visitor.session.get(visitor.base + path, timeout=10).headers
+        policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
+        style = policy.pop("style-src")
+        assert policy == {
+            "default-src": "'none'",
+            "form-action": "'self'",
+            "base-uri": "'none'",
+            "frame-ancestors": "'none'",
+        }
+        digest = base64.b64encode(hashlib.sha256(webhook_outbox._STYLE.encode()).digest()).decode()
+        assert style == f"'sha256-{digest}'"
+        assert headers["Cache-Control"] == "no-store" and headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "same-origin"
+
+
+def test_what_receivers_and_events_say_is_text_and_nothing_else(wal, serve):
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    hostile = HOSTILE.replace("\u202e", "")
+    outbox.add_endpoint(serve(answer(500, HOSTILE.encode())).url(), id="a", events=["a.*"], description=hostile)
+    outbox.add_endpoint(serve(answer(302, b"", f"Location: /{hostile.replace(' ', '')}")).url(), id="b", events=["b"])
+    ids = [emit(outbox, type, {HOSTILE: [HOSTILE]}, key=hostile) for type in ("a.x", "b")]
+    outbox.drain(once=True)
+    outbox.disable_endpoint("b", hostile)
+    query(
+        wal, "UPDATE webhook_failed SET endpoint_id = ?, type = ?, reason = ? WHERE endpoint_id = 'b'", *[HOSTILE] * 3
+    )
+    query(wal, "UPDATE webhook_endpoints SET url = ? WHERE id = 'a'", HOSTILE)
+    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
+        pages = [visitor.get(path) for path in ("/", *(f"/event/{id}" for id in ids))]
+        pages.append(visitor.get("/?" + urllib.parse.urlencode({"endpoint": HOSTILE, "after": HOSTILE})))
+        lost = visitor.session.get(f"{base}/event/{urllib.parse.quote(HOSTILE)}", timeout=10)
+        assert lost.status_code == 404
+        pages.append(DashParser(lost.text))
+    for page in pages:
+        assert page.tags <= DASH_TAGS and page.attributes <= DASH_ATTRIBUTES, (page.tags, page.attributes)
+        assert "<script>alert(1)</script>" in page.text
+        assert all(link.startswith("/") and not link.startswith("//") for link in page.links)
+    assert pages[0].text.count(hostile) >= 6 and HOSTILE in pages[0].text
+    assert json.dumps(HOSTILE, ensure_ascii=False) in pages[1].text
+
+
+def test_a_value_stays_inside_its_tag_attribute_or_text():
+    for value in (HOSTILE, [HOSTILE, [HOSTILE]], "' onload='x", '" onload="x', "<b>", "&lt;", "{}", "{0.__class__}"):
+        told = webhook_outbox._fill('<p title="{}">{}</p>', value, value)
+        page, text = DashParser(told), value if isinstance(value, str) else HOSTILE * 2
+        assert (page.tags, page.attributes, page.text) == ({"p"}, {"title"}, text)
+        assert webhook_outbox._fill("{}", told) == told  # what is HTML is not escaped again
+
+
+def test_the_dashboard_shows_no_secret_header_or_query(wal, serve, monkeypatch):
+    canary = "canary5f81c2"
+    monkeypatch.setenv("DASH_TOKEN", canary)
+
+    def echo(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        sock.sendall(answer(500, request.raw))
+        return True
+
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    url = serve(echo).url(f"/hook?token={canary}")
+    headers = {"Authorization": f"Bearer {canary}", "X-Token": "env:DASH_TOKEN"}
+    secret = outbox.add_endpoint(url, id="a", headers=headers).secret
+    id = emit(outbox, headers={"X-Event": canary})
+    assert outbox.drain(once=True).failed == 1
+    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
+        pages = [visitor.session.get(base + path, timeout=10) for path in ("/", f"/event/{id}", "/?endpoint=a", "/x")]
+        pages.append(visitor.post(*visitor.form("disable")))
+    for page in pages:
+        for hidden in (canary, secret, secret.removeprefix("whsec_"), "whsec_", "DASH_TOKEN"):
+            assert hidden not in page.text and hidden not in str(page.headers)
+    assert "/hook?..." in pages[0].text
+
+
+def test_data_of_any_shape_is_shown_and_huge_ones_are_cut(wal):
+    outbox = make_outbox(wal)
+    deep: Any = 1
+    for _ in range(200):
+        deep = [deep] * 1
+    wide = list(range(40_000))
+    for data in (None, "x", 1.5, [], {}, {"a": {"b": []}}, "\u2028\0", deep, wide, [wide[:10], deep] * 200):
+        shown = webhook_outbox._pretty(data)
+        assert len(shown) < 4_000_000
+        if not shown.endswith("…"):
+            assert json.loads(shown) == data
+    assert webhook_outbox._pretty(wide).endswith("…")
+    id = emit(outbox, data=wide)
+    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
+        assert "20001" not in visitor.get(f"/event/{id}").text
+
+
+def test_a_file_that_cannot_be_read_is_a_page_and_a_line_in_the_log(wal, visitor, caplog):
+    query(wal, "UPDATE webhook_events SET data = 'no json'")
+    got = visitor.session.get(visitor.base, timeout=10)
+    assert got.status_code == 500 and "the app's log tells why" in DashParser(got.text).text
+    assert "Traceback" not in got.text and "JSONDecodeError" not in got.text
+    assert "the dashboard failed" in caplog.text
+
+
+def test_the_dashboard_command_serves_loopback_and_refuses_other_names(wal, tmp_path):
+    cli_fail_some(wal)
+    with cli_running(tmp_path, "--db", wal, "dashboard", "--port", "0") as control:
+        base = re.findall(r"(http://127\.0\.0\.1:\d+)/", control(seen="http://"))[0]
+        port = int(base.rpartition(":")[2])
+        before = dash_state(wal)
+        with DashVisitor(base) as visitor:
+            action, fields = visitor.form("replay")
+            for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "x:y", "10.0.0.1"):
+                refused = visitor.session.get(base, headers={"Host": host}, timeout=10)
+                assert refused.status_code == 403 and "order" not in refused.text, host
+                cookie = f"webhook_outbox={fields['token']}"
+                assert visitor.post(action, fields, Host=host, Cookie=cookie).status_code == 403
+            assert dash_state(wal) == before
+            for host in ("localhost", f"localhost:{port}", "LOCALHOST", "127.0.0.1", f"[::1]:{port}"):
+                assert visitor.session.get(base, headers={"Host": host}, timeout=10).status_code == 200
+            visitor.press("replay")
+        assert dash_state(wal) != before
+        with pytest.raises(OSError):
+            socket.create_connection((socket.gethostbyname(socket.gethostname()), port), 1).close()
+            raise OSError("this machine's name is a loopback address")
+        taken = command("--db", wal, "dashboard", "--port", str(port))
+        assert taken.returncode == 1 and taken.stderr.count("\n") == 1 and str(port) in taken.stderr
+        assert "Traceback" not in taken.stderr
+        with socket.create_connection(("127.0.0.1", port)) as sock:  # a browser that breaks off
+            sock.sendall(b"GET / HTTP/1.1\r\n")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        code, _, err = control(end=signal.SIGINT)
+    assert code in (0, 130) and err == ""
+
+
+def test_any_process_takes_a_form_that_another_one_made(wal, tmp_path):
+    cli_fail_some(wal)
+    arguments = ("--db", wal, "dashboard", "--host", "0.0.0.0", "--port", "0")
+    with cli_running(tmp_path, *arguments) as one, cli_running(tmp_path, *arguments) as two:
+        ports = [re.findall(r"http://0\.0\.0\.0:(\d+)/", control(seen="http://"))[0] for control in (one, two)]
+        with DashVisitor(f"http://127.0.0.1:{ports[0]}") as visitor:
+            form = visitor.form("replay")
+            visitor.base = f"http://127.0.0.1:{ports[1]}"
+            assert visitor.post(*form).status_code == 303
+            assert visitor.session.get(visitor.base, headers={"Host": "192.0.2.1"}, timeout=10).status_code == 200
+            assert visitor.session.get(visitor.base, headers={"Host": "evil.example"}, timeout=10).status_code == 403
+    assert len(make_outbox(wal).failed()) < 3
+
+
+class Chromium:
+    """A real headless browser, told what to do over its debugging pipe."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        theirs, self.to = os.pipe()
+        self.fro, theirs_too = os.pipe()
+        switches = (
+            "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-pipe"
+        )
+        code = f"import os, sys; os.dup2({theirs}, 3); os.dup2({theirs_too}, 4); os.execv(sys.argv[1], sys.argv[1:])"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, CHROMIUM or "", *switches.split(), f"--user-data-dir={folder}", "about:blank"],
+            pass_fds=(theirs, theirs_too),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "HOME": str(folder)},
+        )
+        os.close(theirs)
+        os.close(theirs_too)
+        self.number, self.buffer, self.loads, self.session = 0, b"", 0, {}
+        target = self.tell("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.tell("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.tell("Page.enable")
+
+    def read(self) -> Any:
+        while b"\0" not in self.buffer:
+            assert select.select([self.fro], [], [], 30)[0], "the browser says nothing"
+            data = os.read(self.fro, 65536)
+            assert data, "the browser ended"
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\0")
+        said = json.loads(line)
+        self.loads += said.get("method") == "Page.loadEventFired"
+        return said
+
+    def tell(self, method: str, **params: Any) -> Any:
+        self.number += 1
+        line = {"id": self.number, "method": method, "params": params, **self.session}
+        os.write(self.to, json.dumps(line).encode() + b"\0")
+        while (said := self.read()).get("id") != self.number:
+            pass
+        assert "error" not in said, said
+        return said["result"]
+
+    def ask(self, expression: str) -> Any:
+        return self.tell("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def after_loading(self, act: Callable[[], Any]) -> None:
+        before = self.loads
+        act()
+        while self.loads == before:
+            self.read()
+
+    def go(self, url: str) -> None:
+        self.after_loading(lambda: self.tell("Page.navigate", url=url))
+
+    def show(self, width: int, scheme: str = "light") -> None:
+        self.tell(
+            "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 500
+        )
+        self.tell("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def close(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self.to)
+        os.close(self.fro)
+
+
+@pytest.fixture
+def chromium(tmp_path: pathlib.Path) -> Iterator[Chromium]:
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here")
+    browser = Chromium(tmp_path / "chromium")
+    try:
+        yield browser
+    finally:
+        browser.close()
+
+
+DASH_CONTRAST = """(() => {
+  const light = c => { const [r, g, b] = c.match(/[0-9.]+/g).map(x => x / 255).map(x => x <= 0.03928 ? x / 12.92
+      : ((x + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b }
+  const back = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor
+      if (c != 'rgba(0, 0, 0, 0)') return c } return 'rgb(255, 255, 255)' }
+  let least = 99
+  for (const e of document.querySelectorAll('main *')) if (e.innerText && e.children.length == 0) {
+    const [a, b] = [light(getComputedStyle(e).color), light(back(e))].sort((x, y) => y - x)
+    least = Math.min(least, (a + 0.05) / (b + 0.05)) }
+  return least })()"""
+
+
+def test_in_a_real_browser_no_page_is_wider_than_a_phone_and_all_text_is_legible(wal, serve, chromium):
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    long = "eyJhbGciOiJIUzI1NiJ9" * 30
+    outbox.add_endpoint(serve(answer(500, long.encode())).url("/" + long), id="a" * 60, description=long)
+    outbox.add_endpoint("https://example.com/", id="off", events=["x"])
+    outbox.disable_endpoint("off", "x" * 200)
+    outbox.add_endpoint(serve().url(), id="good", events=["order.*"])
+    ids = [emit(outbox, "order." + "x" * 200, {long: [long]}, key=long[:200]) for _ in range(2)]
+    outbox.drain(once=True)
+    seen = set()
+    with dash_served(webhook_outbox.dashboard_app(outbox)) as base:
+        for width, scheme in itertools.product((320, 360, 768, 1200), ("light", "dark")):
+            chromium.show(width, scheme)
+            for path in ("/", f"/event/{ids[0]}", "/nothing"):
+                chromium.go(base + path)
+                right = chromium.ask(
+                    "Math.max(...[...document.querySelectorAll('*')].map(e => e.getBoundingClientRect().right))"
+                )
+                assert right <= width and chromium.ask("document.documentElement.scrollWidth") <= width, (path, width)
+                assert chromium.ask(DASH_CONTRAST) >= 4.5
+                seen.add((scheme, chromium.ask("getComputedStyle(document.body).backgroundColor")))
+            if width < 500:  # a thumb finds the buttons
+                chromium.go(base)
+                assert chromium.ask("Math.min(...[...document.querySelectorAll('main > * button')]"
+                                    ".filter(e => e.offsetHeight).map(e => e.offsetHeight))") >= 34  # fmt: skip
+    assert len(seen) == 2 and len({color for _, color in seen}) == 2  # the style passed the policy; dark is dark
+
+
+def test_in_a_real_browser_the_buttons_work_and_another_site_cannot_press_them(wal, chromium):
+    cli_fail_some(wal)
+    outbox = make_outbox(wal)
+    row = outbox.failed()[0]
+    tokens: list[str] = []
+
+    def evil(environ: Any, start_response: Any) -> list[bytes]:
+        """Another site that even knows the visitor's token, and sends the form as soon as it is loaded."""
+        start_response("200 OK", [("Content-Type", "text/html")])
+        return [
+            f"""<form method=post action="{base}/replay"><input name=ids value="{row.id}">
+                <input name=token value="{tokens[0]}"></form><script>document.forms[0].submit()</script>""".encode()
+        ]
+
+    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, dash_served(evil) as other:
+        chromium.show(360)
+        chromium.go(base)
+        tokens.append(chromium.ask("document.querySelector('[name=token]').value"))
+        for site in (other, other.replace("127.0.0.1", "localhost")):  # same site but another origin; another site
+            chromium.go(site)
+            eventually(lambda: "403" in str(chromium.ask("document.title")))
+            assert chromium.ask("location.href") == f"{base}/replay" and row in outbox.failed()
+        chromium.go(base)
+        chromium.after_loading(
+            lambda: chromium.ask("document.querySelector('form[action=\"/replay\"] button').click()")
+        )
+        assert chromium.ask("location.href") == base + "/" and outbox.failed() == []
+        assert chromium.ask("document.querySelectorAll('article').length") == 0
+        chromium.after_loading(
+            lambda: chromium.ask("document.querySelector('form[action=\"/disable\"] button').click()")
+        )
+        assert not outbox.endpoint("a").enabled
+
+
 # ── the whole product beside a model ─────────────────────────────────────────────────────────────────────────────
 
 MODEL_DELAYS, MODEL_HINT, MODEL_RETENTION = (0.0, 10.0, 100.0, 1000.0), 500.0, 100 * DAY
@@ -9626,6 +10209,85 @@ def test_the_readmes_commands_are_what_the_command_line_takes(capsys):
 
 
 @readme
+def test_in_flask_the_readmes_dashboard_stands_behind_the_login(wal):
+    flask = pytest.importorskip("flask")
+    cli_fail_some(wal)
+    (block,) = [text for _, text in readme_blocks("python") if "dashboard_app" in text and "flask" in text]
+    space: dict[str, Any] = {"__name__": "readme", "outbox": make_outbox(wal), "os": os}
+    exec(compile(block, "README.md", "exec"), space)  # noqa: S102 - the README's own code
+    app = space["app"]
+    app.add_url_rule("/login", "login", lambda: flask.session.update(is_admin=True) or "ok")
+    with dash_served(app) as base, DashVisitor(base, "/admin/webhooks") as visitor:
+        for path in ("/", "/replay"):
+            assert visitor.session.get(base + "/admin/webhooks" + path, timeout=10).status_code == 403
+        visitor.session.get(base + "/login", timeout=10)
+        readme_visits(visitor, wal)
+
+
+@readme
+def test_in_django_the_readmes_dashboard_stands_behind_the_login(wal):
+    pytest.importorskip("django")
+    cli_fail_some(wal)
+    (block,) = [text for _, text in readme_blocks("python") if "dashboard" in text and "django" in text]
+    process = run_python(
+        """
+        import sys, types, wsgiref.simple_server
+        import django.conf
+        csrf = "django.middleware.csrf.CsrfViewMiddleware"
+        apps = ["django.contrib.contenttypes", "django.contrib.auth"]
+        django.conf.settings.configure(ROOT_URLCONF="__main__", ALLOWED_HOSTS=["127.0.0.1"], SECRET_KEY="x" * 50,
+                                       INSTALLED_APPS=apps, MIDDLEWARE=["__main__.login", csrf])
+        django.setup()
+        from django.core.handlers.wsgi import WSGIHandler
+        from django.urls import re_path
+        import webhook_outbox
+        dashboard = webhook_outbox.dashboard_app(webhook_outbox.Outbox(sys.argv[1]))
+        exec(sys.argv[2])
+        urlpatterns = [re_path(r"^admin/webhooks/(.*)$", django_webhooks)]
+        def login(get_response):
+            def middleware(request):
+                request.user = types.SimpleNamespace(is_staff=request.COOKIES.get("login") == "staff")
+                return get_response(request)
+            return middleware
+        server = wsgiref.simple_server.make_server("127.0.0.1", 0, WSGIHandler())
+        print(server.server_port, flush=True)
+        server.serve_forever()
+        """,
+        wal,
+        block,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        base = f"http://127.0.0.1:{int((process.stdout or sys.stdin).readline())}"
+        with DashVisitor(base, "/admin/webhooks") as visitor:
+            refused = visitor.session.get(base + "/admin/webhooks/", timeout=10, allow_redirects=False)
+            assert refused.status_code == 302 and "login" in refused.headers["Location"]
+            visitor.session.cookies.set("login", "staff")
+            readme_visits(visitor, wal)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def readme_visits(visitor: DashVisitor, path: str) -> None:
+    """Walk through a dashboard that is mounted in an app: pages, links, and forms of ours and others."""
+    outbox = make_outbox(path)
+    page = visitor.get()
+    assert all(link.startswith("/admin/webhooks/") for link in page.links)
+    for link in set(page.links):
+        visitor.get(link.removeprefix("/admin/webhooks"))
+    action, fields = visitor.form("discard")
+    assert visitor.post(action, {**fields, "token": "x"}).status_code == 403
+    assert visitor.post(action, fields, Origin="https://evil.example").status_code == 403
+    assert len(outbox.failed()) == 3
+    assert visitor.press("discard", fields["ids"]).text.count("Given up") == 2
+    assert len(outbox.failed()) == 2
+    visitor.press("disable", "a")
+    visitor.press("replay")
+    assert len(outbox.failed()) < 2 and not outbox.endpoint("a").enabled
+
+
+@readme
 def test_the_readme_sets_up_in_two_commands():
     """One runs the demo on a fresh machine, one passes the tests: each brings along what it needs."""
     lines = README.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
@@ -10386,6 +11048,42 @@ def a_large_replay_lets_the_host_commit(bench: Bench, path: pathlib.Path) -> Ite
         assert bench_outbox(path).replay(all=True) == BENCH_ROWS // 10
         yield time.perf_counter() - begun
     yield max(took[0])
+
+
+def computes(path: str, drains: bool) -> float:
+    """Be a host whose two threads compute in Python for three seconds, and maybe drain; return rounds a second."""
+    done, end = [0, 0], time.monotonic() + 3.0
+
+    def compute(number: int) -> None:
+        while time.monotonic() < end:
+            json.loads(json.dumps([BENCH_DATA] * 10))
+            done[number] += 1
+
+    threads = [threading.Thread(target=compute, args=(number,)) for number in range(2)]
+    with bench_outbox(path) if drains else contextlib.nullcontext():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return sum(done) / 3.0
+
+
+@measured(
+    "- deliveries in a process whose threads compute, of a drain alone; x",
+    "- such a host's pace, of without deliveries; x",
+    "- deliveries by a process beside it, of a drain alone; x",
+    "- such a host's pace, of without deliveries there; x",
+)
+def a_busy_host_slows_a_thread_more_than_a_process(bench: Bench, path: pathlib.Path) -> Iterator[float]:
+    file, pace, made = bench_file(path, bench.url, BENCH_ROWS // 6), [], []
+    alone = drain_all(bench_file(path.with_suffix(".alone"), bench.url, 20_000), 20_000)[0]
+    for drains in (None, "in", "beside"):
+        ((before,),) = query(file, "SELECT count(*) FROM webhook_attempts")
+        process = elsewhere(computes, file, drains == "in")
+        with bench_outbox(file) if drains == "beside" else contextlib.nullcontext():
+            pace.append(result(process))
+        made.append((query(file, "SELECT count(*) FROM webhook_attempts")[0][0] - before) / 3.0)
+    yield from (made[1] / alone, pace[1] / pace[0], made[2] / alone, pace[2] / pace[0])
 
 
 @measured("- deliveries of two processes with --shard, of one; x", "- one / two; a second")

@@ -37,7 +37,7 @@ Words
     drain     to send what is due; one process per file drains, others stand by
 
 Contents: defaults and schema, errors, types, signing, retry policy, network guard, transport, exchange, storage,
-drain, outbox, receiving, doctor, command line, licence. Each section uses only what stands above it.
+drain, outbox, receiving, doctor, dashboard, command line, licence. Each section uses only what stands above it.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     from typing_extensions import Unpack
 
 __version__ = "0.1.0"
@@ -123,6 +124,7 @@ __all__ = [
     "TimestampError",
     "TransactionLost",
     "UnsafeURL",
+    "dashboard_app",
     "main",
     "schema_sql",
     "sign",
@@ -2202,7 +2204,7 @@ def _pull_back(db: sqlite3.Connection, now: float, longest: float) -> None:
 _RECORD_COLUMNS = "event, endpoint_id, status, due_at, at, duration, status_code, reason, error, response"
 _NO_ROW = (None,) * 10
 _BATCH, _MOST_ROWS = 1_536, 2_048  # outcomes, and rows, of one statement; SQLite takes 32,766 parameters
-_BATCH_BUSY = 384  # outcomes of one statement while the host writes: it waits about 2 ms
+_BATCH_BUSY = 768  # outcomes of one statement while the host writes, which waits for them: about 5 ms
 
 
 @functools.lru_cache(maxsize=16)
@@ -2692,14 +2694,16 @@ class _Drain:
         pause = 0.001 if quiet < 0.1 or self.look else 0.005 if quiet < 60 else 0.018
         if self.outcomes:
             pause = min(pause, max(0.0, self.record_at - mono))
-        if not self.attempts and mono - self.heard_at < 0.005:  # emitted here a moment ago, so committed in a moment
-            time.sleep(0.0002)  # epoll knows milliseconds only
-            return 0.0
         return pause
 
     def _wait(self) -> None:
         """Sleep until a socket has news or the next poll is due; handle the sockets."""
-        for key, mask in self.selector.select(self._pause(time.monotonic())):
+        mono = time.monotonic()
+        pause = self._pause(mono)
+        if not self.attempts and mono - self.heard_at < 0.005:  # emitted here a moment ago, so committed in a moment
+            time.sleep(0.0002)  # the selector knows milliseconds only
+            pause = 0.0
+        for key, mask in self.selector.select(pause):
             connection: _Connection | None = key.data
             if connection is None:
                 self._hear()
@@ -2840,8 +2844,9 @@ class _Drain:
                 continue
             if not lane.has_idle() and (self.openers >= _OPENERS * share or self.starved_until > mono):
                 lane.line = line
-                if rank == 1:  # nobody there has a connection: the first goes on being the first
-                    return line.appendleft(lane)
+                if rank == 1:  # nobody in this line has a connection: the first goes on being the first
+                    line.appendleft(lane)
+                    return
                 line.append(lane)
                 stuck += 1
             elif self._start(lane, now, mono):
@@ -4413,6 +4418,341 @@ def _findings(outbox: Outbox) -> Iterator[_Finding]:
             yield _problem(f"the file cannot be read to the end: {_one_line(str(error))}; restore a backup")
 
 
+# ── dashboard ────────────────────────────────────────────────────────────────────────────────────────────────────
+# Promises: pages without script or foreign asset. GET only reads; a POST counts only if a form of ours sent it. What
+# receivers and events say is escaped by _fill, which lets nothing but _Html through. No secret, header value or query.
+
+_LONGEST_FORM = 16_384  # bytes
+_ON_A_PAGE = 25  # failed rows
+_STYLE = """
+:root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --text: #1a1e26; --soft: #566072; --line: #dde1e8;
+  --link: #0b57d0; --bar: #4c8df6; --good: #0b6138; --good-back: #dcf3e6; --bad: #a01c16; --bad-back: #fde5e3 }
+@media (prefers-color-scheme: dark) { :root { --page: #0f1217; --card: #181c23; --text: #e7eaf0; --soft: #9da8ba;
+  --line: #2c323d; --link: #8ab4f8; --bar: #6ea2f7; --good: #83dcab; --good-back: #123524; --bad: #ffaca6;
+  --bad-back: #45191a } }
+* { box-sizing: border-box; margin: 0 } body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem;
+  background: var(--page); color: var(--text); font: 0.9375rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.5rem; line-height: 1.3 } h2 { font-size: 1.0625rem; margin: 2.25rem 0 0.75rem } h3 { font-size: 1em }
+a { color: var(--link) } small, .soft, dt { color: var(--soft) } small { font-size: 0.8125rem; display: block }
+.row { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center } .ends { justify-content: space-between }
+.card, table, .tiles > div { background: var(--card); border: 1px solid var(--line); border-radius: 0.75rem }
+.card { padding: 0.875rem 1rem; margin-bottom: 0.75rem } .card pre { max-height: 9.5rem; background: var(--page) }
+.tiles { display: flex; flex-wrap: wrap; gap: 0.75rem; margin-top: 1.25rem } dd { font-size: 1.625rem }
+.tiles > div { padding: 0.625rem 1rem; flex: 1 1 6rem } h2 + .row { margin-bottom: 0.75rem; align-self: end }
+table { width: 100%; border-spacing: 0 } th, td { text-align: left; vertical-align: top; padding: 0.75rem }
+tbody > * > * { border-top: 1px solid var(--line); font-weight: 400 } tbody th { min-width: 13rem }
+thead th { color: var(--soft); font-size: 0.8125rem; font-weight: 500 } th, .line, .pill, button { white-space: nowrap }
+tbody th { white-space: normal } .good { color: var(--good); background: var(--good-back) }
+.bad { color: var(--bad); background: var(--bad-back) } .off { color: var(--soft); background: var(--line) }
+.pill { border-radius: 1rem; padding: 0.0625rem 0.5625rem; font-size: 0.8125rem; font-weight: 500 }
+pre { margin-top: 0.5rem; padding: 0.625rem 0.75rem; max-height: 24rem; overflow: auto; white-space: pre-wrap;
+  background: var(--card); border-radius: 0.5rem; font: 0.8125rem/1.5 ui-monospace, monospace }
+svg { display: block; max-width: 100%; fill: var(--bar) } .none { fill: var(--line) }
+summary { cursor: pointer; color: var(--soft); padding: 0.375rem 0 }
+button { font: inherit; font-size: 0.875rem; min-height: 2.25rem; padding: 0.25rem 0.875rem; border-radius: 0.5rem;
+  border: 1px solid var(--line); background: var(--card); color: var(--text); cursor: pointer }
+button.bad { color: var(--bad); background: var(--bad-back) } ol { padding: 0 0 0 0.375rem; list-style: none }
+li { padding: 0 0 1.25rem 1.25rem; border-left: 2px solid var(--line); position: relative }
+li::before { content: ""; position: absolute; left: -0.4375rem; top: 0.375rem; width: 0.75rem; height: 0.75rem;
+  border-radius: 50%; background: var(--good) } li.miss::before { background: var(--bad) }
+@media (max-width: 52rem) { thead { display: none } table, tbody, tbody th { display: block }
+  tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: 0.5rem 1rem; padding: 1rem }
+  tbody th { grid-column: 1 / -1 } tbody > * > * { border: 0; padding: 0 } tr + tr { border-top: 1px solid var(--line) }
+  td::before { content: attr(data-name); color: var(--soft); display: block; font-size: 0.8125rem } }
+"""
+
+
+class _Html(str):
+    """Text that is HTML already."""
+
+    __slots__ = ()
+
+
+class _Refusal(Exception):
+    """A request that is not served: status line, what to tell, further headers."""
+
+
+def _shown(value: object) -> str:
+    import html
+
+    if isinstance(value, list):
+        return "".join(map(_shown, value))
+    return value if isinstance(value, _Html) else html.escape(str(value))
+
+
+def _fill(template: str, *values: object) -> _Html:
+    """Put values into a template of ours. What is not _Html is escaped, so forgetting lets nothing through."""
+    return _Html(template.format(*map(_shown, values)))
+
+
+def _pill(text: object, kind: str) -> _Html:
+    return _fill('<span class="pill {}">{}</span>', kind, text)
+
+
+def _table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> _Html:
+    """Return a table whose rows become blocks on a phone; the first cell of a row is its head."""
+    head = [_fill('<th scope="col">{}</th>', name) for name in names]
+    body = []
+    for first, *rest in rows:
+        cells = [_fill('<td data-name="{}">{}</td>', *pair) for pair in zip(names[1:], rest, strict=True)]
+        body.append(_fill('<tr><th scope="row">{}</th>{}</tr>', first, cells))
+    nothing = _Html('<p class="card soft">There are none.</p>')
+    return _fill("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>", head, body) if body else nothing
+
+
+def _time(at: float | None, now: float) -> _Html:
+    if at is None:
+        return _Html("-")
+    words = f"in {_age(at - now)}" if at > now else f"{_age(now - at)} ago"
+    return _fill('<time title="{}">{}</time>', _moment(at), words)
+
+
+def _judged(row: FailedDelivery | Attempt) -> _Html:
+    words = [row.reason or "", f"HTTP {row.status_code}" if row.status_code is not None else ""]
+    return _pill(" · ".join(filter(None, words)), "bad" if row.reason else "good")
+
+
+def _answer_of(row: FailedDelivery | Attempt) -> _Html:
+    """Return the error, where the status does not say it all, and the start of the receiver's answer."""
+    error = _fill("<p>{}</p>", row.error) if row.error and row.error != f"HTTP {row.status_code}" else ""
+    return _fill("{}{}", error, _fill('<pre tabindex="0">{}</pre>', row.response) if row.response else "")
+
+
+def _bars(e: EndpointStats) -> _Html:
+    """Draw the deliveries of the last hour, a bar for each five minutes."""
+    most, bar = max(e.history) or 1, '<rect class="{}" x="{}" y="{}" width="8" height="{}" rx="1"/>'
+    heights = [-(-count * 28 // most) or 2 for count in e.history]
+    bars = [_fill(bar, "" if e.history[n] else "none", 10 * n, 28 - h, h) for n, h in enumerate(heights)]
+    title = f"{e.delivered} deliveries in the last hour; in each five minutes: {', '.join(map(str, e.history))}"
+    svg = '<div><svg role="img" viewBox="0 0 118 28" width="118" height="28"><title>{}</title>{}</svg>'
+    return _fill(svg + "<small>{} delivered</small></div>", title, bars, e.delivered)
+
+
+def _pretty(data: Any) -> str:
+    """Return data as indented JSON; deep nesting makes that many times longer, so it is cut."""
+    parts = list(itertools.islice(json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(data), 20_000))
+    return "".join(parts) + ("\n…" if len(parts) == 20_000 else "")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Pages:
+    """The pages as one request gets them."""
+
+    outbox: Outbox
+    base: str  # the path that we are mounted under, percent-encoded
+    filters: Mapping[str, str]  # of the failed rows: endpoint, after
+    token: str  # what the browser's cookie holds and each form repeats
+
+    def place(self, path: str = "", **filters: object) -> str:
+        return f"{self.base}/{urllib.parse.quote(path)}" + ("?" + urllib.parse.urlencode(filters) if filters else "")
+
+    def link(self, text: object, path: str = "", **filters: object) -> _Html:
+        return _fill('<a href="{}">{}</a>', self.place(path, **filters), text)
+
+    def button(self, verb: str, name: str, value: object, text: str, kind: str = "") -> _Html:
+        return _fill(
+            '<form method="post" action="{}"><input type="hidden" name="token" value="{}"><input type="hidden" '
+            'name="{}" value="{}"><button class="{}" aria-label="{}: {}">{}</button></form>',
+            self.place(verb, **self.filters), self.token, name, value, kind, text, value, text,
+        )  # fmt: skip
+
+    def page(self, title: str, *parts: _Html) -> _Html:
+        return _fill(
+            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{}</title><meta name="viewport" '
+            'content="width=device-width, initial-scale=1"><style>{}</style></head><body><main>{}</main></body></html>',
+            title, _Html(_STYLE), list(parts),
+        )  # fmt: skip
+
+    def overview(self) -> _Html:
+        stats, now, rows = self.outbox.stats(), self.outbox.clock(), {e.id: e for e in self.outbox.endpoints()}
+        tiles = {"Pending": stats.pending, "Due now": stats.due, "Oldest due": _age(stats.oldest_due_age)}
+        tiles |= {"Held": stats.held, "Failed": stats.failed}
+        names = ("Endpoint", "Last hour", "Success", "p50 / p95", "Waiting", "Failed", "Action")
+        endpoints = _table(names, [self.endpoint(e, rows[e.id], now) for e in stats.endpoints if e.id in rows])
+        events = [
+            (self.link(e.id, f"event/{e.id}"), e.type, e.key or "-", _time(e.created_at, now))
+            for e in self.outbox.events(limit=10)
+        ]
+        return self.page(
+            f"Webhooks: {stats.failed} failed",
+            _fill('<header class="row ends"><h1>Webhooks</h1><p class="soft">{} {}</p></header>', _moment(now),
+                  self.link("Refresh", **self.filters)),
+            _fill('<dl class="tiles">{}</dl>', [_fill("<div><dt>{}</dt><dd>{}</dd></div>", *t) for t in tiles.items()]),
+            _fill("<h2>Endpoints</h2>{}{}", endpoints, self.failed(now)),
+            _fill("<h2>Latest events</h2>{}", _table(("Event", "Type", "Key", "Emitted"), events)),
+        )  # fmt: skip
+
+    def endpoint(self, e: EndpointStats, endpoint: Endpoint, now: float) -> tuple[object, ...]:
+        state = _pill("active", "good") if e.enabled else _pill("disabled", "off")
+        if e.enabled and e.failing_since is not None:
+            state = _pill(f"failing for {_age(now - e.failing_since)}", "bad")
+        about = " · ".join(filter(None, (_masked(endpoint.url), endpoint.description, endpoint.disabled_reason)))
+        return (
+            _fill('<div class="row"><strong>{}</strong>{}</div><small>{}</small><small>{}</small>', e.id, state, about,
+                  f"Last error: {e.last_error}" if e.last_error else ""),
+            _bars(e),
+            f"{100 * e.delivered / e.attempts:.0f}%" if e.attempts else "-",
+            _fill('<span class="line">{} / {}</span>', _age(e.p50), _age(e.p95)),
+            f"{e.pending}, oldest {_age(e.oldest_due_age)}" if e.oldest_due_age is not None else e.pending,
+            self.link(e.failed, endpoint=e.id) if e.failed else 0,
+            self.button("disable", "id", e.id, "Disable") if e.enabled else self.button("enable", "id", e.id, "Enable"),
+        )  # fmt: skip
+
+    def failed(self, now: float) -> _Html:
+        endpoint, after = self.filters.get("endpoint"), int(self.filters.get("after", 0))
+        found = self.outbox.failed(limit=_ON_A_PAGE + 1, after=after, endpoint=endpoint)
+        rows = found[:_ON_A_PAGE]
+        links = [self.link("All failed rows")] if self.filters else []
+        if len(found) > len(rows):
+            links.append(self.link("Next page", **{**self.filters, "after": str(rows[-1].id)}))
+        if len(rows) > 1:
+            ids = ",".join(str(row.id) for row in rows)
+            links.append(self.button("replay", "ids", ids, f"Replay these {len(rows)}"))
+        return _fill(
+            '<div class="row ends"><h2>Failed rows{}, oldest first</h2><div class="row">{}</div></div>{}',
+            f" of {endpoint}" if endpoint else "", links, [self.failed_row(row, now) for row in rows] or _table((), ()),
+        )  # fmt: skip
+
+    def failed_row(self, row: FailedDelivery, now: float) -> _Html:
+        return _fill(
+            '<article class="card"><div class="row ends"><div class="row">{}<h3>{}</h3><span>to {}</span></div>'
+            '<div class="row">{}<details><summary>Discard</summary>{}</details></div></div>'
+            '<p class="soft">Given up {}, attempts: {}</p>{}</article>',
+            _judged(row), self.link(row.type, f"event/{row.event_id}"), row.endpoint_id,
+            self.button("replay", "ids", row.id, "Replay"),
+            self.button("discard", "ids", row.id, "Delete for good", "bad"),
+            _time(row.failed_at, now), row.attempts, _answer_of(row),
+        )  # fmt: skip
+
+    def event(self, id: str) -> _Html:
+        event, attempts, now = self.outbox.event(id), self.outbox.attempts(id), self.outbox.clock()
+        kinds = {"delivered": "good", "failed": "bad"}
+        deliveries = [
+            (d.endpoint_id, _pill(d.status, kinds.get(d.status, "off")), d.attempts,
+             _time(d.due_at, now) if d.status == "pending" else "-", _time(d.delivered_at, now))
+            for d in event.deliveries
+        ]  # fmt: skip
+        step = '<li class="{}"><div class="row"><strong>{}</strong>{}<span>{}, after {}</span></div>{}</li>'
+        steps = [
+            _fill(step, "miss" if a.reason else "", _moment(a.at), _judged(a), a.endpoint_id, _age(a.duration),
+                  _answer_of(a))
+            for a in attempts[-200:]
+        ]  # fmt: skip
+        about = f"{event.id}, emitted {_moment(event.created_at)}" + (f", key {event.key}" if event.key else "")
+        return self.page(
+            f"{event.type} {event.id}",
+            _fill('<p>{}</p><h1>{}</h1><p class="soft">{}</p>', self.link("← Webhooks"), event.type, about),
+            _fill('<h2>Data</h2><pre tabindex="0" class="card">{}</pre>', _pretty(event.data)),
+            _fill("<h2>Deliveries</h2>{}", _table(("Endpoint", "Status", "Attempts", "Next", "Delivered"), deliveries)),
+            _fill("<h2>Attempts{}</h2><ol>{}</ol>", ": the last 200" if len(attempts) > 200 else "", steps),
+        )
+
+
+def _row_numbers(form: Mapping[str, str]) -> list[int]:
+    return [int(id) for id in form["ids"].split(",")]
+
+
+_ACTIONS: dict[str, Callable[[Outbox, Mapping[str, str]], object]] = {
+    "replay": lambda outbox, form: outbox.replay(ids=_row_numbers(form)),
+    "discard": lambda outbox, form: outbox.discard(ids=_row_numbers(form)),
+    "enable": lambda outbox, form: outbox.enable_endpoint(form["id"]),
+    "disable": lambda outbox, form: outbox.disable_endpoint(form["id"], "on the dashboard"),
+}
+
+
+# Two things show that a form is ours, and both must hold. Sec-Fetch-Site, or else Origin: browsers vouch for these, but
+# very old ones send neither. And a random cookie that the form repeats: alone it is not enough, as other ports of
+# localhost and sibling domains can set it. Any worker process can check both. Rejected: a token signed with a random
+# key of the process, which the other workers do not have. Lax, not Strict: a link in a chat would come without the
+# cookie, and the new one would make the forms in open tabs void; a foreign POST carries neither kind.
+def _is_ours(environ: WSGIEnvironment, token: str, form: Mapping[str, str]) -> bool:
+    site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
+    if site is None and origin is not None:
+        site = "same-origin" if urllib.parse.urlsplit(origin).netloc == environ.get("HTTP_HOST") else "cross-site"
+    return site in (None, "same-origin") and hmac.compare_digest(token.encode(), form.get("token", "").encode())
+
+
+def _read_form(environ: WSGIEnvironment, token: str) -> dict[str, str]:
+    length = int(environ.get("CONTENT_LENGTH") or "x")
+    if length > _LONGEST_FORM:
+        raise _Refusal("413 Content Too Large", "The form is too long.")
+    body = environ["wsgi.input"].read(max(0, length)).decode("ascii")
+    form = dict(urllib.parse.parse_qsl(body, strict_parsing=True, errors="strict", max_num_fields=9))
+    if not _is_ours(environ, token, form):
+        raise _Refusal("403 Forbidden", "This did not come from a form of this page: load the page again.")
+    return form
+
+
+def _serve(pages: _Pages, environ: WSGIEnvironment) -> tuple[str, _Html, list[tuple[str, str]]]:
+    """Do what a request asks for; return status, page and further headers, or raise what is wrong with it."""
+    verb, _, id = environ.get("PATH_INFO", "").strip("/").partition("/")
+    if verb not in ("", "event", *_ACTIONS) or bool(id) != (verb == "event"):
+        raise _Refusal("404 Not Found", "There is no such page.")
+    methods = ["POST"] if verb in _ACTIONS else ["GET", "HEAD"]
+    if environ["REQUEST_METHOD"] not in methods:
+        raise _Refusal("405 Method Not Allowed", "This is not done this way.", ("Allow", ", ".join(methods)))
+    if verb not in _ACTIONS:
+        secure = "; Secure" if environ["wsgi.url_scheme"] == "https" else ""
+        cookie = f"webhook_outbox={pages.token}; Path={pages.base or '/'}; HttpOnly; SameSite=Lax{secure}"
+        return "200 OK", pages.event(id) if id else pages.overview(), [("Set-Cookie", cookie)]
+    try:
+        _ACTIONS[verb](pages.outbox, _read_form(environ, pages.token))
+    except (ValueError, KeyError):
+        raise _Refusal("400 Bad Request", "The form cannot be understood.") from None
+    return "303 See Other", pages.page("Done"), [("Location", pages.place(**pages.filters))]
+
+
+def _pages_for(outbox: Outbox, environ: WSGIEnvironment) -> _Pages:
+    mount = environ.get("SCRIPT_NAME", "").strip("/")
+    base = "/" + urllib.parse.quote(mount, encoding="latin-1") if mount else ""
+    query = urllib.parse.parse_qsl(environ.get("QUERY_STRING", ""))
+    filters = {k: v for k, v in query if k == "endpoint" or (k == "after" and re.fullmatch("[0-9]{1,18}", v))}
+    cookie = re.search(r"(?:^|; ?)webhook_outbox=([A-Za-z0-9_-]{22})(?:;|$)", environ.get("HTTP_COOKIE", ""))
+    return _Pages(outbox, base, filters, cookie[1] if cookie else secrets.token_urlsafe(16))
+
+
+def dashboard_app(outbox: Outbox) -> WSGIApplication:
+    """Return the dashboard as a WSGI application: endpoints with their last hour, failed rows with the receiver's
+    answer, an event's timeline; replay, discard, enable, disable.
+
+    Works under any SCRIPT_NAME. Keeps no state, so any number of workers may serve it. Other sites cannot make a
+    visitor's browser act; what receivers sent is escaped; secrets and header values are not shown, queries of URLs
+    are masked. It asks for no login: whoever reaches it sees the events' data, and can replay, discard and disable.
+    Mount it behind the login of your app, which also answers for the Host header.
+    """
+    style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+    policy = "default-src 'none'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; style-src "
+    always = [
+        ("Content-Type", "text/html; charset=utf-8"),
+        ("Content-Security-Policy", f"{policy}'sha256-{style}'"),
+        ("Cache-Control", "no-store"),
+        ("Referrer-Policy", "same-origin"),  # with no-referrer our own forms would come with Origin: null
+        ("X-Content-Type-Options", "nosniff"),
+    ]
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        pages = _pages_for(outbox, environ)
+        told: Any = None
+        try:
+            status, page, headers = _serve(pages, environ)
+        except _Refusal as refusal:
+            told = refusal.args
+        except NotFound as error:
+            told = "404 Not Found", error
+        except Exception:  # a browser sees no traceback
+            _log.exception("the dashboard failed")
+            told = "500 Internal Server Error", "It did not work; the app's log tells why."
+        if told:
+            status, text, *headers = told
+            back = pages.link("Back to the overview")
+            page = pages.page(status, _fill("<h1>{}</h1><p>{}</p><p>{}</p>", status, text, back))
+        body = page.encode("utf-8", "replace")
+        start_response(status, [*always, *headers, ("Content-Length", str(len(body)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+    return app
+
+
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 # Promises: the library's verbs with the library's names; errors are one line; the only section that prints.
 # Exit codes: 0 done, 1 the thing asked for failed or did not hold, 2 usage.
@@ -4769,6 +5109,45 @@ def _listen(_: None, options: Any) -> None:
         server.serve_forever()
 
 
+def _dashboard(outbox: Outbox, options: Any) -> None:
+    import socketserver
+    import wsgiref.simple_server
+
+    class Handler(wsgiref.simple_server.WSGIRequestHandler):
+        timeout = 60
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
+        address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        daemon_threads = True
+
+        def handle_error(self, *_: Any) -> None:  # a browser that breaks off
+            pass
+
+    page, own = dashboard_app(outbox), {"localhost", "127.0.0.1", "::1", options.host}
+
+    def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Serve only under our own names: a foreign name may be made to point here (DNS rebinding), an address not."""
+        host = re.sub(r":[0-9]+$", "", environ.get("HTTP_HOST", "")).strip("[]").lower()
+        if host in own or (options.host in ("0.0.0.0", "::") and _literal(host)):
+            return page(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "text/plain")])
+        return [b"This name is not the dashboard's; use the address that the command printed.\n"]
+
+    try:
+        server = wsgiref.simple_server.make_server(options.host, options.port, guarded, Server, Handler)
+    except (OSError, OverflowError) as error:
+        raise OutboxError(f"cannot listen on {options.host} port {options.port}: {error}") from None
+    with server:
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        _say(
+            f"dashboard on http://{host}:{server.server_port}/ (Ctrl-C ends); whoever reaches it can replay and disable"
+        )
+        server.serve_forever()
+
+
 class _Demo:
     """The invoice story on temporary files: a shop with its outbox, and three real receivers on this machine."""
 
@@ -4959,6 +5338,8 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "failed show id": dict(type=int),
     "resend --endpoint": dict(help="only to this one, which need not have had it"),
     "--older-than": dict(type=float, metavar="SECONDS"),
+    "dashboard --port": dict(type=int, default=8001),
+    "--host": dict(default="127.0.0.1", help="the address to listen on (127.0.0.1); there is no login"),
     "--port": dict(type=int, default=8000),
     "listen --secret": dict(help="whsec_...: verify with it"),
     "--status": dict(type=int, default=200, metavar="N", help="what to answer (200)"),
@@ -4998,6 +5379,7 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
     ("failed discard", _failed_act, "delete failed rows", f"{_FILTERS} --all --dry-run"),
     ("resend", _resend, "deliver a recorded event again", "id --endpoint"),
     ("prune", lambda o, a: _say(f"{o.prune(a.older_than)} events pruned"), "delete old events", "--older-than"),
+    ("dashboard", _dashboard, "a page in the browser: what failed and why, replay, disable", "--port --host"),
     ("listen", _listen, "a local receiver that verifies and prints what arrives", "--port --secret --status"),
 )
 

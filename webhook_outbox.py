@@ -55,6 +55,7 @@ import errno
 import functools
 import hashlib
 import hmac
+import html
 import ipaddress
 import itertools
 import json
@@ -505,6 +506,11 @@ def _moment(value: float) -> str:
         return f"{value:g}"
 
 
+def _seconds(moment: datetime.datetime) -> float:
+    """Return UTC seconds; a time that names no zone is UTC."""
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
+
+
 def _age(seconds: float | None) -> str:
     if seconds is None:
         return "-"
@@ -712,29 +718,28 @@ def _key(secret: str | bytes, least: int = 16, most: int = 1 << 16) -> bytes:
     return key
 
 
-def _mac(key: bytes, message: bytes) -> bytes:
-    return hmac.digest(key, message, "sha256")
-
-
-def _sign_standard(key: bytes, id: str, timestamp: int, body: bytes) -> str:
-    return "v1," + base64.b64encode(_mac(key, b"%b.%d." % (id.encode(), timestamp) + body)).decode("ascii")
-
-
 @functools.lru_cache(maxsize=256)
-def _halves(secret: str) -> tuple[Any, Any]:
-    """Return HMAC's inner and outer hash (RFC 2104), which have read a secret's key. A drain signs with copies of
-    them: that is half the cost of hmac.digest, which prepares the key each time."""
-    key = _key(secret)
+def _halves(scheme: str, secret: str | bytes) -> tuple[Any, Any]:
+    """Return HMAC's inner and outer hash (RFC 2104), which have read a secret's key. To sign with copies of them is
+    half the cost of hmac.digest, which prepares the key each time."""
+    key = _key(secret) if scheme == "standard" else secret.encode() if isinstance(secret, str) else secret
     key = (key if len(key) <= 64 else hashlib.sha256(key).digest()).ljust(64, b"\0")
     inner, outer = (hashlib.sha256(bytes(byte ^ pad for byte in key)) for pad in (0x36, 0x5C))
     return inner, outer
 
 
-def _sign_fast(secret: str, id: str, timestamp: int, body: bytes) -> str:
-    inner, outer = [half.copy() for half in _halves(secret)]
-    inner.update(b"%b.%d." % (id.encode(), timestamp) + body)
+def _signature(scheme: str, secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
+    """Return the signature of a body as the scheme's header carries it."""
+    inner, outer = [half.copy() for half in _halves(scheme, secret)]
+    if scheme == "standard":
+        inner.update(b"%b.%d." % (id.encode(), timestamp))
+    elif scheme == "stripe":
+        inner.update(b"%d." % timestamp)
+    inner.update(body)
     outer.update(inner.digest())
-    return "v1," + base64.b64encode(outer.digest()).decode("ascii")
+    if scheme == "standard":
+        return "v1," + base64.b64encode(outer.digest()).decode("ascii")
+    return f"{'v1' if scheme == 'stripe' else 'sha256'}={outer.hexdigest()}"
 
 
 def sign(secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
@@ -742,11 +747,8 @@ def sign(secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
 
     secret: `whsec_...`, bare base64, or raw key bytes, of 16 bytes or more; PayloadError (a ValueError) otherwise.
     """
-    return _sign_standard(_key(secret), id, timestamp, body)
-
-
-def _sign_stripe(key: bytes, timestamp: int, body: bytes) -> str:
-    return _mac(key, b"%d." % timestamp + body).hex()
+    _key(secret)  # also refuses what _halves cannot remember
+    return _signature("standard", secret, id, timestamp, body)
 
 
 def _signature_headers(
@@ -754,14 +756,14 @@ def _signature_headers(
 ) -> list[tuple[str, str]]:
     """Return the headers that sign a body with each secret, current first, for each scheme."""
     headers = []
-    if "standard" in schemes:
-        signatures = [_sign_fast(s, id, timestamp, body) for s in signing_secrets]
-        headers.append(("webhook-signature", " ".join(signatures)))
-    if "stripe" in schemes:
-        entries = [f"t={timestamp}", *(f"v1={_sign_stripe(s.encode(), timestamp, body)}" for s in signing_secrets)]
-        headers.append(("Stripe-Signature", ",".join(entries)))
-    if "github" in schemes:  # one header, one signature: GitHub has no rotation, the current secret signs
-        headers.append(("X-Hub-Signature-256", "sha256=" + _mac(signing_secrets[0].encode(), body).hex()))
+    for scheme in schemes:
+        signatures = [_signature(scheme, secret, id, timestamp, body) for secret in signing_secrets]
+        if scheme == "standard":
+            headers.append(("webhook-signature", " ".join(signatures)))
+        elif scheme == "stripe":
+            headers.append(("Stripe-Signature", ",".join([f"t={timestamp}", *signatures])))
+        else:  # one header, one signature: GitHub has no rotation, the current secret signs
+            headers.append(("X-Hub-Signature-256", signatures[0]))
     return headers
 
 
@@ -801,45 +803,29 @@ def _any_equal(expected: Iterable[str], received: Sequence[str]) -> bool:
     return found
 
 
-def _verify_standard(
-    body: bytes, headers: dict[str, str], keys: list[str | bytes], tolerance: float, now: float | None
-) -> tuple[str, int | None]:
-    id, timestamp, signatures = (headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature"))
+_SCHEMES = ("standard", "stripe", "github")
+
+
+def _claims(scheme: str, headers: Mapping[str, str]) -> tuple[str, str | None, list[str]]:
+    """Return what a request says of itself, unproven: its id, its timestamp and its signatures."""
+    id = headers.get("webhook-id", "")
+    if scheme == "github":
+        signature = headers.get("x-hub-signature-256")
+        if not signature:
+            raise SignatureError("X-Hub-Signature-256 is missing")
+        return id or headers.get("x-github-delivery", ""), None, [signature]
+    if scheme == "stripe":
+        parts = headers.get("stripe-signature", "").split(",", 2 * _MAX_SIGNATURES)
+        times = [part[2:] for part in parts if part.startswith("t=")]
+        if len(times) != 1:
+            raise SignatureError("Stripe-Signature is missing, or does not hold exactly one t=")
+        return id, times[0], [part for part in parts if part.startswith("v1=")]
+    timestamp, signatures = headers.get("webhook-timestamp"), headers.get("webhook-signature")
     if not (id and timestamp and signatures):
         raise SignatureError("a header is missing: webhook-id, webhook-timestamp and webhook-signature are needed")
     if len(id) > 256 or not id.isascii() or not id.isprintable() or "." in id:
         raise SignatureError("webhook-id is not a plain identifier")
-    signed_at = _signed_at(timestamp, tolerance, now)
-    received = signatures.split(" ", _MAX_SIGNATURES)
-    if not _any_equal((sign(key, id, signed_at, body) for key in keys), received):
-        raise SignatureError("no signature matches: another secret, or the body was changed (use the raw bytes)")
-    return id, signed_at
-
-
-def _verify_stripe(
-    body: bytes, headers: dict[str, str], keys: list[str | bytes], tolerance: float, now: float | None
-) -> tuple[str, int | None]:
-    pairs = [part.partition("=")[::2] for part in headers.get("stripe-signature", "").split(",", 2 * _MAX_SIGNATURES)]
-    times = [value for name, value in pairs if name == "t"]
-    if len(times) != 1:
-        raise SignatureError("Stripe-Signature is missing, or does not hold exactly one t=")
-    signed_at = _signed_at(times[0], tolerance, now)
-    expected = (_sign_stripe(k.encode() if isinstance(k, str) else k, signed_at, body) for k in keys)
-    if not _any_equal(expected, [value for name, value in pairs if name == "v1"]):
-        raise SignatureError("no v1 signature matches: another secret, or the body was changed (use the raw bytes)")
-    return headers.get("webhook-id", ""), signed_at
-
-
-def _verify_github(
-    body: bytes, headers: dict[str, str], keys: list[str | bytes], tolerance: float, now: float | None
-) -> tuple[str, int | None]:
-    expected = ("sha256=" + _mac(k.encode() if isinstance(k, str) else k, body).hex() for k in keys)
-    if not _any_equal(expected, [headers.get("x-hub-signature-256", "")]):
-        raise SignatureError("X-Hub-Signature-256 is missing or does not match")
-    return headers.get("webhook-id") or headers.get("x-github-delivery", ""), None
-
-
-_VERIFIERS = {"standard": _verify_standard, "stripe": _verify_stripe, "github": _verify_github}
+    return id, timestamp, signatures.split(" ", _MAX_SIGNATURES)
 
 
 def _parsed(id: str, id_is_signed: bool, signed_at: int | None, body: bytes) -> ReceivedEvent:
@@ -876,9 +862,12 @@ def verify(
             raise SignatureError("the body must be the raw bytes of the request, not text or parsed JSON")
         body = bytes(body)
         keys = [secret] if isinstance(secret, (str, bytes)) else list(secret)
-        if not keys or not all(keys) or scheme not in _VERIFIERS:
-            raise SignatureError("verify needs a secret, and a scheme of: " + ", ".join(_VERIFIERS))
-        id, signed_at = _VERIFIERS[scheme](body, _received_headers(headers), keys, tolerance, now)
+        if not keys or not all(keys) or scheme not in _SCHEMES:
+            raise SignatureError("verify needs a secret, and a scheme of: " + ", ".join(_SCHEMES))
+        id, timestamp, signatures = _claims(scheme, _received_headers(headers))
+        signed_at = None if timestamp is None else _signed_at(timestamp, tolerance, now)
+        if not _any_equal((_signature(scheme, key, id, signed_at or 0, body) for key in keys), signatures):
+            raise SignatureError("no signature matches: another secret, or the body was changed (use the raw bytes)")
     except SignatureError:
         raise
     except Exception as error:  # hostile headers reach odd corners; a receiver answers 400, never 500
@@ -914,11 +903,8 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         delays = tuple(self.delays) if isinstance(self.delays, (list, tuple)) else ()
         numbers = [*delays, self.jitter, 0.0 if self.overload_delay is None else self.overload_delay]
-        if (
-            not delays
-            or not all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers)
-            or self.jitter > 10
-        ):
+        sound = all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers)
+        if not delays or not sound or self.jitter > 10:
             raise PayloadError("RetryPolicy: delays must be one or more numbers of seconds, jitter a share up to 10")
         delays = tuple(map(float, delays))
         if self.overload_delay is None:
@@ -964,14 +950,10 @@ def _retry_after(values: Sequence[str], now: float) -> float | None:
     hints: list[float] = []
     for value in values:
         if re.fullmatch(r"[0-9]+", value, re.ASCII):
-            hints.append(float(value.lstrip("0") or 0) if len(value.lstrip("0")) <= 6 else _LONGEST_HINT)
-            continue
+            hints.append(float(value))
         with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):
             if re.match(r"[A-Z][a-z]{2,8},? ", value):  # each of RFC 9110's three date formats is GMT
-                moment = email.utils.parsedate_to_datetime(value)
-                hints.append(
-                    (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp() - now
-                )
+                hints.append(_seconds(email.utils.parsedate_to_datetime(value)) - now)
     return min(max(0.0, *hints), _LONGEST_HINT) if hints else None
 
 
@@ -982,18 +964,15 @@ def _retry_after(values: Sequence[str], now: float) -> float | None:
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_DENIED_V4 = tuple(
-    ipaddress.IPv4Network(text)
+_DENIED = tuple(
+    ipaddress.ip_network(text)
     for text in (
         "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 "
         "192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 "
-        "198.51.100.0/24 203.0.113.0/24 224.0.0.0/3"
+        "198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 "
+        "::/3 4000::/2 8000::/1 "  # all but 2000::/3, the global addresses; and of these:
+        "2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48 3ffe::/16 3fff::/20"
     ).split()
-)
-_GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
-_DENIED_V6 = tuple(
-    ipaddress.IPv6Network(text)
-    for text in "2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48 3ffe::/16 3fff::/20".split()
 )
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _NO_HTTP = "plain http is refused; use https, or admit it with allow_networks (--allow-network) or allow_http"
@@ -1027,17 +1006,11 @@ class _Guard:
             address = _unwrapped(ipaddress.ip_address(text))
         except ValueError:
             return f"{text!r} is no IP address"
-        if any(address in network for network in self.allow_networks if network.version == address.version):
+        if any(address in network for network in self.allow_networks):  # never where one is IPv4 and the other IPv6
             return None
-        if isinstance(address, ipaddress.IPv4Address):
-            denied = any(address in network for network in _DENIED_V4)
-        else:
-            denied = address not in _GLOBAL_V6 or any(address in network for network in _DENIED_V6)
-        if denied:
+        if any(address in network for network in _DENIED):
             return f"{address} is a private or special-purpose address; allow_networks (--allow-network) can admit it"
-        if scheme != "https" and not self.allow_http:
-            return _NO_HTTP
-        return None
+        return None if scheme == "https" or self.allow_http else _NO_HTTP
 
 
 def _literal(host: str) -> str | None:
@@ -1066,15 +1039,13 @@ def _check_authority(url: str) -> str:
         port = parts.port
     except ValueError as error:
         _refuse_url(f"{_one_line(str(error).split(':')[0])}; write https://host/path")
-    host, colon, port_text = parts.netloc.rpartition("]")[2].rpartition(":")
+    _, colon, port_text = parts.netloc.rpartition("]")[2].rpartition(":")
     if parts.scheme not in ("https", "http") or not parts.netloc:
         _refuse_url("it must start with https://")
     if "@" in parts.netloc or "%" in parts.netloc:
         _refuse_url("user names and percent signs do not belong in the host; send credentials in headers")
     if "#" in url:
         _refuse_url("a fragment (#...) is never sent; remove it")
-    if ":" in host or (not parts.netloc.startswith("[") and parts.netloc.count(":") > 1):
-        _refuse_url("an IPv6 address needs brackets: https://[2001:db8::1]/")
     if colon and not re.fullmatch(r"[0-9]{1,5}", port_text):
         _refuse_url("its port is not a number")
     if port is not None and (port in _BAD_PORTS or (port not in (80, 443) and port < 1024)):
@@ -1235,37 +1206,13 @@ class _Opening:
         return sock
 
 
-# _new_conn is the seam that urllib3's own SOCKS support overrides, in 1.26 and in 2.x. A release without it would
-# dial by itself: _Opener.open then finds `dialled` unset and refuses the connection.
-class _HTTPConnection(urllib3.connection.HTTPConnection):
-    opening: _Opening
-
-    def _new_conn(self) -> socket.socket:
-        return self.opening.dial(self.host.strip("[]"), self.port or 80, self.socket_options or ())
-
-
-class _HTTPSConnection(urllib3.connection.HTTPSConnection):
-    opening: _Opening
-
-    def _new_conn(self) -> socket.socket:
-        return self.opening.dial(self.host.strip("[]"), self.port or 443, self.socket_options or ())
-
-
-class _HTTPPool(urllib3.connectionpool.HTTPConnectionPool):
-    ConnectionCls = _HTTPConnection
-
-
-class _HTTPSPool(urllib3.connectionpool.HTTPSConnectionPool):
-    ConnectionCls = _HTTPSConnection
-
-
 # urllib3 1.26 gives Python no name to check where the host is an address; it then compares the certificate itself,
 # provided that the context does not ask Python to.
 _OLD_URLLIB3 = getattr(urllib3, "__version__", "").startswith("1.")
 
 
 class _Opener(requests.adapters.HTTPAdapter):
-    """Opens connections for endpoints: requests' adapter, with the guard where its pools dial."""
+    """Opens connections for endpoints: requests' adapter, with the guard where its connections dial."""
 
     def __init__(self, outbox: Outbox) -> None:
         super().__init__()
@@ -1273,10 +1220,6 @@ class _Opener(requests.adapters.HTTPAdapter):
         self.proxy, self.connect_timeout = outbox.proxy, outbox.connect_timeout
         self._lock = threading.Lock()  # guards _contexts
         self._contexts: dict[tuple[Any, ...], ssl.SSLContext] = {}
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
 
     def open(self, prepared: requests.PreparedRequest, endpoint: Endpoint, deadline: float) -> socket.socket:
         """Return a connected socket, past TLS; raise what _explain understands. deadline: monotonic."""
@@ -1286,7 +1229,11 @@ class _Opener(requests.adapters.HTTPAdapter):
         connection = pool._new_conn()
         now = time.monotonic()
         opening = _Opening(self.guard, self.lookups, scheme, deadline, min(deadline, now + self.connect_timeout))
-        connection.opening = opening
+        if not self.proxy:
+            # _new_conn is the seam that urllib3's own SOCKS support overrides, in 1.26 and in 2.x. A release without
+            # it would dial by itself: then `dialled` is unset, and the connection refused.
+            where = connection.host.strip("[]"), connection.port, connection.socket_options or ()
+            connection._new_conn = functools.partial(opening.dial, *where)
         connection.timeout = max(0.001, deadline - now)
         if scheme == "https":
             connection.ssl_context = self._context(endpoint, urllib3_checks=_OLD_URLLIB3 and bool(_literal(pool.host)))
@@ -1364,7 +1311,6 @@ def _explain(error: BaseException) -> tuple[str, str]:
 # Promises: the exact bytes of one POST, and the strict reading of its answer. Values in, values out; the sockets
 # are the caller's. HTTP/1.1 by RFC 9112; redirects are never followed, nothing is decoded.
 
-_SIGNINGS = ("standard", "stripe", "github")
 _BODIES = ("standard", "data", "cloudevents")
 _TYPE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
@@ -1407,23 +1353,15 @@ def _standard_body(picked: _Picked) -> bytes:
 
 def _cloudevents_body(picked: _Picked, source: str) -> bytes:
     """Return CloudEvents 1.0 in structured mode."""
-    head = {
-        "specversion": "1.0",
-        "id": picked.id,
-        "source": urllib.parse.quote(source) or "webhook-outbox",
-        "type": picked.type,
-        "time": _iso(picked.created_at),
-        "datacontenttype": "application/json",
-    }
-    return f'{_dumps(head)[:-1]},"data":{picked.data}}}'.encode()
+    context = {"specversion": "1.0", "id": picked.id, "source": urllib.parse.quote(source) or "webhook-outbox"}
+    context |= {"type": picked.type, "time": _iso(picked.created_at), "datacontenttype": "application/json"}
+    return f'{_dumps(context)[:-1]},"data":{picked.data}}}'.encode()
 
 
 def _slack_body(event: Event) -> bytes:
     """Return a Slack message. Escaped as Slack wants it, so that data cannot mention a channel."""
     text = f"{event.type} {_dumps(event.data)}"[:3000]
-    for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
-        text = text.replace(char, entity)
-    return _dumps({"text": text}).encode()
+    return _dumps({"text": html.escape(text, quote=False)}).encode()
 
 
 def _discord_body(event: Event) -> bytes:
@@ -1496,6 +1434,7 @@ def _stored_headers(text: str | None) -> dict[str, str]:
         raise _Unready("the event's headers are not usable") from None
 
 
+_Secrets = list[tuple[str, float | None]]  # (secret, valid until), current first
 _LEAST_HIDDEN = 6  # characters; shorter ones would blacken words that mean nothing
 
 
@@ -1504,7 +1443,7 @@ class _Wire:
     """How requests for one endpoint are written; made once for each version of its row."""
 
     endpoint: Endpoint
-    secrets: list[tuple[str, float | None]]  # (secret, valid until), current first
+    secrets: _Secrets
     prepared: requests.PreparedRequest
     start: bytes  # request line and the headers that never change
     schemes: tuple[str, ...]
@@ -1514,16 +1453,14 @@ class _Wire:
     slow: bool  # building a request may block or run the host's code: the loop hands it to a thread
 
     @classmethod
-    def make(
-        cls, endpoint: Endpoint, secrets: list[tuple[str, float | None]], outbox: Outbox, opener: _Opener
-    ) -> _Wire:
+    def make(cls, endpoint: Endpoint, secrets: _Secrets, outbox: Outbox, opener: _Opener) -> _Wire:
         prepared = _prepare_url(endpoint.url, outbox._guard)
-        host = urllib.parse.urlsplit(prepared.url or "").netloc
-        proxied = opener.proxy if (prepared.url or "").startswith("http:") else None
+        parts = urllib.parse.urlsplit(prepared.url or "")
+        proxied = opener.proxy and parts.scheme == "http"
         login = opener.proxy_headers(opener.proxy) if opener.proxy else {}
         target = prepared.url if proxied else prepared.path_url
         agent = f"webhook-outbox/{__version__}" + (f" ({outbox.app_name})" if outbox.app_name else "")
-        lines = [f"POST {target} HTTP/1.1", f"Host: {host}", f"User-Agent: {agent}"]
+        lines = [f"POST {target} HTTP/1.1", f"Host: {parts.netloc}", f"User-Agent: {agent}"]
         lines += ["Accept: */*", "Accept-Encoding: identity"]
         lines += [f"{name}: {value}" for name, value in login.items() if proxied]
         transform = outbox.transforms.get(endpoint.body)
@@ -1531,10 +1468,10 @@ class _Wire:
             raise _Unready(f"no transform is called {endpoint.body!r}; run the drain with --app")
         slow = transform is not None or any(secret.startswith("file:") for secret, _ in secrets)
         start = "\r\n".join(lines).encode("latin-1") + b"\r\n"
-        schemes = tuple(endpoint.signing.split("+"))
-        if not set(schemes) <= set(_SIGNINGS):
+        schemes = tuple(dict.fromkeys(endpoint.signing.split("+")))
+        if not set(schemes) <= set(_SCHEMES):
             raise _Unready(f"no signing is called {endpoint.signing!r}; update the endpoint")
-        query = urllib.parse.urlsplit(prepared.url or "").query  # as it goes over the wire, percent-encoded
+        query = parts.query  # as it goes over the wire, percent-encoded
         hidden = [query, *query.split("&"), *(part.rpartition("=")[2] for part in query.split("&"))]
         hidden += [value for _, value in urllib.parse.parse_qsl(query)]
         hidden += [secret for secret, _ in secrets]
@@ -1814,23 +1751,17 @@ def _failure(error: BaseException, hidden: Iterable[str] = ()) -> _Outcome:
 
 def _exchange(sock: socket.socket, request: bytes, deadline: float) -> _Answer:
     """Send a request and read its answer, blocking, until the deadline; the drain has its own loop for many."""
-    answer = _Answer()
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE)
-        out = memoryview(request)
-        while (left := deadline - time.monotonic()) > 0:
-            selector.select(left)
-            with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                if out:
-                    out = out[sock.send(out) :]
-                    if not out:
-                        selector.modify(sock, selectors.EVENT_READ)
-                    continue
-                data = sock.recv(65_536)
-                if not data:
-                    answer.end()
-                if not data or answer.feed(data):
-                    return answer
+    answer, out = _Answer(), memoryview(request)
+    while (left := deadline - time.monotonic()) > 0:
+        sock.settimeout(left)
+        if out:
+            out = out[sock.send(out) :]
+            continue
+        data = sock.recv(65_536)
+        if not data:
+            answer.end()
+        if not data or answer.feed(data):
+            return answer
     raise TimeoutError
 
 
@@ -3438,11 +3369,14 @@ def _choice(name: str, value: Any, choices: Sequence[Any]) -> str:
     return str(value)
 
 
+def _new_id(now: float) -> str:
+    """Return an event's id: random, sorted by time."""
+    return f"msg_{int(now * 1000):012x}{secrets.token_hex(10)}"
+
+
 def _checked_type(type: Any) -> str:
     if not isinstance(type, str) or len(type) > 256 or not _TYPE.fullmatch(type):
-        raise PayloadError(
-            "the type is not valid: letters, digits, _ and - in parts joined by dots, like order.created"
-        )
+        raise PayloadError("the type is not valid: letters, digits, _ and - in parts joined by dots (order.created)")
     return type
 
 
@@ -3492,6 +3426,13 @@ def _checked_data(data: Any) -> str:
     except (TypeError, ValueError) as error:
         raise PayloadError(f"data is not plain JSON: {_one_line(str(error), 120)}") from None
     return text
+
+
+def _path(database: str | os.PathLike[str]) -> str:
+    path = os.fsdecode(os.fspath(database))
+    if path in ("", ":memory:") or path.startswith("file:"):
+        raise SchemaError("this needs the path of a file: a database in memory is one connection's own, and forgets")
+    return os.path.realpath(path)
 
 
 def _networks(networks: Iterable[str | _Network]) -> tuple[_Network, ...]:
@@ -3565,29 +3506,27 @@ def _failed_where(
     )
 
 
-def _endpoint_stats(
-    endpoint: Endpoint, waiting: tuple[int, int, float | None], queued: int, failed: int, recent: list[Any], now: float
-) -> EndpointStats:
-    count, due, oldest = waiting
-    good = sorted(duration for _, duration, reason, _ in recent if reason is None)
-    history = [0] * 12
-    for at, _, reason, _ in recent:
-        if reason is None:
-            history[int(max(0.0, min(11.0, (at - now + 3600.0) / 300.0)))] += 1
-    return EndpointStats(
-        id=endpoint.id,
-        enabled=endpoint.enabled,
-        pending=count + queued,
-        oldest_due_age=now - oldest if due and oldest is not None else None,
-        failed=failed,
-        delivered=len(good),
-        attempts=len(recent),
-        p50=good[len(good) // 2] if good else None,
-        p95=good[len(good) * 95 // 100] if good else None,
-        last_error=next((error for _, _, reason, error in reversed(recent) if reason is not None), None),
-        history=tuple(history),
-        failing_since=endpoint.failing_since,
+def _endpoint_stats(row: Sequence[Any], tried: Sequence[Sequence[Any]], now: float) -> EndpointStats:
+    id, failed, enabled, failing_since, pending, due, oldest = row
+    good = sorted(duration for _, duration, reason, _ in tried if reason is None)
+    p50, p95 = (good[len(good) * share // 100] if good else None for share in (50, 95))
+    age = now - oldest if due else None
+    error = next((error for _, _, reason, error in reversed(tried) if reason is not None), None)
+    twelfths = collections.Counter(
+        min(11, int((at - now + 3600) / 300)) for at, _, reason, _ in tried if reason is None
     )
+    history = tuple(twelfths[n] for n in range(12))
+    counts = failed, len(good), len(tried)
+    return EndpointStats(id, bool(enabled), pending, age, *counts, p50, p95, error, history, failing_since)
+
+
+_GAUGES = (
+    ("pending", "Deliveries that wait, held ones too.", "pending"),
+    ("failed", "Rows of webhook_failed.", "failed"),
+    ("oldest_due_age_seconds", "Age of the oldest due delivery.", "oldest_due_age"),
+    ("enabled", "1 for an enabled endpoint.", "enabled"),
+    ("failing_since_seconds", "UTC of the first failure in a row; 0: none.", "failing_since"),
+)
 
 
 def _family(name: str, kind: str, help: str, samples: Iterable[tuple[str, str, float]]) -> list[str]:
@@ -3643,14 +3582,9 @@ class Outbox:
         rng: Callable[[], float] = random.random,
         resolver: _Resolver | None = None,
     ) -> None:
-        path = os.fsdecode(os.fspath(database))
-        if path in ("", ":memory:") or path.startswith("file:"):
-            raise SchemaError(
-                "the outbox needs the path of a file: one in memory is seen by one connection, not the drain's"
-            )
         if proxy is not None and not re.fullmatch(r"http://[^/\s]+/?", proxy):
             raise PayloadError("proxy must be http://host:port")
-        self.path = os.path.realpath(path)
+        self.path = _path(database)
         self.retry = retry or RetryPolicy()
         self.timeout = _number("timeout", timeout, 0.01, 3600)
         self.connect_timeout = _number("connect_timeout", connect_timeout, 0.01, 3600)
@@ -3726,7 +3660,7 @@ class Outbox:
         delay = _number("delay", delay, 0, 1e9)
         header_text = _dumps(_checked_headers(headers)) if headers else None
         now = self.clock()
-        id = f"msg_{int(now * 1000):012x}{secrets.token_hex(10)}"
+        id = _new_id(now)
         delay += self.retry.delays[0]
         row = (type, text, key, idempotency_key, delay, header_text, id, now, self._identity)
         if isinstance(conn, sqlite3.Connection):
@@ -3782,6 +3716,10 @@ class Outbox:
             with _session(self.path) as db:
                 yield sqlite3.Cursor(db)
 
+    def _select(self, sql: str, *values: Any) -> list[Any]:
+        with self._reading() as cursor:
+            return cursor.execute(sql, values).fetchall()
+
     def _columns(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return checked column values for endpoint options."""
         bodies = (*_BODIES, *self.transforms)
@@ -3791,7 +3729,7 @@ class Outbox:
             "description": lambda v: _line("description", v, 1000),
             "headers": lambda v: _dumps(_checked_headers(v)),
             "body": lambda v: _choice("body", v, bodies),
-            "signing": lambda v: "+".join({_choice("signing", part, _SIGNINGS): 0 for part in str(v).split("+")}),
+            "signing": lambda v: "+".join({_choice("signing", part, _SCHEMES): 0 for part in str(v).split("+")}),
             "rate": lambda v: None if v is None else _number("rate", v, 1e-6, 1e6),
             "max_in_flight": lambda v: _whole("max_in_flight", v, 1, 10_000),
             "ordered": lambda v: (_choice("ordered", v, (True, False)), int(v))[1],
@@ -3830,12 +3768,10 @@ class Outbox:
         id = id or "ep_" + secrets.token_hex(8)
         columns |= {"id": id, "secrets": _dumps([[secret, None]]), "created_at": self.clock()}
         with self._writing(conn) as cursor:
+            names, marks = ", ".join(columns), ", ".join("?" * len(columns))
             try:
-                cursor.execute(
-                    f"""INSERT INTO main.webhook_endpoints ({", ".join(columns)})
-                        VALUES ({", ".join("?" * len(columns))})""",
-                    tuple(columns.values()),
-                )
+                statement = f"INSERT INTO main.webhook_endpoints ({names}) VALUES ({marks})"
+                cursor.execute(statement, tuple(columns.values()))
             except sqlite3.IntegrityError:
                 raise PayloadError(f"there is an endpoint {id} already; update it, or choose another id") from None
             return dataclasses.replace(self._endpoint_on(cursor, id), secret=secret)
@@ -3862,10 +3798,8 @@ class Outbox:
         with self._writing(conn) as cursor:
             self._endpoint_on(cursor, id)
             if columns:
-                cursor.execute(
-                    f"UPDATE main.webhook_endpoints SET {', '.join(f'{name} = ?' for name in columns)} WHERE id = ?",
-                    (*columns.values(), id),
-                )
+                changes = ", ".join(f"{name} = ?" for name in columns)
+                cursor.execute(f"UPDATE main.webhook_endpoints SET {changes} WHERE id = ?", (*columns.values(), id))
             return self._endpoint_on(cursor, id)
 
     def update_endpoint(
@@ -3920,7 +3854,7 @@ class Outbox:
             cursor.execute("UPDATE main.webhook_endpoints SET secrets = ? WHERE id = ?", (_dumps(valid), id))
             return dataclasses.replace(self._endpoint_on(cursor, id), secret=secret)
 
-    def _secrets_on(self, cursor: sqlite3.Cursor, id: str) -> list[tuple[str, float | None]]:
+    def _secrets_on(self, cursor: sqlite3.Cursor, id: str) -> _Secrets:
         cursor.execute("SELECT secrets FROM main.webhook_endpoints WHERE id = ?", (id,))
         return [(secret, until) for secret, until in json.loads(cursor.fetchall()[0][0])]
 
@@ -3935,7 +3869,7 @@ class Outbox:
         with self._reading() as cursor:
             endpoint, endpoint_secrets = self._endpoint_on(cursor, id), self._secrets_on(cursor, id)
         now, started = self.clock(), time.monotonic()
-        event_id = f"msg_{int(now * 1000):012x}{secrets.token_hex(10)}"
+        event_id = _new_id(now)
         picked = _Picked(0, 0, None, None, event_id, "webhook.ping", "{}", 1, None, None, now)
         opener, hidden = _Opener(self), list[str]()
         try:
@@ -3948,16 +3882,8 @@ class Outbox:
             outcome = _failure(error, hidden)
         finally:
             opener.close()
-        return Attempt(
-            event_id,
-            id,
-            now,
-            outcome.status_code,
-            outcome.reason,
-            outcome.error,
-            time.monotonic() - started,
-            outcome.response,
-        )
+        status, seconds = outcome.status_code, time.monotonic() - started
+        return Attempt(event_id, id, now, status, outcome.reason, outcome.error, seconds, outcome.response)
 
     # Draining.
 
@@ -4044,12 +3970,9 @@ class Outbox:
         type (or a group: order.*), reason, since and until (of failed_at)."""
         where, values = _failed_where(**filters)
         names = ", ".join(field.name for field in dataclasses.fields(FailedDelivery))
-        with self._reading() as cursor:
-            cursor.execute(
-                f"SELECT {names} FROM webhook_failed WHERE id > ? AND {where} ORDER BY id LIMIT ?",
-                (after or 0, *values, int(_number("limit", limit, 0, 1e9))),
-            )
-            return [FailedDelivery(*row) for row in cursor.fetchall()]
+        sql = f"SELECT {names} FROM webhook_failed WHERE id > ? AND {where} ORDER BY id LIMIT ?"
+        rows = self._select(sql, after or 0, *values, _whole("limit", limit, 0, 10**9))
+        return [FailedDelivery(*row) for row in rows]
 
     def replay(self, *, all: bool = False, dry_run: bool = False, conn: Any = None, **filters: Unpack[Filters]) -> int:
         """Make failed rows pending again, with a fresh retry budget: same id, same body, the current secret.
@@ -4074,27 +3997,22 @@ class Outbox:
     def _act_on_failed(self, statement: str, all: bool, dry_run: bool, conn: Any, filters: Filters) -> int:
         where, values = _failed_where(**filters)
         if where == "1" and not all:
-            raise PayloadError(
-                "say which failed rows: by ids, endpoint, type, reason, since, until, or all (--all, all=True)"
-            )
+            raise PayloadError("say which failed rows: ids, endpoint, type, reason, since, until or --all (all=True)")
         statement = statement.format(where=where, now=repr(float(self.clock())))
+        with self._reading(conn) as cursor:
+            cursor.execute(f"SELECT count(*), max(id) FROM main.webhook_failed WHERE {where}", values)
+            count, end = cursor.fetchone()
+        if dry_run or not count:
+            return int(count)
         done = last = 0
-        with self._reading(conn) as cursor:  # rows that fail again meanwhile are not for this call
-            end = cursor.execute("SELECT max(id) FROM main.webhook_failed").fetchone()[0] or 0
-        while True:
+        while last < end:  # rows that fail again meanwhile are not for this call
+            batch = f"SELECT id FROM main.webhook_failed WHERE id > ? AND {where} ORDER BY id LIMIT 1000"
             with self._reading(conn) as cursor:
-                cursor.execute(
-                    f"SELECT id FROM main.webhook_failed WHERE id > ? AND id <= ? AND {where} ORDER BY id LIMIT 1000",
-                    (last, end, *values),
-                )
-                batch = [row[0] for row in cursor.fetchall()]
-            if not batch:
-                return done
-            if dry_run:
-                done += len(batch)
-            else:
-                done += self._write_batch(statement, (batch[0], batch[-1], *values), conn)
-            last = batch[-1]
+                (upto,) = cursor.execute(f"SELECT max(id) FROM ({batch})", (last, *values)).fetchone()
+            upto = min(end, upto or end)
+            done += self._write_batch(statement, (last + 1, upto, *values), conn)
+            last = upto
+        return done
 
     def resend(self, event_id: str, *, endpoint: str | None = None, conn: Any = None) -> int:
         """Deliver a recorded event again, delivered or not: to each endpoint that had it, or to `endpoint`, which
@@ -4188,12 +4106,9 @@ class Outbox:
             ("created_at < ?", _seconds_or_none("until", until)),
             ("seq < (SELECT seq FROM webhook_events WHERE id = ?)", after),
         )
-        with self._reading() as cursor:
-            cursor.execute(
-                f"SELECT id, type, data, key, created_at FROM webhook_events WHERE {where} ORDER BY seq DESC LIMIT ?",
-                (*values, int(_number("limit", limit, 0, 1e9))),
-            )
-            return [Event(id, type, json.loads(data), key, at) for id, type, data, key, at in cursor.fetchall()]
+        sql = f"SELECT id, type, data, key, created_at FROM webhook_events WHERE {where} ORDER BY seq DESC LIMIT ?"
+        rows = self._select(sql, *values, _whole("limit", limit, 0, 10**9))
+        return [Event(id, type, json.loads(data), key, at) for id, type, data, key, at in rows]
 
     def deliveries(
         self,
@@ -4225,68 +4140,52 @@ class Outbox:
             ("e.created_at < ?", _seconds_or_none("until", until)),
             ("(d.event, d.endpoint_id) < ((SELECT seq FROM webhook_events WHERE id = ?), ?)", after),
         )
-        with self._reading() as cursor:
-            cursor.execute(
-                f"""SELECT e.id, d.endpoint_id, {public}, d.attempts, d.due_at, d.delivered_at
-                      FROM webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event
-                      LEFT JOIN webhook_endpoints AS p ON p.id = d.endpoint_id
-                     WHERE {where} ORDER BY d.event DESC, d.endpoint_id DESC LIMIT ?""",
-                (*values, int(_number("limit", limit, 0, 1e9))),
-            )
-            return [Delivery(*row) for row in cursor.fetchall()]
+        sql = f"""SELECT e.id, d.endpoint_id, {public}, d.attempts, d.due_at, d.delivered_at
+                    FROM webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event
+                    LEFT JOIN webhook_endpoints AS p ON p.id = d.endpoint_id
+                   WHERE {where} ORDER BY d.event DESC, d.endpoint_id DESC LIMIT ?"""
+        return [Delivery(*row) for row in self._select(sql, *values, _whole("limit", limit, 0, 10**9))]
 
     def attempts(self, event_id: str, endpoint: str | None = None) -> list[Attempt]:
         """Return what was tried for an event, oldest first."""
         with self._reading() as cursor:
             seq = self._seq_on(cursor, event_id)
-            cursor.execute(
-                """SELECT ?, endpoint_id, at, status_code, reason, error, duration, response FROM webhook_attempts
-                    WHERE event = ? AND ? IN ('', endpoint_id) ORDER BY id""",
-                (event_id, seq, endpoint or ""),
-            )
-            return [Attempt(*row) for row in cursor.fetchall()]
+        sql = """SELECT ?, endpoint_id, at, status_code, reason, error, duration, response FROM webhook_attempts
+                  WHERE event = ? AND ? IN ('', endpoint_id) ORDER BY id"""
+        return [Attempt(*row) for row in self._select(sql, event_id, seq, endpoint or "")]
 
     def stats(self) -> Stats:
         """Return the outbox's numbers. Reads indexes, so it is quick beside a large backlog."""
         now = self.clock()
-        recent: dict[str, list[Any]] = {}
+        tried: dict[str, list[Any]] = collections.defaultdict(list)
         with self._reading() as cursor:
-
-            def by_endpoint(sql: str, *values: float) -> dict[str, Any]:
-                return {row[0]: row[1:] for row in cursor.execute(sql, values)}
-
-            waiting = by_endpoint(
-                """SELECT endpoint_id, count(*), sum(due_at <= ?), min(due_at) FROM webhook_deliveries
-                    WHERE status = 'pending' GROUP BY endpoint_id""",
-                now,
+            cursor.execute(
+                """SELECT p.id, (SELECT count(*) FROM webhook_failed WHERE endpoint_id = p.id),
+                          p.enabled, p.failing_since,
+                          coalesce(d.count, 0) +
+                          (SELECT count(*) FROM webhook_deliveries
+                            WHERE endpoint_id = p.id AND queue IS NOT NULL AND status = 'queued'),
+                          coalesce(d.due, 0), d.oldest
+                     FROM webhook_endpoints AS p LEFT JOIN
+                          (SELECT endpoint_id, count(*) AS count, sum(due_at <= ?) AS due, min(due_at) AS oldest
+                             FROM webhook_deliveries WHERE status = 'pending' GROUP BY endpoint_id) AS d
+                          ON d.endpoint_id = p.id
+                    ORDER BY p.created_at, p.id""",
+                (now,),
             )
-            queued = by_endpoint(
-                """SELECT p.id, (SELECT count(*) FROM webhook_deliveries
-                                  WHERE endpoint_id = p.id AND queue IS NOT NULL AND status = 'queued')
-                     FROM webhook_endpoints AS p"""
-            )
-            failed = by_endpoint("SELECT endpoint_id, count(*) FROM webhook_failed GROUP BY endpoint_id")
+            rows = cursor.fetchall()
             attempts = """SELECT endpoint_id, at, duration, reason, error FROM
                             (SELECT * FROM webhook_attempts ORDER BY id DESC LIMIT 20000) WHERE at >= ? ORDER BY id"""
             for id, *attempt in cursor.execute(attempts, (now - 3600.0,)):
-                recent.setdefault(id, []).append(attempt)
-        endpoints = tuple(
-            _endpoint_stats(
-                endpoint,
-                waiting.get(endpoint.id, (0, 0, None)),
-                queued.get(endpoint.id, (0,))[0],
-                failed.get(endpoint.id, (0,))[0],
-                recent.get(endpoint.id, []),
-                now,
-            )
-            for endpoint in self.endpoints()
-        )
+                tried[id].append(attempt)
+            (failed,) = cursor.execute("SELECT count(*) FROM webhook_failed").fetchone()
+        endpoints = tuple(_endpoint_stats(row, tried[row[0]], now) for row in rows)
         enabled = [e for e in endpoints if e.enabled]
         return Stats(
             pending=sum(e.pending for e in enabled),
-            due=sum(waiting[e.id][1] for e in enabled if e.id in waiting),
+            due=sum(due for _, _, enabled, _, _, due, _ in rows if enabled),
             held=sum(e.pending for e in endpoints if not e.enabled),
-            failed=sum(count for (count,) in failed.values()),
+            failed=failed,
             oldest_due_age=max((e.oldest_due_age for e in enabled if e.oldest_due_age is not None), default=None),
             endpoints=endpoints,
         )
@@ -4295,42 +4194,22 @@ class Outbox:
         """Return the numbers in Prometheus' text format. Counters and the histogram (seconds from emit to 2xx) are
         kept in the file, so they survive restarts; several processes show the same."""
         counts: dict[str, dict[str, float]] = {}
-        with self._reading() as cursor:
-            for id, name, value in cursor.execute("SELECT endpoint_id, name, value FROM webhook_counts"):
-                counts.setdefault(id, {})[name] = value
-        rows = [(f'endpoint="{e.id}"', e, counts.get(e.id, {})) for e in self.stats().endpoints]
-
-        def gauge(name: str, help: str, value: Callable[[EndpointStats], float | None]) -> list[str]:
-            return _family(name, "gauge", help, (("", labels, value(e) or 0) for labels, e, _ in rows))
-
-        for _, _, of in rows:
+        for id, name, value in self._select("SELECT endpoint_id, name, value FROM webhook_counts"):
+            counts.setdefault(id, {})[name] = value
+        lines = []
+        attempts, given_up, seconds = (list[tuple[str, str, float]]() for _ in range(3))
+        endpoints = [(f'endpoint="{e.id}"', e) for e in self.stats().endpoints]
+        for name, help, field in _GAUGES:
+            lines += _family(name, "gauge", help, (("", labels, getattr(e, field) or 0) for labels, e in endpoints))
+        for labels, endpoint in endpoints:
+            of = counts.get(endpoint.id, {})
             of["delivered"] = sum(of.get(name, 0.0) for name in _BUCKET_NAMES)
-        tries = ((labels, of, result) for labels, _, of in rows for result in ("delivered", *_REASONS) if result in of)
-        lines = [
-            *gauge("pending", "Deliveries that wait, held ones too.", lambda e: e.pending),
-            *gauge("failed", "Rows of webhook_failed.", lambda e: e.failed),
-            *gauge("oldest_due_age_seconds", "Age of the oldest due delivery.", lambda e: e.oldest_due_age),
-            *gauge("enabled", "1 for an enabled endpoint.", lambda e: e.enabled),
-            *gauge("failing_since_seconds", "UTC of the first failure in a row; 0: none.", lambda e: e.failing_since),
-            *_family(
-                "attempts_total",
-                "counter",
-                "Attempts by result: delivered, or why not.",
-                (("", f'{labels},result="{result}"', of[result]) for labels, of, result in tries),
-            ),
-            *_family(
-                "given_up_total",
-                "counter",
-                "Deliveries that went to webhook_failed.",
-                (("", labels, of.get("given up", 0)) for labels, _, of in rows),
-            ),
-            *_family(
-                "delivery_seconds",
-                "histogram",
-                "Seconds from emit to 2xx.",
-                (sample for labels, _, of in rows for sample in _histogram(labels, of)),
-            ),
-        ]
+            attempts += [("", f'{labels},result="{name}"', of[name]) for name in ("delivered", *_REASONS) if name in of]
+            given_up.append(("", labels, of.get("given up", 0)))
+            seconds += _histogram(labels, of)
+        lines += _family("attempts_total", "counter", "Attempts by result: delivered, or why not.", attempts)
+        lines += _family("given_up_total", "counter", "Deliveries that went to webhook_failed.", given_up)
+        lines += _family("delivery_seconds", "histogram", "Seconds from emit to 2xx.", seconds)
         return "\n".join(lines) + "\n"
 
     def prune(self, older_than: float | None = None) -> int:
@@ -4338,15 +4217,14 @@ class Outbox:
         (None: the retention). Events with failed rows stay. A drain does this by itself. Returns how many."""
         age = self.retention if older_than is None else _number("older_than", older_than, 0, 1e11)
         cutoff = self.clock() - age
-        removed, position = 0, 0
+        removed = 0
+        position: int | None = 0
         with _session(self.path) as db:
-            while True:
-                count, next_position = _prune_some(db, position, cutoff)
+            while position is not None:
+                count, position = _prune_some(db, position, cutoff)
                 removed += count
-                if next_position is None:
-                    return removed
-                position = next_position
                 time.sleep(0.002)  # let the host in
+        return removed
 
 
 # ── receiving ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4365,10 +4243,7 @@ class Inbox:
     """
 
     def __init__(self, database: str | os.PathLike[str]) -> None:
-        path = os.fsdecode(os.fspath(database))
-        if path in ("", ":memory:"):
-            raise SchemaError("the inbox needs a file; an in-memory database forgets what it received")
-        self._path = os.path.realpath(path)
+        self._path = _path(database)
         self._identity = _prepare_file(self._path, create=True)
         self._warned = False
 
@@ -4419,12 +4294,8 @@ class _Finding(NamedTuple):
     text: str
 
 
-def _problem(text: str) -> _Finding:
-    return _Finding("problem", text)
-
-
-def _note(text: str) -> _Finding:
-    return _Finding("note", text)
+_problem = functools.partial(_Finding, "problem")
+_note = functools.partial(_Finding, "note")
 
 
 def _file_system(path: str) -> str:
@@ -4439,9 +4310,8 @@ def _file_system(path: str) -> str:
 
 
 def _wal_reset_bug(version: tuple[int, ...]) -> bool:
-    return version < _WAL_RESET_FIXED[0] and not any(
-        version[:2] == fixed[:2] and version >= fixed for fixed in _WAL_RESET_FIXED[1:]
-    )
+    newest, *backports = _WAL_RESET_FIXED
+    return version < newest and not any(version[:2] == fixed[:2] and version >= fixed for fixed in backports)
 
 
 def _look_at_file(path: str, db: sqlite3.Connection) -> Iterator[_Finding]:
@@ -4456,22 +4326,16 @@ def _look_at_file(path: str, db: sqlite3.Connection) -> Iterator[_Finding]:
     if synchronous < 2:
         yield _problem("synchronous is below FULL by default here: a power cut loses commits; have the app set FULL")
     if journal == "wal" and _wal_reset_bug(sqlite3.sqlite_version_info):
-        yield _note(
-            f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug: several writers (app and drain are two) may, "
-            "very rarely, damage the file; upgrade SQLite to 3.51.3"
-        )
+        bug = "has the WAL-reset bug: beside the app a drain writes, which may, very rarely, damage the file"
+        yield _note(f"SQLite {sqlite3.sqlite_version} {bug}; upgrade SQLite to 3.51.3")
     if journal == "wal":
         _, pages, moved = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         if pages - moved > _LONG_WAL:
-            yield _problem(
-                f"a reader that stays open keeps {pages - moved:,} pages in {path}-wal, which grows: find a connection "
-                "with a half-read cursor or a transaction that never ends"
-            )
+            kept = f"a reader that stays open keeps {pages - moved:,} pages in {path}-wal, which grows"
+            yield _problem(f"{kept}: find a connection with a half-read cursor or a transaction that never ends")
     kind = _file_system(path)
     if _NETWORK_FILE_SYSTEM.match(kind):
-        yield _problem(
-            f"the file is on {kind}, a network file system: SQLite's locks fail there; move it to a local disk"
-        )
+        yield _problem(f"on {kind}, a network file system: SQLite's locks fail there; move the file to a local disk")
 
 
 def _look_at_owners(path: str) -> Iterator[_Finding]:
@@ -4480,10 +4344,8 @@ def _look_at_owners(path: str) -> Iterator[_Finding]:
         with contextlib.suppress(OSError):
             other = os.stat(path + suffix).st_uid
             if other != owner:
-                yield _problem(
-                    f"{path}{suffix} belongs to user {other}, the file to {owner}: run app and drain as one user, and "
-                    "hand it over with chown"
-                )
+                theirs = f"{path}{suffix} belongs to user {other}, the file to {owner}"
+                yield _problem(f"{theirs}: run app and drain as one user, and hand it over with chown")
     if not os.access(os.path.dirname(path), os.W_OK):
         yield _problem(f"the folder of {path} cannot be written: it must hold the journal and the drain's lock")
 
@@ -4528,6 +4390,7 @@ def _look_at_endpoints(outbox: Outbox, stats: Stats, db: sqlite3.Connection) -> 
         yield _note("there are no endpoints: events are recorded and go nowhere; `endpoint add URL`")
     with contextlib.closing(_Opener(outbox)) as opener:
         for endpoint, secrets, _ in _load_endpoints(db):
+            id = endpoint if isinstance(endpoint, str) else endpoint.id
             try:
                 if isinstance(endpoint, str):
                     raise _Unready("its row is damaged; update or remove it")
@@ -4537,7 +4400,6 @@ def _look_at_endpoints(outbox: Outbox, stats: Stats, db: sqlite3.Connection) -> 
                 if endpoint.url.startswith("https:"):
                     opener._context(endpoint, False)
             except Exception as error:
-                id = endpoint if isinstance(endpoint, str) else endpoint.id
                 yield _problem(f"{id} cannot be sent to from here: {_one_line(str(error))}")
 
 
@@ -5029,11 +4891,17 @@ def _init(outbox: Outbox, options: Any) -> None:
     _say(f"{outbox.path} is ready{next_step}")
 
 
-def _header_pairs(texts: Sequence[str]) -> dict[str, str]:
-    pairs = [text.partition(":") for text in texts]
-    if not all(colon for _, colon, _ in pairs):
-        raise PayloadError("a header is written 'Name: value'")
-    return {name.strip(): value.strip() for name, _, value in pairs}
+def _given(options: Any, names: str) -> dict[str, Any]:
+    """Return those of some options that were given, as the library takes them."""
+    given = {name: value for name in names.split() if (value := getattr(options, name)) is not None}
+    if "headers" in given:
+        pairs = [text.partition(":") for text in given["headers"]]
+        if not all(colon for _, colon, _ in pairs):
+            raise PayloadError("a header is written 'Name: value'")
+        given["headers"] = {name.strip(): value.strip() for name, _, value in pairs}
+    if "cert" in given:
+        given["cert"] = given["cert"][0] if len(given["cert"]) == 1 else tuple(given["cert"])
+    return given
 
 
 def _emit_by_hand(outbox: Outbox, options: Any) -> None:
@@ -5041,9 +4909,8 @@ def _emit_by_hand(outbox: Outbox, options: Any) -> None:
         data = json.loads(sys.stdin.read() if options.data == "-" else options.data)
     except (ValueError, RecursionError) as error:
         raise PayloadError(f"the data is not JSON: {_one_line(str(error), 100)}") from None
-    given = {name: getattr(options, name) for name in ("key", "idempotency_key", "delay")}
     with outbox.transaction() as conn:
-        id = outbox.emit(conn, options.type, data, headers=_header_pairs(getattr(options, "headers", [])), **given)
+        id = outbox.emit(conn, options.type, data, **_given(options, "key idempotency_key delay headers"))
     _say(id)
     if not outbox.event(id).deliveries:
         print("no enabled endpoint takes it; `endpoint list` shows their patterns", file=sys.stderr)
@@ -5072,13 +4939,10 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
         counts += f"  retried {report.retried:,}" if report.retried else ""
         print(f"\r\x1b[K{counts}  {rate:,.0f}/s{left}", end="", file=sys.stderr, flush=True)
 
-    signals = 0
-
     def on_signal(number: int, frame: Any) -> None:
-        nonlocal signals
-        signals += 1
-        drain.stop(10.0 if signals == 1 else 0.0)
-        if signals == 1 and drain.attempts:
+        first = not drain.stopping
+        drain.stop(10.0 if first else 0.0)
+        if first and drain.attempts:
             _log.info("finishing %d under way; once more to stop at once", len(drain.attempts))
 
     mode = "until_empty" if options.until_empty else "once" if options.once else "forever"
@@ -5095,24 +4959,16 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
     _say(f"{counts}, still pending {report.pending}")
 
 
-def _endpoint_options(options: Any) -> dict[str, Any]:
-    """Return the endpoint options that were given on the command line, as the library takes them."""
-    names = "events secret description headers body signing rate max_in_flight ordered on_dead timeout cert ca".split()
-    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    if "headers" in given:
-        given["headers"] = _header_pairs(given["headers"])
-    if "cert" in given:
-        given["cert"] = given["cert"][0] if len(given["cert"]) == 1 else tuple(given["cert"])
-    return given
+_ENDPOINT_OPTIONS = " ".join(EndpointOptions.__annotations__)
 
 
 def _endpoint_add(outbox: Outbox, options: Any) -> None:
-    endpoint = outbox.add_endpoint(options.url, id=options.id, **_endpoint_options(options))
+    endpoint = outbox.add_endpoint(options.url, **_given(options, f"id secret {_ENDPOINT_OPTIONS}"))
     _say(f"{endpoint.id}\nsecret {endpoint.secret}\nGive the secret to the receiver; `endpoint secret` shows it again.")
 
 
 def _endpoint_update(outbox: Outbox, options: Any) -> None:
-    _show_one(outbox.update_endpoint(options.id, url=options.url, **_endpoint_options(options)), False)
+    _show_one(outbox.update_endpoint(options.id, **_given(options, f"url {_ENDPOINT_OPTIONS}")), False)
 
 
 def _endpoint_list(outbox: Outbox, options: Any) -> None:
@@ -5132,6 +4988,10 @@ def _endpoint_set(outbox: Outbox, options: Any) -> None:
     _say(f"{options.verb}d {options.id}")
 
 
+def _endpoint_rotate(outbox: Outbox, options: Any) -> None:
+    _say(f"secret {outbox.rotate_secret(options.id, **_given(options, 'secret grace')).secret}")
+
+
 def _endpoint_ping(outbox: Outbox, options: Any) -> int:
     attempt = outbox.ping(options.id)
     answer = attempt.error or f"HTTP {attempt.status_code}"
@@ -5139,15 +4999,13 @@ def _endpoint_ping(outbox: Outbox, options: Any) -> int:
     return 1 if attempt.reason else 0
 
 
-def _endpoint_backfill(outbox: Outbox, options: Any) -> None:
-    filters = {"until": options.until, "type": options.type, "dry_run": options.dry_run}
-    count = outbox.backfill(options.id, since=options.since or 0.0, **filters)
+def _backfill(outbox: Outbox, options: Any) -> None:
+    count = outbox.backfill(options.id, since=options.since or 0.0, **_given(options, "until type dry_run"))
     _say(f"{count} deliveries {'would be ' if options.dry_run else ''}added")
 
 
 def _events_list(outbox: Outbox, options: Any) -> None:
-    names = ("type", "since", "until", "limit", "after")
-    rows = outbox.events(**{name: getattr(options, name) for name in names})
+    rows = outbox.events(**_given(options, "type since until limit after"))
     _show(rows, "id type key created_at data", options.json, "no events", without="deliveries")
 
 
@@ -5163,8 +5021,7 @@ def _events_show(outbox: Outbox, options: Any) -> None:
 
 
 def _failed_filters(options: Any) -> Any:
-    names = ("endpoint", "type", "reason", "since", "until")
-    return {name: getattr(options, name) for name in names} | {"ids": [*options.ids, *options.more_ids] or None}
+    return _given(options, "endpoint type reason since until") | {"ids": [*options.ids, *options.more_ids] or None}
 
 
 def _refuse_typo(outbox: Outbox, options: Any, found: bool) -> None:
@@ -5174,7 +5031,7 @@ def _refuse_typo(outbox: Outbox, options: Any, found: bool) -> None:
 
 
 def _failed_list(outbox: Outbox, options: Any) -> None:
-    rows = outbox.failed(limit=options.limit, after=options.after, **_failed_filters(options))
+    rows = outbox.failed(**_given(options, "limit after"), **_failed_filters(options))
     _refuse_typo(outbox, options, bool(rows))
     _show(rows, "id event_id endpoint_id type attempts reason error failed_at", options.json, "nothing failed")
 
@@ -5193,6 +5050,10 @@ def _failed_act(outbox: Outbox, options: Any) -> None:
     if not count and (options.ids or options.more_ids):
         raise NotFound("there are no such failed rows; `failed list` shows those there are")
     _say(f"{count} failed rows {'would be ' if options.dry_run else ''}{options.verb}ed")
+
+
+def _resend(outbox: Outbox, options: Any) -> None:
+    _say(f"{outbox.resend(options.id, endpoint=options.endpoint)} deliveries are pending again")
 
 
 def _local_receiver(port: int, answer: Callable[[Mapping[str, str], bytes], int]) -> Any:
@@ -5216,8 +5077,6 @@ def _local_receiver(port: int, answer: Callable[[Mapping[str, str], bytes], int]
             pass
 
     class Server(http.server.ThreadingHTTPServer):
-        daemon_threads = True
-
         def handle_error(self, *_: Any) -> None:  # a sender that breaks off
             pass
 
@@ -5292,9 +5151,7 @@ class _Demo:
     """The invoice story on temporary files: a shop with its outbox, and three real receivers on this machine."""
 
     def __init__(self, folder: str, stack: contextlib.ExitStack) -> None:
-        self.stack, self.seen = stack, list[bool]()
-        self.received: list[str] = []
-        self.broken, self.refusals = True, 2
+        self.stack, self.seen, self.received = stack, list[bool](), list[str]()
         self.shop, self.billing = os.path.join(folder, "shop.db"), os.path.join(folder, "billing.db")
         self.run_sql(self.shop, "CREATE TABLE orders (id INTEGER PRIMARY KEY, total REAL)")
         self.run_sql(self.billing, "CREATE TABLE invoices (order_id INTEGER, total REAL)")
@@ -5302,7 +5159,9 @@ class _Demo:
         quick = RetryPolicy((0, 0.2, 0.2))
         self.outbox = Outbox(self.shop, allow_networks=["127.0.0.0/8"], retry=quick, app_name="demo")
         self.secret = self.add("billing", self.invoice).secret or ""
-        self.add("flaky", self.flaky)
+        answers = iter([503, 503])
+        self.add("flaky", lambda headers, body: next(answers, 200))
+        self.broken = True
         self.add("dead", lambda headers, body: 500 if self.broken else 200)
 
     def add(self, id: str, answer: Callable[[Mapping[str, str], bytes], int]) -> Endpoint:
@@ -5327,10 +5186,6 @@ class _Demo:
                 conn.execute("INSERT INTO invoices VALUES (?, ?)", (event.data["order_id"], event.data["total"]))
         return 200
 
-    def flaky(self, headers: Mapping[str, str], body: bytes) -> int:
-        self.refusals -= 1
-        return 503 if self.refusals >= 0 else 200
-
     def order(self, total: float, refused: bool = False) -> str:
         """The app's side: the order and its event in one transaction."""
         with contextlib.closing(sqlite3.connect(self.shop)) as conn, conn:
@@ -5347,7 +5202,7 @@ class _Demo:
     def invoices(self) -> int:
         return int(self.run_sql(self.billing, "SELECT count(*) FROM invoices")[0])
 
-    def play(self) -> bool:
+    def play(self) -> None:
         _say("1. An order and its event commit together; the webhook arrives, signed.")
         id = self.order(49.99)
         self.outbox.drain(once=True)
@@ -5377,7 +5232,6 @@ class _Demo:
         ended = {delivery.endpoint_id: delivery.status for delivery in self.outbox.event(id).deliveries}
         self.step("replay delivered it", replayed == 1 and ended["dead"] == "delivered" and not self.outbox.failed())
         _say("\n" + _status_text(self.outbox.stats()))
-        return all(self.seen)
 
 
 def _demo(_: None, options: Any) -> int:
@@ -5389,11 +5243,11 @@ def _demo(_: None, options: Any) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             demo = _Demo(folder, stack)
-            held = demo.play()
+            demo.play()
     except OSError as error:
         raise OutboxError(f"the demo cannot run here: {error}") from None
     _say(f"\n{sum(demo.seen)} of {len(demo.seen)} checks seen.")
-    return 0 if held else 1
+    return 0 if all(demo.seen) else 1
 
 
 def _load_app(name: str) -> Outbox:
@@ -5422,7 +5276,7 @@ def _when(text: str) -> float:
         moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
     except ValueError:
         raise argparse.ArgumentTypeError("write UTC seconds, or 2026-01-31T12:00") from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
+    return _seconds(moment)
 
 
 def _shard(text: str) -> _Share:
@@ -5434,154 +5288,98 @@ def _shard(text: str) -> _Share:
     return _Share(int(match[1]), int(match[2]))
 
 
-def _argument(*flags: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return flags, options
-
-
-_ABSENT = object()  # argparse.SUPPRESS, which is imported late: an option that is not given is not passed on
 _FLAG = {"action": "store_true"}
-_ID = _argument("id")
-_JSON = _argument("--json", **_FLAG)
-_DRY_RUN = _argument("--dry-run", help="only count", **_FLAG)
-_LIMIT = _argument("--limit", type=int, default=100)
-_TYPE_FILTER = _argument("--type", help="a type, or a group: 'order.*'")
-_SINCE = _argument("--since", type=_when, help="UTC seconds, or 2026-01-31T12:00")
-_UNTIL = _argument("--until", type=_when)
-_SECRET = _argument("--secret", help="whsec_..., env:NAME or file:PATH; one is made when it is left out")
-_HEADERS = _argument("--headers", nargs="+", action="extend", default=_ABSENT, metavar="'NAME: VALUE'")
-_FAILED_FILTERS = (
-    _argument("ids", nargs="*", type=int, metavar="ID"),
-    _argument("--ids", dest="more_ids", nargs="+", type=int, default=[], metavar="ID"),
-    _argument("--endpoint", metavar="ID"),
-    _TYPE_FILTER,
-    _argument("--reason", help=", ".join(_REASONS)),
-    _SINCE,
-    _UNTIL,
-)
-_ENDPOINT_OPTIONS = (
-    _argument("--events", nargs="+", default=_ABSENT, metavar="PATTERN", help="order.created, 'order.*' or '*'"),
-    _HEADERS,
-    _argument("--description", default=_ABSENT),
-    _argument("--body", default=_ABSENT, help="standard, data, cloudevents, slack, discord, or a transform of --app"),
-    _argument("--signing", default=_ABSENT, help="standard, stripe, github, joined by + to send several"),
-    _argument("--rate", default=_ABSENT, type=float, help="deliveries per second"),
-    _argument("--timeout", default=_ABSENT, type=float, help="seconds an attempt may last (15)"),
-    _argument("--max-in-flight", type=int, default=_ABSENT, help="attempts at once at the most (16)"),
-    _argument("--ordered", default=_ABSENT, help="one after the other", **_FLAG),
-    _argument("--no-ordered", dest="ordered", action="store_false", default=_ABSENT),
-    _argument("--on-dead", choices=("skip", "hold"), default=_ABSENT, help="what a queue does after a failed row"),
-    _argument("--cert", nargs="+", default=_ABSENT, metavar="PATH", help="client certificate, and its key"),
-    _argument("--ca", default=_ABSENT, metavar="PATH", help="certificates of a private authority"),
-)
-_EMIT_OPTIONS = (
-    _argument("--key", help="events with one key go out in order"),
-    _argument("--idempotency-key", help="a second event with it is the first one"),
-    _argument("--delay", type=float, default=0.0, help="seconds"),
-    _HEADERS,
-)
-_DRAIN_OPTIONS = (
-    _argument("--once", help="until nothing is due now", **_FLAG),
-    _argument("--until-empty", help="until nothing is pending, retries included", **_FLAG),
-    _argument("--workers", type=int, help="attempts under way at once"),
-    _argument("--shard", type=_shard, default=_ALL, metavar="K/N", help="only this share of the endpoints, like 1/4"),
-)
-_CHECK_OPTIONS = (
-    _argument("--max-age", type=float, default=300.0, metavar="S", help="seconds that a due delivery may wait (300)"),
-    _argument("--max-failed", type=int, default=0, metavar="N", help="failed rows allowed (0)"),
-    _argument("--max-failing-endpoints", type=int, default=0, metavar="N", help="failing or disabled ones allowed (0)"),
-)
-_LISTEN_OPTIONS = (
-    _argument("--port", type=int, default=8000),
-    _argument("--secret", help="whsec_...: verify with it"),
-    _argument("--status", type=int, default=200, metavar="N", help="what to answer (200)"),
-)
-_DASHBOARD_OPTIONS = (
-    _argument("--port", type=int, default=8001),
-    _argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1); there is no login"),
-)
+# The arguments of all commands. One that differs in a command stands under that command's words too; one that is a
+# plain text and says enough by its name is left out.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "--json": _FLAG,
+    "--dry-run": dict(_FLAG, help="only count"),
+    "--all": _FLAG,
+    "--limit": dict(type=int),
+    "--type": dict(help="a type, or a group: 'order.*'"),
+    "--since": dict(type=_when, help="UTC seconds, or 2026-01-31T12:00"),
+    "--until": dict(type=_when),
+    "init --wal": dict(_FLAG, help="also switch to WAL"),
+    "endpoint add url": dict(metavar="URL"),
+    "--secret": dict(help="whsec_..., env:NAME or file:PATH; one is made when it is left out"),
+    "--events": dict(nargs="+", metavar="PATTERN", help="order.created, 'order.*' or '*'"),
+    "--headers": dict(nargs="+", action="extend", metavar="'NAME: VALUE'"),
+    "--body": dict(help="standard, data, cloudevents, slack, discord, or a transform of --app"),
+    "--signing": dict(help="standard, stripe, github, joined by + to send several"),
+    "--rate": dict(type=float, help="deliveries per second"),
+    "--timeout": dict(type=float, help="seconds an attempt may last (15)"),
+    "--max-in-flight": dict(type=int, help="attempts at once at the most (16)"),
+    "--ordered": dict(action="store_const", const=True, help="one after the other"),
+    "--no-ordered": dict(action="store_const", const=False, dest="ordered"),
+    "--on-dead": dict(choices=("skip", "hold"), help="what a queue does after a failed row"),
+    "--cert": dict(nargs="+", metavar="PATH", help="client certificate, and its key"),
+    "--ca": dict(metavar="PATH", help="certificates of a private authority"),
+    "endpoint disable --reason": dict(default=""),
+    "--grace": dict(type=float, help="seconds that the old one signs too"),
+    "emit data": dict(metavar="JSON", help="- reads standard input"),
+    "--key": dict(help="events with one key go out in order"),
+    "--idempotency-key": dict(help="a second event with it is the first one"),
+    "--delay": dict(type=float, help="seconds"),
+    "--once": dict(_FLAG, help="until nothing is due now"),
+    "--until-empty": dict(_FLAG, help="until nothing is pending, retries included"),
+    "--workers": dict(type=int, help="attempts under way at once"),
+    "--shard": dict(type=_shard, default=_ALL, metavar="K/N", help="only this share of the endpoints, like 1/4"),
+    "--watch": dict(_FLAG, help="again every two seconds"),
+    "--max-age": dict(type=float, default=300.0, metavar="S", help="seconds that a due delivery may wait (300)"),
+    "--max-failed": dict(type=int, default=0, metavar="N", help="failed rows allowed (0)"),
+    "--max-failing-endpoints": dict(type=int, default=0, metavar="N", help="failing or disabled ones allowed (0)"),
+    "--after": dict(metavar="ID"),
+    "failed list --after": dict(type=int, metavar="ID"),
+    "ids": dict(nargs="*", type=int, metavar="ID"),
+    "--ids": dict(dest="more_ids", nargs="+", type=int, default=[], metavar="ID"),
+    "--endpoint": dict(metavar="ID"),
+    "--reason": dict(help=", ".join(_REASONS)),
+    "failed show id": dict(type=int),
+    "resend --endpoint": dict(help="only to this one, which need not have had it"),
+    "--older-than": dict(type=float, metavar="SECONDS"),
+    "dashboard --port": dict(type=int, default=8001),
+    "--host": dict(default="127.0.0.1", help="the address to listen on (127.0.0.1); there is no login"),
+    "--port": dict(type=int, default=8000),
+    "listen --secret": dict(help="whsec_...: verify with it"),
+    "--status": dict(type=int, default=200, metavar="N", help="what to answer (200)"),
+}
+_OPTIONS = " ".join(f"--{name.replace('_', '-')}" for name in EndpointOptions.__annotations__) + " --no-ordered"
+_LIMITS = "--max-age --max-failed --max-failing-endpoints"
+_DRAINING = "--once --until-empty --workers --shard"
+_FILTERS = "ids --ids --endpoint --type --reason --since --until"
 _GROUPS = {"endpoint": "where events go", "events": "the record of events", "failed": "deliveries that were given up"}
 # Each command: its words, what runs it with (outbox, options), its help, its arguments.
-_COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, tuple[Any, ...]], ...] = (
-    ("demo", _demo, "show the whole story on temporary files", ()),
-    ("init", _init, "make the tables", (_argument("--wal", help="also switch to WAL", **_FLAG),)),
-    ("schema", lambda o, a: _say(schema_sql().rstrip()), "print the SQL of the tables", ()),
-    ("doctor", _doctor, "say what is wrong with this file and machine", (_JSON,)),
-    (
-        "endpoint add",
-        _endpoint_add,
-        "register an endpoint",
-        (_argument("url", metavar="URL"), _argument("--id"), _SECRET, *_ENDPOINT_OPTIONS),
-    ),
-    ("endpoint list", _endpoint_list, "list endpoints", (_JSON,)),
-    ("endpoint show", lambda o, a: _show_one(o.endpoint(a.id), a.json), "show one endpoint", (_ID, _JSON)),
-    ("endpoint update", _endpoint_update, "change options", (_ID, _argument("--url"), *_ENDPOINT_OPTIONS)),
-    ("endpoint disable", _endpoint_set, "hold its deliveries", (_ID, _argument("--reason", default=""))),
-    ("endpoint enable", _endpoint_set, "resume its deliveries", (_ID,)),
-    ("endpoint remove", _endpoint_set, "delete it with its waiting deliveries", (_ID,)),
-    (
-        "endpoint rotate",
-        lambda o, a: _say(f"secret {o.rotate_secret(a.id, secret=a.secret, grace=a.grace).secret}"),
-        "give it a new secret",
-        (_ID, _SECRET, _argument("--grace", type=float, default=86_400.0, help="seconds that the old one signs too")),
-    ),
-    ("endpoint secret", lambda o, a: _say(o._secret(a.id)), "print its secret", (_ID,)),
-    ("endpoint ping", _endpoint_ping, "send it a webhook.ping now", (_ID,)),
-    (
-        "endpoint backfill",
-        _endpoint_backfill,
-        "deliver recorded events that it has not had",
-        (_ID, _SINCE, _UNTIL, _TYPE_FILTER, _DRY_RUN),
-    ),
-    (
-        "emit",
-        _emit_by_hand,
-        "record an event by hand",
-        (_argument("type"), _argument("data", metavar="JSON", help="- reads standard input"), *_EMIT_OPTIONS),
-    ),
-    ("drain", _drain_here, "deliver what is due; for ever unless told otherwise", _DRAIN_OPTIONS),
-    (
-        "status",
-        _status,
-        "show endpoints and what waits",
-        (_JSON, _argument("--watch", help="again every two seconds", **_FLAG)),
-    ),
-    ("metrics", lambda o, a: _say(o.metrics().rstrip()), "print the numbers for Prometheus", ()),
-    ("check", _check, "one line, and exit code 1 if something is wrong: for cron and monitoring", _CHECK_OPTIONS),
-    (
-        "events list",
-        _events_list,
-        "list events, newest first",
-        (_TYPE_FILTER, _SINCE, _UNTIL, _LIMIT, _argument("--after", metavar="ID"), _JSON),
-    ),
-    ("events show", _events_show, "show an event, its deliveries and attempts", (_ID, _JSON)),
-    (
-        "failed list",
-        _failed_list,
-        "list failed rows, oldest first",
-        (*_FAILED_FILTERS, _LIMIT, _argument("--after", type=int, metavar="ID"), _JSON),
-    ),
-    ("failed show", _failed_show, "show one failed row", (_argument("id", type=int), _JSON)),
-    (
-        "failed replay",
-        _failed_act,
-        "deliver failed rows again",
-        (*_FAILED_FILTERS, _argument("--all", **_FLAG), _DRY_RUN),
-    ),
-    ("failed discard", _failed_act, "delete failed rows", (*_FAILED_FILTERS, _argument("--all", **_FLAG), _DRY_RUN)),
-    (
-        "resend",
-        lambda o, a: _say(f"{o.resend(a.id, endpoint=a.endpoint)} deliveries are pending again"),
-        "deliver a recorded event again",
-        (_ID, _argument("--endpoint", help="only to this one, which need not have had it")),
-    ),
-    (
-        "prune",
-        lambda o, a: _say(f"{o.prune(a.older_than)} events pruned"),
-        "delete old events",
-        (_argument("--older-than", type=float, metavar="SECONDS"),),
-    ),
-    ("dashboard", _dashboard, "a page in the browser: what failed and why, replay, disable", _DASHBOARD_OPTIONS),
-    ("listen", _listen, "a local receiver that verifies and prints what arrives", _LISTEN_OPTIONS),
+_COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
+    ("demo", _demo, "show the whole story on temporary files", ""),
+    ("init", _init, "make the tables", "--wal"),
+    ("schema", lambda o, a: _say(schema_sql().rstrip()), "print the SQL of the tables", ""),
+    ("doctor", _doctor, "say what is wrong with this file and machine", "--json"),
+    ("endpoint add", _endpoint_add, "register an endpoint", f"url --id --secret {_OPTIONS}"),
+    ("endpoint list", _endpoint_list, "list endpoints", "--json"),
+    ("endpoint show", lambda o, a: _show_one(o.endpoint(a.id), a.json), "show one endpoint", "id --json"),
+    ("endpoint update", _endpoint_update, "change options", f"id --url {_OPTIONS}"),
+    ("endpoint disable", _endpoint_set, "hold its deliveries", "id --reason"),
+    ("endpoint enable", _endpoint_set, "resume its deliveries", "id"),
+    ("endpoint remove", _endpoint_set, "delete it with its waiting deliveries", "id"),
+    ("endpoint rotate", _endpoint_rotate, "give it a new secret", "id --secret --grace"),
+    ("endpoint secret", lambda o, a: _say(o._secret(a.id)), "print its secret", "id"),
+    ("endpoint ping", _endpoint_ping, "send it a webhook.ping now", "id"),
+    ("endpoint backfill", _backfill, "deliver recorded events that it missed", "id --since --until --type --dry-run"),
+    ("emit", _emit_by_hand, "record an event by hand", "type data --key --idempotency-key --delay --headers"),
+    ("drain", _drain_here, "deliver what is due; for ever unless told otherwise", _DRAINING),
+    ("status", _status, "show endpoints and what waits", "--json --watch"),
+    ("metrics", lambda o, a: _say(o.metrics().rstrip()), "print the numbers for Prometheus", ""),
+    ("check", _check, "one line, and exit code 1 if something is wrong: for cron and monitoring", _LIMITS),
+    ("events list", _events_list, "list events, newest first", "--type --since --until --limit --after --json"),
+    ("events show", _events_show, "show an event, its deliveries and attempts", "id --json"),
+    ("failed list", _failed_list, "list failed rows, oldest first", f"{_FILTERS} --limit --after --json"),
+    ("failed show", _failed_show, "show one failed row", "id --json"),
+    ("failed replay", _failed_act, "deliver failed rows again", f"{_FILTERS} --all --dry-run"),
+    ("failed discard", _failed_act, "delete failed rows", f"{_FILTERS} --all --dry-run"),
+    ("resend", _resend, "deliver a recorded event again", "id --endpoint"),
+    ("prune", lambda o, a: _say(f"{o.prune(a.older_than)} events pruned"), "delete old events", "--older-than"),
+    ("dashboard", _dashboard, "a page in the browser: what failed and why, replay, disable", "--port --host"),
+    ("listen", _listen, "a local receiver that verifies and prints what arrives", "--port --secret --status"),
 )
 
 
@@ -5609,9 +5407,8 @@ def _parser() -> Any:
             places[group] = made.add_subparsers(dest="verb", required=True, metavar="VERB")
         made = places[group].add_parser(name, help=help, description=help)
         made.set_defaults(run=run)
-        for flags, options in arguments:
-            absent = {"default": argparse.SUPPRESS} if options.get("default") is _ABSENT else {}
-            made.add_argument(*flags, **options | absent)
+        for argument in arguments.split():
+            made.add_argument(argument, **_ARGUMENTS.get(f"{words} {argument}", _ARGUMENTS.get(argument, {})))
     return parser
 
 

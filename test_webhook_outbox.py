@@ -2935,6 +2935,21 @@ def test_a_clock_that_was_ahead_for_a_minute_delays_nothing_for_years(
     assert len(down.requests) == len(busy.requests) == 3
 
 
+def test_a_drain_does_not_end_before_it_saw_that_the_clock_was_set_back(wal, serve, monkeypatch):
+    """Not even where another endpoint has outcomes to record first: these end in the turn that starts them."""
+    monkeypatch.delenv("NOWHERE", raising=False)
+    clock, receiver = Clock(), serve([answer(429, b"", "Retry-After: 900"), OK, OK])
+    outbox = make_outbox(wal, clock=clock)
+    outbox.add_endpoint(receiver.url(), id="busy")
+    clock.advance(3 * DAY)
+    emit(outbox)
+    assert outbox.drain(once=True).retried == 1
+    clock.advance(-3 * DAY)
+    outbox.add_endpoint(receiver.url(), id="broken", secret="env:NOWHERE")
+    emit(outbox)
+    assert outbox.drain(once=True).delivered == len(receiver.requests) - 1 == 2
+
+
 def test_redirects_are_not_followed_and_named(wal: str, serve: Serve) -> None:
     secret_place = serve()
     outbox = make_outbox(wal, resolver=lambda host, port: pytest.fail("a lookup"))

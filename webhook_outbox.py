@@ -2675,7 +2675,7 @@ class _Drain:
             return False
         if self.stopping:
             return True
-        if self.mode == "forever" or self.look:
+        if self.mode == "forever" or self.look or self.seen > now + 1.0:
             return False
         until = math.inf if self.mode == "until_empty" else now
         return not any(
@@ -3278,11 +3278,12 @@ class _Drain:
             and mono - self.host_wrote_at > _HOST_BUSY
         ):
             self._prune(now, mono)
-        if now >= self.seen - 1.0:
-            self.seen = now
-        elif not self.outcomes:  # whose due times may still be of the old time
+        if self.seen > now + 1.0 and self.outcomes:  # whose due times may still be of the old time
+            self.chores_at = mono
+            return
+        if self.seen > now + 1.0:
             self._turn_back(now)
-            self.seen = now
+        self.seen = now
 
     def _turn_back(self, now: float) -> None:
         """The wall clock may have been years ahead: nothing is to wait until it gets there again."""

@@ -3508,7 +3508,7 @@ def _failed_where(
 
 
 def _endpoint_stats(row: Sequence[Any], tried: Sequence[Sequence[Any]], now: float) -> EndpointStats:
-    id, failed, enabled, failing_since, pending, due, oldest = row
+    id, failed, enabled, failing_since, later, due, oldest = row
     good = sorted(duration for _, duration, reason, _ in tried if reason is None)
     p50, p95 = (good[len(good) * share // 100] if good else None for share in (50, 95))
     age = now - oldest if due else None
@@ -3518,7 +3518,7 @@ def _endpoint_stats(row: Sequence[Any], tried: Sequence[Sequence[Any]], now: flo
     )
     history = tuple(twelfths[n] for n in range(12))
     counts = failed, len(good), len(tried)
-    return EndpointStats(id, bool(enabled), pending, age, *counts, p50, p95, error, history, failing_since)
+    return EndpointStats(id, bool(enabled), due + later, age, *counts, p50, p95, error, history, failing_since)
 
 
 _GAUGES = (
@@ -4163,16 +4163,16 @@ class Outbox:
             cursor.execute(
                 """SELECT p.id, (SELECT count(*) FROM webhook_failed WHERE endpoint_id = p.id),
                           p.enabled, p.failing_since,
-                          coalesce(d.count, 0) +
+                          (SELECT count(*) FROM webhook_deliveries
+                            WHERE endpoint_id = p.id AND status = 'pending' AND due_at > :now) +
                           (SELECT count(*) FROM webhook_deliveries
                             WHERE endpoint_id = p.id AND queue IS NOT NULL AND status = 'queued'),
-                          coalesce(d.due, 0), d.oldest
-                     FROM webhook_endpoints AS p LEFT JOIN
-                          (SELECT endpoint_id, count(*) AS count, sum(due_at <= ?) AS due, min(due_at) AS oldest
-                             FROM webhook_deliveries WHERE status = 'pending' GROUP BY endpoint_id) AS d
-                          ON d.endpoint_id = p.id
-                    ORDER BY p.created_at, p.id""",
-                (now,),
+                          (SELECT count(*) FROM webhook_deliveries
+                            WHERE endpoint_id = p.id AND status = 'pending' AND due_at <= :now),
+                          (SELECT due_at FROM webhook_deliveries
+                            WHERE endpoint_id = p.id AND status = 'pending' ORDER BY due_at LIMIT 1)
+                     FROM webhook_endpoints AS p ORDER BY p.created_at, p.id""",
+                {"now": now},
             )
             rows = cursor.fetchall()
             attempts = """SELECT endpoint_id, at, duration, reason, error FROM

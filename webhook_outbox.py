@@ -2507,6 +2507,7 @@ class _Drain:
         self.delivered = self.retried = self.failed = 0
         self.data_version = self.endpoints_version = -1
         self.look = True  # somebody committed: read who has work
+        self.look_at = 0.0  # monotonic: not before
         self.host_wrote_at = self.lively_at = self.heard_at = -math.inf
         self.poll_at = self.chores_at = self.progress_at = self.prune_at = 0.0
         self.prune_from: int | None = None
@@ -2731,13 +2732,15 @@ class _Drain:
                 if self.data_version != -1:
                     self.host_wrote_at = mono
                 self.data_version, self.lively_at, self.look = version, mono, True
-        if self.look:
+        if self.look and mono >= self.look_at:
             self.look = False
             try:
                 self._look()
             except BaseException:
                 self.look = True
                 raise
+            ended = time.monotonic()  # with a thousand endpoints a look takes milliseconds: a fifth of the time at most
+            self.look_at = ended + 4 * (ended - mono)
 
     def _look(self) -> None:
         """Read which endpoints there are and which have work."""

@@ -2490,7 +2490,6 @@ class _Drain:
         # Endpoints that may start an attempt, a line for each rank; whose turn comes first. Who starts one goes to the
         # end. Standing here costs nothing, so a turn costs what it starts.
         self.lines: list[collections.deque[_Lane]] = [collections.deque() for _ in _SHARES]
-        self.sweep_at = 0.0  # monotonic: when to look for endpoints whose time has come
         self.attempts: set[_Attempt] = set()
         self.unsent: list[_Connection] = []  # with a request that the end of this turn sends
         self.openers = 0
@@ -2507,9 +2506,9 @@ class _Drain:
         self.delivered = self.retried = self.failed = 0
         self.data_version = self.endpoints_version = -1
         self.look = True  # somebody committed: read who has work
-        self.look_at = 0.0  # monotonic: not before
         self.host_wrote_at = self.lively_at = self.heard_at = -math.inf
-        self.poll_at = self.chores_at = self.progress_at = self.prune_at = 0.0
+        # Monotonic: when to look whether somebody committed, who has work, whose time has come, and so on.
+        self.poll_at = self.look_at = self.sweep_at = self.chores_at = self.progress_at = self.prune_at = 0.0
         self.prune_from: int | None = None
         self.seen = math.inf  # wall clock at the last look; above now at the start and when the clock was set back
 

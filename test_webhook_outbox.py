@@ -5491,6 +5491,34 @@ def test_shares_divide_the_endpoints_and_each_is_drained_by_one_process_at_a_tim
         assert sorted(request.headers["webhook-id"] for request in receiver.requests) == sorted(ids)
 
 
+def test_drains_that_share_a_file_do_not_give_way_to_each_other_as_to_a_host(wal, serve):
+    """Else two would be slower than one: beside a host a drain writes a few times a second."""
+    outbox = make_outbox(wal)
+    names = [next(f"ep{n}" for n in range(99) if webhook_outbox._Share(k, 2).has(f"ep{n}")) for k in (1, 2)]
+    for id in names:
+        outbox.add_endpoint(serve().url(), id=id)
+    watching, other = (webhook_outbox._Drain(outbox, "once", share=webhook_outbox._Share(k, 2)) for k in (1, 2))
+    with contextlib.ExitStack() as stack:
+        stack.callback(watching._leave)
+        watching._open_db()
+        watching._notice(1.0)
+        emit(outbox)
+        watching._notice(2.0)
+        assert watching.host_wrote_at == 2.0
+        assert outbox._run(other).delivered == 1
+        watching._notice(3.0)
+        assert watching.host_wrote_at == 2.0
+        emit(outbox)
+        watching._notice(4.0)
+        assert watching.host_wrote_at == 4.0
+        watching.tally[names[0]]["seconds"] += 0.0
+        watching._write()  # its own commits are none of the other's
+        emit(outbox)
+        watching._notice(5.0)
+        assert watching.host_wrote_at == 5.0
+    assert "commits" not in outbox.metrics()
+
+
 def test_shares_that_overlap_exclude_each_other_and_a_dead_holder_is_replaced(wal):
     make_outbox(wal)
 

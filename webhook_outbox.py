@@ -422,11 +422,12 @@ _SCHEMA = (
         """CREATE TRIGGER webhook_counts_delete AFTER DELETE ON webhook_endpoints BEGIN
   DELETE FROM webhook_counts WHERE endpoint_id = OLD.id;
 END""",
-        # What the drain counted since its last write: endpoint as status, JSON {name: increment} as response.
+        # What the drain counted since its last write: endpoint as status, JSON {name: increment} as response. Drains
+        # that share a file count their commits under endpoint ''.
         """CREATE TRIGGER webhook_record_counts INSTEAD OF INSERT ON webhook_record
 WHEN NEW.event IS NULL AND NEW.endpoint_id IS NULL AND NEW.reason = 'count' BEGIN
   INSERT INTO webhook_counts SELECT NEW.status, key, value FROM json_each(NEW.response)
-   WHERE EXISTS (SELECT 1 FROM webhook_endpoints WHERE id = NEW.status)
+   WHERE NEW.status = '' OR EXISTS (SELECT 1 FROM webhook_endpoints WHERE id = NEW.status)
       ON CONFLICT DO UPDATE SET value = value + excluded.value;
 END""",
         # What the drain tells endpoints that subscribe to webhook.* by name: the event's type as status, its data as
@@ -2496,6 +2497,7 @@ class _Drain:
         self.outcomes: list[tuple[Any, ...]] = []  # rows for webhook_record
         self.dirty: dict[str, _Lane] = {}  # whose state is not in their rows yet; some may be disabled by now
         self.tally: dict[str, dict[str, float]] = _no_tally()  # per endpoint, for metrics; not written yet
+        self.commits = 0.0  # of all drains that share the file, as far as we saw
         self.monitored = False  # an endpoint subscribes to webhook.*
         self.moved: set[str] = set()  # endpoints with a queue whose head ended
         self.observing = _Observing(outbox.observer)
@@ -2728,7 +2730,7 @@ class _Drain:
             self.poll_at = mono + (0.001 if self.attempts else 0.0)
             (version,) = self.db.execute("PRAGMA data_version").fetchone()
             if version != self.data_version:
-                if self.data_version != -1:
+                if self.data_version != -1 and not self._peer_wrote():
                     self.host_wrote_at = mono
                 self.data_version, self.lively_at, self.look = version, mono, True
         if self.look and mono >= self.look_at:
@@ -2740,6 +2742,14 @@ class _Drain:
                 raise
             ended = time.monotonic()  # with a thousand endpoints a look takes milliseconds: a fifth of the time at most
             self.look_at = ended + 4 * (ended - mono)
+
+    def _peer_wrote(self) -> bool:
+        """Say whether the drain of another share wrote since we looked last: it can wait, unlike a host."""
+        if self.share.parts == 1:
+            return False
+        row = self.db.execute("SELECT value FROM webhook_counts WHERE endpoint_id = ''").fetchone()
+        before, self.commits = self.commits, row[0] if row else 0.0
+        return bool(self.commits != before)
 
     def _look(self) -> None:
         """Read which endpoints there are and which have work."""
@@ -3205,6 +3215,8 @@ class _Drain:
     def _write(self, most: int = _BATCH) -> list[tuple[Any, ...]]:
         """Write outcomes, and what was learned of their endpoints; return the outcomes written."""
         batch, lanes = self.outcomes[:most], list(self.dirty.values())[: _MOST_ROWS - _BATCH]
+        if self.share.parts > 1:
+            self.tally[""]["commits"] = 1.0
         states = [
             (None, a.id, None, a.paused_until, a.failing_since, a.failures, None, None, a.disable, None) for a in lanes
         ]
@@ -3212,6 +3224,7 @@ class _Drain:
         counts = [(None, None, id, *_NO_ROW[:4], "count", None, json.dumps(n)) for id, n in tally]
         _write_outcomes(self.db, batch + states + counts)
         del self.outcomes[: len(batch)]
+        self.commits += "" in dict(tally)
         for lane in lanes:
             lane.dirty, lane.disable = False, None
             del self.dirty[lane.id]
@@ -4593,7 +4606,7 @@ class _Pages:
             _fill('<div class="row"><strong>{}</strong>{}</div><small>{}</small><small>{}</small>', e.id, state, about,
                   f"Last error: {e.last_error}" if e.last_error else ""),
             _bars(e),
-            f"{100 * e.delivered / e.attempts:.0f}%" if e.attempts else "-",
+            f"{100 * e.delivered // e.attempts}%" if e.attempts else "-",
             _fill('<span class="line">{} / {}</span>', _age(e.p50), _age(e.p95)),
             f"{e.pending}, oldest {_age(e.oldest_due_age)}" if e.oldest_due_age is not None else e.pending,
             self.link(e.failed, endpoint=e.id) if e.failed else 0,

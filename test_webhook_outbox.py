@@ -6453,6 +6453,374 @@ def test_endpoints_that_hang_do_not_delay_healthy_ones(wal, serve, hanging):
         eventually(lambda: outbox.stats().pending == 0, within=20)
 
 
+# Turns, and what an endpoint of which little is known may use of the places and the openers.
+
+
+def test_a_fast_endpoint_with_a_huge_backlog_gets_no_more_than_its_turn(wal, serve):
+    """One place in all, so that the order at the receiver is the order of the turns."""
+    receiver, outbox = serve(), make_outbox(wal, workers=1)
+    for name in "abc":
+        outbox.add_endpoint(receiver.url(f"/{name}"), id=name, events=[f"{name}.*"])
+    with outbox.transaction() as conn:
+        for name, count in (("a", 300), ("b", 20), ("c", 40)):
+            for number in range(count):
+                outbox.emit(conn, f"{name}.x", number)
+    assert outbox.drain(until_empty=True).delivered == 360
+    sent = "".join(request.line.split()[1][1] for request in receiver.requests)
+    for rest, turn in ((sent[:60], "abc"), (sent[60:100], "ac")):
+        assert {rest[i : i + len(turn)] for i in range(0, len(rest), len(turn))} == {rest[: len(turn)]}, sent
+        assert sorted(rest[: len(turn)]) == list(turn)
+    assert set(sent[100:]) == {"a"}
+
+
+def hangs(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+    return bool(sock.recv(1))  # until the other side has enough
+
+
+@pytest.mark.parametrize(("known", "most"), [("nothing", 8), ("a failure", 6)])
+def test_endpoints_that_hang_while_a_connection_is_opened_leave_openers_to_the_proven(wal, serve, known, most):
+    """They hang in the TLS handshake: half the openers for those that nobody knows, 3/8 for those that failed."""
+    receiver, silent = serve(answer(500)), serve()
+    outbox = make_outbox(wal, retry=RetryPolicy((0, 3600), jitter=0.0), timeout=60)
+    for number in range(20):
+        outbox.add_endpoint(receiver.url(), id=f"s{number}", events=["sick"])
+    if known == "a failure":
+        emit(outbox, "sick")
+        assert outbox.drain(once=True).retried == 20
+    for number in range(20):
+        outbox.update_endpoint(f"s{number}", url=f"https://127.0.0.1:{silent.port}/")
+    receiver.play = answer(200, b"", "Connection: close")  # so that each of its events needs an opener
+    outbox.add_endpoint(receiver.url(), id="proven", events=["well"])
+    with outbox:
+        emit(outbox, "well")
+        eventually(lambda: outbox.stats().pending == (20 if known == "a failure" else 0))
+        for _ in range(3):
+            emit(outbox, "sick")
+        for _ in range(10):
+            event = emit(outbox, "well")
+            eventually(lambda event=event: statuses(outbox, event) == {"proven": "delivered"})
+        eventually(lambda: silent.connections == most)
+        if known == "a failure":  # those that nobody knows have a share of their own
+            outbox.add_endpoint(receiver.url(), id="new", events=["new"])
+            event = emit(outbox, "new")
+            eventually(lambda: statuses(outbox, event) == {"new": "delivered"})
+        assert silent.connections == most
+        silent.close()
+
+
+@pytest.mark.parametrize(
+    ("known", "proven", "expected"),
+    [
+        ("nothing", 0, 4),
+        ("a failure", 0, 3),
+        ("nothing", 3, 4),
+        ("a failure", 3, 3),
+        ("nothing", 6, 2),
+        ("a failure", 8, 0),
+    ],
+)
+def test_unknown_endpoints_fill_half_the_places_failing_ones_three_eighths(wal, serve, known, proven, expected):
+    """Proven ones fill what is left, and give none back that they have."""
+    clock = Clock()
+    gate, busy, receiver, outbox = (
+        DrainGate(),
+        DrainGate(),
+        serve(answer(500)),
+        make_outbox(wal, workers=8, clock=clock),
+    )
+    for number in range(10):
+        outbox.add_endpoint(receiver.url(f"/{number}"), id=f"s{number}", events=["sick"])
+    outbox.add_endpoint(serve([OK, busy]).url(), id="proven", events=["well"], max_in_flight=8)
+    with outbox:
+        if known == "a failure":
+            emit(outbox, "sick")
+            eventually(lambda: len(receiver.requests) == 10 and outbox.stats().due == 0)
+        emit(outbox, "well")
+        eventually(lambda: outbox.endpoint("proven") and outbox.stats().endpoints[0].delivered == 1)
+        receiver.play = gate
+        for _ in range(proven):
+            emit(outbox, "well")
+        eventually(lambda: busy.inside == proven)
+        for _ in range(2):
+            emit(outbox, "sick")
+        eventually(lambda: gate.inside == expected)
+        for _ in range(8 - proven):
+            emit(outbox, "well")
+        eventually(lambda: busy.inside == 8 - expected)
+        assert (gate.most, busy.most) == (expected, 8 - expected)
+        busy.opened.set(), gate.opened.set()
+        eventually(lambda: outbox.stats().due == 0)
+
+
+@pytest.mark.parametrize("cause", ["delay", "retry", "pause", "probe", "rate"])
+def test_an_endpoint_whose_time_has_come_is_found_without_a_commit(wal, serve, cause):
+    clock, limited = Clock(), answer(429, b"", "Retry-After: 50")
+    receiver = serve({"retry": [answer(500), OK], "pause": [limited, OK]}.get(cause, OK))
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 50, 50), jitter=0.0))
+    outbox.add_endpoint(receiver.url(), id="a", rate=10 if cause == "rate" else None)
+    emit(outbox, delay=50.0 if cause == "delay" else 0.0)
+    if cause == "probe":
+        query(wal, "UPDATE webhook_endpoints SET failures = 20, failing_since = 1.0, paused_until = ?", clock.now + 50)
+    if cause == "rate":
+        emit(outbox), emit(outbox)
+    with outbox:
+        if cause in ("retry", "pause"):
+            eventually(lambda: outbox.stats().due == 0)
+        if cause != "rate":
+            clock.advance(51)
+        eventually(lambda: outbox.stats().endpoints[0].delivered == (3 if cause == "rate" else 1), within=5)
+
+
+# The loop's own turns, one at a time: what no receiver can see for certain.
+
+
+@contextlib.contextmanager
+def drain_by_hand(outbox: Outbox) -> Iterator[Any]:
+    drain = webhook_outbox._Drain(outbox, "forever")
+    drain._open_db()
+    try:
+        assert drain.lock.acquire()
+        drain._look()
+        yield drain
+    finally:
+        drain._leave()
+
+
+def drain_turn(drain: Any) -> None:
+    drain._start_attempts(drain.outbox.clock(), time.monotonic())
+
+
+def test_the_rank_of_an_endpoint_says_what_is_known_of_it(wal):
+    lane = webhook_outbox._Lane("a")
+    assert lane.rank(0.0) == 1
+    lane.active = 1  # its first attempt has not been answered
+    assert lane.rank(0.0) == 2
+    lane.active, lane.failing_since = 0, 0.0
+    assert lane.rank(0.0) == 2
+    lane.proven_until = 5.0
+    assert [lane.rank(mono) for mono in (4.9, 5.0)] == [0, 2]
+
+
+def test_an_endpoint_may_start_exactly_when_nothing_of_its_own_stands_against_it(wal, serve):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(serve().url(), id="a", rate=2)
+    emit(outbox)
+    now, mono = time.time() + 1, time.monotonic() + 1
+    with drain_by_hand(outbox) as drain:
+        lane = drain.lanes["a"]
+        assert lane.may_start(now, mono)
+        idle = [object()]
+        for good, bad in (
+            ({"active": 7}, {"active": 8}),
+            ({"limit": 2.9, "active": 1}, {"limit": 2.9, "active": 2}),
+            ({"failures": 9, "active": 7}, {"failures": 10, "active": 1}),
+            ({"failures": 10, "active": 0}, {"enabled": False}),
+            ({"next_due": now}, {"next_due": now + 0.001}),
+            ({"next_due": now + 1, "buffer": [1]}, {"next_due": now + 1, "buffer": []}),
+            ({"paused_until": now}, {"paused_until": now + 0.001}),
+            ({"next_slot": mono}, {"next_slot": mono + 0.001}),
+            ({"opening": 1}, {"opening": 2}),
+            ({"opening": 2, "idle": idle}, {"opening": 2, "idle": []}),
+        ):
+            for values, expected in ((good, True), (bad, False)):
+                before = {name: getattr(lane, name) for name in values}
+                for name, value in values.items():
+                    setattr(lane, name, value)
+                assert lane.may_start(now, mono) is expected, values
+                for name, value in before.items():
+                    setattr(lane, name, value)
+
+
+def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal)
+    for number in range(12):
+        outbox.add_endpoint(receiver.url(), id=f"e{number:02}")
+    emit(outbox), emit(outbox)
+    names = [f"e{number:02}" for number in range(12)]
+    with drain_by_hand(outbox) as drain:
+        drain.openers = webhook_outbox._OPENERS // 2
+        for _ in range(3):
+            drain_turn(drain)
+            assert [lane.id for lane in drain.lines[1]] == names and not drain.attempts
+        drain.openers -= 1
+        drain_turn(drain)
+        assert [attempt.lane.id for attempt in drain.attempts] == names[:1]
+        assert ["".join(lane.id[1:] for lane in line) for line in drain.lines] == [
+            "",
+            "".join(n[1:] for n in names[1:]),
+            "00",
+        ]
+        for lane in drain.lanes.values():  # all of them answered
+            lane.proven_until = math.inf
+            drain._line_up(lane, 0.0)
+        drain.openers = webhook_outbox._OPENERS
+        drain_turn(drain)  # eight are asked a turn: among thousands that would take too long
+        assert [lane.id for lane in drain.lines[0]] == names[8:] + names[:8] and len(drain.attempts) == 1
+        drain.openers -= 1
+        drain_turn(drain)
+        assert {attempt.lane.id for attempt in drain.attempts} == {"e00", "e08"}
+        drain.starved_until, drain.openers = math.inf, 0
+        drain_turn(drain)
+        assert len(drain.attempts) == 2
+
+
+def test_a_request_whose_attempt_ended_before_it_was_sent_is_not_sent(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal, timeout=5.0)
+    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=1)
+    emit(outbox), emit(outbox)
+    with drain_by_hand(outbox) as drain:
+        drain_turn(drain)
+        eventually(lambda: drain.handed)
+        drain._take_handed()
+        (connection,) = drain.unsent
+        drain._chores(outbox.clock(), connection.attempt.deadline)
+        drain._flush()
+        assert [row[7:9] for row in drain.outcomes] == [("timeout", drain.outcomes[0][8])] and not drain.unsent
+        assert "waiting for the answer" in drain.outcomes[0][8]
+        assert not drain.attempts and connection.sock.fileno() == -1
+    assert not receiver.requests
+
+
+def test_requests_that_are_ready_together_are_sent_together(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal)
+    for number in range(20):
+        outbox.add_endpoint(receiver.url(), id=f"e{number}")
+    emit(outbox)
+    with drain_by_hand(outbox) as drain:
+        for lane in drain.lanes.values():
+            lane.proven_until = math.inf
+        drain_turn(drain)
+        eventually(lambda: len(drain.handed) == 16)
+        drain.handed.pop().sock.close()
+        drain._take_handed()
+        assert len(drain.unsent) == 15 % webhook_outbox._TOGETHER == 7
+        eventually(lambda: len(receiver.requests) == 8)
+        drain._flush()
+        eventually(lambda: len(receiver.requests) == 15)
+
+
+def test_the_drain_naps_only_while_nothing_is_under_way_and_polls_less_the_longer_nothing_happens(wal):
+    with drain_by_hand(make_outbox(wal)) as drain:
+        drain.look = False
+        for quiet, pause in ((0.0, 0.001), (0.09, 0.001), (0.11, 0.005), (59.9, 0.005), (60.0, 0.018), (1e6, 0.018)):
+            drain.lively_at = 1e7 - quiet
+            assert drain._pause(1e7) == pause, quiet
+        drain.look = True
+        assert drain._pause(1e7) == 0.001
+        drain.look, drain.outcomes = False, [()]
+        for record_at, pause in ((1e7 + 0.004, 0.004), (1e7 + 5, 0.018), (1e7 - 1, 0.0)):
+            drain.record_at = record_at
+            assert drain._pause(1e7) == pytest.approx(pause, abs=1e-6)
+        drain.outcomes, drain.heard_at = [], 1e7 - 0.004
+        assert drain._pause(1e7) == 0.0
+        drain.attempts.add(None)
+        assert drain._pause(1e7) == 0.018
+        drain.attempts.clear()
+        drain.heard_at = 1e7 - 0.006
+        assert drain._pause(1e7) == 0.018
+
+
+def test_while_the_host_writes_commits_are_far_apart(wal):
+    """A host waits where it meets one: about 1 % of its time at most."""
+    outbox = make_outbox(wal)
+    with drain_by_hand(outbox) as drain:
+        under_way = webhook_outbox._Attempt(webhook_outbox._Lane("a"), None, None, 0.0, 0.0, 0.0)
+        for host_wrote, attempts, stopping, mode, gap in (
+            (0.51, False, False, "forever", 0.001),
+            (0.51, True, False, "forever", 0.01),
+            (0.51, True, False, "once", 0.01),
+            (0.4, False, False, "forever", 100.1),
+            (0.4, True, False, "forever", 100.1),
+            (0.4, True, False, "once", 100.1),
+            (0.4, False, False, "once", 0.001),
+            (0.4, True, True, "forever", 0.001),
+            (0.4, False, True, "until_empty", 0.001),
+        ):
+            drain.attempts = {under_way} if attempts else set()
+            drain.mode, drain.stopping = mode, stopping
+            before = time.monotonic()
+            drain.host_wrote_at = before - host_wrote
+            drain._recorded([], before - 1.0)  # a commit that took a second
+            late = time.monotonic() - before
+            times = 100 if gap > 1 else 0
+            assert before + gap - 1e-6 <= drain.record_at <= before + gap + late * (1 + times) + 1e-6, (attempts, mode)
+        drain.attempts = set()
+
+
+@pytest.mark.parametrize(("host_wrote", "count"), [(0.4, 768), (0.51, 1536)])
+def test_while_the_host_writes_commits_are_small(wal, monkeypatch, host_wrote, count):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox.add_endpoint("https://example.com/", id="broken", secret="env:NOWHERE")
+    with outbox.transaction() as conn:
+        for n in range(2000):
+            outbox.emit(conn, "order.created", n)
+    with drain_by_hand(outbox) as drain:
+        while len(drain.outcomes) < 2000:
+            drain.lanes["broken"].failures, drain.lanes["broken"].paused_until = 0, 0.0
+            drain._line_up(drain.lanes["broken"], 0.0)
+            drain_turn(drain)
+        mono = time.monotonic()
+        drain.host_wrote_at = mono - host_wrote
+        drain.record_at = mono + 1e-9
+        drain._record(mono)
+        assert len(drain.outcomes) == 2000
+        drain.record_at = mono
+        drain._record(mono)
+        assert query(wal, "SELECT count(*) FROM webhook_attempts") == [(count,)] and len(drain.outcomes) == 2000 - count
+
+
+def test_what_is_learned_of_more_endpoints_than_a_statement_holds_is_recorded_and_counted(wal, monkeypatch):
+    """The last statement was full before it came to the counts."""
+    monkeypatch.delenv("NOWHERE", raising=False)
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    with outbox.transaction() as conn:
+        for number in range(512):
+            outbox.add_endpoint("https://example.com/", id=f"e{number}", secret="env:NOWHERE", conn=conn)
+        for number in range(3):
+            outbox.emit(conn, "order.created", number)
+    assert outbox.drain(once=True).failed == 3 * 512
+    assert query(wal, "SELECT failures, count(*) FROM webhook_endpoints GROUP BY 1") == [(3, 512)]
+    counts = "SELECT name, value, count(*) FROM webhook_counts GROUP BY 1, 2"
+    assert query(wal, counts) == [("given up", 3.0, 512), ("internal", 3.0, 512)]
+
+
+@pytest.mark.parametrize("known", ["nothing", "a failure"])
+def test_proven_endpoints_that_use_every_opener_leave_the_next_one_to_who_is_not_proven(wal, serve, known):
+    """Their turns come again and again while they have a backlog; the others would wait for its end."""
+    receiver, going = serve(answer(200, b"", "Connection: close")), threading.Event()
+    first, failing = threading.Event(), serve(answer(500, b"", "Connection: close"))
+    going.set(), first.set()
+
+    def resolve(host: str, port: int) -> list[str]:
+        assert (first if host == "h0.test" else going).wait(30)
+        return ["127.0.0.1"]
+
+    outbox = make_outbox(wal, resolver=resolve, timeout=30, connect_timeout=30, retry=RetryPolicy((0, 3600), 0.0))
+    for number in range(8):
+        outbox.add_endpoint(f"http://h{number}.test:{receiver.port}/old", id=f"h{number}", events=["old"])
+    outbox.add_endpoint(failing.url("/new"), id="new", events=["new"])
+    with outbox:
+        if known == "a failure":
+            emit(outbox, "new")
+            eventually(lambda: outbox.stats().endpoints[-1].failing_since)
+        emit(outbox, "old")
+        eventually(lambda: len(receiver.requests) == 8 and outbox.stats().due == 0)
+        failing.play = OK
+        going.clear(), first.clear()
+        with outbox.transaction() as conn:
+            for _ in range(4):
+                outbox.emit(conn, "old", None)
+        eventually(lambda: sum("_open_for" in thread.name for thread in threading.enumerate()) == 16)
+        event = emit(outbox, "new")
+        first.set()
+        try:
+            eventually(lambda: statuses(outbox, event) == {"new": "delivered"}, within=5)
+        finally:
+            going.set()
+        eventually(lambda: outbox.stats().due == 0)
+
+
 def test_an_attempt_that_hangs_is_ended_by_its_timeout_and_its_place_used_again(wal, serve):
     receiver = serve([lambda receiver, sock, request: bool(sock.recv(1)), OK])
     outbox = make_outbox(wal, timeout=0.5, retry=RetryPolicy((0, 0), jitter=0.0))

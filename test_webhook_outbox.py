@@ -2897,7 +2897,7 @@ def test_410_gives_up_disables_and_holds_the_rest(database: str, serve: Serve) -
     assert (failed.event_id, failed.reason, failed.status_code, failed.response) == (one, "gone", 410, "bye")
     assert (statuses(outbox, one), statuses(outbox, two)) == ({"crm": "failed"}, {"crm": "held"})
     endpoint = outbox.endpoint("crm")
-    assert not endpoint.enabled and "410" in endpoint.disabled_reason
+    assert not endpoint.enabled and endpoint.disabled_reason == "410 Gone"
     assert len(receiver.requests) == 1
     outbox.enable_endpoint("crm")
     assert outbox.drain(once=True).delivered == 1
@@ -2912,7 +2912,8 @@ def test_a_receiver_may_ask_for_an_end_of_the_endpoint(status: int, wal: str, se
     assert statuses(outbox, one) == {"crm": "delivered" if status == 200 else "held"}
     assert statuses(outbox, two) == {"crm": "held"}
     endpoint = outbox.endpoint("crm")
-    assert not endpoint.enabled and "webhook-delivery" in endpoint.disabled_reason and not outbox.failed()
+    assert not endpoint.enabled and not outbox.failed()
+    assert endpoint.disabled_reason == "the receiver asked for it (webhook-delivery: disable)"
     outbox.enable_endpoint("crm")
     assert outbox.drain(once=True).delivered == (1 if status == 200 else 2)
     assert len(receiver.requests) == (2 if status == 200 else 3)
@@ -5153,6 +5154,70 @@ def test_an_endpoint_without_success_for_five_days_and_three_failed_rows_is_disa
     assert outbox.drain(once=True).delivered == stats.held
 
 
+# What was known (failures, failing since, paused until, hinted until; the limit is 8) and came back at 1000:
+# the same afterwards, limit, whether the row is to be written, and what is told. A tenth failure means a probe in 1 s.
+LEARNED: list[tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]] = [
+    ((0, None, 0, 0), {"status_code": 200}, (0, None, 0, 0, 9, False, None)),
+    ((3, None, 0, 0), {"status_code": 200}, (0, None, 0, 0, 9, True, None)),  # a row that was damaged
+    ((0, 900, 0, 0), {"status_code": 200}, (0, None, 0, 0, 9, True, "recovered")),
+    ((12, 900, 1100, 0), {"status_code": 200}, (0, None, 0, 0, 9, True, "recovered")),
+    ((12, 900, 1100, 1050), {"status_code": 200}, (0, None, 1050, 1050, 9, True, "recovered")),
+    ((0, None, 0, 0), {"status_code": 400, "reason": "status"}, (1, 1000, 0, 1000, 8, True, "failing")),
+    ((1, 900, 0, 0), {"status_code": 499, "reason": "status"}, (2, 900, 0, 1000, 8, True, None)),
+    ((1, 1100, 0, 0), {"reason": "dns"}, (2, 1000, 0, 1000, 8, True, None)),  # the clock was ahead
+    ((1, 900, 0, 0), {"status_code": 500, "reason": "status"}, (2, 900, 0, 1000, 4, True, None)),
+    ((1, 900, 0, 0), {"status_code": 429, "reason": "status"}, (2, 900, 0, 1000, 4, True, None)),
+    ((1, 900, 0, 0), {"reason": "timeout"}, (2, 900, 0, 1000, 4, True, None)),
+    ((1, 900, 0, 0), {"status_code": 429, "reason": "status", "hint": 50.0}, (2, 900, 1050, 1050, 4, True, None)),
+    ((1, 900, 1200, 1300), {"status_code": 429, "reason": "status", "hint": 50.0}, (2, 900, 1200, 1300, 4, True, None)),
+    ((8, 900, 0, 0), {"reason": "connect"}, (9, 900, 0, 1000, 8, True, None)),
+    ((9, 900, 0, 0), {"reason": "connect"}, (10, 900, 1001, 1000, 8, True, None)),
+    ((9, 900, 0, 0), {"status_code": 503, "reason": "status", "hint": 0.5}, (10, 900, 1001, 1000.5, 4, True, None)),
+]  # fmt: skip
+
+
+def test_an_endpoint_learns_from_an_outcome_what_its_next_attempts_may_be() -> None:
+    policy = RetryPolicy((0, 60, 60), jitter=0.0)
+    for before, outcome, expected in LEARNED:
+        lane = webhook_outbox._Lane("a")
+        lane.failures, lane.failing_since, lane.paused_until, lane.hinted_until = before
+        told = lane.learn(webhook_outbox._Outcome(**outcome), 1000.0, 50.0, policy)
+        found = (lane.failures, lane.failing_since, lane.paused_until, lane.hinted_until, lane.limit, lane.dirty, told)
+        assert found == expected, (before, outcome)
+        assert lane.proven_until == (0.0 if "reason" in outcome else 650.0) and lane.enabled and lane.disable is None
+    for limit, outcome, expected in ((16, {"status_code": 200}, 16), (1.5, {"reason": "timeout"}, 1)):
+        lane.limit = limit
+        lane.learn(webhook_outbox._Outcome(**outcome), 1000.0, 50.0, policy)
+        assert lane.limit == expected
+
+
+def test_the_third_failed_row_disables_when_five_days_have_passed_and_not_a_second_before(wal, serve, monkeypatch):
+    """Failed rows from before the last success, and those of other endpoints, do not count."""
+    monkeypatch.delenv("NOWHERE", raising=False)
+    clock, receiver, days = Clock(), serve([answer(400), OK, answer(400)]), 86_400.0
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)), clock=clock)
+    begin = clock.now
+    for name in ("early", "few", "other"):
+        outbox.add_endpoint("https://example.com/", id=name, events=[name], secret="env:NOWHERE")
+    outbox.add_endpoint(receiver.url(), id="well", events=["well"])
+
+    def fail(at: float, *names: str) -> set[str]:
+        """Have one event of each of these fail; return which endpoints are disabled then."""
+        clock.now = begin + at
+        for name in names:
+            emit(outbox, name)
+        outbox.drain(once=True)
+        return {e.id for e in outbox.endpoints() if not e.enabled}
+
+    assert fail(-9, "well") == fail(-8, "well") == set()
+    assert fail(0, "early", "few", "well") == fail(1 * days, "early", "early") == set()
+    assert fail(5 * days - 1, "early", "other", "other", "other", "other") == set()
+    assert fail(5 * days, "other", "other", "few", "well") == set()
+    assert fail(5 * days, "early") == {"early"}
+    assert fail(5 * days, "few", "well") == {"early", "few", "well"}
+    assert {e.disabled_reason for e in outbox.endpoints()} == {"no success for 5 days", ""}
+
+
 def test_five_days_without_success_alone_disable_nothing(wal, serve):
     clock = Clock()
     outbox = make_outbox(wal, retry=RetryPolicy((0,)), clock=clock)
@@ -5936,6 +6001,47 @@ def test_switching_ordered_off_lets_the_rest_go(wal, serve):
     assert drain_sent(receiver).index(3) < drain_sent(receiver).index(4)
 
 
+def test_switching_hold_off_lets_every_queue_of_the_endpoint_go_and_no_other(wal, serve):
+    """Queues k and l wait behind a dead head, m behind one that is not due; m's second stays where it is."""
+    clock, receiver = Clock(), serve(DrainFails(n0=9))
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0,)))
+    for name in "ab":
+        outbox.add_endpoint(receiver.url(), id=name, on_dead="hold")
+    ids = {}
+    for key in "klm":
+        for number in range(3):
+            later = 60.0 if (key, number) == ("m", 0) else 0.0
+            ids[key, number] = drain_emit(outbox, [number], key=key, delay=later)[number]
+
+    def waiting(id: str) -> list[str]:
+        return [f"{key}{number}" for (key, number), event in ids.items() if statuses(outbox, event)[id] == "pending"]
+
+    held = ["k1", "k2", "l1", "l2", "m0", "m1", "m2"]
+    assert outbox.drain(once=True).failed == 4
+    assert waiting("a") == waiting("b") == held
+    outbox.update_endpoint("a", on_dead="skip")
+    heads = "SELECT endpoint_id, event FROM webhook_deliveries WHERE status = 'pending' ORDER BY 1, 2"
+    assert query(wal, heads) == [("a", 2), ("a", 5), ("a", 7), ("b", 7)]
+    outbox.drain(once=True)
+    assert (waiting("a"), waiting("b")) == (["m0", "m1", "m2"], held)
+
+
+def test_switching_ordered_leaves_what_is_done_as_it_is(wal, serve):
+    """A month of delivered rows is not rewritten in the transaction of the host that asks for it."""
+    receiver, outbox = serve([OK, answer(400)]), make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=1)
+    for key in ("k", None):
+        emit(outbox, key=key)
+        outbox.drain(once=True)
+    emit(outbox, key="l")
+    rows = "SELECT status, queue FROM webhook_deliveries ORDER BY event"
+    assert query(wal, rows) == [("delivered", "k"), ("failed", None), ("pending", "l")]
+    outbox.update_endpoint("a", ordered=True)
+    assert query(wal, rows) == [("delivered", "k"), ("failed", ""), ("pending", "")]
+    outbox.update_endpoint("a", ordered=False)
+    assert query(wal, rows) == [("delivered", "k"), ("failed", None), ("pending", "l")]
+
+
 def test_switching_ordered_on_holds_for_deliveries_that_were_already_read(wal, serve):
     gate = DrainGate()
     receiver, outbox = serve(gate), make_outbox(wal)
@@ -6667,8 +6773,9 @@ def test_the_rank_of_an_endpoint_says_what_is_known_of_it(wal):
 
 
 def test_an_endpoint_may_start_exactly_when_nothing_of_its_own_stands_against_it(wal, serve):
-    outbox = make_outbox(wal)
+    outbox = make_outbox(wal, transforms={"own": lambda event: b""})
     outbox.add_endpoint(serve().url(), id="a", rate=2)
+    outbox.add_endpoint(serve().url(), id="own", body="own")
     emit(outbox)
     now, mono = time.time() + 1, time.monotonic() + 1
     with drain_by_hand(outbox) as drain:
@@ -6694,6 +6801,12 @@ def test_an_endpoint_may_start_exactly_when_nothing_of_its_own_stands_against_it
                 assert lane.may_start(now, mono) is expected, values
                 for name, value in before.items():
                     setattr(lane, name, value)
+        lane = drain.lanes["own"]  # each of its attempts needs a thread, whatever connections it has
+        lane.idle = idle
+        for opening, expected in ((1, True), (2, False)):
+            lane.opening = opening
+            assert lane.may_start(now, mono) is expected and not lane.has_idle()
+        lane.idle = []
 
 
 def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):
@@ -8244,14 +8357,15 @@ def test_an_endpoint_that_cannot_make_requests_does_not_keep_the_loop_from_the_o
     assert outbox.stats().failed == webhook_outbox._UNRECORDED  # leaving wrote all of them, in several statements
 
 
-def test_a_new_rate_counts_from_now(wal, serve):
+@pytest.mark.parametrize("rate", [100, None])
+def test_a_new_rate_counts_from_now(wal, serve, rate):
     receiver, outbox = serve(), make_outbox(wal)
     outbox.add_endpoint(receiver.url(), id="a", rate=0.001)
     for n in range(3):
         emit(outbox, data=n)
     with outbox:
         time.sleep(0.2)
-        outbox.update_endpoint("a", rate=100)
+        outbox.update_endpoint("a", rate=rate)
         eventually(lambda: len(receiver.requests) == 3, within=5)
 
 

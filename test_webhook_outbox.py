@@ -3001,6 +3001,24 @@ def test_a_clock_that_was_ahead_for_a_minute_delays_nothing_for_years(
     assert len(down.requests) == len(busy.requests) == 3
 
 
+def test_a_clock_that_stands_still_moves_nothing(wal: str, serve: Serve) -> None:
+    """Neither a try that was put off for as long as can be, nor a delay that the host asked for just now."""
+    clock, busy = Clock(), serve(answer(429, b"", f"Retry-After: {DAY:.0f}"))
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy())
+    outbox.add_endpoint(busy.url(), id="busy")
+    now, first = clock.now, emit(outbox)
+    assert outbox.drain(once=True).retried == 1
+    second = emit(outbox, delay=2 * DAY)
+    query(wal, "UPDATE webhook_endpoints SET paused_until = 0.0")
+    assert outbox.drain(once=True).pending == 2 and len(busy.requests) == 1
+    due = {e: outbox.event(e).deliveries[0].due_at for e in (first, second)}
+    assert due == {first: now + DAY, second: now + 2 * DAY}
+    # Whose event is gone as well, by other hands than ours, does not wait for the old time either.
+    late = "INSERT INTO webhook_deliveries (event, endpoint_id, due_at, attempts) VALUES (999, 'busy', ?, 1)"
+    query(wal, late, now + 7300 * DAY)
+    assert outbox.drain(once=True).failed == 1
+
+
 def test_redirects_are_not_followed_and_named(wal: str, serve: Serve) -> None:
     secret_place = serve()
     outbox = make_outbox(wal, resolver=lambda host, port: pytest.fail("a lookup"))
@@ -6807,6 +6825,65 @@ def test_an_endpoint_may_start_exactly_when_nothing_of_its_own_stands_against_it
             lane.opening = opening
             assert lane.may_start(now, mono) is expected and not lane.has_idle()
         lane.idle = []
+
+
+def test_what_was_read_is_not_read_again_before_the_next_is_due(wal, serve):
+    clock, receiver = Clock(), serve()
+    outbox = make_outbox(wal, clock=clock)
+    outbox.add_endpoint(receiver.url(), id="a")
+    for delay in (0.0, 90.0, 60.0):
+        emit(outbox, delay=delay)
+    with drain_by_hand(outbox) as drain:
+        drain_turn(drain)
+        assert len(drain.attempts) == 1 and drain.lanes["a"].next_due == clock.now + 60
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(1, 0, 0, 2)
+
+
+def test_the_places_of_a_rate_are_spaced_exactly_and_a_late_loop_catches_up_on_little(wal, serve):
+    lane = webhook_outbox._Lane("a")
+    lane.take_slot(100.0)
+    assert lane.next_slot == 0.0  # no rate, no places
+    lane.endpoint = webhook_outbox.Endpoint("a", "", rate=2)
+    for mono, expected in ((100.0, 100.45), (100.46, 100.95), (100.96, 101.45), (101.5, 101.95), (105.0, 105.45)):
+        lane.take_slot(mono)
+        assert lane.next_slot == pytest.approx(expected, abs=1e-9)
+
+
+def test_an_endpoint_stands_in_one_line_once(wal, serve):
+    outbox = make_outbox(wal)
+    for name in "abc":
+        outbox.add_endpoint(serve().url(), id=name)
+    with drain_by_hand(outbox) as drain:
+        a, b, c = (drain.lanes[name] for name in "abc")
+        for lane in (a, b, c, a, b):
+            drain._line_up(lane, 0.0)
+        assert [list(line) for line in drain.lines] == [[], [a, b, c], []]
+        b.proven_until = a.proven_until = 9.0
+        for lane in (b, a, b):
+            drain._line_up(lane, 0.0)
+        assert [list(line) for line in drain.lines] == [[b, a], [c], []]
+        assert a.line is drain.lines[0] and c.line is drain.lines[1]
+
+
+def test_the_next_of_a_queue_is_looked_for_until_all_outcomes_are_recorded(wal, serve):
+    """The head's outcome may be among those that the last statement had no room for; nothing else tells of it."""
+    outbox = make_outbox(wal)
+    for name in "ab":
+        outbox.add_endpoint(serve().url(), id=name)
+    with drain_by_hand(outbox) as drain:
+        a, b = drain.lanes["a"], drain.lanes["b"]
+        for left in ([(1, "a", "delivered", 0.0)], []):
+            drain.moved |= {"a", "gone"}
+            drain.outcomes, a.next_due, b.next_due = left, math.inf, math.inf
+            drain._recorded([], time.monotonic())
+            assert (a.next_due, b.next_due, a.line) == (0.0, math.inf, drain.lines[1])
+            assert drain.moved == ({"a", "gone"} if left else set())
+        a.known, b.known, drain.look = {1, 2}, {1, 2}, False
+        batch = [(1, "a", "delivered", 5.0), (2, "b", "pending", 7.0), (1, "gone", "pending", 1.0)]
+        drain._recorded(batch, time.monotonic())
+        assert (a.known, b.known, a.next_due, b.next_due, drain.look) == ({2}, {1}, 0.0, 7.0, False)
+        drain._recorded([(2, "b", "pending", 8.0), (None, None, "webhook.endpoint.failing", None)], time.monotonic())
+        assert b.next_due == 7.0 and drain.look
 
 
 def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):

@@ -6886,6 +6886,26 @@ def test_the_next_of_a_queue_is_looked_for_until_all_outcomes_are_recorded(wal, 
         assert b.next_due == 7.0 and drain.look
 
 
+def test_a_backlog_of_large_bodies_is_read_in_pieces_of_a_megabyte_and_delivered(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), id="a")
+    with outbox.transaction() as conn:
+        for number in range(12):
+            outbox.emit(conn, "order.created", {"n": number, "text": "x" * 150_000})
+    with contextlib.closing(sqlite3.connect(wal)) as conn:
+        for known, expected in (
+            ([], (7, False)),
+            ([1, 2, 3, 4], (7, False)),
+            (range(1, 11), (2, True)),
+            (range(13), (0, True)),
+        ):
+            picked, complete = webhook_outbox._pick(conn, "a", math.inf, known)
+            assert (len(picked), complete) == expected
+            assert [row.event for row in picked] == [n for n in range(1, 13) if n not in known][: len(picked)]
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(12, 0, 0, 0)
+    assert sorted(drain_sent(receiver)) == list(range(12))
+
+
 def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):
     receiver, outbox = serve(), make_outbox(wal)
     for number in range(12):

@@ -1744,6 +1744,71 @@ def test_what_the_drain_reads_is_found_through_the_due_index(wal):
                 assert all(re.search(r"SEARCH .*webhook_deliveries_due", step) for step in ours), plan
 
 
+def trigger_statements() -> dict[str, list[str]]:
+    """Return what each trigger does, with parameters for NEW and OLD, so that it can be explained."""
+    found: dict[str, list[str]] = {}
+    for statement in itertools.chain.from_iterable(webhook_outbox._SCHEMA):
+        if match := re.match(r"CREATE TRIGGER (\w+)(.*?)\bBEGIN\b(.*)\bEND$", statement, re.S):
+            body = re.sub(r"\b(NEW|OLD)\.(\w+)", r":\1_\2", re.sub(r"--.*", "", match[3]))
+            parts = re.split(r";(?=(?:[^']*'[^']*')*[^']*$)", body)
+            found[match[1]] = [part.strip() for part in parts if part.strip() and "RAISE" not in part]
+    return found
+
+
+TURN_TRIGGERS = (  # by what a turn writes, or emit
+    *("webhook_emit_insert", "webhook_deliveries_insert", "webhook_record_outcome", "webhook_record_endpoint"),
+    *("webhook_deliveries_finish", "webhook_failed_reopen", "webhook_failed_discard", "webhook_events_delete"),
+    *("webhook_record_counts", "webhook_record_notice", "webhook_deliveries_requeue", "webhook_deliveries_delete"),
+)
+
+
+@pytest.mark.parametrize("analyzed", [False, True])
+def test_every_statement_of_a_turn_finds_its_rows_through_an_index(wal, serve, analyzed):
+    """Whatever the loop runs, from the first look to retention, and the triggers behind it; also where the host runs
+    ANALYZE, which has SQLite plan by the numbers of rows."""
+    receiver = serve([answer(400), answer(429), OK])
+    outbox = make_outbox(wal, retry=RetryPolicy((0, 0)), retention=0.0, clock=Clock(), rng=lambda: 0.0)
+    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=1)
+    outbox.add_endpoint(receiver.url(), id="b", ordered=True, events=["order.*", "webhook.endpoint.failing"])
+    late = "INSERT INTO webhook_emit (type, data, key, delay) SELECT 'order.x', '1', value % 9, 1e9 FROM json_each(?)"
+    query(wal, late, json.dumps(list(range(500))))
+    with outbox.transaction() as conn:
+        for n in range(6):
+            outbox.emit(conn, "order.x", n, key="k" if n % 2 else None)
+        conn.execute("INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (1, 'nobody', 0.0)")
+        if analyzed:
+            conn.execute("ANALYZE")
+    statements, drain = list[str](), webhook_outbox._Drain(outbox, "once")
+    drain._open_db()
+    drain.db.set_trace_callback(statements.append)
+    try:
+        assert drain.lock.acquire()
+        drain._check_writable()
+        drain._loop()
+        drain._prune(outbox.clock() + 1e9, 0.0)
+        drain._hopeless(drain.lanes["a"], outbox.clock() + 1e9)
+        drain._work_left()
+    finally:
+        drain.db.set_trace_callback(None)
+        drain._leave()
+    ours = [sql for sql in dict.fromkeys(statements) if re.match(r"\s*(SELECT|WITH|UPDATE|DELETE)\b", sql)]
+    ours = [sql for sql in ours if "CROSS JOIN" not in sql]  # at a start only: what an earlier clock put off
+    assert len({" ".join(sql.split())[:40] for sql in ours}) >= 11, ours  # none was forgotten
+    triggers = trigger_statements()
+    ours += [sql for name in TURN_TRIGGERS for sql in triggers[name]]
+    with contextlib.closing(sqlite3.connect(wal)) as conn:
+        for sql in ours:
+            names = dict.fromkeys(re.findall(r":((?:NEW|OLD)_\w+)", sql))
+            for *_, step in conn.execute("EXPLAIN QUERY PLAN " + sql.replace("Inf", "9e999"), names):
+                step = re.sub(r"\bTABLE |\bAS (\w+)", "", step)
+                assert not re.match(r"SCAN (webhook_(deliveries|events|attempts|failed)|[deo])\b", step), (step, sql)
+                if re.match(r"SEARCH (webhook_deliveries|[do])\b", step):
+                    assert re.search(r"PRIMARY KEY \(event=\?|_due\b|_queue \(endpoint_id=\? AND queue=\?", step), (
+                        step,
+                        sql,
+                    )
+
+
 # ── signing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SIGNED_BODY = '{"type":"order.created","data":{"name":"Žofie ✓"}}'.encode()
@@ -2832,7 +2897,7 @@ def test_410_gives_up_disables_and_holds_the_rest(database: str, serve: Serve) -
     assert (failed.event_id, failed.reason, failed.status_code, failed.response) == (one, "gone", 410, "bye")
     assert (statuses(outbox, one), statuses(outbox, two)) == ({"crm": "failed"}, {"crm": "held"})
     endpoint = outbox.endpoint("crm")
-    assert not endpoint.enabled and "410" in endpoint.disabled_reason
+    assert not endpoint.enabled and endpoint.disabled_reason == "410 Gone"
     assert len(receiver.requests) == 1
     outbox.enable_endpoint("crm")
     assert outbox.drain(once=True).delivered == 1
@@ -2847,7 +2912,8 @@ def test_a_receiver_may_ask_for_an_end_of_the_endpoint(status: int, wal: str, se
     assert statuses(outbox, one) == {"crm": "delivered" if status == 200 else "held"}
     assert statuses(outbox, two) == {"crm": "held"}
     endpoint = outbox.endpoint("crm")
-    assert not endpoint.enabled and "webhook-delivery" in endpoint.disabled_reason and not outbox.failed()
+    assert not endpoint.enabled and not outbox.failed()
+    assert endpoint.disabled_reason == "the receiver asked for it (webhook-delivery: disable)"
     outbox.enable_endpoint("crm")
     assert outbox.drain(once=True).delivered == (1 if status == 200 else 2)
     assert len(receiver.requests) == (2 if status == 200 else 3)
@@ -2948,6 +3014,24 @@ def test_a_drain_does_not_end_before_it_saw_that_the_clock_was_set_back(wal, ser
     outbox.add_endpoint(receiver.url(), id="broken", secret="env:NOWHERE")
     emit(outbox)
     assert outbox.drain(once=True).delivered == len(receiver.requests) - 1 == 2
+
+
+def test_a_clock_that_stands_still_moves_nothing(wal: str, serve: Serve) -> None:
+    """Neither a try that was put off for as long as can be, nor a delay that the host asked for just now."""
+    clock, busy = Clock(), serve(answer(429, b"", f"Retry-After: {DAY:.0f}"))
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy())
+    outbox.add_endpoint(busy.url(), id="busy")
+    now, first = clock.now, emit(outbox)
+    assert outbox.drain(once=True).retried == 1
+    second = emit(outbox, delay=2 * DAY)
+    query(wal, "UPDATE webhook_endpoints SET paused_until = 0.0")
+    assert outbox.drain(once=True).pending == 2 and len(busy.requests) == 1
+    due = {e: outbox.event(e).deliveries[0].due_at for e in (first, second)}
+    assert due == {first: now + DAY, second: now + 2 * DAY}
+    # Whose event is gone as well, by other hands than ours, does not wait for the old time either.
+    late = "INSERT INTO webhook_deliveries (event, endpoint_id, due_at, attempts) VALUES (999, 'busy', ?, 1)"
+    query(wal, late, now + 7300 * DAY)
+    assert outbox.drain(once=True).failed == 1
 
 
 def test_redirects_are_not_followed_and_named(wal: str, serve: Serve) -> None:
@@ -5103,6 +5187,70 @@ def test_an_endpoint_without_success_for_five_days_and_three_failed_rows_is_disa
     assert outbox.drain(once=True).delivered == stats.held
 
 
+# What was known (failures, failing since, paused until, hinted until; the limit is 8) and came back at 1000:
+# the same afterwards, limit, whether the row is to be written, and what is told. A tenth failure means a probe in 1 s.
+LEARNED: list[tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]] = [
+    ((0, None, 0, 0), {"status_code": 200}, (0, None, 0, 0, 9, False, None)),
+    ((1, None, 0, 0), {"status_code": 200}, (0, None, 0, 0, 9, True, None)),  # a row that was damaged
+    ((0, 900, 0, 0), {"status_code": 200}, (0, None, 0, 0, 9, True, "recovered")),
+    ((12, 900, 1100, 0), {"status_code": 200}, (0, None, 0, 0, 9, True, "recovered")),
+    ((12, 900, 1100, 1050), {"status_code": 200}, (0, None, 1050, 1050, 9, True, "recovered")),
+    ((0, None, 0, 0), {"status_code": 400, "reason": "status"}, (1, 1000, 0, 1000, 8, True, "failing")),
+    ((1, 900, 0, 0), {"status_code": 499, "reason": "status"}, (2, 900, 0, 1000, 8, True, None)),
+    ((1, 1100, 0, 0), {"reason": "dns"}, (2, 1000, 0, 1000, 8, True, None)),  # the clock was ahead
+    ((1, 900, 0, 0), {"status_code": 500, "reason": "status"}, (2, 900, 0, 1000, 4, True, None)),
+    ((1, 900, 0, 0), {"status_code": 429, "reason": "status"}, (2, 900, 0, 1000, 4, True, None)),
+    ((1, 900, 0, 0), {"reason": "timeout"}, (2, 900, 0, 1000, 4, True, None)),
+    ((1, 900, 0, 0), {"status_code": 429, "reason": "status", "hint": 50.0}, (2, 900, 1050, 1050, 4, True, None)),
+    ((1, 900, 1200, 1300), {"status_code": 429, "reason": "status", "hint": 50.0}, (2, 900, 1200, 1300, 4, True, None)),
+    ((8, 900, 0, 0), {"reason": "connect"}, (9, 900, 0, 1000, 8, True, None)),
+    ((9, 900, 0, 0), {"reason": "connect"}, (10, 900, 1001, 1000, 8, True, None)),
+    ((9, 900, 0, 0), {"status_code": 503, "reason": "status", "hint": 0.5}, (10, 900, 1001, 1000.5, 4, True, None)),
+]  # fmt: skip
+
+
+def test_an_endpoint_learns_from_an_outcome_what_its_next_attempts_may_be() -> None:
+    policy = RetryPolicy((0, 60, 60), jitter=0.0)
+    for before, outcome, expected in LEARNED:
+        lane = webhook_outbox._Lane("a")
+        lane.failures, lane.failing_since, lane.paused_until, lane.hinted_until = before
+        told = lane.learn(webhook_outbox._Outcome(**outcome), 1000.0, 50.0, policy)
+        found = (lane.failures, lane.failing_since, lane.paused_until, lane.hinted_until, lane.limit, lane.dirty, told)
+        assert found == expected, (before, outcome)
+        assert lane.proven_until == (0.0 if "reason" in outcome else 650.0) and lane.enabled and lane.disable is None
+    for limit, outcome, expected in ((16, {"status_code": 200}, 16), (1.5, {"reason": "timeout"}, 1)):
+        lane.limit = limit
+        lane.learn(webhook_outbox._Outcome(**outcome), 1000.0, 50.0, policy)
+        assert lane.limit == expected
+
+
+def test_the_third_failed_row_disables_when_five_days_have_passed_and_not_a_second_before(wal, serve, monkeypatch):
+    """Failed rows from before the last success, and those of other endpoints, do not count."""
+    monkeypatch.delenv("NOWHERE", raising=False)
+    clock, receiver, days = Clock(), serve([answer(400), OK, answer(400)]), 86_400.0
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)), clock=clock)
+    begin = clock.now
+    for name in ("early", "few", "other"):
+        outbox.add_endpoint("https://example.com/", id=name, events=[name], secret="env:NOWHERE")
+    outbox.add_endpoint(receiver.url(), id="well", events=["well"])
+
+    def fail(at: float, *names: str) -> set[str]:
+        """Have one event of each of these fail; return which endpoints are disabled then."""
+        clock.now = begin + at
+        for name in names:
+            emit(outbox, name)
+        outbox.drain(once=True)
+        return {e.id for e in outbox.endpoints() if not e.enabled}
+
+    assert fail(-9, "well") == fail(-8, "well") == set()
+    assert fail(0, "early", "few", "well") == fail(1 * days, "early", "early") == set()
+    assert fail(5 * days - 1, "early", "other", "other", "other", "other") == set()
+    assert fail(5 * days, "other", "other", "few", "well") == set()
+    assert fail(5 * days, "early") == {"early"}
+    assert fail(5 * days, "few", "well") == {"early", "few", "well"}
+    assert {e.disabled_reason for e in outbox.endpoints()} == {"no success for 5 days", ""}
+
+
 def test_five_days_without_success_alone_disable_nothing(wal, serve):
     clock = Clock()
     outbox = make_outbox(wal, retry=RetryPolicy((0,)), clock=clock)
@@ -5914,6 +6062,47 @@ def test_switching_ordered_off_lets_the_rest_go(wal, serve):
     assert drain_sent(receiver).index(3) < drain_sent(receiver).index(4)
 
 
+def test_switching_hold_off_lets_every_queue_of_the_endpoint_go_and_no_other(wal, serve):
+    """Queues k and l wait behind a dead head, m behind one that is not due; m's second stays where it is."""
+    clock, receiver = Clock(), serve(DrainFails(n0=9))
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0,)))
+    for name in "ab":
+        outbox.add_endpoint(receiver.url(), id=name, on_dead="hold")
+    ids = {}
+    for key in "klm":
+        for number in range(3):
+            later = 60.0 if (key, number) == ("m", 0) else 0.0
+            ids[key, number] = drain_emit(outbox, [number], key=key, delay=later)[number]
+
+    def waiting(id: str) -> list[str]:
+        return [f"{key}{number}" for (key, number), event in ids.items() if statuses(outbox, event)[id] == "pending"]
+
+    held = ["k1", "k2", "l1", "l2", "m0", "m1", "m2"]
+    assert outbox.drain(once=True).failed == 4
+    assert waiting("a") == waiting("b") == held
+    outbox.update_endpoint("a", on_dead="skip")
+    heads = "SELECT endpoint_id, event FROM webhook_deliveries WHERE status = 'pending' ORDER BY 1, 2"
+    assert query(wal, heads) == [("a", 2), ("a", 5), ("a", 7), ("b", 7)]
+    outbox.drain(once=True)
+    assert (waiting("a"), waiting("b")) == (["m0", "m1", "m2"], held)
+
+
+def test_switching_ordered_leaves_what_is_done_as_it_is(wal, serve):
+    """A month of delivered rows is not rewritten in the transaction of the host that asks for it."""
+    receiver, outbox = serve([OK, answer(400)]), make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=1)
+    for key in ("k", None):
+        emit(outbox, key=key)
+        outbox.drain(once=True)
+    emit(outbox, key="l")
+    rows = "SELECT status, queue FROM webhook_deliveries ORDER BY event"
+    assert query(wal, rows) == [("delivered", "k"), ("failed", None), ("pending", "l")]
+    outbox.update_endpoint("a", ordered=True)
+    assert query(wal, rows) == [("delivered", "k"), ("failed", ""), ("pending", "")]
+    outbox.update_endpoint("a", ordered=False)
+    assert query(wal, rows) == [("delivered", "k"), ("failed", None), ("pending", "l")]
+
+
 def test_switching_ordered_on_holds_for_deliveries_that_were_already_read(wal, serve):
     gate = DrainGate()
     receiver, outbox = serve(gate), make_outbox(wal)
@@ -6494,6 +6683,476 @@ def test_endpoints_that_hang_do_not_delay_healthy_ones(wal, serve, hanging):
         assert gate.inside
         gate.opened.set()
         eventually(lambda: outbox.stats().pending == 0, within=20)
+
+
+# Turns, and what an endpoint of which little is known may use of the places and the openers.
+
+
+def test_a_fast_endpoint_with_a_huge_backlog_gets_no_more_than_its_turn(wal, serve):
+    """One place in all, so that the order at the receiver is the order of the turns."""
+    receiver, outbox = serve(), make_outbox(wal, workers=1)
+    for name in "abc":
+        outbox.add_endpoint(receiver.url(f"/{name}"), id=name, events=[f"{name}.*"])
+    with outbox.transaction() as conn:
+        for name, count in (("a", 300), ("b", 20), ("c", 40)):
+            for number in range(count):
+                outbox.emit(conn, f"{name}.x", number)
+    assert outbox.drain(until_empty=True).delivered == 360
+    sent = "".join(request.line.split()[1][1] for request in receiver.requests)
+    for rest, turn in ((sent[:60], "abc"), (sent[60:100], "ac")):
+        assert {rest[i : i + len(turn)] for i in range(0, len(rest), len(turn))} == {rest[: len(turn)]}, sent
+        assert sorted(rest[: len(turn)]) == list(turn)
+    assert set(sent[100:]) == {"a"}
+
+
+def hangs(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+    return bool(sock.recv(1))  # until the other side has enough
+
+
+@pytest.mark.parametrize(("known", "most"), [("nothing", 8), ("a failure", 6)])
+def test_endpoints_that_hang_while_a_connection_is_opened_leave_openers_to_the_proven(wal, serve, known, most):
+    """They hang in the TLS handshake: half the openers for those that nobody knows, 3/8 for those that failed."""
+    receiver, silent = serve(answer(500)), serve()
+    outbox = make_outbox(wal, retry=RetryPolicy((0, 3600), jitter=0.0), timeout=60)
+    for number in range(20):
+        outbox.add_endpoint(receiver.url(), id=f"s{number}", events=["sick"])
+    if known == "a failure":
+        emit(outbox, "sick")
+        assert outbox.drain(once=True).retried == 20
+    for number in range(20):
+        outbox.update_endpoint(f"s{number}", url=f"https://127.0.0.1:{silent.port}/")
+    receiver.play = answer(200, b"", "Connection: close")  # so that each of its events needs an opener
+    outbox.add_endpoint(receiver.url(), id="proven", events=["well"])
+    with outbox:
+        emit(outbox, "well")
+        eventually(lambda: outbox.stats().pending == (20 if known == "a failure" else 0))
+        for _ in range(3):
+            emit(outbox, "sick")
+        for _ in range(10):
+            event = emit(outbox, "well")
+            eventually(lambda event=event: statuses(outbox, event) == {"proven": "delivered"})
+        eventually(lambda: silent.connections == most)
+        if known == "a failure":  # those that nobody knows have a share of their own
+            outbox.add_endpoint(receiver.url(), id="new", events=["new"])
+            event = emit(outbox, "new")
+            eventually(lambda: statuses(outbox, event) == {"new": "delivered"})
+        assert silent.connections == most
+        silent.close()
+
+
+@pytest.mark.parametrize(
+    ("known", "proven", "expected"),
+    [
+        ("nothing", 0, 4),
+        ("a failure", 0, 3),
+        ("nothing", 3, 4),
+        ("a failure", 3, 3),
+        ("nothing", 6, 2),
+        ("a failure", 8, 0),
+    ],
+)
+def test_unknown_endpoints_fill_half_the_places_failing_ones_three_eighths(wal, serve, known, proven, expected):
+    """Proven ones fill what is left, and give none back that they have."""
+    gate, busy, receiver = DrainGate(), DrainGate(), serve(answer(500))
+    outbox = make_outbox(wal, workers=8, clock=Clock(), timeout=20)
+    for number in range(10):
+        outbox.add_endpoint(receiver.url(f"/{number}"), id=f"s{number}", events=["sick"])
+    outbox.add_endpoint(serve([OK, busy]).url(), id="proven", events=["well"], max_in_flight=8)
+    with outbox:
+        if known == "a failure":
+            emit(outbox, "sick")
+            eventually(lambda: len(receiver.requests) == 10 and outbox.stats().due == 0)
+        emit(outbox, "well")
+        eventually(lambda: outbox.stats().endpoints[0].delivered == 1)
+        receiver.play = gate
+        for _ in range(proven):
+            emit(outbox, "well")
+        eventually(lambda: busy.inside == proven)
+        for _ in range(2):
+            emit(outbox, "sick")
+        eventually(lambda: gate.inside == expected)
+        for _ in range(8 - proven):
+            emit(outbox, "well")
+        eventually(lambda: busy.inside == 8 - expected)
+        assert (gate.most, busy.most) == (expected, 8 - expected)
+        busy.opened.set(), gate.opened.set()
+        eventually(lambda: outbox.stats().due == 0)
+
+
+@pytest.mark.parametrize("cause", ["delay", "retry", "pause", "probe", "rate"])
+def test_an_endpoint_whose_time_has_come_is_found_without_a_commit(wal, serve, cause):
+    clock, limited = Clock(), answer(429, b"", "Retry-After: 50")
+    receiver = serve({"retry": [answer(500), OK], "pause": [limited, OK]}.get(cause, OK))
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 50, 50), jitter=0.0))
+    outbox.add_endpoint(receiver.url(), id="a", rate=10 if cause == "rate" else None)
+    emit(outbox, delay=50.0 if cause == "delay" else 0.0)
+    if cause == "probe":
+        query(wal, "UPDATE webhook_endpoints SET failures = 20, failing_since = 1.0, paused_until = ?", clock.now + 50)
+    if cause == "rate":
+        emit(outbox), emit(outbox)
+    with outbox:
+        if cause in ("retry", "pause"):
+            eventually(lambda: outbox.stats().due == 0)
+        if cause != "rate":
+            clock.advance(51)
+        eventually(lambda: outbox.stats().endpoints[0].delivered == (3 if cause == "rate" else 1), within=5)
+
+
+# The loop's own turns, one at a time: what no receiver can see for certain.
+
+
+@contextlib.contextmanager
+def drain_by_hand(outbox: Outbox) -> Iterator[Any]:
+    drain = webhook_outbox._Drain(outbox, "forever")
+    drain._open_db()
+    try:
+        assert drain.lock.acquire()
+        drain._look()
+        yield drain
+    finally:
+        drain._leave()
+
+
+def drain_turn(drain: Any) -> None:
+    drain._start_attempts(drain.outbox.clock(), time.monotonic())
+
+
+def test_the_rank_of_an_endpoint_says_what_is_known_of_it(wal):
+    lane = webhook_outbox._Lane("a")
+    assert lane.rank(0.0) == 1
+    lane.active = 1  # its first attempt has not been answered
+    assert lane.rank(0.0) == 2
+    lane.active, lane.failing_since = 0, 0.0
+    assert lane.rank(0.0) == 2
+    lane.proven_until = 5.0
+    assert [lane.rank(mono) for mono in (4.9, 5.0)] == [0, 2]
+
+
+def test_an_endpoint_may_start_exactly_when_nothing_of_its_own_stands_against_it(wal, serve):
+    outbox = make_outbox(wal, transforms={"own": lambda event: b""})
+    outbox.add_endpoint(serve().url(), id="a", rate=2)
+    outbox.add_endpoint(serve().url(), id="own", body="own")
+    emit(outbox)
+    now, mono = time.time() + 1, time.monotonic() + 1
+    with drain_by_hand(outbox) as drain:
+        lane = drain.lanes["a"]
+        assert lane.may_start(now, mono)
+        idle = [object()]
+        for good, bad in (
+            ({"active": 7}, {"active": 8}),
+            ({"limit": 2.9, "active": 1}, {"limit": 2.9, "active": 2}),
+            ({"failures": 9, "active": 7}, {"failures": 10, "active": 1}),
+            ({"failures": 10, "active": 0}, {"enabled": False}),
+            ({"next_due": now}, {"next_due": now + 0.001}),
+            ({"next_due": now + 1, "buffer": [1]}, {"next_due": now + 1, "buffer": []}),
+            ({"paused_until": now}, {"paused_until": now + 0.001}),
+            ({"next_slot": mono}, {"next_slot": mono + 0.001}),
+            ({"opening": 1}, {"opening": 2}),
+            ({"opening": 2, "idle": idle}, {"opening": 2, "idle": []}),
+        ):
+            for values, expected in ((good, True), (bad, False)):
+                before = {name: getattr(lane, name) for name in values}
+                for name, value in values.items():
+                    setattr(lane, name, value)
+                assert lane.may_start(now, mono) is expected, values
+                for name, value in before.items():
+                    setattr(lane, name, value)
+        lane = drain.lanes["own"]  # each of its attempts needs a thread, whatever connections it has
+        lane.idle = idle
+        for opening, expected in ((1, True), (2, False)):
+            lane.opening = opening
+            assert lane.may_start(now, mono) is expected and not lane.has_idle()
+        lane.idle = []
+
+
+def test_what_was_read_is_not_read_again_before_the_next_is_due(wal, serve):
+    clock, receiver = Clock(), serve()
+    outbox = make_outbox(wal, clock=clock)
+    outbox.add_endpoint(receiver.url(), id="a")
+    for delay in (0.0, 90.0, 60.0):
+        emit(outbox, delay=delay)
+    with drain_by_hand(outbox) as drain:
+        drain_turn(drain)
+        assert len(drain.attempts) == 1 and drain.lanes["a"].next_due == clock.now + 60
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(1, 0, 0, 2)
+
+
+def test_the_places_of_a_rate_are_spaced_exactly_and_a_late_loop_catches_up_on_little(wal, serve):
+    lane = webhook_outbox._Lane("a")
+    lane.take_slot(100.0)
+    assert lane.next_slot == 0.0  # no rate, no places
+    lane.endpoint = webhook_outbox.Endpoint("a", "", rate=2)
+    for mono, expected in ((100.0, 100.45), (100.46, 100.95), (100.96, 101.45), (101.5, 101.95), (105.0, 105.45)):
+        lane.take_slot(mono)
+        assert lane.next_slot == pytest.approx(expected, abs=1e-9)
+
+
+def test_an_endpoint_stands_in_one_line_once(wal, serve):
+    outbox = make_outbox(wal)
+    for name in "abc":
+        outbox.add_endpoint(serve().url(), id=name)
+    with drain_by_hand(outbox) as drain:
+        a, b, c = (drain.lanes[name] for name in "abc")
+        for lane in (a, b, c, a, b):
+            drain._line_up(lane, 0.0)
+        assert [list(line) for line in drain.lines] == [[], [a, b, c], []]
+        b.proven_until = a.proven_until = 9.0
+        for lane in (b, a, b):
+            drain._line_up(lane, 0.0)
+        assert [list(line) for line in drain.lines] == [[b, a], [c], []]
+        assert a.line is drain.lines[0] and c.line is drain.lines[1]
+
+
+def test_the_next_of_a_queue_is_looked_for_until_all_outcomes_are_recorded(wal, serve):
+    """The head's outcome may be among those that the last statement had no room for; nothing else tells of it."""
+    outbox = make_outbox(wal)
+    for name in "ab":
+        outbox.add_endpoint(serve().url(), id=name)
+    with drain_by_hand(outbox) as drain:
+        a, b = drain.lanes["a"], drain.lanes["b"]
+        for left in ([(1, "a", "delivered", 0.0)], []):
+            drain.moved |= {"a", "gone"}
+            drain.outcomes, a.next_due, b.next_due = left, math.inf, math.inf
+            drain._recorded([], time.monotonic())
+            assert (a.next_due, b.next_due, a.line) == (0.0, math.inf, drain.lines[1])
+            assert drain.moved == ({"a", "gone"} if left else set())
+        a.known, b.known, drain.look = {1, 2}, {1, 2}, False
+        batch = [(1, "a", "delivered", 5.0), (2, "b", "pending", 7.0), (1, "gone", "pending", 1.0)]
+        drain._recorded(batch, time.monotonic())
+        assert (a.known, b.known, a.next_due, b.next_due, drain.look) == ({2}, {1}, 0.0, 7.0, False)
+        drain._recorded([(2, "b", "pending", 8.0), (None, None, "webhook.endpoint.failing", None)], time.monotonic())
+        assert b.next_due == 7.0 and drain.look
+
+
+def test_a_backlog_of_large_bodies_is_read_in_pieces_of_a_megabyte_and_delivered(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), id="a")
+    with outbox.transaction() as conn:
+        for number in range(12):
+            outbox.emit(conn, "order.created", {"n": number, "text": "x" * 150_000})
+    with contextlib.closing(sqlite3.connect(wal)) as conn:
+        for known, expected in (
+            ([], (7, False)),
+            ([1, 2, 3, 4], (7, False)),
+            (range(1, 11), (2, True)),
+            (range(13), (0, True)),
+        ):
+            picked, complete = webhook_outbox._pick(conn, "a", math.inf, known)
+            assert (len(picked), complete) == expected
+            assert [row.event for row in picked] == [n for n in range(1, 13) if n not in known][: len(picked)]
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(12, 0, 0, 0)
+    assert sorted(drain_sent(receiver)) == list(range(12))
+
+
+def test_looking_for_whose_time_has_come_takes_a_twentieth_of_the_time(wal, serve):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(serve().url(), id="a")
+    with drain_by_hand(outbox) as drain:
+        begun = time.monotonic()
+        drain._sweep(outbox.clock(), begun - 1.0)  # as if it had taken a second
+        assert begun + 20 <= drain.sweep_at <= time.monotonic() + 20 * (1 + time.monotonic() - begun)
+        drain._sweep(outbox.clock(), begun + 9.0)
+        assert begun + 0.002 <= drain.sweep_at <= time.monotonic() + 0.002
+        sweep_at, drain.lanes["a"].next_due = drain.sweep_at, 0.0
+        drain.lanes["a"].line = None
+        for line in drain.lines:
+            line.clear()
+        for mono, found in ((sweep_at - 0.001, 0), (sweep_at, 1)):
+            drain.starved_until = math.inf
+            drain._start_attempts(outbox.clock(), mono)
+            assert sum(map(len, drain.lines)) == found
+        drain._look()
+        assert drain.sweep_at == 0.0
+
+
+def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal)
+    for number in range(12):
+        outbox.add_endpoint(receiver.url(), id=f"e{number:02}")
+    emit(outbox), emit(outbox)
+    names = [f"e{number:02}" for number in range(12)]
+    with drain_by_hand(outbox) as drain:
+        drain.openers = webhook_outbox._OPENERS // 2
+        for _ in range(3):
+            drain_turn(drain)
+            assert [lane.id for lane in drain.lines[1]] == names and not drain.attempts
+        drain.openers -= 1
+        drain_turn(drain)
+        assert [attempt.lane.id for attempt in drain.attempts] == names[:1]
+        assert ["".join(lane.id[1:] for lane in line) for line in drain.lines] == [
+            "",
+            "".join(n[1:] for n in names[1:]),
+            "00",
+        ]
+        for lane in drain.lanes.values():  # all of them answered
+            lane.proven_until = math.inf
+            drain._line_up(lane, 0.0)
+        drain.openers = webhook_outbox._OPENERS
+        drain_turn(drain)  # eight are asked a turn: among thousands that would take too long
+        assert [lane.id for lane in drain.lines[0]] == names[8:] + names[:8] and len(drain.attempts) == 1
+        drain.openers -= 1
+        drain_turn(drain)
+        assert {attempt.lane.id for attempt in drain.attempts} == {"e00", "e08"}
+        drain.starved_until, drain.openers = math.inf, 0
+        drain_turn(drain)
+        assert len(drain.attempts) == 2
+
+
+def test_a_request_whose_attempt_ended_before_it_was_sent_is_not_sent(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal, timeout=5.0)
+    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=1)
+    emit(outbox), emit(outbox)
+    with drain_by_hand(outbox) as drain:
+        drain_turn(drain)
+        eventually(lambda: drain.handed)
+        drain._take_handed()
+        (connection,) = drain.unsent
+        drain._chores(outbox.clock(), connection.attempt.deadline)
+        drain._flush()
+        assert [row[7:9] for row in drain.outcomes] == [("timeout", drain.outcomes[0][8])] and not drain.unsent
+        assert "waiting for the answer" in drain.outcomes[0][8]
+        assert not drain.attempts and connection.sock.fileno() == -1
+    assert not receiver.requests
+
+
+def test_requests_that_are_ready_together_are_sent_together(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal)
+    for number in range(20):
+        outbox.add_endpoint(receiver.url(), id=f"e{number}")
+    emit(outbox)
+    with drain_by_hand(outbox) as drain:
+        for lane in drain.lanes.values():
+            lane.proven_until = math.inf
+        drain_turn(drain)
+        eventually(lambda: len(drain.handed) == 16)
+        drain.handed.pop().sock.close()
+        drain._take_handed()
+        assert len(drain.unsent) == 15 % webhook_outbox._TOGETHER == 7
+        eventually(lambda: len(receiver.requests) == 8)
+        drain._flush()
+        eventually(lambda: len(receiver.requests) == 15)
+
+
+def test_the_drain_naps_only_while_nothing_is_under_way_and_polls_less_the_longer_nothing_happens(wal):
+    with drain_by_hand(make_outbox(wal)) as drain:
+        drain.look = False
+        for quiet, pause in ((0.0, 0.001), (0.09, 0.001), (0.11, 0.005), (59.9, 0.005), (60.0, 0.018), (1e6, 0.018)):
+            drain.lively_at = 1e7 - quiet
+            assert drain._pause(1e7) == pause, quiet
+        drain.look = True
+        assert drain._pause(1e7) == 0.001
+        drain.look, drain.outcomes = False, [()]
+        for record_at, pause in ((1e7 + 0.004, 0.004), (1e7 + 5, 0.018), (1e7 - 1, 0.0)):
+            drain.record_at = record_at
+            assert drain._pause(1e7) == pytest.approx(pause, abs=1e-6)
+        drain.outcomes, drain.heard_at = [], 1e7 - 0.004
+        assert drain._pause(1e7) == 0.0
+        drain.attempts.add(None)
+        assert drain._pause(1e7) == 0.018
+        drain.attempts.clear()
+        drain.heard_at = 1e7 - 0.006
+        assert drain._pause(1e7) == 0.018
+
+
+def test_while_the_host_writes_commits_are_far_apart(wal):
+    """A host waits where it meets one: about 1 % of its time at most."""
+    outbox = make_outbox(wal)
+    with drain_by_hand(outbox) as drain:
+        under_way = webhook_outbox._Attempt(webhook_outbox._Lane("a"), None, None, 0.0, 0.0, 0.0)
+        for host_wrote, attempts, stopping, mode, gap in (
+            (0.51, False, False, "forever", 0.001),
+            (0.51, True, False, "forever", 0.01),
+            (0.51, True, False, "once", 0.01),
+            (0.1, False, False, "forever", 100.1),
+            (0.1, True, False, "forever", 100.1),
+            (0.1, True, False, "once", 100.1),
+            (0.1, False, False, "once", 0.001),
+            (0.1, True, True, "forever", 0.001),
+            (0.1, False, True, "until_empty", 0.001),
+        ):
+            drain.attempts = {under_way} if attempts else set()
+            drain.mode, drain.stopping = mode, stopping
+            before = time.monotonic()
+            drain.host_wrote_at = before - host_wrote
+            drain._recorded([], before - 1.0)  # a commit that took a second
+            late = time.monotonic() - before
+            times = 100 if gap > 1 else 0
+            assert before + gap - 1e-6 <= drain.record_at <= before + gap + late * (1 + times) + 1e-6, (attempts, mode)
+        drain.attempts = set()
+
+
+@pytest.mark.parametrize(("host_wrote", "count"), [(0.1, 768), (0.51, 1536)])
+def test_while_the_host_writes_commits_are_small(wal, monkeypatch, host_wrote, count):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox.add_endpoint("https://example.com/", id="broken", secret="env:NOWHERE")
+    with outbox.transaction() as conn:
+        for n in range(2000):
+            outbox.emit(conn, "order.created", n)
+    with drain_by_hand(outbox) as drain:
+        while len(drain.outcomes) < 2000:
+            drain.lanes["broken"].failures, drain.lanes["broken"].paused_until = 0, 0.0
+            drain._line_up(drain.lanes["broken"], 0.0)
+            drain_turn(drain)
+        mono = time.monotonic()
+        drain.host_wrote_at = mono - host_wrote
+        drain.record_at = mono + 1e-9
+        drain._record(mono)
+        assert len(drain.outcomes) == 2000
+        drain.record_at = mono
+        drain._record(mono)
+        assert query(wal, "SELECT count(*) FROM webhook_attempts") == [(count,)] and len(drain.outcomes) == 2000 - count
+
+
+def test_what_is_learned_of_more_endpoints_than_a_statement_holds_is_recorded_and_counted(wal, monkeypatch):
+    """The last statement was full before it came to the counts."""
+    monkeypatch.delenv("NOWHERE", raising=False)
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    with outbox.transaction() as conn:
+        for number in range(512):
+            outbox.add_endpoint("https://example.com/", id=f"e{number}", secret="env:NOWHERE", conn=conn)
+        for number in range(3):
+            outbox.emit(conn, "order.created", number)
+    assert outbox.drain(once=True).failed == 3 * 512
+    assert query(wal, "SELECT failures, count(*) FROM webhook_endpoints GROUP BY 1") == [(3, 512)]
+    counts = "SELECT name, value, count(*) FROM webhook_counts GROUP BY 1, 2"
+    assert query(wal, counts) == [("given up", 3.0, 512), ("internal", 3.0, 512)]
+
+
+@pytest.mark.parametrize("known", ["nothing", "a failure"])
+def test_proven_endpoints_that_use_every_opener_leave_the_next_one_to_who_is_not_proven(wal, serve, known):
+    """Their turns come again and again while they have a backlog; the others would wait for its end."""
+    receiver, going = serve(answer(200, b"", "Connection: close")), threading.Event()
+    first, failing = threading.Event(), serve(answer(500, b"", "Connection: close"))
+    going.set(), first.set()
+
+    def resolve(host: str, port: int) -> list[str]:
+        assert (first if host == "h0.test" else going).wait(30)
+        return ["127.0.0.1"]
+
+    outbox = make_outbox(wal, resolver=resolve, timeout=30, connect_timeout=30, retry=RetryPolicy((0, 3600), 0.0))
+    for number in range(8):
+        outbox.add_endpoint(f"http://h{number}.test:{receiver.port}/old", id=f"h{number}", events=["old"])
+    outbox.add_endpoint(failing.url("/new"), id="new", events=["new"])
+    with outbox:
+        if known == "a failure":
+            emit(outbox, "new")
+            eventually(lambda: outbox.stats().endpoints[-1].failing_since)
+        emit(outbox, "old")
+        eventually(lambda: len(receiver.requests) == 8 and outbox.stats().due == 0)
+        failing.play = OK
+        going.clear(), first.clear()
+        with outbox.transaction() as conn:
+            for _ in range(4):
+                outbox.emit(conn, "old", None)
+        eventually(lambda: sum("_open_for" in thread.name for thread in threading.enumerate()) == 16)
+        event = emit(outbox, "new")
+        first.set()
+        try:
+            eventually(lambda: statuses(outbox, event) == {"new": "delivered"}, within=5)
+        finally:
+            going.set()
+        eventually(lambda: outbox.stats().due == 0)
 
 
 def test_an_attempt_that_hangs_is_ended_by_its_timeout_and_its_place_used_again(wal, serve):
@@ -7854,14 +8513,15 @@ def test_an_endpoint_that_cannot_make_requests_does_not_keep_the_loop_from_the_o
     assert outbox.stats().failed == webhook_outbox._UNRECORDED  # leaving wrote all of them, in several statements
 
 
-def test_a_new_rate_counts_from_now(wal, serve):
+@pytest.mark.parametrize("rate", [100, None])
+def test_a_new_rate_counts_from_now(wal, serve, rate):
     receiver, outbox = serve(), make_outbox(wal)
     outbox.add_endpoint(receiver.url(), id="a", rate=0.001)
     for n in range(3):
         emit(outbox, data=n)
     with outbox:
         time.sleep(0.2)
-        outbox.update_endpoint("a", rate=100)
+        outbox.update_endpoint("a", rate=rate)
         eventually(lambda: len(receiver.requests) == 3, within=5)
 
 

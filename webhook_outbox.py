@@ -2844,16 +2844,17 @@ class _Drain:
     def _serve(self, rank: int, now: float, mono: float) -> None:
         """Start attempts of the endpoints in the line of a rank, as far as its share goes."""
         line, share = self.lines[rank], _SHARES[rank]
-        held = sum(not rank or attempt.lane.proven_until <= mono for attempt in self.attempts)
-        most = len(self.attempts) + max(1, int(self.outbox.workers * share)) - held
-        most = min(most, self.outbox.workers)
+        # What proven ones hold takes nothing from the share of the others, who would wait for the end of a backlog.
+        proven = [attempt for attempt in self.attempts if rank and attempt.lane.proven_until > mono]
+        most = min(self.outbox.workers, max(1, int(self.outbox.workers * share)) + len(proven))
+        openers = min(_OPENERS, _OPENERS * share + sum(attempt.connection is None for attempt in proven))
         stuck = 0  # endpoints in a row that found no opener
         while stuck < min(len(line), 8) and len(self.attempts) < most and len(self.outcomes) < _UNRECORDED:
             lane = line.popleft()
             lane.line = None
             if not lane.may_start(now, mono):  # lined up before that changed; what changes it back lines it up again
                 continue
-            if not lane.has_idle() and (self.openers >= _OPENERS * share or self.starved_until > mono):
+            if not lane.has_idle() and (self.openers >= openers or self.starved_until > mono):
                 lane.line = line
                 if rank == 1:  # nobody in this line has a connection: the first goes on being the first
                     line.appendleft(lane)
@@ -3334,10 +3335,10 @@ class _Drain:
         for key in list(self.selector.get_map().values()):
             if key.data is not None:
                 self._shut(key.data)
-        if self.outcomes or self.dirty:  # an exception, or the grace ran out: what is known is not thrown away
+        if self.outcomes or self.dirty or self.tally:  # the grace ran out, say: what is known is not thrown away
             with contextlib.suppress(Exception):  # MemoryError too: the lock below must go whatever happens
                 self.db.execute("PRAGMA busy_timeout = 1000")
-                while self.outcomes or self.dirty:
+                while self.outcomes or self.dirty or self.tally:
                     self._write()
         self.selector.close()
         self.wake_in.close()

@@ -5230,7 +5230,7 @@ def test_the_third_failed_row_disables_when_five_days_have_passed_and_not_a_seco
     clock, receiver, days = Clock(), serve([answer(400), OK, answer(400)]), 86_400.0
     outbox = make_outbox(wal, retry=RetryPolicy((0,)), clock=clock)
     begin = clock.now
-    for name in ("early", "few", "other"):
+    for name in ("other", "early", "few"):  # whose turn comes first
         outbox.add_endpoint("https://example.com/", id=name, events=[name], secret="env:NOWHERE")
     outbox.add_endpoint(receiver.url(), id="well", events=["well"])
 
@@ -5249,6 +5249,41 @@ def test_the_third_failed_row_disables_when_five_days_have_passed_and_not_a_seco
     assert fail(5 * days, "early") == {"early"}
     assert fail(5 * days, "few", "well") == {"early", "few", "well"}
     assert {e.disabled_reason for e in outbox.endpoints()} == {"no success for 5 days", ""}
+
+
+def test_a_delivery_is_done_when_its_outcome_was_known(wal, serve):
+    receiver, outbox = serve(drain_slow(0.05)), make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(receiver.url(), id="a")
+    done = emit(outbox)
+    outbox.drain(once=True)
+    receiver.play = answer(400)
+    lost = emit(outbox)
+    outbox.drain(once=True)
+    (first,), (second,) = outbox.attempts(done), outbox.attempts(lost)
+    assert outbox.event(done).deliveries[0].delivered_at == first.at + first.duration >= first.at + 0.05
+    assert outbox.failed()[0].failed_at == second.at + second.duration > second.at
+    assert outbox.event(lost).deliveries[0].delivered_at is None
+
+
+def test_who_disabled_an_endpoint_first_says_why(wal, serve):
+    """The receiver's 410 comes while an operator has it disabled already."""
+    gate, receiver = threading.Event(), serve()
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        gate.wait(20)
+        sock.sendall(answer(410))
+        return True
+
+    receiver.play, outbox = play, make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), id="a")
+    event = emit(outbox)
+    with outbox:
+        eventually(lambda: receiver.requests)
+        outbox.disable_endpoint("a", "moving house")
+        gate.set()
+        eventually(lambda: outbox.attempts(event))
+    assert outbox.failed()[0].reason == "gone"
+    assert outbox.endpoint("a").disabled_reason == "moving house"
 
 
 def test_five_days_without_success_alone_disable_nothing(wal, serve):
@@ -7095,7 +7130,10 @@ def test_while_the_host_writes_commits_are_small(wal, monkeypatch, host_wrote, c
             drain._line_up(drain.lanes["broken"], 0.0)
             drain_turn(drain)
         mono = time.monotonic()
-        drain.host_wrote_at = mono - host_wrote
+        outcomes, drain.outcomes, drain.dirty, drain.record_at = drain.outcomes, [], {}, 0.0
+        drain._record(mono)
+        assert drain.record_at == 0.0  # nothing to write: no commit
+        drain.outcomes, drain.host_wrote_at = outcomes, mono - host_wrote
         drain.record_at = mono + 1e-9
         drain._record(mono)
         assert len(drain.outcomes) == 2000
@@ -7104,19 +7142,20 @@ def test_while_the_host_writes_commits_are_small(wal, monkeypatch, host_wrote, c
         assert query(wal, "SELECT count(*) FROM webhook_attempts") == [(count,)] and len(drain.outcomes) == 2000 - count
 
 
-def test_what_is_learned_of_more_endpoints_than_a_statement_holds_is_recorded_and_counted(wal, monkeypatch):
-    """The last statement was full before it came to the counts."""
+@pytest.mark.parametrize("count", [512, 600])
+def test_what_is_learned_of_more_endpoints_than_a_statement_holds_is_recorded_and_counted(wal, monkeypatch, count):
+    """With 512 the last statement is full before it comes to the counts; with 600 endpoints are left over, too."""
     monkeypatch.delenv("NOWHERE", raising=False)
     outbox = make_outbox(wal, retry=RetryPolicy((0,)))
     with outbox.transaction() as conn:
-        for number in range(512):
+        for number in range(count):
             outbox.add_endpoint("https://example.com/", id=f"e{number}", secret="env:NOWHERE", conn=conn)
         for number in range(3):
             outbox.emit(conn, "order.created", number)
-    assert outbox.drain(once=True).failed == 3 * 512
-    assert query(wal, "SELECT failures, count(*) FROM webhook_endpoints GROUP BY 1") == [(3, 512)]
+    assert outbox.drain(once=True).failed == 3 * count
+    assert query(wal, "SELECT failures, count(*) FROM webhook_endpoints GROUP BY 1") == [(3, count)]
     counts = "SELECT name, value, count(*) FROM webhook_counts GROUP BY 1, 2"
-    assert query(wal, counts) == [("given up", 3.0, 512), ("internal", 3.0, 512)]
+    assert query(wal, counts) == [("given up", 3.0, count), ("internal", 3.0, count)]
 
 
 @pytest.mark.parametrize("known", ["nothing", "a failure"])

@@ -2845,7 +2845,7 @@ class _Drain:
         """Start attempts of the endpoints in the line of a rank, as far as its share goes."""
         line, share = self.lines[rank], _SHARES[rank]
         # What proven ones hold takes nothing from the share of the others, who would wait for the end of a backlog.
-        proven = [attempt for attempt in self.attempts if rank and attempt.lane.proven_until > mono]
+        proven = [attempt for attempt in self.attempts if attempt.lane.proven_until > mono]
         most = min(self.outbox.workers, max(1, int(self.outbox.workers * share)) + len(proven))
         openers = min(_OPENERS, _OPENERS * share + sum(attempt.connection is None for attempt in proven))
         stuck = 0  # endpoints in a row that found no opener

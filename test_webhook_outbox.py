@@ -3001,6 +3001,19 @@ def test_a_clock_that_was_ahead_for_a_minute_delays_nothing_for_years(
     assert len(down.requests) == len(busy.requests) == 3
 
 
+def test_an_event_of_a_clock_that_was_ahead_is_delayed_as_it_was_meant(wal: str, serve: Serve) -> None:
+    clock, receiver = Clock(), serve()
+    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy())
+    outbox.add_endpoint(receiver.url())
+    clock.advance(7300 * DAY)
+    meant = {emit(outbox, delay=delay): min(delay, RetryPolicy().longest) for delay in (0.0, 60.0, 2 * DAY)}
+    clock.advance(-7300 * DAY)
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(1, 0, 0, 2)
+    for event, delay in meant.items():
+        (delivery,) = outbox.event(event).deliveries
+        assert delivery.due_at == pytest.approx(clock.now + delay, abs=1e-3) and bool(delivery.attempts) == (not delay)
+
+
 def test_a_clock_that_stands_still_moves_nothing(wal: str, serve: Serve) -> None:
     """Neither a try that was put off for as long as can be, nor a delay that the host asked for just now."""
     clock, busy = Clock(), serve(answer(429, b"", f"Retry-After: {DAY:.0f}"))
@@ -5271,6 +5284,18 @@ def test_who_disabled_an_endpoint_first_says_why(wal, serve):
     assert outbox.endpoint("a").disabled_reason == "moving house"
 
 
+def test_an_endpoint_that_breaks_while_the_drain_runs_sends_nothing_more_in_its_old_form(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(receiver.url(), id="a")
+    with outbox:
+        emit(outbox)
+        eventually(lambda: outbox.stats().pending == 0)
+        query(wal, "UPDATE webhook_endpoints SET signing = 'rot13'")
+        emit(outbox)
+        eventually(lambda: outbox.failed())
+    assert outbox.failed()[0].reason == "internal" and len(receiver.requests) == 1
+
+
 def test_five_days_without_success_alone_disable_nothing(wal, serve):
     clock = Clock()
     outbox = make_outbox(wal, retry=RetryPolicy((0,)), clock=clock)
@@ -6957,6 +6982,18 @@ def test_looking_for_whose_time_has_come_takes_a_twentieth_of_the_time(wal, serv
         assert drain.sweep_at == 0.0
 
 
+def test_only_failed_rows_of_the_endpoint_itself_speak_for_disabling_it(wal, serve):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(serve().url(), id="a")
+    with drain_by_hand(outbox) as drain:
+        lane, now = drain.lanes["a"], 5 * 86_400.0
+        rows = [(1, "a", "failed"), (2, "a", "pending"), (3, "b", "failed"), (4, "a", "failed"), (5, "a", "delivered")]
+        for since, more, expected in ((0.0, [], False), (0.0, [(6, "a", "failed")], True), (None, rows, False)):
+            lane.failing_since, drain.outcomes = since, rows + more
+            assert drain._hopeless(lane, now) is expected
+        drain.outcomes = []
+
+
 def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):
     receiver, outbox = serve(), make_outbox(wal)
     for number in range(12):
@@ -7099,20 +7136,22 @@ def test_while_the_host_writes_commits_are_small(wal, monkeypatch, host_wrote, c
         assert query(wal, "SELECT count(*) FROM webhook_attempts") == [(count,)] and len(drain.outcomes) == 2000 - count
 
 
-@pytest.mark.parametrize("count", [512, 600])
-def test_what_is_learned_of_more_endpoints_than_a_statement_holds_is_recorded_and_counted(wal, monkeypatch, count):
-    """With 512 the last statement is full before it comes to the counts; with 600 endpoints are left over, too."""
+@pytest.mark.parametrize(("count", "each"), [(512, 3), (1100, 1)])
+def test_what_is_learned_of_more_endpoints_than_a_statement_holds_is_recorded_and_counted(
+    wal, monkeypatch, count, each
+):
+    """With 512 the last statement is full before it comes to the counts; with 1100 endpoints are left over."""
     monkeypatch.delenv("NOWHERE", raising=False)
     outbox = make_outbox(wal, retry=RetryPolicy((0,)))
     with outbox.transaction() as conn:
         for number in range(count):
             outbox.add_endpoint("https://example.com/", id=f"e{number}", secret="env:NOWHERE", conn=conn)
-        for number in range(3):
+        for number in range(each):
             outbox.emit(conn, "order.created", number)
-    assert outbox.drain(once=True).failed == 3 * count
-    assert query(wal, "SELECT failures, count(*) FROM webhook_endpoints GROUP BY 1") == [(3, count)]
+    assert outbox.drain(once=True).failed == each * count
+    assert query(wal, "SELECT failures, count(*) FROM webhook_endpoints GROUP BY 1") == [(each, count)]
     counts = "SELECT name, value, count(*) FROM webhook_counts GROUP BY 1, 2"
-    assert query(wal, counts) == [("given up", 3.0, count), ("internal", 3.0, count)]
+    assert query(wal, counts) == [("given up", each, count), ("internal", each, count)]
 
 
 @pytest.mark.parametrize("known", ["nothing", "a failure"])

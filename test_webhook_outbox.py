@@ -7004,6 +7004,7 @@ def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):
         drain.openers = webhook_outbox._OPENERS // 2
         for _ in range(3):
             drain_turn(drain)
+            drain._sweep(outbox.clock(), time.monotonic())
             assert [lane.id for lane in drain.lines[1]] == names and not drain.attempts
         drain.openers -= 1
         drain_turn(drain)
@@ -7018,6 +7019,7 @@ def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):
             drain._line_up(lane, 0.0)
         drain.openers = webhook_outbox._OPENERS
         drain_turn(drain)  # eight are asked a turn: among thousands that would take too long
+        drain._sweep(outbox.clock(), time.monotonic())
         assert [lane.id for lane in drain.lines[0]] == names[8:] + names[:8] and len(drain.attempts) == 1
         drain.openers -= 1
         drain_turn(drain)
@@ -7136,6 +7138,25 @@ def test_while_the_host_writes_commits_are_small(wal, monkeypatch, host_wrote, c
         assert query(wal, "SELECT count(*) FROM webhook_attempts") == [(count,)] and len(drain.outcomes) == 2000 - count
 
 
+def test_a_statement_holds_no_more_rows_than_every_sqlite_takes(wal, monkeypatch):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    with outbox.transaction() as conn:
+        for number in range(1800):
+            outbox.add_endpoint("https://example.com/", id=f"e{number}", secret="env:NOWHERE", conn=conn)
+        outbox.emit(conn, "order.created", None)
+    with drain_by_hand(outbox) as drain:
+        if sys.version_info >= (3, 11):
+            drain.db.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 32_766)
+        drain_turn(drain)
+        left = []
+        while drain.outcomes or drain.dirty or drain.tally:
+            drain._write()
+            left.append((len(drain.outcomes), len(drain.dirty), len(drain.tally)))
+    assert left == [(264, 1288, 1800), (0, 776, 528), (0, 264, 0), (0, 0, 0)]
+    assert query(wal, "SELECT failures, count(*) FROM webhook_endpoints GROUP BY 1") == [(1, 1800)]
+
+
 @pytest.mark.parametrize(("count", "each"), [(512, 3), (1100, 1)])
 def test_what_is_learned_of_more_endpoints_than_a_statement_holds_is_recorded_and_counted(
     wal, monkeypatch, count, each
@@ -7169,11 +7190,12 @@ def test_proven_endpoints_that_use_every_opener_leave_the_next_one_to_who_is_not
     for number in range(8):
         outbox.add_endpoint(f"http://h{number}.test:{receiver.port}/old", id=f"h{number}", events=["old"])
     outbox.add_endpoint(failing.url("/new"), id="new", events=["new"])
+    outbox.add_endpoint(serve().url(), id="steady", events=["steady"])  # keeps its connection
     with outbox:
         if known == "a failure":
             emit(outbox, "new")
-            eventually(lambda: outbox.stats().endpoints[-1].failing_since)
-        emit(outbox, "old")
+            eventually(lambda: outbox.endpoint("new").failing_since)
+        emit(outbox, "old"), emit(outbox, "steady")
         eventually(lambda: len(receiver.requests) == 8 and outbox.stats().due == 0)
         failing.play = OK
         going.clear(), first.clear()
@@ -7181,12 +7203,14 @@ def test_proven_endpoints_that_use_every_opener_leave_the_next_one_to_who_is_not
             for _ in range(4):
                 outbox.emit(conn, "old", None)
         eventually(lambda: sum("_open_for" in thread.name for thread in threading.enumerate()) == 16)
-        event = emit(outbox, "new")
-        first.set()
+        event, steady = emit(outbox, "new"), emit(outbox, "steady")
         try:
+            eventually(lambda: statuses(outbox, steady) == {"steady": "delivered"}, within=5)
+            assert statuses(outbox, event) == {"new": "pending"}
+            first.set()
             eventually(lambda: statuses(outbox, event) == {"new": "delivered"}, within=5)
         finally:
-            going.set()
+            first.set(), going.set()
         eventually(lambda: outbox.stats().due == 0)
 
 

@@ -2263,7 +2263,7 @@ _UNRECORDED = 2_000  # outcomes that may wait for the write lock before sending 
 _TAKEOVER_POLL = 0.1  # seconds between two looks at a lock that another process holds
 _HOST_BUSY = 0.5  # seconds since somebody else's commit in which the host counts as writing
 _GAP_BUSY, _GAP_SENDING, _GAP_IDLE = 0.1, 0.01, 0.001  # seconds between two commits of ours
-_GAP_SHARE = 100  # a commit that took a while is followed by a gap so many times as long, while the host writes
+_GAP_SHARE = 110  # a commit that took a while is followed by a gap so many times as long, while the host writes
 _BUCKETS = tuple(map(float, "0.01 0.05 0.1 0.5 1 5 30 60 300 3600 21600 86400 inf".split()))  # seconds, of metrics
 _BUCKET_NAMES = tuple(f"le {bound:g}" for bound in _BUCKETS)
 _PRUNE_PAUSE = 3_600.0  # seconds between two rounds of retention
@@ -2734,14 +2734,14 @@ class _Drain:
                     self.host_wrote_at = mono
                 self.data_version, self.lively_at, self.look = version, mono, True
         if self.look and mono >= self.look_at:
-            self.look = False
+            self.look, begun = False, time.thread_time()
             try:
                 self._look()
             except BaseException:
                 self.look = True
                 raise
-            ended = time.monotonic()  # with a thousand endpoints a look takes milliseconds: a fifth of the time at most
-            self.look_at = ended + 4 * (ended - mono)
+            # With a thousand endpoints a look takes milliseconds: a fifth of the time at most.
+            self.look_at = time.monotonic() + 4 * (time.thread_time() - begun)
 
     def _peer_wrote(self) -> bool:
         """Say whether the drain of another share wrote since we looked last: it can wait, unlike a host."""
@@ -2824,11 +2824,11 @@ class _Drain:
 
     def _sweep(self, now: float, mono: float) -> None:
         """Line up every endpoint whose time has come: retries, rate limits, pauses. Takes a twentieth of the time."""
+        begun = time.thread_time()  # not of the wall: a host that computes keeps us waiting for the interpreter
         for lane in self.lanes.values():
             if lane.may_start(now, mono):
                 self._line_up(lane, mono)
-        ended = time.monotonic()
-        self.sweep_at = ended + max(0.002, 20 * (ended - mono))
+        self.sweep_at = time.monotonic() + max(0.002, 20 * (time.thread_time() - begun))
 
     def _start_attempts(self, now: float, mono: float) -> None:
         """Give each endpoint one attempt a turn until places, work or openers run out. Endpoints that have not answered
@@ -3196,6 +3196,7 @@ class _Drain:
         """Write what came back, in one statement, within the commit budget: commits a second are what a host feels."""
         if not (self.outcomes or self.dirty) or mono < self.record_at:
             return
+        begun = time.thread_time()
         try:
             batch = self._write(_BATCH_BUSY if mono - self.host_wrote_at < _HOST_BUSY else _BATCH)
         except sqlite3.Error as error:
@@ -3207,11 +3208,11 @@ class _Drain:
                     raise
             # Our own short retries: SQLite's busy handler sleeps up to 100 ms and starves beside a busy host. A refused
             # try of a big batch costs milliseconds, so tries take at most a fifth of the time.
-            now = time.monotonic()
-            self.record_at = now + (max(0.0005, 4 * (now - mono)) if self.storing else 1.0)
+            pause = max(0.0005, 4 * (time.thread_time() - begun)) if self.storing else 1.0
+            self.record_at = time.monotonic() + pause
             return
         self.storing = True
-        self._recorded(batch, mono)
+        self._recorded(batch, time.thread_time() - begun)
 
     def _write(self, most: int = _BATCH) -> list[tuple[Any, ...]]:
         """Write outcomes, and what was learned of their endpoints; return the outcomes written."""
@@ -3233,7 +3234,7 @@ class _Drain:
             del self.tally[id]
         return batch
 
-    def _recorded(self, batch: list[tuple[Any, ...]], begun: float) -> None:
+    def _recorded(self, batch: list[tuple[Any, ...]], took: float) -> None:
         """Our own commits do not move data_version: note here what they made due, and when the next may come. A host
         waits where it meets one; where it read before and writes after it, it is refused: about 1 % at most."""
         mono = time.monotonic()
@@ -3252,7 +3253,7 @@ class _Drain:
         ending = self.stopping or self.mode != "forever" and not self.attempts
         gap = _GAP_IDLE if ending else _GAP_SENDING if self.attempts else _GAP_IDLE
         if busy and not ending:
-            gap = _GAP_BUSY + _GAP_SHARE * (mono - begun)
+            gap = _GAP_BUSY + _GAP_SHARE * took
         self.record_at = mono + gap
         self.look |= any(row[1] is None for row in batch)  # our own webhook.* events
         for notice in self.notices:

@@ -273,6 +273,12 @@ def database(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> str:
     return make_database(tmp_path / "app.db", request.param)
 
 
+@pytest.fixture(params=["wal", pytest.param("delete", marks=pytest.mark.long)])
+def either(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> str:
+    """The same for tests that take a second or more: in rollback mode in the long round only."""
+    return make_database(tmp_path / "app.db", request.param)
+
+
 @pytest.fixture
 def wal(tmp_path: pathlib.Path) -> str:
     """The same in WAL mode only, where the journal does not matter."""
@@ -331,17 +337,11 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
-@pytest.fixture(scope="session", autouse=True)
-def what_was_there_before() -> None:
-    """Each test collects garbage to see what it leaves; what was imported and collected by now stays out of it."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
-def leaves_nothing_behind(what_was_there_before: None) -> Iterator[None]:
+def leaves_nothing_behind() -> Iterator[None]:
     """Each test ends with the threads, connections and descriptors that it began with."""
     gc.collect()
+    gc.freeze()  # what was imported by now stays out of the next searches for garbage
     threads, before, pinned = set(threading.enumerate()), descriptors(), set(webhook_outbox._PINNED)
     yield
     gc.collect()
@@ -3213,7 +3213,7 @@ def test_a_file_that_is_not_the_inboxs_is_refused_and_left_alone(inbox: Inbox, t
             assert conn.execute("SELECT count(*) FROM webhook_inbox").fetchone() == (0,)
 
 
-def test_receivers_in_several_processes_make_one_invoice_an_event(inbox: Inbox, database: str) -> None:
+def test_receivers_in_several_processes_make_one_invoice_an_event(inbox: Inbox, either: str) -> None:
     """Each event comes twice to each of them; handlers fail after accept; and one is killed there."""
     code = """
     import itertools, json, sqlite3, sys, webhook_outbox
@@ -3230,15 +3230,15 @@ def test_receivers_in_several_processes_make_one_invoice_an_event(inbox: Inbox, 
         except ZeroDivisionError:
             pass
     """
-    processes = [run_python(code, "-1", database, json.dumps(BEGINNINGS[1]), stdin=subprocess.PIPE)]
+    processes = [run_python(code, "-1", either, json.dumps(BEGINNINGS[1]), stdin=subprocess.PIPE)]
     assert processes[0].stdout.readline() == "msg_0\n"  # type: ignore[union-attr]
     for number, beginning in enumerate(BEGINNINGS):
-        processes.append(run_python(code, str(number), database, json.dumps(beginning)))
+        processes.append(run_python(code, str(number), either, json.dumps(beginning)))
     processes[0].kill()
     for process in processes:
         output = process.communicate(timeout=120)
         assert process.returncode == (-signal.SIGKILL if process is processes[0] else 0), output
-    assert query(database, "SELECT count(*), count(DISTINCT event) FROM invoices") == [(24, 24)]
+    assert query(either, "SELECT count(*), count(DISTINCT event) FROM invoices") == [(24, 24)]
 
 
 def test_an_inbox_that_power_loss_could_empty_says_so_once(
@@ -5671,25 +5671,24 @@ def shards_in(path: str, shard: str, *options: str) -> subprocess.Popen[str]:
     return run_python(code, "--db", path, "--allow-network", "127.0.0.0/8", "drain", "--shard", shard, *options)
 
 
-def test_shares_divide_the_endpoints_and_each_is_drained_by_one_process_at_a_time(database, serve):
+def test_shares_divide_the_endpoints_and_each_is_drained_by_one_process_at_a_time(either, serve):
     receivers = [serve() for _ in range(12)]
-    outbox = make_outbox(database)
+    outbox = make_outbox(either)
     for n, receiver in enumerate(receivers):
         outbox.add_endpoint(receiver.url(), id=f"ep{n}")
     ids = [emit(outbox) for _ in range(20)]
     shares = [webhook_outbox._Share(number, 3) for number in (1, 2, 3)]
     owners = [[share.number for share in shares if share.has(f"ep{n}")] for n in range(12)]
     assert all(len(owner) == 1 for owner in owners) and len({owner[0] for owner in owners}) == 3
-    first = shards_in(database, "1/3", "--once")
+    first = shards_in(either, "1/3", "--once")
     out, err = first.communicate(timeout=60)
     mine = [n for n in range(12) if owners[n] == [1]]
     assert f"delivered {20 * len(mine)}, failed 0, retried 0, still pending 0" in out, out + err
     assert [n for n in range(12) if receivers[n].requests] == mine
-    rest = [shards_in(database, shard) for shard in ("2/3", "3/3", "3/3", "1/3")]
+    rest = [shards_in(either, shard) for shard in ("2/3", "3/3", "3/3", "1/3")]
     try:
         eventually(
-            lambda: query(database, "SELECT count(*) FROM webhook_deliveries WHERE status = 'delivered'") == [(240,)],
-            30,
+            lambda: query(either, "SELECT count(*) FROM webhook_deliveries WHERE status = 'delivered'") == [(240,)], 30
         )
     finally:
         for process in rest:
@@ -5937,13 +5936,13 @@ def test_commits_of_anybody_wake_the_drain(database, serve):
 
 
 @pytest.mark.parametrize("seconds", [0.7, pytest.param(8, marks=pytest.mark.long)])
-def test_outcomes_wait_for_a_lock_that_somebody_holds_and_nothing_is_sent_twice(database, serve, caplog, seconds):
+def test_outcomes_wait_for_a_lock_that_somebody_holds_and_nothing_is_sent_twice(either, serve, caplog, seconds):
     """EXCLUSIVE keeps readers out as well in rollback mode; in WAL mode it is the write lock."""
     gate = DrainGate()
-    receiver, outbox = serve(gate), make_outbox(database)
+    receiver, outbox = serve(gate), make_outbox(either)
     outbox.add_endpoint(receiver.url())
     events = drain_emit(outbox, range(5))
-    with outbox, contextlib.closing(sqlite3.connect(database, isolation_level=None, timeout=10)) as conn:
+    with outbox, contextlib.closing(sqlite3.connect(either, isolation_level=None, timeout=10)) as conn:
         eventually(lambda: len(receiver.requests) == 5)
         conn.execute("BEGIN EXCLUSIVE")
         gate.opened.set()
@@ -6405,19 +6404,19 @@ while time.monotonic() < end:
 """
 
 
-def test_a_process_that_takes_the_lock_in_bursts_delays_and_doubles_nothing(database, serve, caplog):
-    receiver, outbox = serve(), make_outbox(database)
+def test_a_process_that_takes_the_lock_in_bursts_delays_and_doubles_nothing(either, serve, caplog):
+    receiver, outbox = serve(), make_outbox(either)
     outbox.add_endpoint(receiver.url())
-    with outbox, drain_process(database, "", LOCK_BURSTS) as bursts:
+    with outbox, drain_process(either, "", LOCK_BURSTS) as bursts:
         assert bursts.stdout.readline() == "started\n"
-        with contextlib.closing(sqlite3.connect(database, timeout=30)) as conn:
+        with contextlib.closing(sqlite3.connect(either, timeout=30)) as conn:
             for n in itertools.count():
                 with conn:
                     outbox.emit(conn, "order.created", {"n": n})
                 if bursts.poll() is not None:
                     break
         assert bursts.returncode == 0, bursts.stderr.read()
-        eventually(lambda: not query(database, "SELECT 1 FROM webhook_deliveries WHERE status = 'pending'"), within=30)
+        eventually(lambda: not query(either, "SELECT 1 FROM webhook_deliveries WHERE status = 'pending'"), within=30)
     assert sorted(drain_sent(receiver)) == list(range(n + 1))
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
@@ -6769,7 +6768,7 @@ def hangs(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
     return bool(sock.recv(1))  # until the other side has enough
 
 
-@pytest.mark.parametrize(("known", "most"), [("nothing", 8), ("a failure", 6)])
+@pytest.mark.parametrize(("known", "most"), [("nothing", 8), pytest.param("a failure", 6, marks=pytest.mark.long)])
 def test_endpoints_that_hang_while_a_connection_is_opened_leave_openers_to_the_proven(wal, serve, known, most):
     """They hang in the TLS handshake: half the openers for those that nobody knows, 3/8 for those that failed."""
     receiver, silent = serve(answer(500)), serve()
@@ -7393,9 +7392,9 @@ def gunicorn(folder: pathlib.Path, path: str) -> Iterator[tuple[subprocess.Popen
 
 
 def test_gunicorn_with_preload_and_three_workers_delivers_once_and_survives_the_death_of_the_one_that_drains(
-    database, serve, tmp_path
+    either, serve, tmp_path
 ):
-    receiver, outbox = serve(), make_outbox(database)
+    receiver, outbox = serve(), make_outbox(either)
     outbox.add_endpoint(receiver.url(), id="crm")
 
     def ask(path: str) -> str:
@@ -7406,12 +7405,12 @@ def test_gunicorn_with_preload_and_three_workers_delivers_once_and_survives_the_
     def order(count: int) -> list[str]:
         return [eventually(lambda: ask("/order"), within=30) for _ in range(count)]
 
-    with gunicorn(tmp_path, database) as (master, base):
+    with gunicorn(tmp_path, either) as (master, base):
         workers: set[str] = set()
         eventually(lambda: workers.add(eventually(lambda: ask("/"), 30)) or len(workers) >= 2, within=30)
         ids = order(20)
         eventually(lambda: len(receiver.requests) == 20, within=30)
-        drains = re.search(r"POSIX +ADVISORY +WRITE (\d+) [0-9a-f:]+:" + str(os.stat(database + "-webhooks").st_ino),
+        drains = re.search(r"POSIX +ADVISORY +WRITE (\d+) [0-9a-f:]+:" + str(os.stat(either + "-webhooks").st_ino),
                            pathlib.Path("/proc/locks").read_text())  # fmt: skip
         assert drains, pathlib.Path("/proc/locks").read_text()
         os.kill(int(drains[1]), signal.SIGKILL)
@@ -7425,7 +7424,7 @@ def test_gunicorn_with_preload_and_three_workers_delivers_once_and_survives_the_
     assert set(sent) == set(ids) and repeated <= set(ids[:20])  # what was not recorded when it was killed
     assert all(sent.count(id) <= 2 for id in sent)
     outbox.drain(once=True)
-    assert outbox.stats().pending == 0 and query(database, "SELECT count(*) FROM orders") == [(50,)]
+    assert outbox.stats().pending == 0 and query(either, "SELECT count(*) FROM orders") == [(50,)]
 
 
 EXHAUSTED = """
@@ -7485,7 +7484,7 @@ def test_a_process_without_threads_or_descriptors_delivers_when_there_are_some_a
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_runs_nothing_until_it_starts_its_own(database, serve):
+def test_a_forked_child_runs_nothing_until_it_starts_its_own(either, serve):
     code = """
     import os, sys, time, warnings
     from webhook_outbox import Outbox
@@ -7530,13 +7529,13 @@ def test_a_forked_child_runs_nothing_until_it_starts_its_own(database, serve):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     print("done", flush=True)
     """
-    receiver, outbox = serve(), make_outbox(database)
+    receiver, outbox = serve(), make_outbox(either)
     outbox.add_endpoint(receiver.url())
-    with drain_process(database, "", code) as process:
+    with drain_process(either, "", code) as process:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out.split("\n"), err) == (0, ["standing by", "done", ""], "")
     assert len(receiver.requests) == 6
-    assert query(database, "PRAGMA integrity_check") == [("ok",)]
+    assert query(either, "PRAGMA integrity_check") == [("ok",)]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -7816,11 +7815,11 @@ def herd(tmp_path: pathlib.Path) -> Iterator[CrashesHerd]:
         assert "Traceback" not in (said := stderr.read()), said
 
 
-def test_eight_processes_that_all_drain_deliver_each_event_once(database, serve, herd):
-    receiver, outbox = serve(), make_outbox(database)
+def test_eight_processes_that_all_drain_deliver_each_event_once(either, serve, herd):
+    receiver, outbox = serve(), make_outbox(either)
     outbox.add_endpoint(receiver.url())
     for number in range(8):
-        herd.start("drain", f"d{number}", database, CRASHES_WAYS[number % 3])
+        herd.start("drain", f"d{number}", either, CRASHES_WAYS[number % 3])
     for start in range(0, 200, 10):
         drain_emit(outbox, range(start, start + 10))
         time.sleep(0.01)
@@ -7831,14 +7830,14 @@ def test_eight_processes_that_all_drain_deliver_each_event_once(database, serve,
 
 @pytest.mark.parametrize("stopped", [0.6, pytest.param(3.0, marks=pytest.mark.long)])
 def test_a_standby_takes_over_within_half_a_second_of_a_death_and_never_while_the_holder_lives(
-    database, serve, herd, stopped
+    either, serve, herd, stopped
 ):
     """Half a second is promised, a poll of 0.1 s expected. The median of seven leaves room for a busy machine."""
     gate = DrainGate()
-    receiver, outbox = serve(gate), make_outbox(database)
+    receiver, outbox = serve(gate), make_outbox(either)
     outbox.add_endpoint(receiver.url())
     for number, way in enumerate(CRASHES_WAYS):
-        herd.start("drain", f"d{number}", database, way)
+        herd.start("drain", f"d{number}", either, way)
     numbers, took = itertools.count(), []
 
     def send() -> str:
@@ -7866,7 +7865,7 @@ def test_a_standby_takes_over_within_half_a_second_of_a_death_and_never_while_th
         drain_emit(outbox, [next(numbers)])
         eventually(lambda: drain_senders(receiver)[-1] != holder)  # noqa: B023 - called at once
         took.append(time.monotonic() - died)
-        herd.start("drain", f"d{number}", database, CRASHES_WAYS[number % 3])
+        herd.start("drain", f"d{number}", either, CRASHES_WAYS[number % 3])
         holder = send()
     print("taken over after", *(f"{seconds:.3f}" for seconds in sorted(took)))
     assert sorted(took)[3] < 0.5, took
@@ -8057,13 +8056,13 @@ class CrashesStorm:
 
 @pytest.mark.parametrize("rounds", [12, pytest.param(120, marks=pytest.mark.long)])
 def test_a_storm_of_kills_stops_and_locks_loses_nothing_and_repeats_nothing_without_a_cause(
-    database, serve, herd, tmp_path, rounds
+    either, serve, herd, tmp_path, rounds
 ):
     """WEBHOOK_OUTBOX_SEED repeats what the storm chose, not how its processes interleaved: a failure may not return at
     once."""
     seed = int(os.environ.get("WEBHOOK_OUTBOX_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"WEBHOOK_OUTBOX_SEED={seed}")  # shown when the test fails
-    storm = CrashesStorm(database, tmp_path, herd, seed)
+    storm = CrashesStorm(either, tmp_path, herd, seed)
     storm.run(serve(storm.play), rounds)
     wrong, numbers = storm.verdict()
     print(numbers)
@@ -8099,7 +8098,7 @@ def test_killed_between_the_answer_and_its_recording_each_attempt_under_way_is_r
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("forks", [8, pytest.param(60, marks=pytest.mark.long)])
-def test_forks_and_pools_of_processes_at_any_moment_lose_and_repeat_nothing(database, serve, forks):
+def test_forks_and_pools_of_processes_at_any_moment_lose_and_repeat_nothing(either, serve, forks):
     code = """
     import os, sqlite3, sys, time, warnings
     from concurrent.futures import ProcessPoolExecutor
@@ -8140,9 +8139,9 @@ def test_forks_and_pools_of_processes_at_any_moment_lose_and_repeat_nothing(data
     outbox.stop()
     standby.stop()
     """
-    receiver, outbox = serve(), make_outbox(database)
+    receiver, outbox = serve(), make_outbox(either)
     outbox.add_endpoint(receiver.url())
-    with drain_process(database, str(forks), code, stdin=subprocess.PIPE) as process:
+    with drain_process(either, str(forks), code, stdin=subprocess.PIPE) as process:
         for n in itertools.count():  # so that a fork finds the drain picking, sending, recording
             with outbox.transaction() as conn:
                 conn.execute("INSERT INTO orders VALUES (?, 1.0)", (n,))
@@ -8153,9 +8152,9 @@ def test_forks_and_pools_of_processes_at_any_moment_lose_and_repeat_nothing(data
         eventually(lambda: outbox.stats().pending == 0, within=30)
         out, err = process.communicate("\n", timeout=60)
     assert (process.returncode, out, err) == (0, "", "")
-    sent = query(database, "SELECT id FROM orders ORDER BY id")
+    sent = query(either, "SELECT id FROM orders ORDER BY id")
     assert len(sent) > forks / 2 + 40 and [(n,) for n in sorted(drain_sent(receiver))] == sent
-    assert query(database, "PRAGMA integrity_check") == [("ok",)]
+    assert query(either, "PRAGMA integrity_check") == [("ok",)]
 
 
 # Power cuts: the files are put into every state that one may leave behind, and opened again.
@@ -10121,7 +10120,9 @@ def test_status_is_a_table_that_a_person_can_read(cli, wal, serve, monkeypatch):
     assert line.startswith("crm ") and "66 %" in line and line.endswith("HTTP 500") and "█" in line
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "C"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "ascii", *(pytest.param(c, marks=pytest.mark.long) for c in ("latin-1", "C"))]
+)
 def test_status_fits_its_terminal_and_is_whole_in_a_pipe(wal, serve, encoding):
     """A row a line; errors in the last column, or below where 80 columns have no room for them. In C, Python itself
     chooses UTF-8; what cannot be shown is shown in another way, never as an escape."""

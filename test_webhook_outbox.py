@@ -3213,7 +3213,7 @@ def test_a_file_that_is_not_the_inboxs_is_refused_and_left_alone(inbox: Inbox, t
             assert conn.execute("SELECT count(*) FROM webhook_inbox").fetchone() == (0,)
 
 
-def test_receivers_in_several_processes_make_one_invoice_an_event(inbox: Inbox, either: str) -> None:
+def test_receivers_in_several_processes_make_one_invoice_an_event(inbox: Inbox, database: str) -> None:
     """Each event comes twice to each of them; handlers fail after accept; and one is killed there."""
     code = """
     import itertools, json, sqlite3, sys, webhook_outbox
@@ -3230,15 +3230,15 @@ def test_receivers_in_several_processes_make_one_invoice_an_event(inbox: Inbox, 
         except ZeroDivisionError:
             pass
     """
-    processes = [run_python(code, "-1", either, json.dumps(BEGINNINGS[1]), stdin=subprocess.PIPE)]
+    processes = [run_python(code, "-1", database, json.dumps(BEGINNINGS[1]), stdin=subprocess.PIPE)]
     assert processes[0].stdout.readline() == "msg_0\n"  # type: ignore[union-attr]
     for number, beginning in enumerate(BEGINNINGS):
-        processes.append(run_python(code, str(number), either, json.dumps(beginning)))
+        processes.append(run_python(code, str(number), database, json.dumps(beginning)))
     processes[0].kill()
     for process in processes:
         output = process.communicate(timeout=120)
         assert process.returncode == (-signal.SIGKILL if process is processes[0] else 0), output
-    assert query(either, "SELECT count(*), count(DISTINCT event) FROM invoices") == [(24, 24)]
+    assert query(database, "SELECT count(*), count(DISTINCT event) FROM invoices") == [(24, 24)]
 
 
 def test_an_inbox_that_power_loss_could_empty_says_so_once(

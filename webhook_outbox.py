@@ -3313,10 +3313,10 @@ class _Drain:
         self.look = True
 
     def _prune(self, now: float, mono: float) -> None:
-        self.prune_at = mono + 60.0  # should it fail: a full disk, say, which must not end the loop
+        self.prune_at = mono + 60.0  # should it fail: a full disk, a damaged page, which must not end the loop
         try:
             removed, self.prune_from = _prune_some(self.db, self.prune_from or 0, now - self.outbox.retention)
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             _log.debug("pruning failed (%s), later again", error)
             return
         self.prune_at = mono + (_PRUNE_PAUSE if self.prune_from is None else 0.2 if removed else 0.02)

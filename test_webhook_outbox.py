@@ -56,6 +56,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import aiosqlite
+import apsw
 import peewee
 import pytest
 import requests
@@ -5696,6 +5697,26 @@ def test_shares_divide_the_endpoints_and_each_is_drained_by_one_process_at_a_tim
             process.communicate(timeout=30)
     for receiver in receivers:
         assert sorted(request.headers["webhook-id"] for request in receiver.requests) == sorted(ids)
+
+
+def test_an_emit_on_apsw_shares_the_fate_of_the_rows_beside_it(database):
+    outbox = make_outbox(database)
+    outbox.add_endpoint("https://example.com/", id="crm")
+    with contextlib.closing(apsw.Connection(database)) as conn:
+        with pytest.raises(NotInTransaction):
+            outbox.emit(conn, "order.created", 0)
+        with conn:
+            conn.execute("INSERT INTO orders (total) VALUES (1)")
+            ids = [outbox.emit(conn, "order.created", 1, idempotency_key="once") for _ in range(2)]
+        with contextlib.suppress(ZeroDivisionError), conn:
+            conn.execute("INSERT INTO orders (total) VALUES (2)")
+            outbox.emit(conn, "order.created", 2)
+            raise ZeroDivisionError
+        with conn, contextlib.suppress(ZeroDivisionError), conn:  # a savepoint
+            outbox.emit(conn, "order.created", 3)
+            raise ZeroDivisionError
+    assert [event.id for event in outbox.events()] == [ids[0]] == [ids[1]]
+    assert query(database, "SELECT total FROM orders") == [(1.0,)]
 
 
 def test_drains_that_share_a_file_do_not_give_way_to_each_other_as_to_a_host(wal, serve):

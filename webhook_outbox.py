@@ -1875,12 +1875,14 @@ def _is_busy(error: sqlite3.Error) -> bool:
 @contextlib.contextmanager
 def _plain_text(db: sqlite3.Connection) -> Iterator[None]:
     """Read text as str, whatever text_factory the host set on its connection; it is set back."""
-    factory = getattr(db, "text_factory", str)
-    db.text_factory = str
+    factory = getattr(db, "text_factory", None)  # apsw's has none
+    if factory is not None:
+        db.text_factory = str
     try:
         yield
     finally:
-        db.text_factory = factory
+        if factory is not None:
+            db.text_factory = factory
 
 
 def _meta(db: sqlite3.Connection, key: str) -> Any:
@@ -3656,10 +3658,11 @@ class Outbox:
         """Record an event for every enabled endpoint whose patterns match, in the transaction open on conn.
 
         conn: a sqlite3 Connection or Cursor in any transaction mode, SQLAlchemy's Connection or Session (also the
-        synchronous side of the async ones), Django's connection or its alias, peewee's Database. Returns the event's
-        id. Nothing is sent before you commit, nothing if you roll back. key: events with the same key reach an endpoint
-        in this order. idempotency_key: a second emit with it, and the same type and data, returns the first id. delay:
-        seconds. headers: sent with the event (traceparent); not for credentials, which belong to endpoints.
+        synchronous side of the async ones), Django's connection or its alias, peewee's Database, apsw's Connection.
+        Returns the event's id. Nothing is sent before you commit, nothing if you roll back. key: events with the same
+        key reach an endpoint in this order. idempotency_key: a second emit with it, and the same type and data, returns
+        the first id. delay: seconds. headers: sent with the event (traceparent); not for credentials, which belong to
+        endpoints.
 
         Raises PayloadError before anything is written, NotInTransaction, SchemaError (another file), TransactionLost
         when SQLite itself rolled your transaction back; sqlite3 errors such as "database is locked" pass through.

@@ -5408,7 +5408,7 @@ def _parser() -> Any:
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             message = re.sub(r"whsec_\S+", "whsec_...", message)  # a secret without its --secret
-            self.exit(2, f"webhook_outbox: {_one_line(message, 200)}; see --help\n")
+            self.exit(2, f"webhook_outbox: {_cut(message, 200)}; see --help\n")
 
     parser = Parser(
         prog="python -m webhook_outbox",

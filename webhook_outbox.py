@@ -34,10 +34,13 @@ Words
     failed row  a delivery that was given up, in webhook_failed, until somebody replays or discards it
     queue     deliveries of one endpoint that go out strictly one after the other
     host      the app whose file and process we live in; receiver: the server at the other end
+    tenant    a customer of the host; an endpoint of a tenant gets that tenant's events only
+    origin    scheme, host, port, certificate and CA: what connections belong to
     drain     to send what is due; one process per file drains, others stand by
 
-Contents: defaults and schema, errors, types, signing, retry policy, network guard, transport, exchange, storage,
-drain, outbox, receiving, doctor, dashboard, command line, licence. Each section uses only what stands above it.
+Contents: defaults and schema, errors, types, signing, retry policy, network guard, transport, exchange,
+endpoint options, storage, drain (its rooms, then the loop), outbox, receiving, doctor, dashboard, command line,
+licence. Each section uses only what stands above it.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ import email.utils
 import errno
 import functools
 import hashlib
+import heapq
 import hmac
 import html
 import ipaddress
@@ -73,12 +77,12 @@ import signal
 import socket
 import sqlite3
 import ssl
+import struct
 import sys
 import threading
 import time
 import urllib.parse
 import weakref
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict
 
@@ -145,9 +149,10 @@ _READ_HEAD = 16_384  # bytes of status line and headers that are read
 _IDLE_CONNECTION = 60.0  # seconds until an idle connection is closed, so that DNS changes are followed
 _REASONS = "dns blocked connect tls timeout protocol status gone aborted expired internal".split()
 
-# In a queue (one key of one endpoint, or an ordered endpoint) only the oldest unfinished delivery is 'pending';
-# those behind it are 'queued' and not in the index that the drain reads, so a long queue costs a pick nothing.
-# {row} is NEW or OLD. The head is the oldest unfinished row, or a failed one that its endpoint holds on to.
+# In a queue (one key of one endpoint, or an ordered endpoint) only the oldest unfinished delivery is
+# 'pending'; those behind it are 'queued' and not in the index that the drain reads, so a long queue
+# costs a pick nothing. {row} is NEW or OLD. The head is the oldest unfinished delivery, or a failed
+# one that its endpoint holds on to.
 _SETTLE = """
   UPDATE webhook_deliveries SET status = 'queued'
    WHERE endpoint_id = {row}.endpoint_id AND queue = {row}.queue AND status = 'pending' AND event > {head};
@@ -170,18 +175,110 @@ def _settle(row: str) -> str:
     return _SETTLE.format(row=row, head=_HEAD.format(row=row))
 
 
-# Patterns that another pattern of the same endpoint covers are left out, so that a type matches at most one row of
-# an endpoint. GLOB is the matcher: '*' is everything except webhook.*, 'order.*' everything below order.
+# Patterns that another pattern of the same endpoint covers are left out, so that a type matches at most
+# one row of an endpoint. GLOB is the matcher: '*' is everything except webhook.*, 'order.*' everything
+# below order.
 _SUBSCRIBE = """
   DELETE FROM webhook_patterns WHERE endpoint_id = NEW.id;
-  INSERT INTO webhook_patterns (pattern, endpoint_id, ordered)
-  SELECT DISTINCT one.value, NEW.id, NEW.ordered FROM json_each(NEW.events) AS one
+  INSERT INTO webhook_patterns (tenant, pattern, endpoint_id, ordered)
+  SELECT DISTINCT coalesce(NEW.tenant, ''), one.value, NEW.id, NEW.ordered FROM json_each(NEW.events) AS one
    WHERE NEW.enabled AND NOT EXISTS (
      SELECT 1 FROM json_each(NEW.events) AS wider
       WHERE wider.value <> one.value AND one.value GLOB wider.value
         AND NOT (wider.value = '*' AND one.value GLOB 'webhook.*'));"""
-_TOUCH = "UPDATE webhook_meta SET value = value + 1 WHERE key = 'endpoints_version';"
+# Endpoints whose version is newer than the newest that a drain has seen are those that it must read again.
+_TOUCH = """
+  UPDATE webhook_meta SET value = value + 1 WHERE key = 'endpoints_version';
+  UPDATE webhook_endpoints SET version = (SELECT value FROM webhook_meta WHERE key = 'endpoints_version')
+   WHERE id = NEW.id;"""
+# Says that a delivery of an event that a drain has seen already became due: it looks over all that wait.
+_WORK = "UPDATE webhook_meta SET value = value + 1 WHERE key = 'work'"
 _NOW = "(julianday('now') - 2440587.5) * 86400.0"
+_EVENT_ID = "printf('msg_%016x', {})"
+_CHANCE_BITS = 20
+_CHANCE = f"abs(random() % {1 << _CHANCE_BITS})"
+# The year 2109. A clock beyond it (milliseconds instead of seconds, say) makes keys that still grow by
+# chance, with room for as many events again; at the end of 63 bits the next event would find no key.
+_LAST_MILLISECOND = (1 << 42) - 1
+
+
+def _refuse(why: str, when: str) -> str:
+    """Return a statement of a trigger that refuses a row. One statement a rule: a chain of conditions in
+    one expression would be too deep for hosts that set SQLITE_LIMIT_EXPR_DEPTH as SQLite recommends."""
+    return f"\n  SELECT RAISE(ABORT, 'webhook_emit: {why}') WHERE {when};"
+
+
+_EMIT_CHECKS = "".join(
+    _refuse(why, when)
+    for when, why in (
+        (
+            "coalesce(json_valid(NEW.data), 0) = 0 OR instr(NEW.data, char(0))",
+            "data must be JSON text, nested less than 1000 deep",
+        ),
+        (f"length(CAST(NEW.data AS BLOB)) > {_MAX_BODY}", "data is too large; send a link instead"),
+        (
+            "typeof(NEW.type) <> 'text' OR length(NEW.type) NOT BETWEEN 1 AND 256 OR instr(NEW.type, char(0))",
+            "type must be text of 1 to 256 characters",
+        ),
+        (
+            "NEW.type GLOB '*[^A-Za-z0-9_.-]*' OR NEW.type GLOB '.*' OR NEW.type GLOB '*.' OR NEW.type GLOB '*..*'",
+            "type must be letters, digits, _ and - in parts joined by dots, at most 256",
+        ),
+        (
+            "length(NEW.tenant) NOT BETWEEN 1 AND 64 OR NEW.tenant GLOB '*[^A-Za-z0-9_-]*'",
+            "tenant must be 1 to 64 letters, digits, _ and -; leave it out for an event of your own",
+        ),
+        ("typeof(NEW.tenant) NOT IN ('text', 'integer', 'null') OR instr(NEW.tenant, char(0))", "tenant must be text"),
+        (
+            "NEW.tenant IS NOT NULL AND NEW.type GLOB 'webhook.*'",
+            "events of type webhook.* have no tenant; leave it out",
+        ),
+        (
+            "NEW.headers IS NOT NULL"
+            " AND coalesce(json_valid(NEW.headers) AND json_type(NEW.headers) = 'object', 0) = 0",
+            "headers must be a JSON object",
+        ),
+        (
+            "NEW.created_at IS NOT NULL AND (typeof(NEW.created_at) NOT IN ('real', 'integer')"
+            " OR NEW.created_at NOT BETWEEN 0 AND 1e11)",
+            "created_at must be UTC seconds; leave it out for now",
+        ),
+        (
+            "NEW.delay IS NOT NULL AND (typeof(NEW.delay) NOT IN ('real', 'integer')"
+            " OR NEW.delay NOT BETWEEN 0 AND 1e9)",
+            "delay must be seconds, 0 to 1e9",
+        ),
+        ("length(NEW.key) > 256 OR instr(NEW.key, char(0))", "key must be text of at most 256 characters"),
+        (
+            "length(NEW.idempotency_key) > 256 OR instr(NEW.idempotency_key, char(0))",
+            "idempotency_key must be text of at most 256 characters",
+        ),
+    )
+)
+
+# The deliveries of a new event to endpoints of a tenant. It is the newest of its queue, so it is the head if nobody
+# else is in it; a trigger that looked at each new row would cost an eighth of an emit, in no queue too. Two selects
+# and not IN: that builds a table for its two values.
+_MATCH = """
+  SELECT NEW.seq, endpoint_id, NEW.due_at, CASE WHEN ordered THEN '' ELSE NEW.key END,
+         CASE WHEN NOT ordered AND NEW.key IS NULL THEN 'pending'
+              WHEN EXISTS (
+                SELECT 1 FROM webhook_deliveries AS d
+                 WHERE d.endpoint_id = p.endpoint_id AND d.queue = CASE WHEN p.ordered THEN '' ELSE NEW.key END
+                   AND (d.status = 'pending' OR d.status = 'queued' OR d.status = 'failed')
+                   AND (d.status <> 'failed'
+                        OR EXISTS (SELECT 1 FROM webhook_endpoints WHERE id = p.endpoint_id AND on_dead = 'hold')))
+              THEN 'queued' ELSE 'pending' END
+    FROM webhook_patterns AS p
+   WHERE tenant = {} AND NEW.type GLOB pattern AND (pattern <> '*' OR NEW.type NOT GLOB 'webhook.*')"""
+_AFTER_TRY = """
+  UPDATE webhook_deliveries
+     SET status = CASE WHEN NEW.status = 'pending' THEN status ELSE NEW.status END,
+         due_at = NEW.due_at,
+         attempts = attempts + 1,
+         first_attempt_at = coalesce(first_attempt_at, NEW.at),
+         delivered_at = CASE WHEN NEW.status = 'delivered' THEN NEW.at + NEW.duration ELSE delivered_at END
+   WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND status IN ('pending', 'queued');"""
 
 _FIRST_SCHEMA = (
     """CREATE TABLE webhook_meta (key TEXT PRIMARY KEY NOT NULL, value) WITHOUT ROWID""",
@@ -189,6 +286,8 @@ _FIRST_SCHEMA = (
   id TEXT PRIMARY KEY NOT NULL CHECK (id NOT GLOB '*[^A-Za-z0-9_-]*'),
   url TEXT NOT NULL,
   events TEXT NOT NULL DEFAULT '["*"]',        -- JSON list of patterns
+  tenant TEXT                                  -- for life; '*' sees all
+    CHECK (tenant = '*' OR length(tenant) BETWEEN 1 AND 64 AND tenant NOT GLOB '*[^A-Za-z0-9_-]*'),
   description TEXT NOT NULL DEFAULT '',
   headers TEXT NOT NULL DEFAULT '{}',          -- JSON object
   body TEXT NOT NULL DEFAULT 'standard',
@@ -207,27 +306,36 @@ _FIRST_SCHEMA = (
   failing_since REAL,                          -- first failure since the last success
   failures INTEGER NOT NULL DEFAULT 0,         -- failures in a row
   paused_until REAL NOT NULL DEFAULT 0,        -- Retry-After, or the pause before the next probe
+  version INTEGER NOT NULL DEFAULT 0,          -- kept by triggers: of what the drain must know
   CHECK (typeof(rate) IN ('real', 'null') AND typeof(timeout) IN ('real', 'null')),
   CHECK (typeof(max_in_flight) = 'integer' AND max_in_flight > 0 AND typeof(failures) = 'integer'),
   CHECK (typeof(paused_until) = 'real' AND typeof(failing_since) IN ('real', 'null'))
 )""",
+    """CREATE INDEX webhook_endpoints_version ON webhook_endpoints (version)""",
+    # An event looks up its own tenant and '*': what other tenants registered costs it nothing.
     """CREATE TABLE webhook_patterns (          -- kept by triggers: what emit matches against
+  tenant TEXT NOT NULL,                        -- '' for none
   pattern TEXT NOT NULL,
   endpoint_id TEXT NOT NULL,
   ordered INTEGER NOT NULL,
-  PRIMARY KEY (pattern, endpoint_id)
+  PRIMARY KEY (tenant, pattern, endpoint_id)
 ) WITHOUT ROWID""",
-    """CREATE TABLE webhook_events (
-  seq INTEGER PRIMARY KEY,                     -- order of writing; never leaves the file
-  id TEXT NOT NULL UNIQUE,
+    """CREATE INDEX webhook_patterns_endpoint ON webhook_patterns (endpoint_id)""",
+    # An event's key is made of the time and of chance. It only grows, because it is chosen under the write
+    # lock, so a drain finds what is new behind the newest that it has seen; and it is not issued again after
+    # the newest event was deleted or a backup restored, so an outcome never meets another event's delivery.
+    f"""CREATE TABLE webhook_events (
+  seq INTEGER PRIMARY KEY,                     -- milliseconds since 1970, times 2 to the 20th, plus chance
+  id TEXT GENERATED ALWAYS AS ({_EVENT_ID.format("seq")}) VIRTUAL,
   type TEXT NOT NULL,
+  tenant TEXT,
   data TEXT NOT NULL,                          -- JSON, sent byte for byte
   key TEXT,
   idempotency_key TEXT,
   headers TEXT,                                -- JSON object
   created_at REAL NOT NULL
 )""",
-    """CREATE UNIQUE INDEX webhook_events_once ON webhook_events (idempotency_key)
+    """CREATE UNIQUE INDEX webhook_events_once ON webhook_events (idempotency_key, coalesce(tenant, ''))
  WHERE idempotency_key IS NOT NULL""",
     """CREATE TABLE webhook_deliveries (
   event INTEGER NOT NULL,                      -- webhook_events.seq
@@ -243,8 +351,9 @@ _FIRST_SCHEMA = (
 ) WITHOUT ROWID""",
     """CREATE INDEX webhook_deliveries_due ON webhook_deliveries (endpoint_id, due_at, event)
  WHERE status = 'pending'""",
+    # Open rows only: what was delivered stays for a month, and must cost neither a count nor a look.
     """CREATE INDEX webhook_deliveries_queue ON webhook_deliveries (endpoint_id, queue, status, event)
- WHERE queue IS NOT NULL""",
+ WHERE queue IS NOT NULL AND (status = 'pending' OR status = 'queued' OR status = 'failed')""",
     """CREATE TABLE webhook_attempts (
   id INTEGER PRIMARY KEY,
   event INTEGER NOT NULL,
@@ -257,9 +366,10 @@ _FIRST_SCHEMA = (
   response TEXT
 )""",
     """CREATE INDEX webhook_attempts_event ON webhook_attempts (event)""",
-    """CREATE TABLE webhook_failed (
+    f"""CREATE TABLE webhook_failed (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
-  event_id TEXT NOT NULL,
+  event INTEGER NOT NULL,                      -- webhook_events.seq
+  event_id TEXT GENERATED ALWAYS AS ({_EVENT_ID.format("event")}) VIRTUAL,
   endpoint_id TEXT NOT NULL,
   type TEXT NOT NULL,
   key TEXT,
@@ -270,56 +380,63 @@ _FIRST_SCHEMA = (
   response TEXT,
   first_attempt_at REAL,
   failed_at REAL NOT NULL,
-  UNIQUE (event_id, endpoint_id)
+  UNIQUE (event, endpoint_id)
 )""",
+    """CREATE INDEX webhook_failed_endpoint ON webhook_failed (endpoint_id, failed_at)""",
+    """CREATE TABLE webhook_counts (            -- what metrics counts; the rows themselves leave after a while
+  endpoint_id TEXT NOT NULL,
+  name TEXT NOT NULL,
+  value REAL NOT NULL,
+  PRIMARY KEY (endpoint_id, name)
+) WITHOUT ROWID""",
     """CREATE TABLE webhook_inbox (id TEXT PRIMARY KEY NOT NULL, received_at REAL NOT NULL) WITHOUT ROWID""",
-    """CREATE VIEW webhook_emit AS
-SELECT type, data, key, idempotency_key, 0.0 AS delay, headers, id, created_at, NULL AS outbox FROM webhook_events""",
-    f"""CREATE TRIGGER webhook_emit_insert INSTEAD OF INSERT ON webhook_emit BEGIN
+    # The library's own way in: it checked the row already, so its trigger needs no JSON function, which
+    # hosts with PRAGMA trusted_schema = OFF refuse in some versions of SQLite.
+    """CREATE VIEW webhook_accept AS
+SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, 0.0 AS due_at, NULL AS outbox
+  FROM webhook_events""",
+    f"""CREATE TRIGGER webhook_accept_insert INSTEAD OF INSERT ON webhook_accept BEGIN
   SELECT CASE
     WHEN NEW.outbox <> (SELECT value FROM webhook_meta WHERE key = 'outbox')
     THEN RAISE(ABORT, 'webhook_emit: this is another outbox')
-    WHEN coalesce(json_valid(NEW.data), 0) = 0 OR instr(NEW.data, char(0))
-    THEN RAISE(ABORT, 'webhook_emit: data must be JSON text, nested less than 1000 deep')
-    WHEN NEW.outbox IS NOT NULL THEN NULL    -- the library checked the rest before it wrote
-    WHEN typeof(NEW.type) <> 'text' OR NEW.type = '' OR length(NEW.type) > 256 OR instr(NEW.type, char(0))
-      OR NEW.type GLOB '*[^A-Za-z0-9_.-]*' OR NEW.type GLOB '.*' OR NEW.type GLOB '*.' OR NEW.type GLOB '*..*'
-    THEN RAISE(ABORT, 'webhook_emit: type must be letters, digits, _ and - in parts joined by dots, at most 256')
-    WHEN length(CAST(NEW.data AS BLOB)) > {_MAX_BODY}
-    THEN RAISE(ABORT, 'webhook_emit: data is too large; send a link instead')
-    WHEN NEW.headers IS NOT NULL AND coalesce(json_valid(NEW.headers) AND json_type(NEW.headers) = 'object', 0) = 0
-    THEN RAISE(ABORT, 'webhook_emit: headers must be a JSON object')
-    WHEN NEW.id IS NOT NULL AND (typeof(NEW.id) <> 'text' OR NEW.id = '' OR length(NEW.id) > 128
-      OR instr(NEW.id, char(0)) OR NEW.id GLOB '*[^A-Za-z0-9_-]*')
-    THEN RAISE(ABORT, 'webhook_emit: id must be letters, digits, _ and -; leave it out to get one')
-    WHEN NEW.created_at IS NOT NULL AND typeof(NEW.created_at) NOT IN ('real', 'integer')
-    THEN RAISE(ABORT, 'webhook_emit: created_at must be UTC seconds; leave it out for now')
-  END;
-  SELECT CASE
-    WHEN NOT EXISTS (SELECT 1 FROM webhook_events WHERE idempotency_key = NEW.idempotency_key) THEN NULL
-    WHEN EXISTS (SELECT 1 FROM webhook_events
-                  WHERE idempotency_key = NEW.idempotency_key AND type = NEW.type AND data = NEW.data)
-    THEN RAISE(IGNORE)
+    WHEN NEW.idempotency_key IS NULL THEN NULL
+    WHEN NOT EXISTS (
+      SELECT 1 FROM webhook_events
+       WHERE idempotency_key = NEW.idempotency_key AND coalesce(tenant, '') = coalesce(NEW.tenant, '')) THEN NULL
+    WHEN EXISTS (
+      SELECT 1 FROM webhook_events
+       WHERE idempotency_key = NEW.idempotency_key AND coalesce(tenant, '') = coalesce(NEW.tenant, '')
+         AND type = NEW.type AND data = NEW.data) THEN RAISE(IGNORE)
     ELSE RAISE(ABORT, 'webhook_emit: this idempotency_key was used for another event')
-  END WHERE NEW.idempotency_key IS NOT NULL;
-  INSERT INTO webhook_events (id, type, data, key, idempotency_key, headers, created_at)
-  VALUES (
-    coalesce(NEW.id, 'msg_' || printf('%012x', CAST({_NOW} * 1000 AS INTEGER)) || lower(hex(randomblob(10)))),
-    NEW.type, CAST(NEW.data AS TEXT), nullif(NEW.key, ''), NEW.idempotency_key, NEW.headers,
-    coalesce(NEW.created_at, {_NOW}));
-  INSERT INTO webhook_deliveries (event, endpoint_id, due_at, queue)
-  SELECT last_insert_rowid(), endpoint_id, coalesce(NEW.created_at, {_NOW}) + coalesce(NEW.delay, 0.0),
-         CASE WHEN ordered THEN '' ELSE nullif(NEW.key, '') END
-    FROM webhook_patterns
-   WHERE NEW.type GLOB pattern AND (pattern <> '*' OR NEW.type NOT GLOB 'webhook.*');
+  END;
+  SELECT RAISE(ABORT, 'webhook_emit: the key is not new')
+   WHERE NEW.seq <= (SELECT max(seq) FROM webhook_events);
+  INSERT INTO webhook_events (seq, type, tenant, data, key, idempotency_key, headers, created_at)
+  VALUES (NEW.seq, NEW.type, NEW.tenant, NEW.data, NEW.key, NEW.idempotency_key, NEW.headers, NEW.created_at);
+  INSERT INTO webhook_deliveries (event, endpoint_id, due_at, queue, status){_MATCH.format("coalesce(NEW.tenant, '')")}
+   UNION ALL{_MATCH.format("'*'")};
 END""",
-    f"""CREATE TRIGGER webhook_endpoints_insert AFTER INSERT ON webhook_endpoints BEGIN{_SUBSCRIBE}
-  {_TOUCH}
+    """CREATE VIEW webhook_emit AS
+SELECT type, data, tenant, key, idempotency_key, 0.0 AS delay, headers, created_at FROM webhook_events""",
+    f"""CREATE TRIGGER webhook_emit_insert INSTEAD OF INSERT ON webhook_emit BEGIN{_EMIT_CHECKS}
+  INSERT INTO webhook_accept (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at)
+  VALUES (max((min(CAST({_NOW} * 1000 AS INTEGER), {_LAST_MILLISECOND}) << {_CHANCE_BITS}) | {_CHANCE},
+              coalesce((SELECT max(seq) FROM webhook_events), 0) + 1 + {_CHANCE}),
+          NEW.type, CAST(NEW.tenant AS TEXT), CAST(NEW.data AS TEXT), nullif(NEW.key, ''),
+          NEW.idempotency_key, NEW.headers, coalesce(NEW.created_at, {_NOW}),
+          coalesce(NEW.created_at, {_NOW}) + coalesce(NEW.delay, 0.0));
 END""",
-    f"""CREATE TRIGGER webhook_endpoints_update
-AFTER UPDATE OF url, events, headers, body, signing, secrets, rate, max_in_flight, ordered, timeout, cert, ca, enabled
-ON webhook_endpoints BEGIN{_SUBSCRIBE}
-  {_TOUCH}
+    f"""CREATE TRIGGER webhook_endpoints_insert AFTER INSERT ON webhook_endpoints BEGIN{_SUBSCRIBE}{_TOUCH}
+END""",
+    f"""CREATE TRIGGER webhook_endpoints_subscribe AFTER UPDATE OF events, ordered, enabled ON webhook_endpoints
+WHEN OLD.events <> NEW.events OR OLD.ordered <> NEW.ordered OR OLD.enabled <> NEW.enabled BEGIN{_SUBSCRIBE}
+END""",
+    f"""CREATE TRIGGER webhook_endpoints_update AFTER UPDATE OF url, events, headers, body, signing, secrets, rate,
+  max_in_flight, ordered, on_dead, timeout, cert, ca, enabled ON webhook_endpoints BEGIN{_TOUCH}
+END""",
+    """CREATE TRIGGER webhook_endpoints_tenant BEFORE UPDATE OF tenant ON webhook_endpoints
+WHEN OLD.tenant IS NOT NEW.tenant BEGIN
+  SELECT RAISE(ABORT, 'webhook_endpoints: the tenant of an endpoint is fixed; add another endpoint');
 END""",
     """CREATE TRIGGER webhook_endpoints_order AFTER UPDATE OF ordered ON webhook_endpoints
 WHEN OLD.ordered <> NEW.ordered BEGIN
@@ -336,19 +453,18 @@ WHEN OLD.on_dead = 'hold' AND NEW.on_dead <> 'hold' BEGIN
      AND NOT EXISTS (SELECT 1 FROM webhook_deliveries AS o
                       WHERE o.endpoint_id = NEW.id AND o.queue = webhook_deliveries.queue AND o.status = 'pending');
 END""",
-    f"""CREATE TRIGGER webhook_endpoints_delete AFTER DELETE ON webhook_endpoints BEGIN
+    """CREATE TRIGGER webhook_endpoints_delete AFTER DELETE ON webhook_endpoints BEGIN
   DELETE FROM webhook_patterns WHERE endpoint_id = OLD.id;
   DELETE FROM webhook_deliveries WHERE endpoint_id = OLD.id AND queue IS NOT NULL AND status = 'queued';
   DELETE FROM webhook_deliveries WHERE endpoint_id = OLD.id AND status = 'pending';
   DELETE FROM webhook_failed WHERE endpoint_id = OLD.id;
-  {_TOUCH}
+  DELETE FROM webhook_counts WHERE endpoint_id = OLD.id;
+  UPDATE webhook_meta SET value = value + 1 WHERE key IN ('endpoints_version', 'endpoints_removed');
 END""",
-    f"""CREATE TRIGGER webhook_deliveries_insert AFTER INSERT ON webhook_deliveries
-WHEN NEW.queue IS NOT NULL BEGIN{_settle("NEW")}
-END""",
+    # One that left the queue from behind its head, because the drain went ahead, leaves the head as it is.
     f"""CREATE TRIGGER webhook_deliveries_finish AFTER UPDATE OF status ON webhook_deliveries
-WHEN NEW.queue IS NOT NULL AND (NEW.status NOT IN ('pending', 'queued') OR OLD.status NOT IN ('pending', 'queued'))
-BEGIN{_settle("NEW")}
+WHEN NEW.queue IS NOT NULL AND OLD.status <> 'queued'
+ AND (NEW.status NOT IN ('pending', 'queued') OR OLD.status <> 'pending') BEGIN{_settle("NEW")}
 END""",
     f"""CREATE TRIGGER webhook_deliveries_requeue AFTER UPDATE OF queue ON webhook_deliveries
 WHEN OLD.queue IS NOT NEW.queue BEGIN
@@ -357,87 +473,75 @@ WHEN OLD.queue IS NOT NEW.queue BEGIN
      AND NEW.queue IS NULL AND status = 'queued';{_settle("NEW")}
 END""",
     f"""CREATE TRIGGER webhook_deliveries_delete AFTER DELETE ON webhook_deliveries
-WHEN OLD.queue IS NOT NULL AND OLD.status = 'pending' BEGIN{_settle("OLD")}
+WHEN OLD.queue IS NOT NULL AND OLD.status IN ('pending', 'failed') BEGIN{_settle("OLD")}
+  {_WORK};
 END""",
-    """CREATE TRIGGER webhook_failed_reopen AFTER UPDATE OF status ON webhook_deliveries
-WHEN OLD.status = 'failed' AND NEW.status = 'pending' BEGIN
+    f"""CREATE TRIGGER webhook_deliveries_reopen AFTER UPDATE OF status ON webhook_deliveries
+WHEN OLD.status NOT IN ('pending', 'queued') BEGIN
+  {_WORK};
   DELETE FROM webhook_failed
-   WHERE event_id = (SELECT id FROM webhook_events WHERE seq = NEW.event) AND endpoint_id = NEW.endpoint_id;
+   WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND OLD.status = 'failed' AND NEW.status = 'pending';
 END""",
     """CREATE TRIGGER webhook_failed_discard AFTER DELETE ON webhook_failed BEGIN
   UPDATE webhook_deliveries SET status = 'discarded'
-   WHERE event = (SELECT seq FROM webhook_events WHERE id = OLD.event_id)
-     AND endpoint_id = OLD.endpoint_id AND status = 'failed';
+   WHERE event = OLD.event AND endpoint_id = OLD.endpoint_id AND status = 'failed';
 END""",
-    """CREATE TRIGGER webhook_events_delete AFTER DELETE ON webhook_events BEGIN
+    # Without the newest event the next one may get a lower key, which a drain would not find behind it.
+    f"""CREATE TRIGGER webhook_events_delete AFTER DELETE ON webhook_events BEGIN
   DELETE FROM webhook_deliveries WHERE event = OLD.seq;
   DELETE FROM webhook_attempts WHERE event = OLD.seq;
+  {_WORK} AND NOT EXISTS (SELECT 1 FROM webhook_events WHERE seq > OLD.seq);
 END""",
-    # What the drain writes: one row an outcome, and rows with event NULL for what it learned of an endpoint, in the
-    # same columns: each more would cost a tenth of a microsecond an outcome.
+    # What the drain writes, in one statement a batch. `kind` says how the columns are to be read; rows without
+    # a kind are filling.
     """CREATE VIEW webhook_record AS
-SELECT event, endpoint_id, status, due_at, 0.0 AS at, 0.0 AS duration, NULL AS status_code, NULL AS reason,
-       NULL AS error, NULL AS response FROM webhook_deliveries""",
-    """CREATE TRIGGER webhook_record_outcome INSTEAD OF INSERT ON webhook_record WHEN NEW.event IS NOT NULL BEGIN
-  UPDATE webhook_deliveries
-     SET status = CASE WHEN NEW.status = 'pending' THEN status ELSE NEW.status END,
-         due_at = NEW.due_at,
-         attempts = attempts + 1,
-         first_attempt_at = coalesce(first_attempt_at, NEW.at),
-         delivered_at = CASE WHEN NEW.status = 'delivered' THEN NEW.at + NEW.duration ELSE delivered_at END
-   WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND status IN ('pending', 'queued');
+SELECT '' AS kind, event, endpoint_id, status, due_at, 0.0 AS at, 0.0 AS duration, NULL AS status_code,
+       NULL AS reason, NULL AS error, NULL AS response FROM webhook_deliveries""",
+    f"""CREATE TRIGGER webhook_record_outcome INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'outcome'
+BEGIN{_AFTER_TRY}
   INSERT INTO webhook_attempts (event, endpoint_id, at, duration, status_code, reason, error, response)
   VALUES (NEW.event, NEW.endpoint_id, NEW.at, NEW.duration, NEW.status_code, NEW.reason, NEW.error, NEW.response);
   INSERT OR IGNORE INTO webhook_failed
-         (event_id, endpoint_id, type, key, attempts, reason, status_code, error, response, first_attempt_at, failed_at)
-  SELECT coalesce(e.id, 'missing_' || d.event), d.endpoint_id, coalesce(e.type, ''), e.key, d.attempts,
+         (event, endpoint_id, type, key, attempts, reason, status_code, error, response, first_attempt_at, failed_at)
+  SELECT d.event, d.endpoint_id, coalesce(e.type, ''), e.key, d.attempts,
          NEW.reason, NEW.status_code, NEW.error, NEW.response, d.first_attempt_at, NEW.at + NEW.duration
     FROM webhook_deliveries AS d LEFT JOIN webhook_events AS e ON e.seq = d.event
    WHERE NEW.status = 'failed' AND d.status = 'failed' AND d.event = NEW.event AND d.endpoint_id = NEW.endpoint_id;
 END""",
-    """CREATE TRIGGER webhook_record_endpoint INSTEAD OF INSERT ON webhook_record
-WHEN NEW.event IS NULL AND NEW.endpoint_id IS NOT NULL BEGIN
+    # Only the delivery's part of an outcome, ahead of the outcomes of a batch. Of a queue that went on from
+    # memory the last success is marked first: each one that is recorded as the head of its queue makes the
+    # next one the head, a write that is wasted when that one is delivered too.
+    f"""CREATE TRIGGER webhook_record_mark INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'mark'
+BEGIN{_AFTER_TRY}
+END""",
+    # An endpoint's state: due_at is paused_until, at is failing_since, duration is failures, and error is
+    # why it is to be disabled, or NULL.
+    """CREATE TRIGGER webhook_record_endpoint INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'endpoint' BEGIN
   UPDATE webhook_endpoints SET failures = NEW.duration, failing_since = NEW.at, paused_until = NEW.due_at
    WHERE id = NEW.endpoint_id;
   UPDATE webhook_endpoints SET enabled = 0, disabled_reason = NEW.error
    WHERE id = NEW.endpoint_id AND NEW.error IS NOT NULL AND enabled;
 END""",
-    """INSERT INTO webhook_meta VALUES ('outbox', lower(hex(randomblob(8)))), ('endpoints_version', 1)""",
-    """INSERT INTO webhook_meta VALUES ('schema_version', 1)""",
+    # What was counted since the last write: JSON {name: increment} as response.
+    """CREATE TRIGGER webhook_record_counts INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'count' BEGIN
+  INSERT INTO webhook_counts SELECT NEW.endpoint_id, key, value FROM json_each(NEW.response)
+   WHERE EXISTS (SELECT 1 FROM webhook_endpoints WHERE id = NEW.endpoint_id)
+      ON CONFLICT DO UPDATE SET value = value + excluded.value;
+END""",
+    # What endpoints that subscribe to webhook.* by name are told: type as status, data as response.
+    # Nobody subscribed: no event.
+    """CREATE TRIGGER webhook_record_notice INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'notice' BEGIN
+  INSERT INTO webhook_emit (type, data, created_at) SELECT NEW.status, NEW.response, NEW.at
+   WHERE EXISTS (SELECT 1 FROM webhook_patterns
+                  WHERE tenant IN ('', '*') AND pattern <> '*' AND NEW.status GLOB pattern);
+END""",
+    """INSERT INTO webhook_meta VALUES
+  ('outbox', lower(hex(randomblob(8)))), ('endpoints_version', 1), ('endpoints_removed', 0), ('work', 0),
+  ('drains', 0), ('schema_version', 1)""",
 )
 
 # One entry a version, in one transaction each, only additions: a drain of an older copy goes on beside them.
-_SCHEMA = (
-    _FIRST_SCHEMA,
-    (
-        """CREATE INDEX webhook_failed_endpoint ON webhook_failed (endpoint_id, failed_at)""",
-        """CREATE TABLE webhook_counts (           -- what metrics counts; the rows themselves leave after a while
-  endpoint_id TEXT NOT NULL,
-  name TEXT NOT NULL,
-  value REAL NOT NULL,
-  PRIMARY KEY (endpoint_id, name)
-) WITHOUT ROWID""",
-        """CREATE TRIGGER webhook_counts_delete AFTER DELETE ON webhook_endpoints BEGIN
-  DELETE FROM webhook_counts WHERE endpoint_id = OLD.id;
-END""",
-        # What the drain counted since its last write: endpoint as status, JSON {name: increment} as response. Drains
-        # that share a file count their commits under endpoint ''.
-        """CREATE TRIGGER webhook_record_counts INSTEAD OF INSERT ON webhook_record
-WHEN NEW.event IS NULL AND NEW.endpoint_id IS NULL AND NEW.reason = 'count' BEGIN
-  INSERT INTO webhook_counts SELECT NEW.status, key, value FROM json_each(NEW.response)
-   WHERE NEW.status = '' OR EXISTS (SELECT 1 FROM webhook_endpoints WHERE id = NEW.status)
-      ON CONFLICT DO UPDATE SET value = value + excluded.value;
-END""",
-        # What the drain tells endpoints that subscribe to webhook.* by name: the event's type as status, its data as
-        # response. Nobody subscribed: no event.
-        """CREATE TRIGGER webhook_record_notice INSTEAD OF INSERT ON webhook_record
-WHEN NEW.event IS NULL AND NEW.endpoint_id IS NULL AND NEW.reason = 'notice' BEGIN
-  INSERT INTO webhook_emit (type, data, created_at) SELECT NEW.status, NEW.response, NEW.at
-   WHERE EXISTS (SELECT 1 FROM webhook_patterns WHERE pattern <> '*' AND NEW.status GLOB pattern);
-END""",
-        """UPDATE webhook_meta SET value = 2 WHERE key = 'schema_version'""",
-    ),
-)
+_SCHEMA: tuple[tuple[str, ...], ...] = (_FIRST_SCHEMA,)
 
 
 def schema_sql() -> str:
@@ -519,6 +623,41 @@ def _age(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
 
+class _Keys:
+    """Makes keys for events: milliseconds, then chance, each higher than the one before. The file refuses
+    a key that is no higher than its newest one, which another process may have made. Threads may make
+    the same one: then the second to commit is refused.
+
+    The chance is a generator of our own: tests seed the global one, and a key that came again after a
+    restore would be another event's. It is no secret."""
+
+    __slots__ = ("_chance", "_last")
+
+    def __init__(self) -> None:
+        self._chance, self._last = random.Random(), 0
+
+    def new(self, now: float, newest: int = 0) -> int:
+        """Return a key for an event of `now`; newest: what the file has."""
+        key = int(min(max(now * 1000, 0), _LAST_MILLISECOND)) << _CHANCE_BITS | self._chance.getrandbits(_CHANCE_BITS)
+        last = max(self._last, newest)
+        if key <= last:
+            key = last + 1 + self._chance.getrandbits(_CHANCE_BITS)
+        self._last = key
+        return key
+
+
+def _event_id(seq: int) -> str:
+    """Return the public id of an event; the generated columns of the schema say the same in SQL."""
+    return f"msg_{seq:016x}"
+
+
+def _event_seq(id: object) -> int | None:
+    """Return the key in an event's id; None where it is no id of ours, so no event has it."""
+    if not isinstance(id, str) or not re.fullmatch("msg_[0-7][0-9a-f]{15}", id):
+        return None
+    return int(id[4:], 16)
+
+
 def _masked(url: str) -> str:
     """Return the URL with its query hidden: tokens live there."""
     head, mark, _ = url.partition("?")
@@ -532,6 +671,7 @@ class Endpoint:
     id: str
     url: str
     events: tuple[str, ...] = ("*",)
+    tenant: str | None = None  # None: the app's own; "*": sees the events of all
     description: str = ""
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     body: str = "standard"
@@ -550,14 +690,17 @@ class Endpoint:
     secret: str | None = None
 
     def __repr__(self) -> str:  # no secret, no header value, no query
+        tenant = f", tenant={self.tenant!r}" if self.tenant else ""
         state = "" if self.enabled else f", disabled: {self.disabled_reason!r}"
-        return f"Endpoint(id={self.id!r}, url={_masked(self.url)!r}, events={list(self.events)!r}{state})"
+        return f"Endpoint(id={self.id!r}, url={_masked(self.url)!r}, events={list(self.events)!r}{tenant}{state})"
 
 
 class EndpointOptions(TypedDict, total=False):
-    """What add_endpoint and update_endpoint take; the defaults are those of Endpoint."""
+    """What add_endpoint and, but for tenant, update_endpoint take; the defaults are those of Endpoint."""
 
     events: Sequence[str]
+    tenant: str | None
+    enabled: bool
     description: str
     headers: Mapping[str, str] | None
     body: str
@@ -590,6 +733,7 @@ class Event:
     id: str
     type: str
     data: Any
+    tenant: str | None
     key: str | None
     created_at: float
     deliveries: tuple[Delivery, ...] = ()
@@ -717,14 +861,16 @@ def _key(secret: str | bytes, least: int = 16, most: int = 1 << 16) -> bytes:
     return key
 
 
-@functools.lru_cache(maxsize=256)
+_INNER, _OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
+
+
+@functools.lru_cache(maxsize=1_024)
 def _halves(scheme: str, secret: str | bytes) -> tuple[Any, Any]:
     """Return HMAC's inner and outer hash (RFC 2104), which have read a secret's key. To sign with copies of them is
     half the cost of hmac.digest, which prepares the key each time."""
     key = _key(secret) if scheme == "standard" else secret.encode() if isinstance(secret, str) else secret
     key = (key if len(key) <= 64 else hashlib.sha256(key).digest()).ljust(64, b"\0")
-    inner, outer = (hashlib.sha256(bytes(byte ^ pad for byte in key)) for pad in (0x36, 0x5C))
-    return inner, outer
+    return hashlib.sha256(key.translate(_INNER)), hashlib.sha256(key.translate(_OUTER))
 
 
 def _signature(scheme: str, secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
@@ -1027,6 +1173,13 @@ def _refuse_url(why: str) -> NoReturn:
     raise UnsafeURL(f"the URL is refused: {why}")
 
 
+def _check_port(port: int) -> None:
+    if port > 65_535:
+        _refuse_url("there is no such port; write https://host/path")
+    if port in _BAD_PORTS or (port not in (80, 443) and port < 1024):
+        _refuse_url(f"port {port} belongs to another protocol; use 443, 80 or one from 1024 up")
+
+
 def _check_authority(url: str) -> str:
     """Return the scheme of a URL whose spelling is beyond doubt; parsers disagree on everything else."""
     if not isinstance(url, str) or not 1 <= len(url) <= 2048:
@@ -1047,35 +1200,96 @@ def _check_authority(url: str) -> str:
         _refuse_url("a fragment (#...) is never sent; remove it")
     if colon and not re.fullmatch(r"[0-9]{1,5}", port_text):
         _refuse_url("its port is not a number")
-    if port is not None and (port in _BAD_PORTS or (port not in (80, 443) and port < 1024)):
-        _refuse_url(f"port {port} belongs to another protocol; use 443, 80 or one from 1024 up")
+    if port is not None:
+        _check_port(port)
     return parts.scheme
 
 
-def _prepare_url(url: str, guard: _Guard) -> requests.PreparedRequest:
-    """Return the request for an endpoint's URL; raise UnsafeURL with the reason.
+class _Target(NamedTuple):
+    """An endpoint's URL as it goes over the wire."""
+
+    url: str
+    scheme: str
+    host: str  # without brackets
+    port: int
+    netloc: str  # what the Host header says; it leaves out the scheme's own port (RFC 9110, 7.2)
+    path: str  # with the query
+
+
+# A URL of these characters alone is what requests would make of it. Most endpoints have one, and requests takes
+# longer to prepare a URL than a delivery takes.
+_PLAIN_URL = re.compile(
+    r"(https?)://([a-z0-9-]+(?:\.[a-z0-9-]+)*)(?::([1-9][0-9]{0,4}))?"
+    r"(/(?!\.)(?:[A-Za-z0-9_~!$&'()*+,;=:@.-]|/(?!\.))*)?(\?[A-Za-z0-9._~!$&'()*+,;=:@/?-]+)?"
+)
+
+
+def _spelled(url: str) -> str:
+    """Return a URL as requests spells it: IDNA, percent-encoding, dot segments."""
+    try:
+        return requests.Request("POST", url).prepare().url or ""
+    except (ValueError, OSError):  # requests' exceptions are OSErrors; they may quote the URL
+        _refuse_url("requests cannot parse it")
+
+
+@functools.lru_cache(maxsize=1_024)  # many endpoints have one host
+def _check_host(host: str, scheme: str, guard: _Guard) -> str | None:
+    """Return why a host is refused as far as its name tells, or None."""
+    if len(host) > 253 or not all(0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
+        return "its host has an empty or over-long label"
+    if address := _literal(host):
+        return guard.refusal(address, scheme)
+    return _NO_HTTP if scheme == "http" and not (guard.allow_http or guard.allow_networks) else None
+
+
+def _prepare_url(url: str, guard: _Guard) -> _Target:
+    """Return the target of an endpoint's URL; raise UnsafeURL with the reason.
 
     This is for a good message at registration. What protects is the judgement of the address really dialled.
     """
-    scheme = _check_authority(url)
-    try:
-        prepared = requests.Request("POST", url).prepare()
-        host = urllib.parse.urlsplit(prepared.url or "").hostname or ""
-    except (ValueError, OSError):  # requests' exceptions are OSErrors; they may quote the URL
-        _refuse_url("requests cannot parse it")
-    if len(host) > 253 or not all(0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
-        _refuse_url("its host has an empty or over-long label")
-    address = _literal(host)
-    if address and (why := guard.refusal(address, scheme)):
+    plain = _PLAIN_URL.fullmatch(url) if isinstance(url, str) and len(url) <= 2048 else None
+    if plain:
+        scheme, host, named_port, path, query = plain.groups()
+    else:
+        scheme = _check_authority(url)
+        parts = urllib.parse.urlsplit(_spelled(url))
+        host, named_port = parts.hostname or "", parts.port
+        path, query = parts.path, "?" + parts.query if parts.query else ""
+    port = int(named_port or (443 if scheme == "https" else 80))
+    _check_port(port)
+    if why := _check_host(host, scheme, guard):
         _refuse_url(why)
-    if scheme == "http" and not (address or guard.allow_http or guard.allow_networks):
-        _refuse_url(_NO_HTTP)
-    return prepared
+    netloc = f"[{host}]" if ":" in host else host
+    spelled = f"{netloc}:{port}" if named_port else netloc
+    netloc = netloc if port == (443 if scheme == "https" else 80) else spelled
+    path = (path or "/") + (query or "")
+    return _Target(f"{scheme}://{spelled}{path}", scheme, host, port, netloc, path)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Settings:
+    """What the Outbox was given, as the parts that send need it: handed down, so that none of them knows the Outbox."""
+
+    path: str
+    retry: RetryPolicy
+    timeout: float  # seconds, of an attempt
+    connect_timeout: float  # seconds, of its lookup and connect
+    workers: int  # attempts under way at once
+    guard: _Guard
+    retention: float  # seconds
+    proxy: str | None
+    app_name: str
+    transforms: Mapping[str, Callable[[Event], Any]]
+    observer: Callable[[Notice], Any] | None
+    clock: Callable[[], float]
+    rng: Callable[[], float]
+    resolver: Callable[[str, int], list[str]] | None
 
 
 # ── transport ────────────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: a connected, judged, TLS-checked socket, or one exception, within the deadline. requests prepares the
-# URL, owns proxies and the pool; urllib3 does TLS. Blocks: the drain calls it from short-lived threads only.
+# Promises: a connected, judged, TLS-checked socket, or one exception, within the deadline. Blocks: the drain calls it
+# from threads only. We dial ourselves and have the standard library do TLS; requests opens a connection where there is
+# a proxy. Through urllib3 an opening cost 450 of its 630 us, for pools that nobody used.
 # Environment proxies, .netrc, cookies and CA variables play no part: those live in requests.Session, not used here.
 
 _MAX_LOOKUPS = 32
@@ -1090,6 +1304,16 @@ class _Blocked(Exception):
 
 class _NoAddress(Exception):
     """The name did not resolve in time."""
+
+
+class _Place(NamedTuple):
+    """What a connection belongs to: every endpoint of the same place may use it."""
+
+    scheme: str
+    host: str  # without brackets
+    port: int
+    ca: str | None  # path; None: the bundle that requests ships
+    cert: tuple[str, ...]  # paths: certificate, or certificate and key
 
 
 def _getaddrinfo(host: str, port: int) -> list[str]:
@@ -1158,94 +1382,117 @@ class _Lookups:
                 self._running.pop((host, port), None)
 
 
-@dataclasses.dataclass(slots=True)
-class _Opening:
-    """What one connection attempt may do; `dialled` proves that the guard was asked."""
+def _connect(address: str, port: int, patience: float) -> socket.socket:
+    """Return a socket that is connected to an address, and to no other; patience: seconds."""
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(patience)
+        sock.connect((address, port))
+        peer = sock.getpeername()[0]
+        if peer != address and ipaddress.ip_address(peer) != ipaddress.ip_address(address):
+            raise _Blocked(f"connected to another address than {address}")
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
-    guard: _Guard
-    lookups: _Lookups
-    scheme: str
-    deadline: float  # monotonic: of the whole attempt
-    connect_deadline: float  # monotonic: of lookup and connect
-    dialled: str | None = None
 
-    def dial(self, host: str, port: int, options: Iterable[Any]) -> socket.socket:
-        """Resolve once, judge every answer, connect to a judged one. One refused answer refuses the name: a DNS
-        that mixes inside and outside addresses is lying about one of them."""
-        address = _literal(host)
-        addresses = [address] if address else self.lookups.find(host, port, self.connect_deadline)
-        for address in addresses:
-            if why := self.guard.refusal(address, self.scheme):
-                raise _Blocked(why if address == host else f"{host} resolves to {address}: {why}")
-        failure: OSError = TimeoutError("no time left to connect")
-        for tried, address in enumerate(addresses):
-            patience = (self.connect_deadline - time.monotonic()) / (len(addresses) - tried)
-            if patience <= 0:
-                break
-            try:
-                return self._connect(address, port, options, patience)
-            except OSError as error:
-                failure = error
-        raise failure
-
-    def _connect(self, address: str, port: int, options: Iterable[Any], patience: float) -> socket.socket:
-        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+def _dial(guard: _Guard, lookups: _Lookups, place: _Place, until: float) -> socket.socket:
+    """Resolve once, judge every answer, connect to a judged one; until: monotonic. One refused answer refuses the
+    name: a DNS that mixes inside and outside addresses is lying about one of them."""
+    literal = _literal(place.host)
+    addresses = [literal] if literal else lookups.find(place.host, place.port, until)
+    for address in addresses:
+        if why := guard.refusal(address, place.scheme):
+            raise _Blocked(why if address == place.host else f"{place.host} resolves to {address}: {why}")
+    failure: OSError = TimeoutError("no time left to connect")
+    for tried, address in enumerate(addresses):
+        patience = (until - time.monotonic()) / (len(addresses) - tried)
+        if patience <= 0:
+            break
         try:
-            for option in options:
-                sock.setsockopt(*option)
-            sock.settimeout(patience)
-            sock.connect((address, port))
-            if ipaddress.ip_address(sock.getpeername()[0]) != ipaddress.ip_address(address):
-                raise _Blocked(f"connected to another address than {address}")
-            sock.settimeout(max(0.001, self.deadline - time.monotonic()))  # do_handshake takes it as a total
-        except BaseException:
-            sock.close()
-            raise
-        self.dialled = address
-        return sock
+            return _connect(address, place.port, patience)
+        except OSError as error:
+            failure = error
+    raise failure
 
 
-# urllib3 1.26 gives Python no name to check where the host is an address; it then compares the certificate itself,
-# provided that the context does not ask Python to.
+class _Contexts:
+    """TLS contexts by CA and certificate, made again when the files change. One serves all connections: loading the
+    CA bundle for each costs more than the handshake."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _made; held while files are read, so that they are read once
+        self._made: dict[tuple[Any, ...], ssl.SSLContext] = {}
+
+    def get(self, ca: str | None, cert: tuple[str, ...], check_hostname: bool = True) -> ssl.SSLContext:
+        ca = ca or requests.utils.DEFAULT_CA_BUNDLE_PATH
+        key = (ca, cert, check_hostname, *(os.stat(path).st_mtime_ns for path in (ca, *cert)))
+        with self._lock:
+            if key not in self._made:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # create_default_context reads SSLKEYLOGFILE
+                context.minimum_version = ssl.TLSVersion.TLSv1_2
+                context.set_alpn_protocols(["http/1.1"])
+                context.load_verify_locations(cafile=ca)
+                context.check_hostname = check_hostname
+                if cert:
+                    context.load_cert_chain(cert[0], cert[-1], password="")  # never ask on a terminal
+                self._made = {k: v for k, v in self._made.items() if k[:3] != key[:3]} | {key: context}
+            return self._made[key]
+
+
 _OLD_URLLIB3 = getattr(urllib3, "__version__", "").startswith("1.")
 
 
-class _Opener(requests.adapters.HTTPAdapter):
-    """Opens connections for endpoints: requests' adapter, with the guard where its connections dial."""
+class _Opener:
+    """Opens connections; shared by the threads that do."""
 
-    def __init__(self, outbox: Outbox) -> None:
-        super().__init__()
-        self.guard, self.lookups = outbox._guard, _Lookups(outbox.resolver)
-        self.proxy, self.connect_timeout = outbox.proxy, outbox.connect_timeout
-        self._lock = threading.Lock()  # guards _contexts
-        self._contexts: dict[tuple[Any, ...], ssl.SSLContext] = {}
+    def __init__(self, settings: _Settings) -> None:
+        self.guard, self.connect_timeout, self.proxy = settings.guard, settings.connect_timeout, settings.proxy
+        self.lookups, self.contexts = _Lookups(settings.resolver), _Contexts()
+        self.adapter = requests.adapters.HTTPAdapter() if settings.proxy else None
 
-    def open(self, prepared: requests.PreparedRequest, endpoint: Endpoint, deadline: float) -> socket.socket:
+    def close(self) -> None:
+        if self.adapter is not None:
+            self.adapter.close()
+
+    def open(self, place: _Place, deadline: float) -> socket.socket:
         """Return a connected socket, past TLS; raise what _explain understands. deadline: monotonic."""
-        scheme = (prepared.url or "").partition(":")[0]
-        proxies = {"http": self.proxy, "https": self.proxy} if self.proxy else None
-        pool: Any = self.get_connection_with_tls_context(prepared, verify=True, proxies=proxies)
-        connection = pool._new_conn()
-        now = time.monotonic()
-        opening = _Opening(self.guard, self.lookups, scheme, deadline, min(deadline, now + self.connect_timeout))
-        if not self.proxy:
-            # _new_conn is the seam that urllib3's own SOCKS support overrides, in 1.26 and in 2.x. A release without
-            # it would dial by itself: then `dialled` is unset, and the connection refused.
-            where = connection.host.strip("[]"), connection.port, connection.socket_options or ()
-            connection._new_conn = functools.partial(opening.dial, *where)
-        connection.timeout = max(0.001, deadline - now)
-        if scheme == "https":
-            connection.ssl_context = self._context(endpoint, urllib3_checks=_OLD_URLLIB3 and bool(_literal(pool.host)))
+        sock = self._by_proxy(place, deadline) if self.proxy else self._directly(place, deadline)
+        sock.setblocking(False)
+        return sock
+
+    def _directly(self, place: _Place, deadline: float) -> socket.socket:
+        sock = _dial(self.guard, self.lookups, place, min(deadline, time.monotonic() + self.connect_timeout))
+        if place.scheme == "http":
+            return sock
         try:
-            if self.proxy and scheme == "https":
+            sock.settimeout(max(0.001, deadline - time.monotonic()))  # do_handshake takes it as a total
+            return self.contexts.get(place.ca, place.cert).wrap_socket(sock, server_hostname=place.host.rstrip("."))
+        except BaseException:
+            sock.close()
+            raise
+
+    def _by_proxy(self, place: _Place, deadline: float) -> socket.socket:
+        host = f"[{place.host}]" if ":" in place.host else place.host
+        prepared = requests.Request("POST", f"{place.scheme}://{host}:{place.port}/").prepare()
+        assert self.proxy is not None and self.adapter is not None
+        proxies = {"http": self.proxy, "https": self.proxy}
+        pool: Any = self.adapter.get_connection_with_tls_context(prepared, verify=True, proxies=proxies)
+        connection = pool._new_conn()
+        connection.timeout = max(0.001, deadline - time.monotonic())
+        try:
+            if place.scheme == "https":
+                # urllib3 1.26 gives Python no name to check where the host is an address; it then compares the
+                # certificate itself, provided that the context does not ask Python to.
+                python_checks = not (_OLD_URLLIB3 and _literal(place.host))
+                connection.ssl_context = self.contexts.get(place.ca, place.cert, python_checks)
                 self._tunnel(pool, connection, deadline)
             else:
                 connection.connect()
-            if opening.dialled is None and not self.proxy:
-                raise _Blocked("this urllib3 dialled without asking the guard; use urllib3 1.26 or 2.x")
             sock: socket.socket = connection.sock
             connection.sock = None  # ours now
-            sock.setblocking(False)
             return sock
         finally:
             connection.close()
@@ -1269,23 +1516,6 @@ class _Opener(requests.adapters.HTTPAdapter):
             raise
         finally:
             timer.cancel()
-
-    def _context(self, endpoint: Endpoint, urllib3_checks: bool) -> ssl.SSLContext:
-        """Return the TLS context for an endpoint's CA and certificate, read again when the files change. One context
-        serves all: loading the CA bundle for each connection costs more than the handshake."""
-        ca = endpoint.ca or requests.utils.DEFAULT_CA_BUNDLE_PATH
-        chain = (endpoint.cert,) if isinstance(endpoint.cert, str) else endpoint.cert or ()
-        key = (ca, chain, urllib3_checks, *(os.stat(path).st_mtime_ns for path in (ca, *chain)))
-        with self._lock:
-            if key not in self._contexts:
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # create_default_context reads SSLKEYLOGFILE
-                context.minimum_version = ssl.TLSVersion.TLSv1_2
-                context.load_verify_locations(cafile=ca)
-                context.check_hostname = not urllib3_checks
-                if chain:
-                    context.load_cert_chain(chain[0], chain[-1], password="")  # never ask on a terminal
-                self._contexts = {k: v for k, v in self._contexts.items() if k[:3] != key[:3]} | {key: context}
-            return self._contexts[key]
 
 
 def _explain(error: BaseException) -> tuple[str, str]:
@@ -1332,28 +1562,37 @@ class _Picked(NamedTuple):
     """A delivery that is due, with its event, as storage reads it."""
 
     event: int
+    due_at: float
     attempts: int
     first_attempt_at: float | None
     queue: str | None
-    id: str | None  # None: the event's row is missing
-    type: str
+    type: str | None  # None: the event's row is missing
     data: str
     valid: int | None  # 1: data is JSON
     key: str | None
     headers: str | None
     created_at: float
+    tenant: str | None
+
+    @property
+    def id(self) -> str:
+        return _event_id(self.event)
 
 
-def _standard_body(picked: _Picked) -> bytes:
-    """Return the Standard Webhooks envelope. A pure function of the stored row, for ever: retries must be equal."""
+def _standard_body(picked: _Picked, sees_all: bool) -> bytes:
+    """Return the Standard Webhooks envelope. A pure function of the stored row, for ever: retries must be equal.
+    sees_all: for an endpoint of tenant '*', which has to be told whose event it is."""
+    whose = f'"tenant":"{picked.tenant}",' if sees_all and picked.tenant else ""
     stamp = _iso(picked.created_at)
-    return f'{{"type":"{picked.type}","timestamp":"{stamp}","data":{picked.data}}}'.encode()
+    return f'{{"type":"{picked.type}","timestamp":"{stamp}",{whose}"data":{picked.data}}}'.encode()
 
 
-def _cloudevents_body(picked: _Picked, source: str) -> bytes:
+def _cloudevents_body(picked: _Picked, source: str, sees_all: bool) -> bytes:
     """Return CloudEvents 1.0 in structured mode."""
     context = {"specversion": "1.0", "id": picked.id, "source": urllib.parse.quote(source) or "webhook-outbox"}
-    context |= {"type": picked.type, "time": _iso(picked.created_at), "datacontenttype": "application/json"}
+    context |= {"type": picked.type or "", "time": _iso(picked.created_at), "datacontenttype": "application/json"}
+    if sees_all and picked.tenant:
+        context["tenant"] = picked.tenant
     return f'{_dumps(context)[:-1]},"data":{picked.data}}}'.encode()
 
 
@@ -1437,51 +1676,74 @@ _Secrets = list[tuple[str, float | None]]  # (secret, valid until), current firs
 _LEAST_HIDDEN = 6  # characters; shorter ones would blacken words that mean nothing
 
 
+def _proxy_login(proxy: str | None) -> dict[str, str]:
+    """Return the header that logs in at the proxy."""
+    return dict(requests.adapters.HTTPAdapter().proxy_headers(proxy)) if proxy else {}
+
+
+def _hidden_of(target: _Target, secrets: _Secrets, login: Mapping[str, str]) -> list[str]:
+    """Return what of an endpoint's URL and secrets an echo must not carry into the tables."""
+    query = target.path.partition("?")[2]  # as it goes over the wire, percent-encoded
+    hidden = [query, *query.split("&"), *(part.rpartition("=")[2] for part in query.split("&"))] if query else []
+    hidden += [value for _, value in urllib.parse.parse_qsl(query)] if query else []
+    hidden += [secret for secret, _ in secrets]
+    hidden += [value.rpartition(" ")[2] for value in login.values()]
+    return [value for value in hidden if len(value) >= _LEAST_HIDDEN]
+
+
 @dataclasses.dataclass(slots=True)
 class _Wire:
     """How requests for one endpoint are written; made once for each version of its row."""
 
     endpoint: Endpoint
     secrets: _Secrets
-    prepared: requests.PreparedRequest
+    place: _Place
     start: bytes  # request line and the headers that never change
     schemes: tuple[str, ...]
     transform: Callable[[Event], Any] | None
     source: str
     hidden: list[str]  # of the URL and the secrets: what an echo must not carry into the tables
     slow: bool  # building a request may block or run the host's code: the loop hands it to a thread
+    origin: _Origin | None = None  # kept here by who sends, so that it is looked up once
 
     @classmethod
-    def make(cls, endpoint: Endpoint, secrets: _Secrets, outbox: Outbox, opener: _Opener) -> _Wire:
-        prepared = _prepare_url(endpoint.url, outbox._guard)
-        parts = urllib.parse.urlsplit(prepared.url or "")
-        proxied = opener.proxy and parts.scheme == "http"
-        login = opener.proxy_headers(opener.proxy) if opener.proxy else {}
-        target = prepared.url if proxied else prepared.path_url
-        agent = f"webhook-outbox/{__version__}" + (f" ({outbox.app_name})" if outbox.app_name else "")
-        lines = [f"POST {target} HTTP/1.1", f"Host: {parts.netloc}", f"User-Agent: {agent}"]
-        lines += ["Accept: */*", "Accept-Encoding: identity"]
+    def make(cls, endpoint: Endpoint, secrets: _Secrets, settings: _Settings) -> _Wire:
+        """Return the wire of an endpoint; raise what makes it unusable."""
+        target = _prepare_url(endpoint.url, settings.guard)
+        cert = (endpoint.cert,) if isinstance(endpoint.cert, str) else tuple(endpoint.cert or ())
+        place = _Place(target.scheme, target.host, target.port, endpoint.ca, cert)
+        login = _proxy_login(settings.proxy)
+        proxied = settings.proxy and target.scheme == "http"
+        agent = f"webhook-outbox/{__version__}" + (f" ({settings.app_name})" if settings.app_name else "")
+        lines = [f"POST {target.url if proxied else target.path} HTTP/1.1", f"Host: {target.netloc}"]
+        lines += [f"User-Agent: {agent}", "Accept: */*", "Accept-Encoding: identity"]
         lines += [f"{name}: {value}" for name, value in login.items() if proxied]
-        transform = outbox.transforms.get(endpoint.body)
+        transform = settings.transforms.get(endpoint.body)
         if transform is None and endpoint.body not in _BODIES:
             raise _Unready(f"no transform is called {endpoint.body!r}; run the drain with --app")
-        slow = transform is not None or any(secret.startswith("file:") for secret, _ in secrets)
-        start = "\r\n".join(lines).encode("latin-1") + b"\r\n"
         schemes = tuple(dict.fromkeys(endpoint.signing.split("+")))
         if not set(schemes) <= set(_SCHEMES):
             raise _Unready(f"no signing is called {endpoint.signing!r}; update the endpoint")
-        query = parts.query  # as it goes over the wire, percent-encoded
-        hidden = [query, *query.split("&"), *(part.rpartition("=")[2] for part in query.split("&"))]
-        hidden += [value for _, value in urllib.parse.parse_qsl(query)]
-        hidden += [secret for secret, _ in secrets]
-        hidden += [value.rpartition(" ")[2] for value in login.values()]
-        hidden = [value for value in hidden if len(value) >= _LEAST_HIDDEN]
-        return cls(endpoint, secrets, prepared, start, schemes, transform, outbox.app_name, hidden, slow)
+        return cls(
+            endpoint,
+            secrets,
+            place,
+            start="\r\n".join(lines).encode("latin-1") + b"\r\n",
+            schemes=schemes,
+            transform=transform,
+            source=settings.app_name,
+            hidden=_hidden_of(target, secrets, login),
+            slow=transform is not None or any(secret.startswith("file:") for secret, _ in secrets),
+        )
 
     def body(self, picked: _Picked) -> tuple[bytes, str]:
         """Return the body bytes and their content type."""
+        sees_all = self.endpoint.tenant == "*"
         if self.transform is not None:
-            event = Event(picked.id or "", picked.type, json.loads(picked.data), picked.key, picked.created_at)
+            data = json.loads(picked.data)
+            event = Event(
+                picked.id, picked.type or "", data, tenant=picked.tenant, key=picked.key, created_at=picked.created_at
+            )
             made = self.transform(event)
             body, content_type = made if isinstance(made, tuple) and len(made) == 2 else (made, "application/json")
             if not isinstance(body, bytes) or not isinstance(content_type, str) or not content_type.isprintable():
@@ -1490,8 +1752,8 @@ class _Wire:
         if self.endpoint.body == "data":
             return picked.data.encode(), "application/json"
         if self.endpoint.body == "cloudevents":
-            return _cloudevents_body(picked, self.source), "application/cloudevents+json"
-        return _standard_body(picked), "application/json"
+            return _cloudevents_body(picked, self.source, sees_all), "application/cloudevents+json"
+        return _standard_body(picked, sees_all), "application/json"
 
     def keys(self, now: float) -> list[str]:
         """Return the secrets that sign now, current first."""
@@ -1520,18 +1782,19 @@ class _Wire:
 
     def request(self, picked: _Picked, now: float) -> tuple[bytes, list[str]]:
         """Return the bytes of one attempt, and what must not be stored if the receiver echoes it."""
-        if picked.id is None or picked.valid != 1:
-            raise _Unready("the event's row is missing" if picked.id is None else "the event's data is not JSON")
-        if not _TYPE.fullmatch(picked.type) or not picked.id.isprintable():
+        if picked.type is None or picked.valid != 1:
+            raise _Unready("the event's row is missing" if picked.type is None else "the event's data is not JSON")
+        if not _TYPE.fullmatch(picked.type):
             raise _Unready("the event's row is damaged")
+        id = picked.id
         body, content_type = self.body(picked)
         valid = self.keys(now)
-        signed = _signature_headers(self.schemes, valid, picked.id, int(now), body)
+        signed = _signature_headers(self.schemes, valid, id, int(now), body)
         custom = self._custom_headers(picked) if self.endpoint.headers or picked.headers is not None else []
         extra = "".join([f"{name}: {value}\r\n" for name, value in custom + signed])
         head = (
             f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
-            f"webhook-id: {picked.id}\r\nwebhook-timestamp: {int(now)}\r\n{extra}\r\n"
+            f"webhook-id: {id}\r\nwebhook-timestamp: {int(now)}\r\n{extra}\r\n"
         )
         hidden = [*self.hidden, *valid, *[value for _, value in signed]]
         hidden += [part for _, value in custom for part in (value, value.rpartition(" ")[2])]
@@ -1613,6 +1876,10 @@ class _Answer:
         if not self._framing and not self._read_head():
             return bool(self.error)
         return self._read_body()
+
+    def started(self) -> bool:
+        """Say whether a byte has come."""
+        return bool(self.buffer) or self.status is not None or self._left > 0
 
     def end(self) -> None:
         """The receiver closed the connection."""
@@ -1748,20 +2015,211 @@ def _failure(error: BaseException, hidden: Iterable[str] = ()) -> _Outcome:
     return _Outcome(reason=reason, error=_redacted(text, hidden))
 
 
-def _exchange(sock: socket.socket, request: bytes, deadline: float) -> _Answer:
-    """Send a request and read its answer, blocking, until the deadline; the drain has its own loop for many."""
-    answer, out = _Answer(), memoryview(request)
-    while (left := deadline - time.monotonic()) > 0:
-        sock.settimeout(left)
-        if out:
-            out = out[sock.send(out) :]
-            continue
-        data = sock.recv(65_536)
-        if not data:
-            answer.end()
-        if not data or answer.feed(data):
-            return answer
-    raise TimeoutError
+# ── endpoint options ─────────────────────────────────────────────────────────────────────────────────────────────
+# Promises: one row of _OPTIONS for each option of an endpoint. It is a field of Endpoint, a column, a keyword of
+# add_endpoint and an argument of the command line of the same name. Knows nothing of files and connections.
+
+_PATTERN = re.compile(r"\*|[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(\.\*)?")
+_TENANT = re.compile("[A-Za-z0-9_-]{1,64}")
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise PayloadError(f"{name} must be a number from {least:g} to {most:g}")
+    return float(value)
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    if _number(name, value, least, most) != int(value):
+        raise PayloadError(f"{name} must be a whole number")
+    return int(value)
+
+
+def _line(name: str, value: Any, most: int, least: int = 0) -> str:
+    if not isinstance(value, str) or not least <= len(value) <= most or not all(c.isprintable() for c in value):
+        raise PayloadError(f"{name} must be one line of printable text, {least} to {most} characters")
+    return value
+
+
+def _choice(name: str, value: Any, choices: Sequence[Any]) -> str:
+    if value not in choices:
+        raise PayloadError(f"{name} must be one of {', '.join(map(str, choices))}")
+    return str(value)
+
+
+def _checked_tenant(tenant: Any, or_all: bool = False) -> str | None:
+    """Return a tenant. or_all: it may be '*', as an endpoint's may."""
+    if tenant is None or (or_all and tenant == "*"):
+        return tenant  # type: ignore[no-any-return]
+    if not isinstance(tenant, str) or not _TENANT.fullmatch(tenant):
+        raise PayloadError("tenant must be 1 to 64 letters, digits, _ and -; leave it out for what is the app's own")
+    return tenant
+
+
+def _checked_patterns(events: Any) -> list[str]:
+    patterns = [events] if isinstance(events, str) else list(events) if isinstance(events, Iterable) else []
+    if not patterns:
+        raise PayloadError("events must hold at least one pattern; '*' means all")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or len(pattern) > 256 or not _PATTERN.fullmatch(pattern):
+            raise PayloadError("each of events must be a type (order.created), a group (order.*) or *")
+    return list(dict.fromkeys(patterns))
+
+
+def _checked_secret(secret: Any) -> str:
+    """Return a secret as it is stored; strict, because a typo here shows only as failing signatures later."""
+    if secret is None:
+        return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode("ascii")
+    if not isinstance(secret, str):
+        raise PayloadError("secret must be text: whsec_ and base64, env:NAME or file:PATH")
+    if re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", secret) or re.fullmatch(r"file:[^\x00-\x1f]+", secret):
+        return secret
+    if not secret.startswith("whsec_"):
+        raise PayloadError("secret must start with whsec_, env: or file:; leave it out to get a good one")
+    _key(secret, 24, 64)
+    return secret
+
+
+def _checked_files(name: str, value: Any, most: int = 2) -> list[str]:
+    paths = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
+    if not 1 <= len(paths) <= most or not all(isinstance(path, str) for path in paths):
+        raise PayloadError(f"{name} must be a path, or a pair of paths (certificate, key)")
+    for path in paths:
+        if not os.path.isfile(path):
+            raise PayloadError(f"{name}: there is no file {path}")
+    return paths
+
+
+class _Known(NamedTuple):
+    """What the constructor was given that options are checked against."""
+
+    guard: _Guard
+    bodies: tuple[str, ...]
+
+
+def _checked_url(url: Any, known: _Known) -> str:
+    _prepare_url(url, known.guard)
+    return str(url)
+
+
+def _checked_signing(signing: Any) -> str:
+    return "+".join(dict.fromkeys(_choice("signing", part, _SCHEMES) for part in str(signing).split("+")))
+
+
+def _checked_switch(name: str, value: Any) -> int:
+    _choice(name, value, (True, False))
+    return int(value)
+
+
+@functools.lru_cache(maxsize=1_024)  # thousands of customers subscribe to the same few
+def _loaded_patterns(text: str) -> tuple[str, ...]:
+    return tuple(json.loads(text))
+
+
+def _loaded_headers(text: str) -> dict[str, str]:
+    return {} if text == "{}" else dict(json.loads(text))
+
+
+def _loaded_cert(text: str) -> str | tuple[str, str]:
+    paths = json.loads(text)
+    return paths[0] if len(paths) == 1 else (paths[0], paths[1])
+
+
+def _optional(check: Callable[[Any, _Known], Any]) -> Callable[[Any, _Known], Any]:
+    """Return a check that lets None through, which means: none, or what the outbox has."""
+    return lambda value, known: None if value is None else check(value, known)
+
+
+class _Option(NamedTuple):
+    """One option of an endpoint."""
+
+    check: Callable[[Any, _Known], Any]  # a value -> what is stored; raises PayloadError or UnsafeURL
+    argument: dict[str, Any]  # of the command line, as argparse takes it
+    load: Callable[[Any], Any] | None = None  # what is stored, unless NULL -> the field of Endpoint; None: the same
+    fixed: bool = False  # add_endpoint takes it, update_endpoint does not
+
+
+_OPTIONS: dict[str, _Option] = {
+    "url": _Option(_checked_url, {}),
+    "events": _Option(
+        lambda v, known: _dumps(_checked_patterns(v)),
+        dict(nargs="+", metavar="PATTERN", help="order.created, 'order.*' or '*'"),
+        _loaded_patterns,
+    ),
+    "tenant": _Option(
+        lambda v, known: _checked_tenant(v, or_all=True),
+        dict(metavar="ID", help="the customer whose events it gets; '*' for those of all"),
+        fixed=True,
+    ),
+    "enabled": _Option(
+        lambda v, known: _checked_switch("enabled", v),
+        dict(action="switch", help="a disabled one gets nothing; backfill can bring it later"),
+        bool,
+    ),
+    "description": _Option(lambda v, known: _line("description", v, 1000), {}),
+    "headers": _Option(
+        lambda v, known: _dumps(_checked_headers(v)),
+        dict(nargs="+", action="extend", metavar="'NAME: VALUE'"),
+        _loaded_headers,
+    ),
+    "body": _Option(
+        lambda v, known: _choice("body", v, known.bodies),
+        dict(help="standard, data, cloudevents, slack, discord, or a transform of --app"),
+    ),
+    "signing": _Option(
+        lambda v, known: _checked_signing(v), dict(help="standard, stripe, github, joined by + to send several")
+    ),
+    "rate": _Option(
+        _optional(lambda v, known: _number("rate", v, 1e-6, 1e6)), dict(type=float, help="deliveries per second")
+    ),
+    "max_in_flight": _Option(
+        lambda v, known: _whole("max_in_flight", v, 1, 10_000), dict(type=int, help="attempts at once at the most (16)")
+    ),
+    "ordered": _Option(
+        lambda v, known: _checked_switch("ordered", v), dict(action="switch", help="one after the other"), bool
+    ),
+    "on_dead": _Option(
+        lambda v, known: _choice("on_dead", v, ("skip", "hold")),
+        dict(choices=("skip", "hold"), help="what a queue does after a failed row"),
+    ),
+    "timeout": _Option(
+        _optional(lambda v, known: _number("timeout", v, 0.01, 3600)),
+        dict(type=float, help="seconds an attempt may last (15)"),
+    ),
+    "cert": _Option(
+        _optional(lambda v, known: _dumps(_checked_files("cert", v))),
+        dict(nargs="+", metavar="PATH", help="client certificate, and its key"),
+        _loaded_cert,
+    ),
+    "ca": _Option(
+        _optional(lambda v, known: _checked_files("ca", v, 1)[0]),
+        dict(metavar="PATH", help="certificates of a private authority"),
+    ),
+}
+_ENDPOINT_FIELDS = ("id", *_OPTIONS, "disabled_reason", "failing_since", "created_at")
+_ENDPOINT_COLUMNS = ", ".join(_ENDPOINT_FIELDS)
+_LOADS = [(name, option.load) for name, option in _OPTIONS.items() if option.load is not None]
+
+
+def _checked_options(options: Mapping[str, Any], known: _Known, update: bool) -> dict[str, Any]:
+    """Return the column values of options; refuse those that there are not, and in an update those for life."""
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        hint = "; use rotate_secret" if unknown == ["secret"] else ""
+        raise PayloadError(f"endpoints have no option {', '.join(unknown)}{hint}; there are {', '.join(_OPTIONS)}")
+    for name in options:
+        if update and _OPTIONS[name].fixed:
+            raise PayloadError(f"the {name} of an endpoint is fixed for life: add another endpoint")
+    return {name: _OPTIONS[name].check(value, known) for name, value in options.items()}
+
+
+def _endpoint(row: Sequence[Any]) -> Endpoint:
+    """Return the Endpoint of a row of _ENDPOINT_COLUMNS; raise ValueError or TypeError where it is damaged."""
+    values = dict(zip(_ENDPOINT_FIELDS, row, strict=True))
+    for name, load in _LOADS:
+        if values[name] is not None:
+            values[name] = load(values[name])
+    return Endpoint(**values)
 
 
 # ── storage ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1769,47 +2227,85 @@ def _exchange(sock: socket.socket, request: bytes, deadline: float) -> _Answer:
 # On the host's connection only our own statements run; no pragma, no commit, no rollback (SPEC P8).
 # Never opens the database, -wal or -shm as plain files: closing such a descriptor drops SQLite's locks.
 
-# Every connection that this module has open. SQLite remembers in the process which locks it holds, and a forked child
-# inherits the memory without the locks: if the child closed such a connection, it would delete a journal that is in
-# use. So the child keeps them for ever, and a drain closes its own for the moment of a fork (_Drain.park).
-_PINNED: dict[int, sqlite3.Connection] = {}
-_FORK = threading.RLock()  # held by a thread that forks, and by a drain that begins: no fork falls into its opening
-_DRAINS: set[_Drain] = set()  # running in this process
-_OUTBOXES: weakref.WeakSet[Outbox] = weakref.WeakSet()  # in a child they start with no drain
-_HELD: dict[str, _Lock] = {}  # held by this process: record locks do not keep its own threads apart
-_hooked: list[int] = []  # not empty: the hooks are set; they cannot be taken back, so they are set when first needed
+
+class _Process:
+    """What there is once in a process, and the story of its forks. A reload keeps the object.
+
+    SQLite remembers in the process which locks it holds, and a forked child inherits the memory
+    without the locks: if the child closed such a connection, it would delete a journal that is in
+    use. The lock of a drain is inherited as well, and would outlive the parent in the child. So:
+
+    1. Before a fork, its thread takes `forking`: no drain is in the middle of opening a file then.
+    2. Before it, each drain closes its connection (park): the child inherits none of the memory.
+    3. In the parent, each drain opens the file again (unpark), and `forking` is given back.
+    4. In the child, a connection that was open all the same (of a transaction, say) stays
+       referenced for ever and unused; copies of lock files are closed, so that only the parent's
+       are left.
+    5. In the child, no drain runs; its outboxes may start their own.
+
+    A child that was forked in C, as uWSGI forks its workers, has run no hook: it does steps 4 and 5
+    when it first opens the file or starts a drain (settle). Until then it keeps the parent's lock,
+    and if the parent dies nobody takes over.
+    """
+
+    def __init__(self) -> None:
+        self.pid = 0  # of the process that the rest is about; 0: nothing was opened, no hook is set
+        self.forking = threading.RLock()  # held by a thread that forks, and by one that opens
+        self.pinned: dict[int, sqlite3.Connection] = {}  # connections of ours that are open, by id
+        self.descriptors: set[int] = set()  # open lock files, of which a child closes its copies
+        self.drains: set[_DrainFile] = set()  # that drains have open
+        self.outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()  # made
+
+    def pin(self, db: sqlite3.Connection) -> None:
+        """Note a connection that was just opened."""
+        self.settle()
+        self.pinned[id(db)] = db
+
+    def unpin(self, db: sqlite3.Connection) -> bool:
+        """Forget a connection; say whether it is this process that has to close it."""
+        return self.ours(db) and self.pinned.pop(id(db), None) is not None
+
+    def ours(self, db: sqlite3.Connection) -> bool:
+        """Say whether this process opened the connection, and not one that forked it."""
+        return id(db) in self.pinned and self.pid == os.getpid()
+
+    def settle(self) -> None:
+        """Set the hooks at the first use, since they cannot be taken back, and an import does
+        nothing. In a child that ran none of them, do what they would have done."""
+        before, self.pid = self.pid, os.getpid()
+        if not before and hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=self._before, after_in_parent=self._in_parent)
+            os.register_at_fork(after_in_child=self._in_child)
+        elif before not in (0, self.pid):
+            self._in_child()
+
+    def _before(self) -> None:
+        self.forking.acquire()
+        for drain in list(self.drains):
+            drain.park()
+
+    def _in_parent(self) -> None:
+        for drain in list(self.drains):
+            drain.unpark()
+        self.forking.release()
+
+    def _in_child(self) -> None:
+        import ctypes
+
+        self.pid = os.getpid()
+        self.forking = threading.RLock()  # the old one may belong to a thread that is not here
+        for db in self.pinned.values():  # never given back: the interpreter's end would close it
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
+        for descriptor in self.descriptors:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        for kept in (self.pinned, self.descriptors, self.drains):
+            kept.clear()
+        for outbox in list(self.outboxes):
+            outbox._forget_drains()
 
 
-def _before_fork() -> None:
-    _FORK.acquire()
-    for drain in list(_DRAINS):
-        drain.park()
-
-
-def _after_fork_in_parent() -> None:
-    for drain in list(_DRAINS):
-        drain.unpark()
-    _FORK.release()
-
-
-def _after_fork_in_child() -> None:
-    import ctypes
-
-    _FORK.release()
-    for db in _PINNED.values():  # one reference that is never given back: the interpreter's end would close it
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
-    for kept in (_PINNED, _DRAINS, _HELD):
-        kept.clear()
-    for outbox in list(_OUTBOXES):
-        outbox._forget_drains()
-
-
-def _hook_forks() -> None:
-    if not _hooked and hasattr(os, "register_at_fork"):
-        _hooked.append(1)
-        os.register_at_fork(
-            before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-        )
+_PROCESS: _Process = globals().get("_PROCESS") or _Process()  # the old one after a reload
 
 
 # Decodes what SQLite calls text: plain SQL can store any bytes, and one such row must not stop every reader. What is no
@@ -1826,18 +2322,12 @@ def _open(path: str, patience: float = 5.0, create: bool = False) -> sqlite3.Con
     except sqlite3.Error as error:
         raise SchemaError(f"{path} cannot be opened ({error}); does its folder exist?") from None
     db.text_factory = _lenient_text
-    _hook_forks()
-    _PINNED[id(db)] = db
+    _PROCESS.pin(db)
     return db
 
 
-def _ours(db: sqlite3.Connection) -> bool:
-    """Say whether this process opened the connection, and not one that forked it."""
-    return id(db) in _PINNED
-
-
 def _close(db: sqlite3.Connection) -> None:
-    if _PINNED.pop(id(db), None) is not None:
+    if _PROCESS.unpin(db):
         db.close()
 
 
@@ -1857,10 +2347,10 @@ def _transaction(path: str) -> Iterator[sqlite3.Connection]:
         db.execute("BEGIN IMMEDIATE")
         try:
             yield db
-            if _ours(db):
+            if _PROCESS.ours(db):
                 db.execute("COMMIT")
         except BaseException:
-            if _ours(db) and db.in_transaction:
+            if _PROCESS.ours(db) and db.in_transaction:
                 db.execute("ROLLBACK")
             raise
 
@@ -1963,7 +2453,12 @@ def _host(conn: Any) -> sqlite3.Connection:
 
 def _cursor(db: Any) -> sqlite3.Cursor:
     """Return a cursor without the host's row_factory; a driver's look-alike has only its own."""
-    return sqlite3.Cursor(db) if isinstance(db, sqlite3.Connection) else db.cursor()
+    if isinstance(db, sqlite3.Connection):
+        return sqlite3.Cursor(db)
+    cursor = db.cursor()
+    with contextlib.suppress(AttributeError):  # apsw's has none
+        cursor.row_factory = None
+    return cursor  # type: ignore[no-any-return]
 
 
 def _in_its_thread(conn: Any, do: Callable[[Any], str]) -> str:
@@ -2018,166 +2513,434 @@ def _file_id(path: str) -> tuple[int, int] | None:
     return None
 
 
-class _Share(NamedTuple):
-    """A part of the endpoints: those whose id falls to `number` of `parts`; 1 of 1 is all of them."""
-
-    number: int
-    parts: int
-
-    def has(self, endpoint_id: str) -> bool:
-        return (
-            self.parts == 1
-            or zlib.crc32(endpoint_id.encode("utf-8", "surrogateescape")) % self.parts == self.number - 1
-        )
+def _mounts() -> Iterator[tuple[str, str]]:
+    """Yield where each file system is mounted, and its type; nothing where /proc does not tell."""
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            fields, _, kind = os.fsdecode(line).partition(" - ")
+            place = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields.split(" ")[4])
+            yield place, kind.split(" ")[0]
 
 
-_ALL = _Share(1, 1)
-_LOCK_BYTES = 720_720  # divides by 1 to 16: shares of different counts lock overlapping ranges where they overlap
+def _warn_of_links(path: str) -> str | None:
+    """Say, if it is so, that the database may be open under another name too. SQLite puts the WAL,
+    and we put the lock, beside the name by which the file was opened: processes that use different
+    names do not see each other's commits, and each has a drain."""
+    links = os.stat(path).st_nlink
+    if any(place == path for place, _ in _mounts()):
+        what = "is a mount point of its own"
+        cure = "mount its folder into each container, not the file"
+    elif links > 1:
+        what, cure = f"has {links} names (hard links)", "keep one name"
+    else:
+        return None
+    danger = "whoever opens it by another path has another journal and another drain beside it"
+    return f"{path} {what}: {danger}, which can damage the file and sends events twice; {cure}"
+
+
+_FLOCK = struct.Struct("hhqqi0q")  # struct flock: type, whence, start, length, process id
+
+
+def _lock_error(path: str, error: OSError) -> OutboxError:
+    why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+    cure = ""
+    if error.errno in (errno.ELOOP, errno.EISDIR):
+        cure = "; remove it"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        cure = "; hand it and its folder over, with chown, to the user who drains"
+    return OutboxError(f"the lock file {path}-webhooks cannot be used: {why}{cure}")
+
+
+def _open_lock(path: str, flags: int = 0) -> int:
+    """Open the lock file of a database, but no symbolic link in its place. (Python's os.open lets
+    no program inherit it: O_CLOEXEC.)"""
+    try:
+        flags |= os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+        return os.open(path + "-webhooks", flags, 0o600)  # until _adopt_mode
+    except OSError as error:
+        raise _lock_error(path, error) from None
+
+
+def _adopt_mode(path: str, fd: int) -> None:
+    """Give the lock file owner and mode of the database, as SQLite does with its own side files.
+    Else one `drain --once` by root would lock the app's user out, and a user who may not read the
+    database could lock the file and so keep every drain away."""
+    if sys.platform == "win32":
+        return
+    with contextlib.suppress(OSError):
+        database, lock = os.stat(path), os.fstat(fd)
+        if lock.st_nlink > 1:  # somebody may have put a link to a file of root's there
+            return
+        if (lock.st_uid, lock.st_gid) != (database.st_uid, database.st_gid):
+            with contextlib.suppress(OSError):  # only root may give a file away
+                os.fchown(fd, database.st_uid if os.geteuid() == 0 else -1, database.st_gid)
+        if (lock.st_mode ^ database.st_mode) & 0o666:
+            os.fchmod(fd, database.st_mode & 0o666)
+
+
+def _look_at_lock(fd: int) -> tuple[bool, int] | None:
+    """Say whether somebody else has the open file locked, and which process, if the kernel tells.
+    None where it has no open-file-description locks: elsewhere than on Linux, and in some sandboxes
+    there."""
+    if sys.platform != "linux" or not hasattr(fcntl, "F_OFD_GETLK"):
+        return None
+    try:
+        asked = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 1, 0))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return None
+    kind, _, _, _, pid = _FLOCK.unpack(asked)
+    return kind != fcntl.F_UNLCK, max(0, pid)
+
+
+def _set_lock(fd: int, locked: bool) -> bool:
+    """Lock an open file exclusively, or unlock it; False when somebody else has it locked."""
+    try:
+        if sys.platform == "win32":
+            os.lseek(fd, 1 << 20, os.SEEK_SET)  # not the process id: nobody could read it
+            msvcrt.locking(fd, msvcrt.LK_NBLCK if locked else msvcrt.LK_UNLCK, 1)
+        elif _look_at_lock(fd) is None:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if locked else fcntl.LOCK_UN)
+        else:
+            kind = fcntl.F_WRLCK if locked else fcntl.F_UNLCK
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, 0, 0, 1, 0))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise
+        return False
+    return True
 
 
 class _Lock:
-    """The right to drain one share of a file: a POSIX record lock on its part of the bytes of a small file beside it,
-    which dies with its process, however it dies, and is not inherited by a fork. (An exclusive SQLite transaction there
-    would do for the whole, but SQLite in a forked child believes for ever that its parent's lock is held.)"""
+    """The right to drain a file: an exclusive lock on a small file beside it, `app.db-webhooks`.
 
-    def __init__(self, path: str, share: _Share = _ALL) -> None:
-        self.path, self.share = path + "-webhooks", share
+    The lock belongs to our open file and not to the process. So it holds when other code of the
+    process opens and closes the lock file, as a backup of the folder does (a POSIX record lock is
+    gone then), and it keeps all drains of one process apart: those of a reload, of a second copy of
+    this file, of a subinterpreter. It ends with the process, however that dies, unless a child
+    inherited the open file: see _Process. (An exclusive SQLite transaction on the lock file would
+    not do: SQLite in a forked child believes for ever that its parent's lock is held.)
+
+    On Linux it is an open-file-description lock, which one can look at without taking it, and which
+    works wherever SQLite's own locks work; elsewhere it is flock, on Windows a locked byte. Whoever
+    holds it writes its process id into the file, for people to read: nothing is decided by that.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.database, self.path = path, path + "-webhooks"
         self._fd = -1
 
     def acquire(self) -> bool:
-        """Take the lock if it is free."""
-        if _HELD.setdefault(self.path, self) is not self:
+        """Take the lock if it is free; OutboxError when the file cannot be used."""
+        _PROCESS.settle()
+        # If a fork fell between opening the file and noting that, the child would keep a copy. But
+        # a fork that has begun may be waiting for this drain to close its database, so it is not
+        # waited for in turn: the lock counts as taken, and is tried again in a moment.
+        if not _PROCESS.forking.acquire(timeout=0.05):
             return False
         try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-            length = _LOCK_BYTES // self.share.parts
-            start = length * (self.share.number - 1)
-            if sys.platform == "win32":
-                os.lseek(self._fd, start, os.SEEK_SET)
-                msvcrt.locking(self._fd, msvcrt.LK_NBLCK, length)
-            else:
-                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
-            return True
+            self._fd = _open_lock(self.database, os.O_CREAT)
+            _PROCESS.descriptors.add(self._fd)
+        finally:
+            _PROCESS.forking.release()
+        try:
+            _adopt_mode(self.database, self._fd)
+            if not _set_lock(self._fd, True):
+                self._close()
+                return False
         except OSError as error:
-            opened = self._fd >= 0
-            self.release()
-            if not opened or error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                raise OutboxError(f"the lock file {self.path} cannot be used: {error.strerror}") from None
-            return False
+            self._close()
+            raise _lock_error(self.database, error) from None
+        with contextlib.suppress(OSError):  # a full disk, say
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            os.ftruncate(self._fd, os.write(self._fd, b"%d\n" % os.getpid()))
+        return True
 
     def lost(self) -> bool:
-        """Say whether somebody deleted the file: then another process can lock a new one."""
+        """Say whether the file was deleted or replaced: then another process can lock a new one."""
         there = os.fstat(self._fd)
         return _file_id(self.path) != (there.st_dev, there.st_ino)
 
     def release(self) -> None:
-        if _HELD.get(self.path) is self:
-            if self._fd >= 0:
-                os.close(self._fd)
-            self._fd = -1
-            del _HELD[self.path]
+        """Give the lock back, in the process that took it; without it, do nothing."""
+        if self._fd in _PROCESS.descriptors:
+            with contextlib.suppress(OSError):
+                _set_lock(self._fd, False)  # a child forked in C may still have the file open
+            self._close()
+
+    def _close(self) -> None:
+        _PROCESS.descriptors.discard(self._fd)  # first: the number is another file's in a moment
+        os.close(self._fd)
+        self._fd = -1
 
 
-_ENDPOINT_COLUMNS = (
-    "id, url, events, description, headers, body, signing, rate, max_in_flight, ordered, on_dead, timeout, cert, ca, "
-    "enabled, disabled_reason, failing_since, created_at"
-)
+def _drainer(path: str) -> int | None:
+    """Say which process drains a file, without taking the lock: None when nobody does, 0 when it is
+    not known who. OutboxError when the lock file cannot be used. Where a lock cannot be looked at,
+    it is taken for an instant."""
+    if not os.path.lexists(path + "-webhooks"):
+        return None
+    fd = _open_lock(path)
+    try:
+        look = _look_at_lock(fd)
+        held, pid = (not _set_lock(fd, True), 0) if look is None else look
+        if held and not pid:
+            os.lseek(fd, 0, os.SEEK_SET)
+            with contextlib.suppress(ValueError):
+                pid = int(os.read(fd, 20))
+        elif look is None:
+            _set_lock(fd, False)
+        return pid if held else None
+    except OSError as error:
+        raise _lock_error(path, error) from None
+    finally:
+        os.close(fd)
 
 
-def _endpoint(row: Sequence[Any]) -> Endpoint:
-    """Return the Endpoint of a row of _ENDPOINT_COLUMNS."""
-    values = dict(zip(_ENDPOINT_COLUMNS.split(", "), row, strict=True))
-    cert = json.loads(values["cert"]) if values["cert"] else None
-    values.update(
-        events=tuple(json.loads(values["events"])),
-        headers=json.loads(values["headers"]),
-        cert=tuple(cert) if cert and len(cert) == 2 else cert and cert[0],
-        ordered=bool(values["ordered"]),
-        enabled=bool(values["enabled"]),
-    )
-    return Endpoint(**values)
+class _EndpointRow(NamedTuple):
+    """An endpoint's row as the drain needs it."""
 
-
-class _Live(NamedTuple):
-    """What an endpoint's row says of its state; survives a restart."""
-
+    endpoint: Endpoint | str  # its id alone where the row is damaged
+    secrets: Any
+    enabled: bool
+    version: int
     failures: int
     failing_since: float | None
     paused_until: float
 
+    @property
+    def id(self) -> str:
+        return self.endpoint if isinstance(self.endpoint, str) else self.endpoint.id
 
-def _load_endpoints(db: sqlite3.Connection) -> list[tuple[Endpoint | str, Any, _Live]]:
-    """Return every enabled endpoint with its secrets and state; its id alone where the row is damaged."""
+
+# Endpoints whose ids are in a JSON list. After an ANALYZE with few endpoints, `id IN` the list would read all of them
+# for ever, however many there are by then; CROSS JOIN says what comes first.
+_LISTED = "(SELECT value AS listed FROM json_each(?)) CROSS JOIN webhook_endpoints ON id = listed"
+
+
+def _load_endpoints(db: sqlite3.Connection, source: str, *values: Any) -> list[_EndpointRow]:
+    """Return the rows of endpoints with their secrets and state; source: what stands after FROM."""
     rows = db.execute(
-        f"""SELECT {_ENDPOINT_COLUMNS}, secrets, failures, failing_since, paused_until
-              FROM webhook_endpoints WHERE enabled"""
+        f"""SELECT {_ENDPOINT_COLUMNS}, secrets, enabled, version, failures, failing_since, paused_until
+              FROM {source}""",
+        values,
     )
-    found: list[tuple[Endpoint | str, Any, _Live]] = []
-    for row in rows.fetchall():
+    found = []
+    for *columns, stored, enabled, version, failures, failing_since, paused_until in rows.fetchall():
+        state = bool(enabled), version, failures, failing_since, paused_until
         try:
-            found.append((_endpoint(row[:-4]), [(s, until) for s, until in json.loads(row[-4])], _Live(*row[-3:])))
+            pairs = [(secret, until) for secret, until in json.loads(stored)]
+            found.append(_EndpointRow(_endpoint(columns), pairs, *state))
         except (ValueError, TypeError):
-            found.append((row[0], [], _Live(*row[-3:])))
+            found.append(_EndpointRow(columns[0], [], *state))
     return found
 
 
-def _earliest(db: sqlite3.Connection) -> list[tuple[str, float]]:
-    """Return each endpoint that has pending rows, with the first due time: two seeks an endpoint, however many rows."""
-    return db.execute(
-        """WITH RECURSIVE waiting(id) AS (
-             SELECT min(endpoint_id) FROM webhook_deliveries WHERE status = 'pending'
-              UNION ALL
-             SELECT (SELECT min(endpoint_id) FROM webhook_deliveries
-                      WHERE status = 'pending' AND endpoint_id > waiting.id)
-               FROM waiting WHERE waiting.id IS NOT NULL)
-           SELECT id, (SELECT due_at FROM webhook_deliveries
-                        WHERE status = 'pending' AND endpoint_id = waiting.id ORDER BY due_at LIMIT 1)
-             FROM waiting WHERE id IS NOT NULL"""
-    ).fetchall()
-
-
-_PICK = """SELECT d.event, d.attempts, d.first_attempt_at, d.queue, e.id, e.type, e.data, json_valid(e.data),
-       e.key, e.headers, e.created_at
-  FROM webhook_deliveries AS d LEFT JOIN webhook_events AS e ON e.seq = d.event
- WHERE d.endpoint_id = ? AND d.status = 'pending' AND d.due_at <= ?
-   AND d.event NOT IN (SELECT value FROM json_each(?))
- ORDER BY d.due_at, d.event LIMIT ?"""
+_PICK_COLUMNS = """d.event, d.due_at, d.attempts, d.first_attempt_at, d.queue, e.type, e.data, json_valid(e.data),
+       e.key, e.headers, e.created_at, e.tenant
+  FROM webhook_deliveries AS d LEFT JOIN webhook_events AS e ON e.seq = d.event"""
 _PICK_ROWS, _PICK_BYTES = 128, 1 << 20
 
 
-def _pick(db: sqlite3.Connection, endpoint_id: str, now: float, known: Iterable[int]) -> tuple[list[_Picked], bool]:
-    """Return due deliveries of an endpoint, oldest first, without the known ones; and whether that is all of them."""
+def _read_ahead(db: sqlite3.Connection, sql: str, values: Sequence[Any], now: float) -> tuple[list[_Picked], float]:
+    """Return the deliveries that a query finds, as many as may be read ahead and are due; and when the next one is
+    due: -inf where there may be more that are, inf where there is none."""
     picked: list[_Picked] = []
     size = 0
-    cursor = db.execute(_PICK, (endpoint_id, now, json.dumps(list(known)), _PICK_ROWS))
+    cursor = db.execute(sql, values)
     try:
         for row in cursor:
+            if row[1] > now:
+                return picked, float(row[1])
             picked.append(_Picked._make(row))
             size += len(row[6] or "")
             if size > _PICK_BYTES:
-                return picked, False
+                return picked, -math.inf
     finally:
         cursor.close()  # a half-read cursor would pin the WAL
-    return picked, len(picked) < _PICK_ROWS
+    return picked, -math.inf if len(picked) == _PICK_ROWS else math.inf
 
 
-def _still_pending(db: sqlite3.Connection, event: int, endpoint_id: str) -> bool:
-    """Say whether a delivery of a queue is still its head: a replay may have put an older one before it."""
-    row = db.execute(
-        "SELECT 1 FROM webhook_deliveries WHERE event = ? AND endpoint_id = ? AND status = 'pending'",
-        (event, endpoint_id),
-    ).fetchone()
-    return row is not None
+def _pick(
+    db: sqlite3.Connection, endpoint_id: str, now: float, after: tuple[float, int] = (-math.inf, 0)
+) -> tuple[list[_Picked], float]:
+    """Return due deliveries of an endpoint behind a place, oldest first; and when the next one is due."""
+    return _read_ahead(
+        db,
+        f"""SELECT {_PICK_COLUMNS}
+             WHERE d.endpoint_id = ? AND d.status = 'pending' AND (d.due_at, d.event) > (?, ?)
+             ORDER BY d.due_at, d.event LIMIT {_PICK_ROWS}""",
+        (endpoint_id, *after),
+        now,
+    )
 
 
-def _next_due(db: sqlite3.Connection, endpoint_id: str, now: float) -> float:
-    """Return when the endpoint's first delivery after now is due; inf when there is none."""
+def _as_bytes(text: str) -> bytes:
+    """Return text that SQLite gave us as it can be handed back, even if somebody stored bytes that are no UTF-8."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _pick_queue(db: sqlite3.Connection, endpoint_id: str, queue: str, event: int, now: float) -> list[_Picked]:
+    """Return what follows an event in a queue, up to the first that is not due yet: nobody may overtake it."""
+    return _read_ahead(
+        db,
+        f"""SELECT {_PICK_COLUMNS}
+             WHERE d.endpoint_id = ? AND d.queue = CAST(? AS TEXT) AND d.queue IS NOT NULL
+               AND d.status = 'queued' AND d.event > ?
+             ORDER BY d.event LIMIT {_PICK_ROWS}""",
+        (endpoint_id, _as_bytes(queue), event),
+        now,
+    )[0]
+
+
+def _first_due(db: sqlite3.Connection, endpoint_id: str) -> float:
+    """Return when the endpoint's first delivery is due; inf when there is none."""
     row = db.execute(
         """SELECT due_at FROM webhook_deliveries
-            WHERE endpoint_id = ? AND status = 'pending' AND due_at > ? ORDER BY due_at LIMIT 1""",
-        (endpoint_id, now),
+            WHERE endpoint_id = ? AND status = 'pending' ORDER BY due_at LIMIT 1""",
+        (endpoint_id,),
     ).fetchone()
     return float(row[0]) if row else math.inf
+
+
+class _Waiting(NamedTuple):
+    """An endpoint that has pending deliveries: when the first is due, whether it is enabled (None: it is gone)."""
+
+    id: str
+    due_at: float
+    enabled: int | None
+
+
+_LOOK_ROWS, _NEW_ROWS = 256, 1_000  # of one look, so that the loop does something else in between
+
+
+def _waiting(db: sqlite3.Connection, after: str = "") -> list[_Waiting]:
+    """Return the endpoints with pending deliveries whose ids follow `after`, 256 at most. Three seeks an endpoint,
+    however many rows."""
+    rows = db.execute(
+        f"""WITH RECURSIVE waiting(id) AS (
+             SELECT min(endpoint_id) FROM webhook_deliveries WHERE status = 'pending' AND endpoint_id > CAST(? AS TEXT)
+              UNION ALL
+             SELECT (SELECT min(endpoint_id) FROM webhook_deliveries
+                      WHERE status = 'pending' AND endpoint_id > waiting.id)
+               FROM waiting WHERE waiting.id IS NOT NULL LIMIT {_LOOK_ROWS})
+           SELECT waiting.id, (SELECT due_at FROM webhook_deliveries
+                                WHERE status = 'pending' AND endpoint_id = waiting.id ORDER BY due_at LIMIT 1),
+                  p.enabled
+             FROM waiting LEFT JOIN webhook_endpoints AS p ON p.id = waiting.id
+            WHERE waiting.id IS NOT NULL""",
+        (_as_bytes(after),),
+    )
+    return [_Waiting._make(row) for row in rows.fetchall()]
+
+
+def _work_left(db: sqlite3.Connection, until: float) -> bool:
+    """Say whether an enabled endpoint that does not pause has a delivery due by `until`."""
+    rows = _waiting(db)
+    while rows:
+        ids = [row.id for row in rows if row.enabled and row.due_at <= until and row.id.isprintable()]
+        if _load_endpoints(db, f"{_LISTED} WHERE paused_until <= ? LIMIT 1", json.dumps(ids), until):
+            return True
+        rows = _waiting(db, rows[-1].id)
+    return False
+
+
+class _News:
+    """Finds what is new in the file, at a cost that follows what is new.
+
+    New deliveries are those behind the newest that was seen (`seen`): keys only grow. Endpoints that
+    changed have a newer version than the newest seen. Everything else that makes a delivery due (a
+    replay, a resend, a backfill, the head of a queue deleted) counts up `work` in webhook_meta; then
+    all that wait are looked at, 256 endpoints at a time, `at` being the last of those looked at. A look
+    that is under way is never begun anew, or a host that replays row by row would let it end never: all
+    are looked at once more after it.
+    """
+
+    __slots__ = ("_again", "at", "removed", "seen", "stale", "version", "work")
+
+    def __init__(self) -> None:
+        self.stale = True  # somebody committed: read again
+        self.seen: tuple[int, str] = (0, "")  # event and endpoint of the newest delivery read
+        self.version = self.removed = self.work = -1
+        self.at: str | None = ""  # None: not looking at all that wait
+        self._again = False
+
+    def begin(self, db: sqlite3.Connection) -> None:
+        """Take the baseline: what is newer is news, what is older is found by looking at all that wait."""
+        self.seen, self.at, self.stale = self._newest(db), "", True
+        self.version, self.removed, self.work = self.counters(db)
+
+    def mark(self) -> tuple[Any, ...]:
+        """Return how far was read, for turn_back."""
+        return self.seen, self.version, self.removed, self.work, self.at, self._again
+
+    def turn_back(self, mark: tuple[Any, ...]) -> None:
+        """Read again what was read since a mark: it did not get to where it belongs."""
+        self.seen, self.version, self.removed, self.work, self.at, self._again = mark
+        self.stale = True
+
+    def counters(self, db: sqlite3.Connection) -> tuple[int, int, int]:
+        """Return what counts up when endpoints change, when one is removed, and when an old delivery becomes due."""
+        rows = db.execute(
+            "SELECT key, value FROM webhook_meta WHERE key IN ('endpoints_version', 'endpoints_removed', 'work')"
+        )
+        found = dict(rows.fetchall())
+        return found["endpoints_version"], found["endpoints_removed"], found["work"]
+
+    def look_at_all(self, db: sqlite3.Connection) -> None:
+        """Have all that wait looked at. Without the newest event, lower keys may be issued again."""
+        self.seen = min(self.seen, self._newest(db))
+        self._again = self.at is not None and self.at != ""
+        self.at = self.at or ""
+
+    def _newest(self, db: sqlite3.Connection) -> tuple[int, str]:
+        """Return the end of the events there are; behind all that there can be where it cannot be read."""
+        try:
+            (newest,) = db.execute("SELECT max(seq) FROM webhook_events").fetchone()
+        except sqlite3.DatabaseError as error:
+            if _is_busy(error):
+                raise
+            return (1 << 63) - 1, ""
+        return newest or 0, "\U0010ffff"
+
+    def new(self, db: sqlite3.Connection) -> list[tuple[int, str, float, str, str | None]]:
+        """Return new deliveries as (event, endpoint, due, status, queue), a thousand at most. A stray row beyond the
+        newest event is none of them: everything up to it would count as seen."""
+        try:
+            rows = db.execute(
+                f"""SELECT event, endpoint_id, due_at, status, queue FROM webhook_deliveries
+                     WHERE (event, endpoint_id) > (?, CAST(? AS TEXT))
+                       AND event <= (SELECT max(seq) FROM webhook_events)
+                     ORDER BY event, endpoint_id LIMIT {_NEW_ROWS}""",
+                (self.seen[0], _as_bytes(self.seen[1])),
+            ).fetchall()
+        except sqlite3.DatabaseError as error:  # a damaged page must not stop those whose rows are elsewhere
+            if _is_busy(error):
+                raise
+            self.look_at_all(db)
+            return []
+        if rows:
+            self.seen = rows[-1][0], rows[-1][1]
+        return rows
+
+    def waiting(self, db: sqlite3.Connection) -> list[_Waiting]:
+        """Return the next of all that wait."""
+        assert self.at is not None
+        rows = _waiting(db, self.at)
+        self.at = rows[-1].id if len(rows) == _LOOK_ROWS else None
+        if self.at is None and self._again:
+            self.at, self._again = "", False
+        return rows
+
+
+def _monitored(db: sqlite3.Connection) -> bool:
+    """Say whether an endpoint subscribes to events about deliveries and endpoints."""
+    (found,) = db.execute(
+        """SELECT EXISTS (SELECT 1 FROM webhook_patterns
+                           WHERE tenant IN ('', '*') AND pattern >= 'webhook.' AND pattern < 'webhook/')"""
+    ).fetchone()
+    return bool(found)
 
 
 # What was put off, or emitted, while the clock was far ahead. An event of the past that nobody tried is not among it:
@@ -2189,7 +2952,11 @@ _AHEAD = """ FROM webhook_endpoints AS p CROSS JOIN webhook_deliveries AS d ON d
 
 
 def _pull_back(db: sqlite3.Connection, now: float, longest: float) -> None:
-    """Make a try due now, and an event as it was meant, `longest` from now at most, that an earlier clock put later."""
+    """Make a try due now, and an event as it was meant, `longest` from now at most, that an earlier clock put later;
+    end the pauses that it set."""
+    long = "FROM webhook_endpoints WHERE paused_until > ?"
+    if db.execute(f"SELECT 1 {long} LIMIT 1", (now + longest,)).fetchone():
+        db.execute(f"UPDATE webhook_endpoints SET paused_until = 0.0 WHERE id IN (SELECT id {long})", (now + longest,))
     values = {"now": now, "longest": longest, "latest": now + longest}
     if db.execute(f"SELECT 1 {_AHEAD} LIMIT 1", values).fetchone():  # read first: an UPDATE locks while it looks
         db.execute(
@@ -2201,72 +2968,343 @@ def _pull_back(db: sqlite3.Connection, now: float, longest: float) -> None:
         )
 
 
-_RECORD_COLUMNS = "event, endpoint_id, status, due_at, at, duration, status_code, reason, error, response"
-_NO_ROW = (None,) * 10
-_BATCH, _MOST_ROWS = 1_536, 2_048  # outcomes, and rows, of one statement; SQLite takes 32,766 parameters
-_BATCH_BUSY = 768  # outcomes of one statement while the host writes, which waits for them: 5 to 8 ms
+_RECORD_COLUMNS = "kind, event, endpoint_id, status, due_at, at, duration, status_code, reason, error, response"
+_NO_ROW = (None,) * 11
 
 
 @functools.lru_cache(maxsize=16)
 def _record_sql(rows: int) -> str:
-    return f"INSERT INTO webhook_record ({_RECORD_COLUMNS}) VALUES " + ", ".join([f"({', '.join('?' * 10)})"] * rows)
+    return f"INSERT INTO webhook_record ({_RECORD_COLUMNS}) VALUES " + ", ".join([f"({', '.join('?' * 11)})"] * rows)
 
 
-def _write_outcomes(db: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> None:
-    """Record outcomes in one autocommit statement. BEGIN ... COMMIT from Python would hand over the interpreter
+def _write_record(db: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Record rows in one autocommit statement. BEGIN ... COMMIT from Python would hand over the interpreter
     lock at each row with SQLite's write lock held: beside busy host threads that is tens of milliseconds.
 
     Rows are filled up to a power of two with rows that the triggers ignore, so that a dozen prepared statements serve
     all batches; json_each over one parameter costs a third more CPU.
     """
     size = 1 << (len(rows) - 1).bit_length()
-    filled = rows + [_NO_ROW] * (size - len(rows))
+    filled = [*rows, *[_NO_ROW] * (size - len(rows))]
     db.execute(_record_sql(size), list(itertools.chain.from_iterable(filled)))
 
 
 _PRUNE_ROWS = 500
+# Finished events of a range of keys that are older than the cutoff. Those with a failed row stay: somebody has to act.
+_PRUNE = """DELETE FROM main.webhook_events
+ WHERE seq BETWEEN ? AND ? AND created_at < ?
+   AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries
+                    WHERE event = seq AND (status IN ('pending', 'queued', 'failed') OR delivered_at >= ?))"""
+
+
+def _prune_range(cursor: sqlite3.Cursor, after: int, cutoff: float) -> tuple[int, int] | None:
+    """Return the first and last key of the 500 events behind `after`; None when none of them is old: keys follow the
+    time, so that the rest is not read."""
+    cursor.execute(  # SQL compares, because a damaged row may hold text
+        "SELECT seq, created_at < ? FROM main.webhook_events WHERE seq > ? ORDER BY seq LIMIT ?",
+        (cutoff, after, _PRUNE_ROWS),
+    )
+    rows = cursor.fetchall()
+    return (rows[0][0], rows[-1][0]) if any(old for _, old in rows) else None
 
 
 def _prune_some(db: sqlite3.Connection, after: int, cutoff: float) -> tuple[int, int | None]:
-    """Delete finished events older than cutoff among the 500 that follow `after`; return how many, and where to go
-    on (None: the end). Events with a failed row stay: somebody has to act on it."""
-    seqs = db.execute(  # SQL compares, because a damaged row may hold text
-        "SELECT seq, created_at < ? FROM webhook_events WHERE seq > ? ORDER BY seq LIMIT ?",
-        (cutoff, after, _PRUNE_ROWS),
-    ).fetchall()
-    if not any(old for _, old in seqs):
-        return 0, None
-    cursor = db.execute(
-        """DELETE FROM webhook_events
-            WHERE seq BETWEEN ? AND ? AND created_at < ?
-              AND NOT EXISTS (SELECT 1 FROM webhook_deliveries
-                               WHERE event = seq
-                                 AND (status IN ('pending', 'queued', 'failed') OR delivered_at >= ?))""",
-        (seqs[0][0], seqs[-1][0], cutoff, cutoff),
-    )
-    return cursor.rowcount, seqs[-1][0] if len(seqs) == _PRUNE_ROWS else None
+    """Delete old finished events among the 500 behind `after`; return how many, and where to go on (None: the end)."""
+    found = _prune_range(db.cursor(), after, cutoff)
+    return (db.execute(_PRUNE, (*found, cutoff, cutoff)).rowcount, found[1]) if found else (0, None)
 
 
-# ── drain ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: one process per file drains; one loop in one thread owns the database connection and every decision, so
-# order, rates, fair turns and breakers are plain state, exact by construction. Threads only open connections (and
-# run what may block: transforms, secrets from files) and hand back a result.
+class _Bell:
+    """Wakes a loop that sleeps in select, from any thread and from signal handlers. A ring after hear()
+    began is never lost."""
+
+    __slots__ = ("_committed", "_rung", "inside", "outside")
+
+    def __init__(self) -> None:
+        self.inside, self.outside = socket.socketpair()
+        self.inside.setblocking(False)
+        self.outside.setblocking(False)
+        self._rung = False  # a byte is on its way: no need for another
+        self._committed = False
+
+    def ring(self, committed: bool = False) -> None:
+        """Wake the loop; committed: because somebody emitted in this process."""
+        self._committed |= committed
+        if not self._rung:
+            self._rung = True
+            with contextlib.suppress(OSError):  # closed, or full, which wakes as well
+                self.outside.send(b"\0")
+
+    def hear(self) -> bool:
+        """Take the ring; return whether somebody emitted."""
+        with contextlib.suppress(BlockingIOError):
+            self.inside.recv(4096)
+        # After it: the byte of a ring in between would be gone, and all later ones suppressed.
+        self._rung = False
+        committed, self._committed = self._committed, False
+        return committed
+
+    def close(self) -> None:
+        self.inside.close()
+        self.outside.close()
+
+
+class _Inotify:
+    """Linux's news of writes to the database's files. It opens none of them, so no lock of SQLite's is
+    dropped. Without it (another system, no descriptor left) `fd` is -1 and nothing is ever heard."""
+
+    __slots__ = ("_folder", "_libc", "_names", "_path", "fd")
+    _MODIFY = 0x2
+    _GONE = 0x400 | 0x800  # IN_DELETE_SELF, IN_MOVE_SELF
+    _MADE = 0x80 | 0x100 | 0x200  # of a folder: IN_MOVED_TO, IN_CREATE, IN_DELETE (a journal's end is the commit)
+    _CLOEXEC_NONBLOCK = 0o2000000 | 0o4000
+
+    def __init__(self, path: str) -> None:
+        self._path, self._folder = path, -1
+        self._names = [os.fsencode(os.path.basename(path) + suffix) for suffix in ("", "-wal", "-journal")]
+        self.fd = -1
+        with contextlib.suppress(OSError, AttributeError, ImportError):
+            import ctypes
+
+            self._libc = ctypes.CDLL(None, use_errno=True)
+            self.fd = self._libc.inotify_init1(self._CLOEXEC_NONBLOCK)
+        if self.fd >= 0:
+            folder = os.fsencode(os.path.dirname(path) or ".")
+            self._folder = self._libc.inotify_add_watch(self.fd, folder, self._MADE)
+            self._watch()
+
+    def _watch(self) -> None:
+        for suffix in ("", "-wal", "-journal"):  # a file that is watched already stays so
+            self._libc.inotify_add_watch(self.fd, os.fsencode(self._path + suffix), self._MODIFY | self._GONE)
+
+    def heard(self) -> bool:
+        """Say whether a file was written, made or deleted since the last call."""
+        if self.fd < 0:
+            return False
+        found = False
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self.fd, 65_536):
+                found |= self._read(data)
+        return found
+
+    def _read(self, data: bytes) -> bool:
+        found, at = False, 0
+        while at < len(data):
+            watch, mask, _, length = struct.unpack_from("iIII", data, at)
+            name = data[at + 16 : at + 16 + length].rstrip(b"\0")
+            at += 16 + length
+            ours = watch != self._folder or name in self._names
+            found |= ours
+            if ours and mask & ~self._MODIFY:  # a file was made or deleted: another one may stand there now
+                self._watch()
+        return found
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+
+class _Watch:
+    """Notices what others commit, and says how long the loop may sleep without looking.
+
+    PRAGMA data_version on our connection moves for everybody's commits but our own; a poll costs 3 us.
+    It over-wakes and never under-wakes: what a baseline covers is read after it. Hints (the bell after an
+    emit in this process, inotify after a write of any) come a little before the commit shows, so after
+    one the version is polled at growing distances, from 0.1 ms on. They end at 51 ms where no commit was
+    seen, since a slow disk may hold one up after its writes; they start again with each commit seen, to
+    6 ms then, since the writes of the next one may have been heard with it. Where no hint came before a commit was
+    seen, hints do not work (a file system without events): then it is polled often, else ten times a
+    second in case that one was lost.
+    """
+
+    __slots__ = ("_inotify", "_last_nap", "_nap", "_poll_at", "_seen_at", "_version", "hints")
+    _FIRST_NAP, _LAST_NAP, _LAST_UNSEEN = 0.0001, 0.0064, 0.0512  # seconds
+
+    def __init__(self) -> None:
+        self._version = -1
+        self._poll_at = 0.0  # monotonic
+        self._seen_at = -math.inf  # monotonic: when a commit was seen, or hinted at
+        self._nap = 0.0  # until the next poll after a hint; 0: no hint is fresh
+        self._last_nap = self._LAST_NAP  # the longest of them
+        self._inotify: _Inotify | None = None
+        self.hints = False  # inotify told of what was seen last
+
+    def open(self, path: str) -> None:
+        """Begin anew, on a connection that was just opened."""
+        self.close()
+        self._inotify = _Inotify(path)
+        self._version, self._poll_at, self.hints = -1, 0.0, False
+
+    def close(self) -> None:
+        if self._inotify is not None:
+            self._inotify.close()
+        self._inotify = None
+
+    @property
+    def source(self) -> _Inotify | None:
+        """What is readable when a hint has come; another object after each open()."""
+        return self._inotify if self._inotify is not None and self._inotify.fd >= 0 else None
+
+    def hint(self, mono: float) -> None:
+        """Poll soon: somebody committed, or is about to."""
+        self._nap, self._poll_at, self._seen_at = self._FIRST_NAP, mono, mono
+        self._last_nap = self._LAST_UNSEEN
+
+    def listen(self, mono: float) -> None:
+        """Take the hints that have come."""
+        if self._inotify is not None and self._inotify.heard():
+            self.hints = True
+            self.hint(mono)
+
+    def wrote(self, mono: float) -> None:
+        """Note a commit of our own, which makes hints too. A host's may be among them, so poll a few times."""
+        if self._inotify is not None and self._inotify.heard():
+            self._nap = max(self._nap, 0.0016)
+            self._poll_at = min(self._poll_at, mono + self._nap)
+
+    def poll(self, db: sqlite3.Connection, mono: float, sending: bool) -> str | None:
+        """Return who committed since the last poll: host, "first" for the first look at all, or None."""
+        if mono < self._poll_at:
+            return None
+        (version,) = db.execute("PRAGMA data_version").fetchone()
+        if version == self._version:
+            self._nap = 0.0 if self._nap >= self._last_nap else 2 * self._nap
+            self._poll_at = mono + (0.001 if sending else self._pause(mono))
+            return None
+        if self._version != -1 and not self._nap:
+            self.hints = self._inotify is not None and self._inotify.heard()
+        first, self._version, self._seen_at = self._version == -1, version, mono
+        self._nap, self._last_nap = 4 * self._FIRST_NAP, self._LAST_NAP
+        self._poll_at = mono + (0.001 if sending else self._nap)
+        return "first" if first else "host"
+
+    def _pause(self, mono: float) -> float:
+        quiet = mono - self._seen_at
+        often = 0.1 if self.hints else 0.001 if quiet < 0.1 else 0.005 if quiet < 60 else 0.018
+        return self._nap or often
+
+    def rest(self, mono: float) -> float:
+        """Return the seconds until the next poll."""
+        return max(0.0, self._poll_at - mono)
+
+
+class _DrainFile:
+    """The drain's connection to the database, and what it watches there. Both are closed while a thread of this
+    process forks (the head of this section tells why): park() in the thread that forks waits until the
+    loop has closed them; the loop stands aside in let_fork() until unpark().
+
+    The connection belongs to the loop's thread. Under the condition: how many threads are forking, and
+    whether the loop has closed; whoever changes one of them wakes those who wait.
+    """
+
+    __slots__ = ("_changed", "_owner", "_parked", "_pid", "_ring", "db", "forks", "identity", "path", "watch")
+
+    def __init__(self, path: str, ring: Callable[[], None]) -> None:
+        self.path, self._ring, self._pid = path, ring, os.getpid()
+        self.db: sqlite3.Connection = None  # type: ignore[assignment]  # opened by run, in the loop's thread
+        self.watch = _Watch()
+        self.identity: tuple[int, int] | None = None  # of the file that db is open on
+        self.forks = 0  # threads that are forking now
+        self._parked = False  # closed, and stays so until forks is 0
+        self._owner = 0
+        self._changed = threading.Condition()
+
+    def open(self) -> None:
+        self._owner = threading.get_ident()
+        self.identity = _file_id(self.path)
+        self.db = _open(self.path, patience=0.0)
+        self.watch.open(self.path)
+        self.patiently(self._set_up)
+
+    def _set_up(self) -> None:
+        (mode,) = self.db.execute("PRAGMA journal_mode").fetchone()
+        if mode == "wal":  # losing the last outcomes in a power cut repeats deliveries, which P3 allows
+            self.db.execute("PRAGMA synchronous = NORMAL")
+
+    def close(self) -> None:
+        self.watch.close()
+        if self.db is not None:
+            _close(self.db)
+
+    def replaced(self) -> bool:
+        """Say whether the file at our path is another one than we opened: a restore, say."""
+        return _file_id(self.path) != self.identity
+
+    def patiently(self, read: Callable[[], Any]) -> Any:
+        """Read outside the loop's rhythm, where waiting for a lock is fine."""
+        for _ in range(500):
+            try:
+                return read()
+            except sqlite3.OperationalError as error:
+                if not _is_busy(error):
+                    raise
+                time.sleep(0.01)
+        return read()
+
+    def park(self) -> None:
+        """Before a fork, in the thread that forks."""
+        with self._changed:
+            self.forks += 1
+            if threading.get_ident() == self._owner:  # forked by a callback of ours
+                self.close()
+            else:
+                self._ring()
+                self._changed.wait_for(lambda: self._parked, 5.0)
+
+    def unpark(self) -> None:
+        """After it, in the parent."""
+        with self._changed:
+            self.forks -= 1
+            self._changed.notify_all()
+            if self.forks:
+                return
+        if threading.get_ident() == self._owner:
+            self.open()
+
+    def let_fork(self) -> bool:
+        """In the loop: stand aside while a thread forks; return True when the file was opened anew."""
+        if not self.forks:
+            return False
+        self.close()
+        with self._changed:
+            self._parked = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self.forks, 60.0)
+            self._parked = False
+        self.open()
+        return True
+
+    def forked(self) -> bool:
+        """Say whether this is a child's copy: nothing in it may be used or closed."""
+        return os.getpid() != self._pid
+
+    def leave(self) -> None:
+        """Close for good."""
+        self.close()
+        with self._changed:
+            self._parked = True
+            self._changed.notify_all()
+
+
+# ── drain: its rooms ─────────────────────────────────────────────────────────────────────────────────────────────
+# Each class below owns one thing, says what always holds of it, and knows nothing of the loop. Only the loop's thread
+# touches them, except where a comment says who else does.
 
 _TOGETHER = 8  # requests that are sent one right after the other; more would leave receivers idle meanwhile
-_OPENERS = 16  # connections being opened at once, in all
-_OPENERS_EACH = 2  # and for one endpoint, so that those which cannot be reached do not fill the pool
+_OPENERS = 16  # threads that open connections or run the host's transforms at once, in all
+_OPENERS_EACH = 2  # and for one origin or endpoint, so that those which cannot be reached do not fill the pool
+_OPENER_RESTS = 0.5  # seconds that a thread waits for more work before it ends
 _PROVEN = 600.0  # seconds since its last success in which an endpoint may use all places
 _SHARES = 1.0, 0.5, 0.375  # of places and openers that endpoints of each rank may fill, and of the ranks after it
 _FIRST_LIMIT = 8  # exchanges at once with an endpoint that nothing is known about
 _UNOBSERVED = 1_000  # notices that may wait for the observer; more are dropped
 _UNRECORDED = 2_000  # outcomes that may wait for the write lock before sending pauses
-_TAKEOVER_POLL = 0.1  # seconds between two looks at a lock that another process holds
-_HOST_BUSY = 0.5  # seconds since somebody else's commit in which the host counts as writing
-_GAP_BUSY, _GAP_SENDING, _GAP_IDLE = 0.1, 0.01, 0.001  # seconds between two commits of ours
-_GAP_SHARE = 110  # a commit that took a while is followed by a gap so many times as long, while the host writes
 _BUCKETS = tuple(map(float, "0.01 0.05 0.1 0.5 1 5 30 60 300 3600 21600 86400 inf".split()))  # seconds, of metrics
 _BUCKET_NAMES = tuple(f"le {bound:g}" for bound in _BUCKETS)
-_PRUNE_PAUSE = 3_600.0  # seconds between two rounds of retention
 _NOTICE_TYPES = {
     "gave_up": "webhook.delivery.failed",
     "failing": "webhook.endpoint.failing",
@@ -2275,134 +3313,102 @@ _NOTICE_TYPES = {
 }
 
 
-_NOTHING = memoryview(b"")
+class _Paced:
+    """Work that may take a share of the loop's time: after each turn it rests `rest` times as long as
+    that took, and `least` seconds at least. CPU time counts: a host that computes keeps us waiting for
+    the interpreter, and that is no work of ours."""
 
+    __slots__ = ("at", "least", "rest")
 
-@dataclasses.dataclass(slots=True, eq=False)
-class _Connection:
-    """A connection to a receiver, idle in its lane or carrying one attempt. Only the loop touches it."""
+    def __init__(self, rest: float, least: float = 0.0) -> None:
+        self.rest, self.least, self.at = rest, least, 0.0
 
-    sock: socket.socket
-    lane: _Lane
-    wire: _Wire | None  # what it was opened for: not reused once the endpoint's row has changed
-    attempt: _Attempt | None = None
-    answer: _Answer = dataclasses.field(default_factory=_Answer)
-    out: memoryview = _NOTHING  # what of the request is still to be sent
-    writing: bool = False  # the selector watches for room to write
-    used: bool = False  # carried an attempt before
-    idle_since: float = 0.0  # monotonic
+    def due(self, mono: float) -> bool:
+        return mono >= self.at
 
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Attempt:
-    """One try under way. The loop owns it, except while a thread opens its connection."""
-
-    lane: _Lane
-    wire: _Wire | None  # of the endpoint's row as it was then: request and connection belong together
-    picked: _Picked
-    wall: float  # when it began, by the outbox's clock
-    started: float  # the same, monotonic
-    deadline: float  # monotonic
-    request: bytes | None = None
-    hidden: list[str] = dataclasses.field(default_factory=list)
-    sock: socket.socket | None = None  # what the opener made
-    error: BaseException | None = None  # why it made none
-    connection: _Connection | None = None
-    resent: bool = False  # its kept-alive connection turned out to be dead; this is the second, fresh one
-    lost: bool = False  # its thread did not come back in time, and may never
-
-
-class _Lane:
-    """What the loop knows of one endpoint."""
-
-    def __init__(self, id: str) -> None:
-        self.id = id
-        self.wire: _Wire | None = None
-        self.broken: BaseException | None = None  # why there is no wire: each attempt fails with it
-        self.endpoint = Endpoint(id, "")
-        self.enabled = True
-        self.buffer: collections.deque[_Picked] = collections.deque()  # read, not yet tried
-        self.known: set[int] = set()  # in buffer, under way, or waiting to be recorded
-        self.idle: list[_Connection] = []
-        self.active = 0  # attempts under way
-        self.opening = 0  # of these: with a thread
-        self.lost = 0  # threads in a transform, or at a file, that did not come back in time
-        self.limit = float(_FIRST_LIMIT)  # exchanges at once; up by one on success, halved on overload
-        self.next_due = 0.0  # wall clock: when reading the table makes sense again
-        self.next_slot = 0.0  # monotonic: the rate limit's next place
-        self.proven_until = 0.0  # monotonic
-        self.failures = 0
-        self.failing_since: float | None = None
-        self.paused_until = 0.0  # wall clock
-        self.hinted_until = 0.0  # wall clock: the part of it that Retry-After asked for
-        self.dirty = False  # the four above differ from the endpoint's row
-        self.disable: str | None = None
-        self.line: collections.deque[_Lane] | None = None  # where it waits for its turn
-
-    def configure(self, endpoint: Endpoint | str, secrets: Any, live: _Live, outbox: Outbox, opener: _Opener) -> None:
-        """Take over what the endpoint's row says."""
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        begun = time.thread_time()
         try:
-            if isinstance(endpoint, str):
-                raise _Unready("the endpoint's row is damaged; update or remove the endpoint")
-            self.endpoint = endpoint
-            self.wire, self.broken = _Wire.make(endpoint, secrets, outbox, opener), None
-        except Exception as error:
-            self.wire, self.broken = None, error
-        self.limit = min(self.limit, self.endpoint.max_in_flight)
-        if not self.dirty:
-            self.failures, self.failing_since, self.paused_until = live
-        if self.endpoint.rate:  # a predecessor may just have used the current place
-            self.next_slot = min(self.next_slot or math.inf, time.monotonic() + 1 / self.endpoint.rate)
+            yield
+        finally:
+            self.at = time.monotonic() + max(self.least, self.rest * (time.thread_time() - begun))
 
-    def may_start(self, now: float, mono: float) -> bool:
-        """Say whether one more attempt may start now, as far as this endpoint alone is concerned."""
-        most = 1 if self.failures >= _STRUGGLING else int(self.limit)
-        return (
-            self.enabled
-            and self.active < most
-            and (bool(self.buffer) or self.next_due <= now)
-            and self.paused_until <= now
-            and (not self.endpoint.rate or self.next_slot <= mono)
-            and (self.has_idle() or self.opening < _OPENERS_EACH)
-        )
 
-    def rank(self, mono: float) -> int:
-        """Return 0 for an endpoint that answered lately, 1 where nothing is known and the first attempt will find out,
-        2 for one that failed, or has not answered yet."""
-        return 0 if self.proven_until > mono else 1 if self.failing_since is None and not self.active else 2
+class _Agenda:
+    """What is to be looked at, and when: one time for each key. The loop looks at what is due, never at
+    all there is. The dictionary is the truth; entries of the heap that differ from it are leftovers."""
 
-    def has_idle(self) -> bool:
-        """Say whether an attempt could start without a thread."""
-        return bool(self.idle) and not (self.wire and self.wire.slow)
+    __slots__ = ("_heap", "_times")
 
-    def take_slot(self, mono: float) -> None:
-        if self.endpoint.rate:  # a late loop may catch up on 50 ms, so that the average is exact
-            self.next_slot = max(self.next_slot, mono - 0.05) + 1 / self.endpoint.rate
+    def __init__(self) -> None:
+        self._times: dict[str, float] = {}
+        self._heap: list[tuple[float, str]] = []
 
-    def learn(self, outcome: _Outcome, now: float, mono: float, policy: RetryPolicy) -> str | None:
-        """Adapt to an outcome; return failing or recovered when that changed."""
-        if outcome.disable:
-            self.disable = (
-                "410 Gone" if outcome.status_code == 410 else "the receiver asked for it (webhook-delivery: disable)"
-            )
-            self.enabled, self.dirty = False, True
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def set(self, key: str, when: float) -> None:
+        """Have key come up at `when`, and at no other time."""
+        if self._times.get(key) != when:
+            self._times[key] = when
+            heapq.heappush(self._heap, (when, key))
+            if len(self._heap) > 64 + 4 * len(self._times):  # mostly leftovers
+                self._heap = [(when, key) for key, when in self._times.items()]
+                heapq.heapify(self._heap)
+
+    def at_latest(self, key: str, when: float) -> None:
+        """Have key come up at `when`, unless it does so earlier."""
+        if when < self._times.get(key, math.inf):
+            self.set(key, when)
+
+    def drop(self, key: str) -> None:
+        self._times.pop(key, None)
+
+    def next(self) -> float:
+        """Return the earliest time, inf when there is none."""
+        while self._heap and self._times.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else math.inf
+
+    def due(self, now: float) -> list[str]:
+        """Return the keys whose time has come, and forget them."""
+        keys = []
+        while self.next() <= now:
+            key = heapq.heappop(self._heap)[1]
+            del self._times[key]
+            keys.append(key)
+        return keys
+
+
+class _Health(NamedTuple):
+    """What an endpoint's row remembers across restarts. failures is 0 exactly when failing_since is None."""
+
+    failures: int = 0  # in a row
+    failing_since: float | None = None  # wall clock: the first of them
+    paused_until: float = 0.0  # wall clock
+    hinted_until: float = 0.0  # wall clock: the part of it that Retry-After asked for; not in the row
+
+    def after(self, outcome: _Outcome, now: float, policy: RetryPolicy) -> _Health:
+        """Return the health after one more outcome."""
         if outcome.reason is None:
-            self.limit = min(self.limit + 1, self.endpoint.max_in_flight)
-            self.proven_until = mono + _PROVEN
-            recovered = self.failing_since is not None
-            self.dirty |= recovered or self.failures > 0
-            self.failures, self.failing_since = 0, None
-            self.paused_until = min(self.paused_until, self.hinted_until)  # this answer may be older than the hint
-            return "recovered" if recovered else None
-        if outcome.overloaded or (outcome.status_code or 0) >= 500:
-            self.limit = max(1.0, self.limit / 2)
-        started = self.failing_since is None
-        self.failures, self.dirty = self.failures + 1, True
-        self.failing_since = now if self.failing_since is None else min(self.failing_since, now)
-        self.hinted_until = max(self.hinted_until, now + (outcome.hint or 0.0))
-        pause = max(outcome.hint or 0.0, policy.probe_pause(self.failures))
-        self.paused_until = max(self.paused_until, now + pause) if pause else self.paused_until
-        return "failing" if started else None
+            # This answer may be older than the hint, so the hint stays.
+            return _Health(0, None, min(self.paused_until, self.hinted_until), self.hinted_until)
+        failures = self.failures + 1
+        since = now if self.failing_since is None else min(self.failing_since, now)
+        hinted = max(self.hinted_until, now + (outcome.hint or 0.0))
+        pause = max(outcome.hint or 0.0, policy.probe_pause(failures))
+        paused = max(self.paused_until, now + pause) if pause else self.paused_until
+        return _Health(failures, since, paused, hinted)
+
+    def change(self, before: _Health) -> str | None:
+        """Return failing or recovered where that changed."""
+        if (self.failing_since is None) == (before.failing_since is None):
+            return None
+        return "recovered" if self.failing_since is None else "failing"
+
+
+_WELL = _Health()  # most endpoints' health at most times, and then this very object
 
 
 def _verdict(
@@ -2428,8 +3434,777 @@ def _verdict(
     return "pending", now + max(wait, outcome.hint or 0.0), outcome.reason
 
 
-class _Observing:
-    """Calls the host's observer in a thread of its own, in order: one that blocks must not hold deliveries up."""
+class _Backlog:
+    """Deliveries of one endpoint that were read ahead, in the order in which they will be tried.
+
+    known: the events that were read, are under way, or are not recorded yet; a delivery leaves it when
+    its outcome is recorded or when it was put back unread. due: when reading makes sense again by the
+    wall clock, 0 for now and inf for never. Reading goes on behind the last row read (`after`), so a
+    delivery that turns up before that place must be announced by `appeared`.
+
+    A queue (one key, or an ordered endpoint) goes on from memory: when its head was delivered, `follow`
+    brings up the next one, which the file calls queued until the head's outcome is recorded.
+    """
+
+    __slots__ = ("after", "doubtful", "due", "ends", "id", "known", "queues", "read")
+    _START = (-math.inf, 0)
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.read: collections.deque[_Picked] = collections.deque()
+        self.known: set[int] = set()
+        self.due = math.inf
+        self.after: tuple[float, int] = self._START
+        self.queues: dict[str, collections.deque[_Picked]] = {}  # what follows the head that is under way
+        self.ends: dict[str, int] = {}  # queues that were delivered to their end, unrecorded: the last event
+        self.doubtful: set[int] = set()  # known when queues may have got another head: the file says who is next
+
+    def when(self) -> float:
+        """Return the wall clock's time from which there is something to try."""
+        return -math.inf if self.read else self.due
+
+    def appeared(self, due_at: float, event: int = 0) -> None:
+        """Note that a delivery has become due, or will be."""
+        if (due_at, event) <= self.after:
+            self.after = self._START
+        self.due = min(self.due, due_at)
+
+    def take(self, db: sqlite3.Connection, now: float) -> _Picked | None:
+        """Return the next delivery to try; it stays known."""
+        while not self.read and self.due <= now:
+            rows, self.due = _pick(db, self.id, now, self.after)
+            if rows:
+                self.after = rows[-1].due_at, rows[-1].event
+            fresh = [row for row in rows if row.event not in self.known]
+            self.read.extend(fresh)
+            self.known.update([row.event for row in fresh])
+        return self.read.popleft() if self.read else None
+
+    def put_back(self, picked: _Picked) -> None:
+        """Take back a delivery that was not tried: it goes first again."""
+        self.read.appendleft(picked)
+
+    def follow(self, db: sqlite3.Connection, queue: str, event: int, now: float) -> None:
+        """Bring up what comes after a delivered event of a queue, as far as it is due and not under way."""
+        if event in self.doubtful:
+            return self.leave(queue)
+        behind = self.queues.get(queue)
+        if not behind:
+            rows = _pick_queue(db, self.id, queue, event, now)
+            fresh = list(itertools.takewhile(lambda row: row.event not in self.known, rows))
+            if rows and not fresh:
+                return self.leave(queue)
+            self.known.update([row.event for row in fresh])
+            behind = self.queues[queue] = collections.deque(fresh)
+        if behind:
+            self.ends.pop(queue, None)
+            self.read.appendleft(behind.popleft())
+        else:
+            del self.queues[queue]
+            self.ends[queue] = event
+
+    def leave(self, queue: str) -> None:
+        """Forget what was read along a queue: its head failed, so the file has to say who is next."""
+        self.known.difference_update([row.event for row in self.queues.pop(queue, ())])
+        self.ends.pop(queue, None)
+
+    def recorded(self, event: int, queue: str | None) -> None:
+        self.known.discard(event)
+        self.doubtful.discard(event)
+        if queue is not None and self.ends.get(queue) == event:
+            del self.ends[queue]
+
+    def reread(self, queues_only: bool = False) -> None:
+        """Forget what was read and not tried, because the file changed: all of it, or what is in queues."""
+        for name in list(self.queues):
+            self.leave(name)
+        self.ends.clear()
+        kept = [row for row in self.read if queues_only and row.queue is None]
+        self.known.difference_update([row.event for row in self.read])
+        self.doubtful = set(self.known)
+        self.known.update([row.event for row in kept])
+        self.read = collections.deque(kept)
+        self.after = self._START
+
+
+class _Lane:
+    """One endpoint that has work, or had some lately.
+
+    active is the number of its attempts under way, limit how many there may be; it is one more on each
+    success and half on overload. A lane that is not enabled starts nothing, and stays only until what
+    it had under way is recorded.
+    """
+
+    __slots__ = (
+        "active", "backlog", "broken", "disable", "enabled", "endpoint", "health", "id", "limit", "line", "lost",
+        "making", "next_slot", "proven_until", "usual", "wire",
+    )  # fmt: skip
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.endpoint = Endpoint(id, "")
+        self.enabled = True
+        self.wire: _Wire | None = None
+        self.broken: BaseException | None = None  # why there is no wire: each attempt fails with it
+        self.backlog = _Backlog(id)
+        self.health = _Health()
+        self.active = 0
+        self.making = 0  # of these: whose request a thread makes
+        self.lost = 0  # threads in a transform, or at a secret's file, that did not come back in time
+        self.limit = float(_FIRST_LIMIT)
+        self.line: int | None = None  # the rank in whose line it stands
+        self.next_slot = 0.0  # monotonic: the rate limit's next place
+        self.proven_until = 0.0  # monotonic
+        self.usual = 0.0  # seconds that an answer takes
+        self.disable: str | None = None  # why, until that is recorded
+
+    def configure(self, row: _EndpointRow, settings: _Settings, mono: float) -> None:
+        """Take over what the endpoint's row says."""
+        try:
+            if isinstance(row.endpoint, str):
+                raise _Unready("the endpoint's row is damaged; update or remove the endpoint")
+            self.endpoint = row.endpoint
+            self.wire, self.broken = _Wire.make(row.endpoint, row.secrets, settings), None
+        except Exception as error:
+            self.wire, self.broken = None, error
+        self.limit = min(self.limit, self.endpoint.max_in_flight)
+        if self.endpoint.rate:  # a predecessor may just have used the current place
+            self.next_slot = min(self.next_slot or math.inf, mono + 1 / self.endpoint.rate)
+        else:
+            self.next_slot = 0.0
+
+    def full(self) -> bool:
+        """Say whether the end of one of its attempts must come first."""
+        most = 1 if self.health.failures >= _STRUGGLING else self.limit
+        return self.active + 1 > most or self.making >= _OPENERS_EACH
+
+    def may_start(self, now: float, mono: float) -> bool:
+        """Say whether one more attempt may start now, as far as this endpoint alone is concerned."""
+        return (
+            self.enabled
+            and not self.full()
+            and self.backlog.when() <= now
+            and self.health.paused_until <= now
+            and self.next_slot <= mono
+        )
+
+    def rank(self, mono: float) -> int:
+        """Return 0 for an endpoint that answered lately, 1 where nothing is known and the first attempt will
+        find out, 2 for one that failed, or has not answered yet."""
+        if self.proven_until > mono:
+            return 0
+        return 1 if self.health.failing_since is None and not self.active else 2
+
+    def take_slot(self, mono: float) -> None:
+        if self.endpoint.rate:  # a late loop may catch up on 50 ms, so that the average is exact
+            self.next_slot = max(self.next_slot, mono - 0.05) + 1 / self.endpoint.rate
+
+    def learn(self, outcome: _Outcome, now: float, mono: float, policy: RetryPolicy) -> str | None:
+        """Adapt to an outcome; return failing or recovered when that changed."""
+        if outcome.disable:
+            asked = "the receiver asked for it (webhook-delivery: disable)"
+            self.disable, self.enabled = "410 Gone" if outcome.status_code == 410 else asked, False
+        before = after = self.health
+        if outcome.reason is not None or before is not _WELL:
+            after = before.after(outcome, now, policy)
+            self.health = _WELL if after == _WELL else after
+        if outcome.reason is None:
+            self.proven_until = mono + _PROVEN
+            if self.limit < self.endpoint.max_in_flight:
+                self.limit = min(self.limit + 1, self.endpoint.max_in_flight)
+        elif outcome.overloaded or (outcome.status_code or 0) >= 500:
+            self.limit = max(1.0, self.limit / 2)
+        return None if after is before else after.change(before)
+
+
+class _Turns:
+    """Whose turn it is: a line for each rank. A lane stands in one line at most, and joins at the end.
+
+    Standing in a line costs nothing, so a turn costs what it starts; leaving one costs the same
+    wherever the lane stands in it.
+    """
+
+    __slots__ = ("lines",)
+
+    def __init__(self) -> None:
+        self.lines: tuple[collections.OrderedDict[_Lane, None], ...] = tuple(collections.OrderedDict() for _ in _SHARES)
+
+    def __bool__(self) -> bool:
+        return any(self.lines)
+
+    def join(self, lane: _Lane, rank: int) -> None:
+        """Have a lane wait for its turn in the line of its rank; it keeps its place there."""
+        if lane.line != rank:
+            self.leave(lane)
+            self.lines[rank][lane], lane.line = None, rank
+
+    def leave(self, lane: _Lane) -> None:
+        if lane.line is not None:
+            del self.lines[lane.line][lane]
+            lane.line = None
+
+
+_NOTHING = memoryview(b"")
+_ORDER_KNOWN = 0.1  # seconds: of connections opened so soon after another nobody knows which one came first
+_CROWDED = 1.0  # seconds that the first answer of a connection may take before others make room for it, and then
+_ROOM_HELPS = 0.25  # seconds after room was made within which an answer proves that this helped
+_CROWDED_FOR = 30.0  # seconds in which an origin then gets no more connections than brought answers
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Connection:
+    """A connection to a receiver, idle at its origin or carrying one attempt."""
+
+    sock: socket.socket
+    origin: _Origin
+    attempt: _Attempt | None = None
+    answer: _Answer = dataclasses.field(default_factory=_Answer)
+    out: memoryview = _NOTHING  # what of the request is still to be sent
+    writing: bool = False  # the selector watches for room to write
+    used: bool = False  # was idle before
+    proven: bool = False  # has brought an answer
+    ended: bool = False  # its attempt has ended, and the loop has not decided yet whether to keep it
+    since: float = 0.0  # monotonic: when it became idle, or was given its attempt
+    opened: float = dataclasses.field(default_factory=time.monotonic)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Attempt:
+    """One try under way. Its steps:
+
+        making ──> placing ──> exchanging ──> ended
+                      ^             │
+                      └─────────────┘  the kept-alive connection was dead: once more, on another
+
+    making      a thread makes the request; the loop touches nothing of it but `step`
+    placing     it waits for a connection: one that becomes idle at its origin, or one that is opened for it
+    exchanging  a connection carries it
+    ended       it has an outcome, or was handed back untried; what still comes of it is thrown away
+    """
+
+    lane: _Lane
+    wire: _Wire | None  # of the endpoint's row as it was then: what was signed and where it goes belong together
+    origin: _Origin | None
+    picked: _Picked
+    wall: float  # when it began, by the outbox's clock
+    started: float  # the same, monotonic
+    deadline: float  # monotonic
+    step: str = "placing"
+    request: bytes | None = None
+    hidden: Sequence[str] = ()
+    connection: _Connection | None = None
+    opening: bool = False  # a thread opens a connection for it
+    resent: bool = False  # its kept-alive connection turned out to be dead; this is the second try
+    hangs: bool = False  # it takes long, and room that others made did not help
+    look_at: float = 0.0  # monotonic: when the loop looks at it again, its deadline at the latest
+
+
+class _Origin:
+    """Connections to one place. Any endpoint of the place may use an idle one; each carries one attempt.
+
+    open counts the connections there are, idle ones too; proven those of them that have brought an
+    answer; hanging those whose attempt takes far longer than usual; opening the threads that open one.
+
+    A receiver may have fewer workers than we have connections (a single-threaded server, Apache's prefork
+    with few processes). A worker stays with a connection until that is closed, and the requests on the
+    others wait. So an attempt whose new connection brings no answer for a second, and for twice as long
+    as its endpoint usually takes, presses, unless a younger connection was served: another connection
+    makes room, by being closed when it is idle or has brought its next answer. Does an answer come right
+    after that, this was the reason, and for half a minute the origin gets no more connections than had
+    brought one. Comes none within a second, on no new connection, the endpoint is slow or hangs, and its
+    connection does not count.
+    """
+
+    __slots__ = (
+        "_limit", "_limit_until", "_newest", "_served_at", "forgotten", "hanging", "idle", "open", "opening",
+        "parked", "place", "pressing", "proven", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, place: _Place) -> None:
+        self.place = place
+        self.idle: list[_Connection] = []  # the one that was used last is used next
+        self.open = self.proven = self.hanging = self.opening = 0
+        self.waiting: dict[_Attempt, None] = {}  # in the step placing, oldest first
+        self.parked: dict[_Lane, None] = {}  # lanes that could start an attempt if there were a connection
+        self.pressing: dict[_Attempt, float | None] = {}  # when room was made for each (monotonic), if it was
+        self._limit, self._limit_until = math.inf, -math.inf  # connections but for hanging ones; monotonic
+        self._served_at = -math.inf  # monotonic: when a new connection brought its first answer
+        self._newest = -math.inf  # monotonic: when the newest one that did was opened
+        self.forgotten = False  # another object stands for the place by now
+
+    def _most(self, mono: float) -> float:
+        return self._limit if mono < self._limit_until else math.inf
+
+    def has_room(self, mono: float) -> bool:
+        """Say whether an attempt more would find a connection, or a thread to open one."""
+        if self.idle:
+            return True
+        return self.opening < _OPENERS_EACH and self.open - self.hanging + self.opening < self._most(mono)
+
+    def keeps(self, mono: float) -> bool:
+        """Say whether a connection that has brought an answer may be kept."""
+        return None not in self.pressing.values() and self.open - self.hanging <= self._most(mono)
+
+    def unused(self) -> bool:
+        return not (self.open or self.opening or self.waiting or self.parked)
+
+    def press(self, connection: _Connection, attempt: _Attempt, mono: float) -> bool:
+        """Have another connection make room for an attempt that takes long; False where that does not help, was
+        tried, or there is none."""
+        # Workers take the oldest connection first.
+        has_worker = connection.proven or self._newest > connection.opened + _ORDER_KNOWN
+        if attempt in self.pressing and mono - self._served_at < _CROWDED and not has_worker:
+            return True  # others were served meanwhile, which stood before it
+        if has_worker or attempt in self.pressing or self.open - self.hanging < 2:
+            self.relax(attempt)
+            attempt.hangs = True
+            self.hanging += 1
+            return False
+        self.pressing[attempt] = None
+        return True
+
+    def relax(self, attempt: _Attempt) -> None:
+        """Forget what an attempt asked for: it ends, or does not hang."""
+        self.pressing.pop(attempt, None)
+        self.hanging -= attempt.hangs
+        attempt.hangs = False
+
+    def closed(self, connection: _Connection, mono: float) -> None:
+        """Note that a connection was closed, for the attempt that has pressed for the longest time."""
+        self.open -= 1
+        self.proven -= connection.proven
+        for attempt, at in self.pressing.items():
+            if at is None:
+                self.pressing[attempt] = mono
+                break
+
+    def answered(self, connection: _Connection, attempt: _Attempt, mono: float) -> None:
+        """Learn from an answer, before its connection is kept or closed."""
+        made, lane = self.pressing.get(attempt), attempt.lane
+        quick = 0 < lane.usual < _ROOM_HELPS  # else it may just take that long
+        if quick and made is not None and mono - made <= _ROOM_HELPS:
+            self._limit, self._limit_until = max(1, self.proven), mono + _CROWDED_FOR
+        self.relax(attempt)
+        took, waited = mono - connection.since, False
+        if not connection.proven:
+            waited = took >= _CROWDED and lane.usual > 0  # for a worker, most likely
+            connection.proven, self.proven = True, self.proven + 1
+            self._served_at, self._newest = mono, max(self._newest, connection.opened)
+            # It stood before one that room was made for: that one needs it still.
+            other = next((other for other, at in self.pressing.items() if at is not None), None)
+            if made is None and other is not None:
+                self.pressing[other] = None
+        if not waited:
+            lane.usual += (took - lane.usual) / (8 if took > lane.usual else 2) if lane.usual else took
+
+
+class _Job(NamedTuple):
+    """What a thread does for an attempt: make its request, or open a connection to its place."""
+
+    attempt: _Attempt
+    makes: bool
+    result: list[Any]  # what came of it: [(request, hidden)], [socket] or [exception]; filled by the thread
+
+
+class _Openers:
+    """Threads that do what may block: open a connection (lookup, connect, TLS), or make a request with the host's
+    transform or a secret's file.
+
+    A thread owns a job until it hands it over under the lock and rings; the loop takes it with take(). `spare` counts
+    threads that wait for a job less the jobs that are on their way to them: the loop gives a job to a spare thread,
+    else starts one; a thread that has waited long enough ends if it can take itself off that count. busy is the
+    number of jobs that are out, but for those that the loop gave up.
+    """
+
+    __slots__ = ("_closed", "_done", "_jobs", "_lock", "_open", "_ring", "busy", "spare", "starved_until")
+
+    def __init__(self, open: Callable[[_Place, float], socket.socket], ring: Callable[[], None]) -> None:
+        self._open, self._ring = open, ring
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards spare, _done and _closed; held for a few instructions
+        self._done: list[_Job] = []
+        self._closed = False
+        self.spare = 0
+        self.busy = 0
+        self.starved_until = 0.0  # monotonic: before it, no room for a thread or a connection
+
+    def free(self, share: float, proven: int, mono: float) -> bool:
+        """Say whether a rank may give out one more job. What proven endpoints hold takes nothing from the share of
+        the others, who would wait for the end of a backlog."""
+        return self.busy < min(_OPENERS, _OPENERS * share + proven) and self.starved_until <= mono
+
+    def submit(self, job: _Job) -> None:
+        """Give a job to a thread; raise what _is_exhaustion knows when there is none."""
+        with self._lock:
+            waits = self.spare > 0
+            self.spare -= waits
+        if waits:
+            self._jobs.put(job)
+        else:
+            _start_thread(self._work, job, name="webhook_outbox opener")
+        self.busy += 1
+
+    def _work(self, job: _Job | None) -> None:
+        while job is not None:
+            self._do(job)
+            with self._lock:
+                if self._closed:
+                    return
+                self.spare += 1
+            job = self._wait()
+
+    def _wait(self) -> _Job | None:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._jobs.get(timeout=_OPENER_RESTS)
+            with self._lock:
+                if self._closed:
+                    return None
+                if self.spare > 0:
+                    self.spare -= 1
+                    return None
+
+    def _do(self, job: _Job) -> None:
+        attempt, wire = job.attempt, job.attempt.wire
+        try:
+            assert wire is not None
+            if job.makes:
+                result: Any = wire.request(attempt.picked, attempt.wall)
+            else:
+                result = self._open(wire.place, attempt.deadline)
+        except BaseException as error:
+            result = error
+        job.result.append(result)
+        with self._lock:
+            if not self._closed:
+                self._done.append(job)
+            elif isinstance(result, socket.socket):
+                result.close()
+        self._ring()
+
+    def take(self) -> list[_Job]:
+        """Return the jobs that are done."""
+        if not self._done:
+            return []
+        with self._lock:
+            done, self._done = self._done, []
+        return done
+
+    def close(self) -> None:
+        """Have the threads end; what they bring back is closed."""
+        with self._lock:
+            self._closed = True
+            left, self._done = self._done, []
+            for _ in range(self.spare):
+                self._jobs.put(None)
+        for job in left:
+            if isinstance(job.result[0], socket.socket):
+                job.result[0].close()
+
+
+class _Exchanges:
+    """Sends requests and reads answers on sockets that never block. wait() does what is ready and returns
+    what ended: (connection, attempt, answer or error). The connection is still open then, and in nobody's
+    hands: keep it or shut it. An attempt whose kept-alive connection was dead comes back with None, once."""
+
+    __slots__ = ("_ended", "_hints", "_unsent", "idle", "selector")
+
+    def __init__(self) -> None:
+        self.selector = selectors.DefaultSelector()
+        self._hints: _Inotify | None = None
+        self.idle: dict[_Connection, None] = {}  # of all origins, the longest idle one first
+        self._unsent: list[_Connection] = []
+        self._ended: list[tuple[_Connection, _Attempt, _Answer | Exception | None]] = []
+
+    def listen(self, sock: socket.socket, call: Callable[[], None]) -> None:
+        """Have wait() call something when a socket of ours, which carries no attempts, is readable."""
+        self.selector.register(sock, selectors.EVENT_READ, call)
+
+    def listen_to_hints(self, source: _Inotify | None, call: Callable[[], None]) -> None:
+        """The same for what tells of writes to the database; it is another object after each fork."""
+        if source is not self._hints:
+            if self._hints is not None:
+                self.selector.unregister(self._hints)
+            if source is not None:
+                self.selector.register(source, selectors.EVENT_READ, call)
+            self._hints = source
+
+    def add(self, sock: socket.socket, origin: _Origin) -> _Connection:
+        connection = _Connection(sock, origin)
+        self.selector.register(sock, selectors.EVENT_READ, connection)
+        origin.open += 1
+        return connection
+
+    def begin(self, connection: _Connection, attempt: _Attempt, mono: float) -> None:
+        """Have a connection carry an attempt; flush() sends it."""
+        connection.attempt, attempt.connection, attempt.step = attempt, connection, "exchanging"
+        connection.answer, connection.ended, connection.since = _Answer(), False, mono
+        connection.out = memoryview(attempt.request or b"")
+        self._unsent.append(connection)
+        if len(self._unsent) >= _TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what began, one right after the other: a receiver that is busy with the first is not woken
+        for the second, and waking it costs more than the rest of send()."""
+        unsent, self._unsent = self._unsent, []
+        for connection in unsent:
+            if connection.attempt is not None:
+                self._send(connection)
+
+    def wait(self, pause: float) -> list[tuple[_Connection, _Attempt, _Answer | Exception | None]]:
+        for key, mask in self.selector.select(0.0 if self._ended else pause):
+            connection = key.data
+            if not isinstance(connection, _Connection):
+                connection()  # the bell, or the watch
+            elif connection.ended:
+                continue
+            elif mask & selectors.EVENT_WRITE and connection.out:
+                self._send(connection)
+            else:
+                self._receive(connection)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _send(self, connection: _Connection) -> None:
+        try:
+            while connection.out:
+                connection.out = connection.out[connection.sock.send(connection.out) :]
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            pass
+        except OSError as error:  # an answer may have come before the receiver stopped reading: 413, say
+            return self._receive(connection, error)
+        if connection.writing != bool(connection.out):
+            connection.writing = bool(connection.out)
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.writing else 0)
+            self.selector.modify(connection.sock, events, connection)
+
+    def _receive(self, connection: _Connection, failed: OSError | None = None) -> None:
+        try:
+            data = connection.sock.recv(65_536)
+            while data and isinstance(connection.sock, ssl.SSLSocket) and connection.sock.pending():
+                data += connection.sock.recv(65_536)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            if failed is None:
+                return
+            data = b""
+        except OSError as error:
+            data, failed = b"", failed or error
+        attempt, answer = connection.attempt, connection.answer
+        if attempt is None:  # idle: closed by the receiver, or it speaks out of turn
+            self.shut(connection)
+        elif not data and self._dead(connection):
+            pass
+        elif not data and failed is not None and answer.status is None:
+            self._end(connection, attempt, failed)
+        elif not data:
+            answer.end()
+            self._end(connection, attempt, answer)
+        elif answer.feed(data):
+            self._end(connection, attempt, answer)
+
+    def _end(self, connection: _Connection, attempt: _Attempt, result: _Answer | Exception | None) -> None:
+        connection.ended = True
+        self._ended.append((connection, attempt, result))
+
+    def _dead(self, connection: _Connection) -> bool:
+        """A kept-alive connection that ends before a byte of the answer was most likely closed before our
+        request came: the attempt is tried once more, as every HTTP client does. If it was not, the
+        receiver gets a duplicate with the same id (P3)."""
+        attempt, answer = connection.attempt, connection.answer
+        if attempt is None or not connection.used or attempt.resent or answer.buffer or answer.status:
+            return False
+        attempt.resent = True
+        self._end(connection, attempt, None)
+        return True
+
+    def keep(self, connection: _Connection, mono: float) -> None:
+        """Let a connection rest at its origin."""
+        connection.attempt, connection.used, connection.ended, connection.since = None, True, False, mono
+        connection.origin.idle.append(connection)
+        self.idle[connection] = None
+
+    def reuse(self, origin: _Origin) -> _Connection:
+        """Return an idle connection of an origin that has one."""
+        connection = origin.idle.pop()
+        del self.idle[connection]
+        return connection
+
+    def shut(self, connection: _Connection) -> None:
+        if connection in self.idle:
+            del self.idle[connection]
+            connection.origin.idle.remove(connection)
+        connection.attempt = None
+        connection.origin.closed(connection, time.monotonic())
+        self.selector.unregister(connection.sock)
+        connection.sock.close()
+
+    def shut_idle(self, most: int, before: float) -> list[_Origin]:
+        """Close the longest idle connections: what is more than `most`, and what has been idle since `before`
+        (monotonic). Return their origins."""
+        origins = []
+        while self.idle and (len(self.idle) > most or next(iter(self.idle)).since < before):
+            connection = next(iter(self.idle))
+            origins.append(connection.origin)
+            self.shut(connection)
+        return origins
+
+    def close(self) -> None:
+        for key in list(self.selector.get_map().values()):
+            if isinstance(key.data, _Connection):
+                self.shut(key.data)
+        self.selector.close()
+
+
+class _Row(NamedTuple):
+    """A row of the view webhook_record, which the drain writes. What a column means depends on the kind:
+
+    kind      outcome, mark      endpoint        count               notice
+    event     of the delivery    -               -                   -
+    status    the delivery's     -               -                   type of the event
+    due_at    of the next try    paused_until    -                   -
+    at        of the attempt     failing_since   -                   now
+    duration  of the attempt     failures        -                   -
+    error     of the attempt     why disabled    -                   -
+    response  of the attempt     -               JSON of increments  JSON data of the event
+    """
+
+    kind: str | None = None  # None: filling
+    event: int | None = None
+    endpoint_id: str | None = None
+    status: str | None = None
+    due_at: float | None = None
+    at: float | None = None
+    duration: float | None = None
+    status_code: int | None = None
+    reason: str | None = None
+    error: str | None = None
+    response: str | None = None
+
+
+_BATCH, _MOST_ROWS = 1_536, 2_048  # outcomes, and rows, of one statement; 11 parameters each, SQLite takes 32,766
+
+
+class _Ledger:
+    """What came back and is not in the file yet: outcomes, states of endpoints, counts, notices.
+
+    write() takes the oldest, in one statement, all or nothing: a row leaves memory only after its
+    statement committed, and notices for the observer go out after that.
+    """
+
+    __slots__ = ("counts", "notices", "queues", "rows", "states")
+
+    def __init__(self) -> None:
+        self.rows: list[_Row] = []  # outcomes and notices, in the order in which they came
+        self.queues: dict[tuple[str, int], str] = {}  # of the outcomes that are in a queue: (endpoint, event)
+        self.states: dict[str, _Lane] = {}  # whose health is not in their row yet
+        self.counts: dict[str, dict[str, float]] = {}  # by endpoint: increments
+        self.notices: list[Notice] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.states)
+
+    def forget(self) -> None:
+        """Throw everything away: the file that it is about is gone."""
+        self.rows, self.queues, self.states, self.counts = [], {}, {}, {}
+
+    def count(self, id: str, name: str, seconds: float | None = None) -> None:
+        """Count one more of `name` for an endpoint, and the seconds of a success."""
+        of = self.counts.get(id)
+        if of is None:
+            of = self.counts[id] = {}
+        of[name] = of.get(name, 0.0) + 1.0
+        if seconds is not None:
+            of["seconds"] = of.get("seconds", 0.0) + seconds
+
+    def write(self, db: sqlite3.Connection, most: int = _BATCH) -> list[_Row]:
+        """Write at most so many outcomes and what goes with them; return those written."""
+        batch, marks = self._batch(most)
+        lanes = list(self.states.values())[: _MOST_ROWS - _BATCH]
+        states = [
+            _Row(
+                "endpoint", None, lane.id, None, lane.health.paused_until, lane.health.failing_since,
+                lane.health.failures, error=lane.disable,
+            )
+            for lane in lanes
+        ]  # fmt: skip
+        counts = list(self.counts.items())[: _MOST_ROWS - len(batch) - len(marks) - len(states)]
+        written = [_Row("count", endpoint_id=id, response=json.dumps(n)) for id, n in counts]
+        _write_record(db, [*marks, *batch, *states, *written])
+        del self.rows[: len(batch)]
+        for lane in lanes:
+            lane.disable = None
+            del self.states[lane.id]
+        for id, _ in counts:
+            del self.counts[id]
+        return batch
+
+    def _batch(self, most: int) -> tuple[list[_Row], list[_Row]]:
+        """Return the oldest outcomes, and the marks of those that are successes of queues: see the schema."""
+        if not self.queues:
+            return self.rows[:most], []
+        count, marks = 0, list[_Row]()
+        for row in self.rows:
+            marked = row.status == "delivered" and (row.endpoint_id, row.event) in self.queues
+            if count + len(marks) + 1 + marked > most and count:
+                break
+            count += 1
+            if marked:
+                marks.append(row._replace(kind="mark"))
+        return self.rows[:count], marks[::-1]
+
+
+class _Budget:
+    """How large our next commit may be, and how far from the last one. The rule, in one place:
+
+    A host meets our commits in two ways. Where it writes while we hold the lock, it waits: at most as
+    long as one statement of ours, which is cut to about six milliseconds. Where it has read before and
+    writes after us, in a deferred transaction, it is refused; each commit of ours can do that.
+
+    The host writes: somebody else committed within the last second, h times. Then our commits stand at
+    least a tenth of a second apart, and hold the lock for such a share of the time that the host waits
+    twice a second, or in one of 110 of its commits if those are more: share = max(1/110, 2/h). Beside
+    3 commits a second that is no bound, beside 100 it is two hundredths of the time.
+
+    The host is quiet: 10 ms between two commits while we send, so that outcomes gather, else 1 ms. Less
+    than that starves hosts in SQLite's busy handler (p99 35 to 160 ms instead of 1.2).
+    """
+
+    __slots__ = ("_cost", "hosts")
+    _HELD, _LEAST_GAP, _WAITS, _SELDOM = 0.006, 0.1, 2.0, 110.0  # seconds, seconds, a second, one of so many
+
+    def __init__(self) -> None:
+        self.hosts: collections.deque[float] = collections.deque(maxlen=256)  # monotonic: the host's commits
+        self._cost = 8e-6  # seconds of CPU that a row takes, on average
+
+    def host_rate(self, mono: float) -> int:
+        """Return the host's commits within the last second, as far as we saw them."""
+        while self.hosts and self.hosts[0] < mono - 1.0:
+            self.hosts.popleft()
+        return len(self.hosts)
+
+    def most(self, mono: float) -> int:
+        """Return how many outcomes the next statement may record."""
+        if not self.host_rate(mono):
+            return _BATCH
+        return max(32, min(_BATCH, int(self._HELD / self._cost)))
+
+    def gap(self, mono: float, took: float, rows: int, sending: bool) -> float:
+        """Return the seconds until the next commit, after one of `rows` rows that took so many seconds of CPU."""
+        if rows >= 32:
+            self._cost += (took / rows - self._cost) / 4
+        rate = self.host_rate(mono)
+        if not rate:
+            return 0.01 if sending else 0.001
+        share = max(1 / self._SELDOM, self._WAITS / rate)
+        return max(self._LEAST_GAP, took * (1 / share - 1))
+
+
+class _Teller:
+    """Tells the log, and the host's observer in a thread of its own, in order: one that blocks must not
+    hold deliveries up. What is told is recorded already, so that nothing told can be lost."""
+
+    __slots__ = ("_notices", "_observer", "_thread")
 
     def __init__(self, observer: Callable[[Notice], Any] | None) -> None:
         self._observer = observer
@@ -2458,156 +4233,725 @@ class _Observing:
             self._thread.join(1.0)
 
 
-def _no_tally() -> dict[str, dict[str, float]]:
-    return collections.defaultdict(lambda: collections.defaultdict(float))
+def _log_outcome(lane: _Lane, picked: _Picked, outcome: _Outcome, gave_up: bool, disabled: bool) -> None:
+    extra = {"event": picked.id, "endpoint": lane.id, "attempt": picked.attempts + 1, "reason": outcome.reason}
+    if outcome.reason is not None:
+        text = "%s to %s: %s (%s)" + ("; given up" if gave_up else "")
+        level = logging.WARNING if gave_up else logging.INFO
+        _log.log(level, text, picked.id, lane.id, outcome.error, outcome.reason, extra=extra)
+    else:
+        _log.debug("%s to %s: delivered", picked.id, lane.id, extra=extra)
+    if disabled:
+        _log.warning("endpoint %s is disabled: %s", lane.id, lane.disable, extra=extra)
+
+
+class _Sender:
+    """Carries attempts out. Each attempt that it was given by begin() comes back once from ended(): with
+    its outcome, or with None when it was not tried, through no fault of the receiver.
+
+    attempts are those under way. freed are lanes that were parked at an origin which has room again;
+    the loop takes them from there. A destination that is not HTTP would stand beside this class.
+    """
+
+    __slots__ = (
+        "_look_at", "_opener", "attempts", "crowded", "done", "exchanges", "freed", "openers", "origins", "settings",
+        "shutdown", "stopping",
+    )  # fmt: skip
+    _ORIGINS = 1_024  # more are remembered only while they are in use
+
+    def __init__(self, settings: _Settings, ring: Callable[[], None]) -> None:
+        self.settings = settings
+        self._opener = _Opener(settings)
+        self.openers, self.exchanges = _Openers(self._opener.open, ring), _Exchanges()
+        self.origins: dict[_Place, _Origin] = {}
+        self.attempts: set[_Attempt] = set()
+        self.freed: list[_Lane] = []
+        self.crowded: dict[_Origin, None] = {}  # where lanes are parked, or were
+        self.stopping = False  # no connection is kept, nothing is begun on a new one
+        self.shutdown = False  # the interpreter is ending: no thread will ever start again
+        self.done: list[tuple[_Attempt, _Outcome | None]] = []  # until ended() is asked
+        self._look_at = math.inf  # monotonic: the earliest look_at of the attempts, or before it
+
+    def origin(self, wire: _Wire) -> _Origin:
+        """Return the origin that an endpoint's connections belong to."""
+        found = wire.origin
+        if found is None or found.forgotten:
+            found = wire.origin = self.origins.get(wire.place) or self._new_origin(wire.place)
+        return found
+
+    def _new_origin(self, place: _Place) -> _Origin:
+        if len(self.origins) >= self._ORIGINS:
+            for origin in [origin for origin in self.origins.values() if origin.unused()]:
+                origin.forgotten = True
+                del self.origins[origin.place]
+        self.origins[place] = _Origin(place)
+        return self.origins[place]
+
+    # Beginning.
+
+    def may_begin(self, lane: _Lane, share: float, proven: int, mono: float) -> bool | None:
+        """Say whether an attempt of a lane could go on at once. None: there is no connection for it, nor may
+        one be opened; the lane is parked at its origin and comes back as freed. False: no thread is free."""
+        if lane.wire is None:
+            return True
+        if not lane.wire.slow:
+            origin = self.origin(lane.wire)
+            if origin.idle:
+                return True
+            if not origin.has_room(mono):
+                origin.parked[lane] = None
+                self.crowded[origin] = None
+                return None
+        return self.openers.free(share, proven, mono)
+
+    def begin(self, lane: _Lane, picked: _Picked, now: float) -> None:
+        mono, wire = time.monotonic(), lane.wire
+        deadline = mono + (lane.endpoint.timeout or self.settings.timeout)
+        origin = None if wire is None else self.origin(wire)
+        attempt = _Attempt(lane, wire, origin, picked, now, mono, deadline, look_at=deadline)
+        self.attempts.add(attempt)
+        self._look_at = min(self._look_at, deadline)
+        lane.active += 1
+        try:
+            if wire is None:
+                raise lane.broken or _Unready("the endpoint is not configured")
+            if not wire.slow:
+                attempt.request, attempt.hidden = wire.request(picked, now)
+                return self._place(attempt, mono)
+            if lane.lost >= _OPENERS_EACH:
+                raise _Unready("its transform, or reading its secret, never ends; mend it, restart the drain")
+        except Exception as error:
+            return self._finish(attempt, _failure(error))
+        attempt.step = "making"
+        lane.making += 1
+        if not self._submit(_Job(attempt, True, [])):
+            lane.making -= 1
+
+    def _submit(self, job: _Job) -> bool:
+        try:
+            self.openers.submit(job)
+            return True
+        except (RuntimeError, OSError) as error:
+            self._starve(job.attempt, error)
+            return False
+
+    def _starve(self, attempt: _Attempt, error: BaseException) -> None:
+        """This process ran out of something: not the receiver's fault, so not an attempt. Give back what we can
+        spare, and open nothing for a second."""
+        mono = time.monotonic()
+        self.exchanges.shut_idle(0, mono)
+        if "shutdown" in str(error):  # RuntimeError of an interpreter that is ending
+            self.shutdown = True
+        elif self.openers.starved_until <= mono:
+            _log.warning("no connection can be opened (%s: %s); trying again in 1 s", type(error).__name__, error)
+        self.openers.starved_until = mono + 1.0
+        self._finish(attempt, None)
+
+    def _place(self, attempt: _Attempt, mono: float) -> None:
+        """Have an attempt whose request is ready wait for a connection, which may be there already."""
+        origin = attempt.origin
+        assert origin is not None
+        attempt.step, attempt.connection = "placing", None
+        origin.waiting[attempt] = None
+        if origin.idle:
+            self._carry(self.exchanges.reuse(origin), mono, attempt)
+        else:
+            self._serve(origin, mono)
+
+    def _serve(self, origin: _Origin, mono: float) -> None:
+        """Give an origin's connections, and the right to open more, to those who wait there."""
+        while origin.idle and origin.waiting:
+            self._carry(self.exchanges.reuse(origin), mono)
+        for attempt in [a for a in origin.waiting if not a.opening][:_OPENERS_EACH] if origin.waiting else ():
+            if self.stopping or not origin.has_room(mono):
+                break
+            attempt.opening = True
+            origin.opening += 1
+            if not self._submit(_Job(attempt, False, [])):
+                attempt.opening = False
+                origin.opening -= 1
+        if origin.parked and not origin.waiting and origin.has_room(mono):
+            lane = next(iter(origin.parked))
+            del origin.parked[lane]
+            self.freed.append(lane)
+
+    def _carry(self, connection: _Connection, mono: float, attempt: _Attempt | None = None) -> None:
+        """Have a connection carry an attempt that waits at its origin, the first one or a certain one."""
+        origin = connection.origin
+        attempt = attempt or next(iter(origin.waiting))
+        del origin.waiting[attempt]
+        self.exchanges.begin(connection, attempt, mono)
+        attempt.look_at = min(attempt.deadline, mono + max(_CROWDED, 2 * attempt.lane.usual))
+        self._look_at = min(self._look_at, attempt.look_at)
+
+    # Ending.
+
+    def wait(self, pause: float) -> bool:
+        """Sleep until a socket has news, `pause` seconds at most; say whether something came of it."""
+        ended = self.exchanges.wait(pause)
+        mono = time.monotonic()
+        for connection, attempt, result in ended:
+            self._carried(connection, attempt, result, mono)
+        jobs = self.openers.take()
+        for job in jobs:
+            (self._made if job.makes else self._opened)(job.attempt, job.result[0], mono)
+        return bool(ended or jobs)
+
+    def ended(self) -> list[tuple[_Attempt, _Outcome | None]]:
+        done, self.done = self.done, []
+        return done
+
+    def _finish(self, attempt: _Attempt, outcome: _Outcome | None) -> None:
+        if attempt.origin is not None:
+            attempt.origin.waiting.pop(attempt, None)
+            attempt.origin.relax(attempt)
+        attempt.step = "ended"
+        attempt.lane.active -= 1
+        self.attempts.discard(attempt)
+        self.done.append((attempt, outcome))
+
+    def _carried(
+        self, connection: _Connection, attempt: _Attempt, result: _Answer | Exception | None, mono: float
+    ) -> None:
+        """An exchange has ended: keep the connection or not, and judge the answer."""
+        origin = connection.origin
+        if result is None:  # its other idle connections are most likely as dead as this one
+            for dead in [connection, *origin.idle]:
+                self.exchanges.shut(dead)
+            if self.stopping:
+                return self._finish(attempt, None)
+            return self._place(attempt, mono)
+        if isinstance(result, _Answer):
+            origin.answered(connection, attempt, mono)
+            outcome = _judge(result, attempt.hidden, self.settings.clock())
+        else:
+            outcome = _failure(result, attempt.hidden)
+        fits = not self.stopping and origin.keeps(mono)
+        if fits and isinstance(result, _Answer) and result.reusable and not connection.out:
+            self.exchanges.keep(connection, mono)
+            if len(self.exchanges.idle) > self.settings.workers:
+                self._serve_all(self.exchanges.shut_idle(self.settings.workers, -math.inf), mono)
+        else:
+            self.exchanges.shut(connection)
+        self._finish(attempt, outcome)
+        if origin.waiting or origin.parked:
+            self._serve(origin, mono)
+
+    def _serve_all(self, origins: Iterable[_Origin], mono: float) -> None:
+        for origin in origins:
+            self._serve(origin, mono)
+
+    def _made(self, attempt: _Attempt, result: Any, mono: float) -> None:
+        """A thread has made a request, or could not."""
+        if attempt.step == "ended":  # its time was over before
+            attempt.lane.lost -= 1
+            return
+        attempt.lane.making -= 1
+        self.openers.busy -= 1
+        if isinstance(result, BaseException):
+            self._finish(attempt, _failure(result))
+        elif self.stopping:
+            self._finish(attempt, None)
+        else:
+            attempt.request, attempt.hidden = result
+            self._place(attempt, mono)
+
+    def _opened(self, attempt: _Attempt, result: Any, mono: float) -> None:
+        """A thread has opened a connection, or could not. The attempt may have found another one meanwhile."""
+        origin = attempt.origin
+        assert origin is not None
+        origin.opening -= 1
+        self.openers.busy -= 1
+        attempt.opening = False
+        waits = attempt in origin.waiting
+        if isinstance(result, BaseException):
+            if waits and _is_exhaustion(result):
+                self._starve(attempt, result)
+            elif waits:
+                self._finish(attempt, _failure(result, attempt.hidden))
+        else:
+            connection = self.exchanges.add(result, origin)
+            if waits and not self.stopping or attempt.resent and waits:
+                self._carry(connection, mono, attempt)
+            elif origin.waiting and not self.stopping:
+                self._carry(connection, mono)
+            elif origin.parked and not self.stopping:
+                self.exchanges.keep(connection, mono)
+            else:
+                self.exchanges.shut(connection)
+                if waits:
+                    self._finish(attempt, None)
+        self._serve(origin, mono)
+
+    # Time.
+
+    def look(self, mono: float) -> None:
+        """End attempts whose time is over; have new connections that wait too long press for room."""
+        if mono < self._look_at:
+            return
+        for attempt in sorted((a for a in self.attempts if a.look_at <= mono), key=lambda a: a.started):
+            if mono < attempt.deadline:
+                self._press(attempt, mono)
+            elif attempt.connection is None and mono < attempt.deadline + 0.25:
+                attempt.look_at = attempt.deadline + 0.25  # who opens a connection ends by then, and knows more
+            else:
+                self._expire(attempt, mono)
+        self._look_at = min((attempt.look_at for attempt in self.attempts), default=math.inf)
+
+    def _press(self, attempt: _Attempt, mono: float) -> None:
+        """Have others make room for an attempt that takes long; once more, and it hangs."""
+        origin, connection = attempt.origin, attempt.connection
+        attempt.look_at = attempt.deadline
+        if origin is not None and connection is not None and not connection.answer.started():
+            if origin.press(connection, attempt, mono):
+                attempt.look_at = min(attempt.deadline, mono + _CROWDED)
+                if origin.idle:
+                    self.exchanges.shut(origin.idle[0])
+            self._serve(origin, mono)
+
+    def _expire(self, attempt: _Attempt, mono: float) -> None:
+        if attempt.connection is not None:
+            self.exchanges.shut(attempt.connection)
+        elif attempt.step == "making":  # opening a connection ends in time, the host's own code need not
+            self.openers.busy -= 1
+            attempt.lane.making -= 1
+            attempt.lane.lost += 1
+        waited = "for a connection" if attempt.connection is None else "for the answer"
+        error = f"no time left after {mono - attempt.started:.1f} s, waiting {waited}"
+        self._finish(attempt, _Outcome(reason="timeout", error=error))
+        if attempt.origin is not None:
+            self._serve(attempt.origin, mono)
+
+    def chores(self, mono: float) -> None:
+        """Close connections that were idle for long; free lanes that still stand where there is room."""
+        self._serve_all(self.exchanges.shut_idle(self.settings.workers, mono - _IDLE_CONNECTION), mono)
+        for origin in list(self.crowded):
+            if origin.parked:
+                self._serve(origin, mono)
+            else:
+                del self.crowded[origin]
+
+    def stop(self) -> None:
+        """Begin nothing more: what waits for a connection without a thread comes back untried."""
+        if not self.stopping:
+            self.stopping = True
+            for attempt in [a for a in self.attempts if a.step == "placing" and not (a.opening or a.resent)]:
+                self._finish(attempt, None)
+
+    def close(self) -> None:
+        self.openers.close()
+        self.exchanges.close()
+        self._opener.close()
+
+
+def _send_once(settings: _Settings, endpoint: Endpoint, secrets: _Secrets, picked: _Picked) -> _Outcome:
+    """Make one attempt at once, outside any drain, on the same parts."""
+    opener, exchanges, now, mono = _Opener(settings), _Exchanges(), settings.clock(), time.monotonic()
+    deadline = mono + (endpoint.timeout or settings.timeout)
+    hidden: Sequence[str] = ()
+    try:
+        wire = _Wire.make(endpoint, secrets, settings)
+        attempt = _Attempt(_Lane(endpoint.id), wire, None, picked, now, mono, deadline)
+        attempt.request, hidden = wire.request(picked, now)
+        connection = exchanges.add(opener.open(wire.place, deadline), _Origin(wire.place))
+        exchanges.begin(connection, attempt, mono)
+        exchanges.flush()
+        while (left := deadline - time.monotonic()) > 0:
+            for _, _, result in exchanges.wait(left):
+                return _judge(result, hidden, now) if isinstance(result, _Answer) else _failure(result or OSError())
+        raise TimeoutError
+    except Exception as error:
+        return _failure(error, hidden)
+    finally:
+        exchanges.close()
+        opener.close()
+
+
+class _Schedule:
+    """Which lane may start an attempt, and when: it stands in the line of its rank, or is due at a time.
+
+    A lane that is full stands nowhere, and comes back with the end of one of its attempts; one that its
+    origin parked comes back with a connection. Times of deliveries and pauses are the outbox's clock's
+    (`due`), since that may be set; places of rates are monotonic (`slots`).
+    """
+
+    __slots__ = ("due", "slots", "turns")
+
+    def __init__(self) -> None:
+        self.turns, self.due, self.slots = _Turns(), _Agenda(), _Agenda()
+
+    def place(self, lane: _Lane, now: float, mono: float) -> None:
+        """Have a lane wait where it belongs now."""
+        if not lane.enabled or lane.full():
+            return
+        when = max(lane.backlog.when(), lane.health.paused_until)
+        if when > now:
+            if when < math.inf:
+                self.due.set(lane.id, when)
+            else:
+                self.due.drop(lane.id)
+        elif lane.next_slot > mono:
+            self.slots.set(lane.id, lane.next_slot)
+        else:
+            self.turns.join(lane, lane.rank(mono))
+
+    def drop(self, lane: _Lane) -> None:
+        self.turns.leave(lane)
+        self.due.drop(lane.id)
+        self.slots.drop(lane.id)
+
+    def next(self, now: float, mono: float) -> float:
+        """Return the seconds until a lane is due."""
+        return max(0.0, min(self.due.next() - now, self.slots.next() - mono))
+
+
+class _Finder:
+    """Finds the endpoints that have something to do, and keeps a lane for each of them.
+
+    A lane is made when its endpoint has something due, and is forgotten when it has nothing left and
+    there are many; what must survive that stands in the endpoint's row. While something of it is under
+    way or unrecorded it stays, also when the endpoint is disabled or removed: one endpoint, one lane.
+    """
+
+    __slots__ = (
+        "_file", "_ledger", "_looking", "_net", "_settings", "lanes", "monitored", "news", "orphans", "schedule",
+    )  # fmt: skip
+    _LANES = 2_048  # lanes without work that are remembered
+    _LOOK_AGAIN = 60.0  # seconds: then all that wait are looked at once more, in case something was missed
+
+    def __init__(self, settings: _Settings, file: _DrainFile, ledger: _Ledger) -> None:
+        self._settings, self._file, self._ledger = settings, file, ledger
+        self._looking = _Paced(4)  # a fifth of the time at most
+        self._net = _Paced(1_000, self._LOOK_AGAIN)
+        self.lanes: dict[str, _Lane] = {}
+        self.schedule, self.news = _Schedule(), _News()
+        self.monitored = False  # an endpoint subscribes to webhook.*
+        self.orphans: list[str] = []  # ids with deliveries that are no endpoints: written in SQL, or restored
+
+    def begin(self) -> None:
+        """Take what the file holds at the start of a run."""
+        self.news.begin(self._file.db)
+        self.monitored = _monitored(self._file.db)
+
+    def looking(self) -> bool:
+        """Say whether there may be work that was not found yet."""
+        return self.news.stale or self.news.at is not None
+
+    def rest(self, now: float, mono: float) -> float:
+        """Return the seconds until find() has something to do."""
+        if self.news.stale:
+            return 0.0
+        rest = self.schedule.next(now, mono)
+        return rest if self.news.at is None else min(rest, max(0.0, self._looking.at - mono))
+
+    def find(self, freed: Iterable[_Lane], now: float, mono: float) -> None:
+        """Line up the lanes that have something to do: those that have room again, those whose time has come, and
+        those for which there is something new in the file."""
+        schedule, news = self.schedule, self.news
+        for lane in freed:
+            schedule.place(lane, now, mono)
+        due = [*schedule.due.due(now), *schedule.slots.due(mono)]
+        mark = news.mark()
+        try:
+            for lane in self._lanes_of(due, mono):
+                schedule.place(lane, now, mono)
+            due = []
+            if news.stale:
+                news.stale = False
+                self._read_news(now, mono)
+                mark = news.mark()
+            if news.at is None and self._net.due(mono):
+                news.look_at_all(self._file.db)
+            if news.at is not None and self._looking.due(mono):
+                self._look_at_some(now, mono)
+        except BaseException:  # a rollback-mode host is committing, say: all of it once more
+            news.turn_back(mark)
+            for id in due:
+                schedule.due.at_latest(id, now)
+            raise
+
+    def _read_news(self, now: float, mono: float) -> None:
+        db, news = self._file.db, self.news
+        version, removed, work = news.counters(db)
+        if version != news.version:
+            self._reconfigure(version, now, mono)
+        if removed != news.removed:
+            self._drop_removed()
+            news.removed = removed
+        if work != news.work:
+            for lane in self.lanes.values():
+                lane.backlog.reread(queues_only=True)
+            news.look_at_all(db)
+            news.work = work
+        rows = news.new(db)
+        news.stale |= len(rows) == _NEW_ROWS
+        due: dict[str, float] = {}
+        for event, id, due_at, status, name in rows:
+            known = self.lanes.get(id)
+            if status == "pending":
+                if known is not None:
+                    known.backlog.appeared(due_at, event)
+                due[id] = min(due_at, due.get(id, math.inf))
+            elif status == "queued" and known is not None and known.enabled and name in known.backlog.ends:
+                known.backlog.follow(db, name or "", known.backlog.ends[name or ""], now)
+                due[id] = -math.inf
+        self._work_for(due, now, mono)
+
+    def _look_at_some(self, now: float, mono: float) -> None:
+        """Look at the next of all that wait."""
+        due: dict[str, float] = {}
+        with self._looking.turn(), self._net.turn():
+            rows = self.news.waiting(self._file.db)
+        for row in rows:
+            if not row.id.isprintable():  # written in SQL, no UTF-8: it cannot be asked for
+                continue
+            if row.enabled:
+                if row.id in self.lanes:
+                    self.lanes[row.id].backlog.appeared(row.due_at)
+                due[row.id] = row.due_at
+            elif row.enabled is None:
+                self.orphans.append(row.id)
+        self._work_for(due, now, mono, oldest_first=True)
+
+    def _work_for(self, due: Mapping[str, float], now: float, mono: float, oldest_first: bool = False) -> None:
+        """Line up endpoints that have deliveries which are due at a time, or have them come up then. oldest_first: in
+        the order of registration, for those that have stood the test of time are more likely to answer."""
+        for id, due_at in due.items():
+            if id not in self.lanes and due_at > now:
+                self.schedule.due.at_latest(id, due_at)
+        lanes = self._lanes_of([id for id, due_at in due.items() if id in self.lanes or due_at <= now], mono)
+        if oldest_first:
+            lanes.sort(key=lambda lane: lane.endpoint.created_at)
+        for lane in lanes:
+            self.schedule.place(lane, now, mono)
+
+    def _lanes_of(self, ids: Sequence[str], mono: float) -> list[_Lane]:
+        """Return the lanes of enabled endpoints, made where there are none: then they have something to read."""
+        missing = [id for id in ids if id not in self.lanes]
+        if missing:
+            for row in _load_endpoints(self._file.db, _LISTED, json.dumps(missing)):
+                if row.enabled:
+                    lane = _Lane(row.id)
+                    lane.backlog.due = -math.inf
+                    self._configure(lane, row, mono)
+            if len(self.lanes) > self._LANES:
+                self._shed(mono)
+        return [self.lanes[id] for id in ids if id in self.lanes]
+
+    def _configure(self, lane: _Lane, row: _EndpointRow, mono: float) -> None:
+        lane.configure(row, self._settings, mono)
+        if lane.id not in self._ledger.states:
+            health = _Health(row.failures, row.failing_since, row.paused_until)
+            lane.health = _WELL if health == _WELL else health
+        self.lanes[lane.id] = lane
+
+    def _shed(self, mono: float) -> None:
+        """Forget the older ones of the lanes without work."""
+        now = self._settings.clock()
+        spare = [
+            lane for lane in self.lanes.values()
+            if not (lane.active or lane.backlog.known or lane.lost or lane.id in self._ledger.states)
+            and lane.backlog.due > now and lane.next_slot <= mono
+        ]  # fmt: skip
+        for lane in spare[: len(self.lanes) - self._LANES // 2]:
+            if lane.backlog.due < math.inf and lane.enabled:
+                self.schedule.due.at_latest(lane.id, lane.backlog.due)
+            del self.lanes[lane.id]
+
+    def _reconfigure(self, version: int, now: float, mono: float) -> None:
+        """Read endpoints that changed since we looked, a few at a time; the others keep what they have. version: the
+        newest there was before this."""
+        newer = f"webhook_endpoints WHERE version > ? ORDER BY version LIMIT {_LOOK_ROWS}"
+        rows = _load_endpoints(self._file.db, newer, self.news.version)
+        due: dict[str, float] = {}
+        for row in rows:
+            lane = self.lanes.get(row.id)
+            if not row.enabled or (lane is not None and lane.disable):  # our word is not in the row yet
+                self.retire(row.id)
+                continue
+            due[row.id] = _first_due(self._file.db, row.id)
+            if lane is not None:
+                lane.enabled = True
+                lane.backlog.reread()
+                lane.backlog.appeared(due[row.id])
+                self._configure(lane, row, mono)
+                self.schedule.slots.drop(row.id)  # of the rate it had
+        full = len(rows) == _LOOK_ROWS
+        self.news.version = rows[-1].version if full else version
+        self.news.stale |= full
+        self.monitored = _monitored(self._file.db)
+        self._work_for(due, now, mono)
+
+    def _drop_removed(self) -> None:
+        """Forget lanes whose endpoints are gone."""
+        there = self._file.db.execute(f"SELECT id FROM {_LISTED}", (json.dumps(list(self.lanes)),)).fetchall()
+        for id in self.lanes.keys() - {row[0] for row in there}:
+            self.retire(id)
+
+    def retire(self, id: str) -> None:
+        """Start nothing more for a disabled or removed endpoint: what it has not tried stays in the table as it is."""
+        self.schedule.due.drop(id)
+        lane = self.lanes.get(id)
+        if lane is not None:
+            lane.enabled = False
+            lane.backlog.reread()
+            lane.backlog.due = math.inf
+            self.schedule.drop(lane)
+            if not (lane.active or lane.backlog.known or id in self._ledger.states):
+                del self.lanes[id]
+
+    def recorded(self, batch: Iterable[_Row], now: float, mono: float) -> None:
+        """Note what our own commit made due: it does not move data_version."""
+        touched = set()
+        for row in batch:
+            self.news.stale |= row.kind == "notice"  # our own webhook.* events
+            lane = self.lanes.get(row.endpoint_id or "")
+            if lane is None or row.event is None:
+                continue
+            queue = self._ledger.queues.pop((lane.id, row.event), None) if self._ledger.queues else None
+            lane.backlog.recorded(row.event, queue)
+            if row.status == "pending":
+                lane.backlog.appeared(row.due_at or 0.0, row.event)
+                touched.add(lane)
+            if queue is not None:  # a trigger made the next one of the queue pending
+                lane.backlog.appeared(-math.inf)
+                touched.add(lane)
+        for lane in touched:
+            self.schedule.place(lane, now, mono)
+
+    def turned_back(self, latest: float) -> None:
+        """The clock was set back: forget what was to come later than `latest` by the old one."""
+        for lane in self.lanes.values():
+            lane.backlog.reread()
+            if lane.health.paused_until > latest:
+                lane.health = lane.health._replace(paused_until=0.0, hinted_until=0.0)
+                self._ledger.states[lane.id] = lane
+        self.news.look_at_all(self._file.db)
+
+
+@dataclasses.dataclass(slots=True)
+class _Counts:
+    """What a run came to, for its report and whoever watches it.
+
+    Counting what waits is linear in it, so for progress it is counted for a fiftieth of the time, and reckoned
+    from the outcomes in between.
+    """
+
+    delivered: int = 0
+    retried: int = 0
+    failed: int = 0
+    counted: int = 0  # what waited at the last count, and what had ended by then
+    ended: int = 0
+    pace: _Paced = dataclasses.field(default_factory=lambda: _Paced(50))
+    progress_at: float = 0.0  # monotonic
+
+    def count(self, db: sqlite3.Connection) -> None:
+        """Count what waits for enabled endpoints."""
+        (self.counted,) = db.execute(
+            """SELECT coalesce(sum(
+                        (SELECT count(*) FROM webhook_deliveries WHERE endpoint_id = id AND status = 'pending')
+                      + (SELECT count(*) FROM webhook_deliveries
+                          WHERE endpoint_id = id AND queue IS NOT NULL AND status = 'queued')), 0)
+                 FROM webhook_endpoints WHERE enabled"""
+        ).fetchone()
+        self.ended = self.delivered + self.failed
+
+    def report(self) -> DrainReport:
+        pending = max(0, self.counted + self.ended - self.delivered - self.failed)
+        return DrainReport(self.delivered, self.retried, self.failed, pending)
+
+
+class _Pruning:
+    """Retention: deletes old events a few at a time, and then rests for an hour."""
+
+    __slots__ = ("at", "_from")
+    _REST, _RETRY = 3_600.0, 60.0  # seconds
+
+    def __init__(self) -> None:
+        self.at = 0.0  # monotonic
+        self._from: int | None = None
+
+    def some(self, db: sqlite3.Connection, cutoff: float, mono: float) -> None:
+        self.at = mono + self._RETRY  # should it fail: a full disk, a damaged page, which must not end the loop
+        try:
+            removed, self._from = _prune_some(db, self._from or 0, cutoff)
+        except sqlite3.Error as error:
+            _log.debug("pruning failed (%s), later again", error)
+            return
+        self.at = mono + (self._REST if self._from is None else 0.2 if removed else 0.02)
+
+
+# ── drain: the loop ──────────────────────────────────────────────────────────────────────────────────────────────
+# Promises: one process per file drains; one loop in one thread owns the database connection and every decision, so
+# order, rates, fair turns and breakers are plain state, exact by construction.
+# What wakes it: a socket (an answer, or room to write), the bell (an emit in this process, a thread that opened a
+# connection, stop(), a fork), a hint of the file system, a time (a delivery, a pause or a rate's place is due, a
+# deadline, the next commit or poll).
+
+_TAKEOVER_POLL = 0.1  # seconds between two looks at a lock that another process holds
 
 
 class _Drain:
     """One run of the loop: stand by for the lock, then send until told to stop or nothing is left."""
 
-    def __init__(
-        self, outbox: Outbox, mode: str, progress: Callable[[DrainReport], Any] | None = None, share: _Share = _ALL
-    ) -> None:
-        self.outbox, self.mode, self.progress = outbox, mode, progress  # mode: forever, once, until_empty
-        self.share = share
-        self.pid = os.getpid()
-        self.thread = 0  # that runs the loop
-        self.forking = threading.Condition()  # guards the next two; its waiters are woken when one changes
-        self.forks = 0  # threads that are forking now: close the file
-        self.parked = False  # it is closed, and stays so until forks is 0
-        self.lock = _Lock(outbox.path, share)
-        self.opener = _Opener(outbox)
-        self.db: sqlite3.Connection = None  # type: ignore[assignment]  # opened by run, in the loop's thread
-        self.file: tuple[int, int] | None = None  # which db is open on
-        self.selector = selectors.DefaultSelector()
-        self.wake_in, self.wake_out = socket.socketpair()
-        self.woken = False  # a byte is on its way: no need for another
-        self.hand = threading.Lock()  # guards handed and closed; held for a few instructions
-        self.handed: list[_Attempt] = []  # by threads, to the loop
-        self.closed = False
-        self.stopping = False
-        self.stop_by = math.inf  # monotonic: when to leave attempts under way
-        self.lanes: dict[str, _Lane] = {}
-        # Endpoints that may start an attempt, a line for each rank; whose turn comes first. Who starts one goes to the
-        # end. Standing here costs nothing, so a turn costs what it starts.
-        self.lines: list[collections.deque[_Lane]] = [collections.deque() for _ in _SHARES]
-        self.attempts: set[_Attempt] = set()
-        self.unsent: list[_Connection] = []  # with a request that the end of this turn sends
-        self.openers = 0
-        self.outcomes: list[tuple[Any, ...]] = []  # rows for webhook_record
-        self.dirty: dict[str, _Lane] = {}  # whose state is not in their rows yet; some may be disabled by now
-        self.tally: dict[str, dict[str, float]] = _no_tally()  # per endpoint, for metrics; not written yet
-        self.commits = 0.0  # of all drains that share the file, as far as we saw
-        self.monitored = False  # an endpoint subscribes to webhook.*
-        self.moved: set[str] = set()  # endpoints with a queue whose head ended
-        self.observing = _Observing(outbox.observer)
-        self.notices: list[Notice] = []  # for the observer, after the rows are recorded
+    def __init__(self, settings: _Settings, mode: str, progress: Callable[[DrainReport], Any] | None = None) -> None:
+        self.settings, self.mode, self.progress = settings, mode, progress  # mode: forever, once, until_empty
+        self.bell = _Bell()
+        self.file = _DrainFile(settings.path, self.bell.ring)
+        self.lock = _Lock(settings.path)
+        self.leave_at = math.inf  # monotonic: when to leave attempts under way; before it: take nothing new
+        self.ledger, self.budget, self.teller = _Ledger(), _Budget(), _Teller(settings.observer)
+        self.sender = _Sender(settings, self.bell.ring)
+        self.finder = _Finder(settings, self.file, self.ledger)
         self.record_at = 0.0  # monotonic: not before
         self.storing = True  # False: the last write failed for another reason than a lock; send nothing until one works
-        self.starved_until = 0.0  # monotonic: before it, no room for a thread or a connection
-        self.delivered = self.retried = self.failed = 0
-        self.data_version = self.endpoints_version = -1
-        self.look = True  # somebody committed: read who has work
-        self.host_wrote_at = self.lively_at = self.heard_at = -math.inf
-        # Monotonic: when to look whether somebody committed, who has work, whose time has come, and so on.
-        self.poll_at = self.look_at = self.sweep_at = self.chores_at = self.progress_at = self.prune_at = 0.0
-        self.prune_from: int | None = None
-        self.seen = math.inf  # wall clock at the last look; above now at the start and when the clock was set back
+        self.counts, self.pruning = _Counts(), _Pruning()
+        self.chores_at = 0.0  # monotonic
+        self.clock_seen = math.inf  # at the last chores; above now at the start and when the clock was set back
 
     # What other threads and signal handlers may call.
 
+    @property
+    def stopping(self) -> bool:
+        return self.leave_at < math.inf
+
     def stop(self, grace: float) -> None:
         """Take no new work; leave when what is under way has ended, at the latest after `grace` seconds."""
-        self.stop_by = time.monotonic() + grace
-        self.stopping = True
-        self.wake()
+        self.leave_at = time.monotonic() + grace
+        self.bell.ring()
 
     def wake(self) -> None:
-        if not self.woken:
-            self.woken = True
-            with contextlib.suppress(OSError):  # closed, or full, which wakes as well
-                self.wake_in.send(b"\0")
+        """Say that something was emitted in this process, and is about to be committed."""
+        self.bell.ring(committed=True)
 
-    def park(self) -> None:
-        """Before a fork: have the loop close its connection, so that the child inherits none of SQLite's notes."""
-        with self.forking:
-            self.forks += 1
-            if threading.get_ident() == self.thread:  # forked by a callback of ours
-                self._close_db()
-            else:
-                self.wake()
-                self.forking.wait_for(lambda: self.parked, 5.0)
-
-    def unpark(self) -> None:
-        with self.forking:
-            self.forks -= 1
-            self.forking.notify_all()
-            if self.forks:
-                return
-        if threading.get_ident() == self.thread:
-            self._open_db()
-
-    def _close_db(self) -> None:
-        if self.db is not None:
-            _close(self.db)
-
-    def _open_db(self) -> None:
-        self.file = _file_id(self.outbox.path)
-        self.db = _open(self.outbox.path, patience=0.0)
-        self.data_version, self.look = -1, True
-        self._patiently(self._set_up_db)
-
-    def _let_fork(self) -> None:
-        """In the loop, when a thread of this process is about to fork."""
-        self._close_db()
-        with self.forking:
-            self.parked = True
-            self.forking.notify_all()
-            self.forking.wait_for(lambda: not self.forks, 60.0)
-            self.parked = False
-        self._open_db()
+    def under_way(self) -> int:
+        return len(self.sender.attempts)
 
     # The run.
 
     def run(self) -> DrainReport:
         """Drain until the mode's end, or stop()."""
         try:
-            self.wake_in.setblocking(False)
-            self.wake_out.setblocking(False)
-            self.selector.register(self.wake_out, selectors.EVENT_READ)
-            self.thread = threading.get_ident()
-            with _FORK:
-                _DRAINS.add(self)
-                self._open_db()
+            self.sender.exchanges.listen(self.bell.inside, self._hear)
+            with _PROCESS.forking:
+                _PROCESS.drains.add(self.file)
+                self.file.open()
             if self._await_lock():
+                if warning := _warn_of_links(self.settings.path):
+                    _log.warning("%s", warning)
                 self._check_writable()
                 self._loop()
-            return self.report()
+            self.file.patiently(lambda: self.counts.count(self.file.db))
+            return self.counts.report()
         finally:
             self._leave()
 
-    def report(self) -> DrainReport:
-        return DrainReport(self.delivered, self.retried, self.failed, self._patiently(self._count_pending))
+    def _hear(self) -> None:
+        if self.bell.hear():
+            self.file.watch.hint(time.monotonic())
 
-    def _count_pending(self) -> int:
-        rows = self.db.execute(
-            """SELECT id, (SELECT count(*) FROM webhook_deliveries WHERE endpoint_id = id AND status = 'pending')
-                        + (SELECT count(*) FROM webhook_deliveries
-                            WHERE endpoint_id = id AND queue IS NOT NULL AND status = 'queued')
-                 FROM webhook_endpoints WHERE enabled"""
-        )
-        return sum(count for id, count in rows.fetchall() if self.share.has(id))
-
-    def _patiently(self, read: Callable[[], Any]) -> Any:
-        """Read outside the loop's rhythm, where waiting for a lock is fine."""
-        for _ in range(500):
-            try:
-                return read()
-            except sqlite3.OperationalError as error:
-                if not _is_busy(error):
-                    raise
-                time.sleep(0.01)
-        return read()
+    def _listen(self) -> None:
+        self.file.watch.listen(time.monotonic())
 
     def _await_lock(self) -> bool:
         """Stand by until the lock is ours (True), or there is no reason to go on."""
@@ -2616,592 +4960,289 @@ class _Drain:
             if self.lock.acquire():
                 return True
             if not told:
-                _log.info("another drain has %s; standing by", self.outbox.path)
+                _log.info("another drain has %s; standing by", self.settings.path)
                 told = True
-            if self.mode != "forever" and not self._patiently(self._work_left):
+            until = math.inf if self.mode == "until_empty" else self.settings.clock()
+            if self.mode != "forever" and not self.file.patiently(functools.partial(_work_left, self.file.db, until)):
                 return False  # whoever drains has done it
-            if self.selector.select(_TAKEOVER_POLL):
-                self._hear()
-            if self.forks:
-                self._let_fork()
+            self.sender.wait(_TAKEOVER_POLL)
+            self.file.let_fork()
         return False
-
-    def _work_left(self) -> bool:
-        until = math.inf if self.mode == "until_empty" else self.outbox.clock()
-        rows = self.db.execute("SELECT id FROM webhook_endpoints WHERE enabled AND paused_until <= ?", (until,))
-        enabled = {row[0] for row in rows.fetchall()}
-        return any(id in enabled and due_at <= until and self.share.has(id) for id, due_at in _earliest(self.db))
-
-    def _set_up_db(self) -> None:
-        (mode,) = self.db.execute("PRAGMA journal_mode").fetchone()
-        if mode == "wal":  # losing the last outcomes in a power cut repeats deliveries, which P3 allows
-            self.db.execute("PRAGMA synchronous = NORMAL")
 
     def _check_writable(self) -> None:
         """Find out before anything is sent whether outcomes can be recorded: a drain that cron starts every minute
         would otherwise send the same rows every minute while the disk is full."""
-        try:
-            self.db.execute(_TOUCH)  # what changes no page, BEGIN IMMEDIATE or setting a value to itself, does not tell
+        try:  # what changes no page, BEGIN IMMEDIATE or setting a value to itself, does not tell
+            self.file.db.execute("UPDATE webhook_meta SET value = value + 1 WHERE key = 'drains'")
         except sqlite3.OperationalError as error:
             if not _is_busy(error):
-                raise OutboxError(f"{self.outbox.path} cannot be written ({error}); nothing is sent") from None
+                raise OutboxError(f"{self.settings.path} cannot be written ({error}); nothing is sent") from None
 
     def _loop(self) -> None:
+        self.file.patiently(self.finder.begin)
         while True:
-            self._wait()
-            if self.forks:
-                self._let_fork()
-            mono, now = time.monotonic(), self.outbox.clock()
             try:
-                self._notice(mono)
-                if not self.stopping:
+                self._wait()
+                mono, now = time.monotonic(), self.settings.clock()
+                self._take_ended(now, mono)
+                if self.sender.shutdown and not self.stopping:
+                    self.stop(10.0)
+                if self.stopping:
+                    self.sender.stop()
+                else:
+                    freed, self.sender.freed = self.sender.freed, []
+                    self.finder.find(freed, now, mono)
+                    self._give_up_orphans(now)
                     self._start_attempts(now, mono)
                 if mono >= self.chores_at:
                     self._chores(now, mono)
             except sqlite3.OperationalError as error:
                 if not _is_busy(error):
                     raise
-                self.look = True  # a rollback-mode host is committing: look again in a moment
-            self._flush()
+                self.finder.news.stale = True  # a rollback-mode host is committing: look again in a moment
+                self.sender.look(time.monotonic())  # or in minutes, but timeouts hold
+                time.sleep(0.0005)
+            self.sender.exchanges.flush()
+            self._take_ended(self.settings.clock(), time.monotonic())
             self._record(time.monotonic())
-            if self._finished(now):
+            if self._finished(self.settings.clock()):
                 return
 
     def _finished(self, now: float) -> bool:
         # 1. told to stop, and everything that came back is recorded (or the grace is over)
         # 2. `once`: nothing under way, nothing unrecorded, no endpoint has something due that it may send
         # 3. `until_empty`: the same, and nothing pending for an enabled endpoint
-        if self.stopping and time.monotonic() >= self.stop_by:
+        if self.stopping and time.monotonic() >= self.leave_at:
             return True
-        if self.attempts or self.outcomes or self.dirty or self.handed:
+        if self.sender.attempts or self.ledger:
             return False
         if self.stopping:
             return True
-        if self.mode == "forever" or self.look or self.seen > now + 1.0:
+        schedule, looking = self.finder.schedule, self.finder.looking() or self.clock_seen > now + 1.0
+        waits = schedule.turns or schedule.slots or self.sender.freed or self.sender.crowded
+        if self.mode == "forever" or looking or waits:
             return False
-        until = math.inf if self.mode == "until_empty" else now
-        return not any(
-            lane.enabled
-            and (lane.buffer or lane.next_due <= now or lane.next_due < until)
-            and (self.mode == "until_empty" or lane.paused_until <= now)
-            for lane in self.lanes.values()
-        )
+        return not schedule.due if self.mode == "until_empty" else schedule.due.next() > now
 
-    # Waiting and noticing.
-
-    def _pause(self, mono: float) -> float:
-        """Return the seconds until something may need doing."""
-        quiet = mono - self.lively_at
-        pause = 0.001 if quiet < 0.1 or self.look else 0.005 if quiet < 60 else 0.018
-        if self.outcomes:
-            pause = min(pause, max(0.0, self.record_at - mono))
-        return pause
+    # Waiting.
 
     def _wait(self) -> None:
-        """Sleep until a socket has news or the next poll is due; handle the sockets."""
+        """Sleep until there is something to do: a socket has news, a time has come, somebody committed."""
+        while True:
+            if self.file.let_fork():
+                self.finder.news.stale = True
+            self.sender.exchanges.listen_to_hints(self.file.watch.source, self._listen)
+            mono = time.monotonic()
+            until = self._until_work(mono)
+            pause = min(until, self.file.watch.rest(mono))
+            if 0 < pause < 0.001 and not self.sender.attempts:  # the selector knows milliseconds only
+                time.sleep(pause)
+                pause = 0.0
+            if self.sender.wait(pause) or until <= pause or self.stopping:
+                return self._poll()
+            self._poll()
+            if self.finder.news.stale:
+                return
+
+    def _until_work(self, mono: float) -> float:
+        """Return the seconds until the loop has something to do that nobody will wake it for."""
+        if self.sender.freed:
+            return 0.0
+        until = min(self.chores_at - mono, self.finder.rest(self.settings.clock(), mono))
+        if self.ledger:
+            until = min(until, self.record_at - mono)
+        return max(0.0, until)
+
+    def _poll(self) -> None:
+        """See whether somebody committed."""
         mono = time.monotonic()
-        pause = self._pause(mono)
-        if not self.attempts and mono - self.heard_at < 0.005:  # emitted here a moment ago, so committed in a moment
-            time.sleep(0.0002)  # the selector knows milliseconds only
-            pause = 0.0
-        for key, mask in self.selector.select(pause):
-            connection: _Connection | None = key.data
-            if connection is None:
-                self._hear()
-            elif connection.sock.fileno() < 0:
-                continue  # idle, and closed by an earlier one of this round that disabled the endpoint
-            elif mask & selectors.EVENT_WRITE and connection.out:
-                self._send(connection)
-            else:
-                self._receive(connection)
-        if self.handed:
-            self._take_handed()
-
-    def _hear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self.wake_out.recv(4096)
-        self.woken = False  # after it: the byte of a wake in between would be gone, and all later ones suppressed
-        self.heard_at = self.lively_at = time.monotonic()
-        self.poll_at = 0.0
-
-    def _notice(self, mono: float) -> None:
-        """See what others committed: data_version moves for everybody's commits but our own."""
-        if mono >= self.poll_at:
-            self.poll_at = mono + (0.001 if self.attempts else 0.0)
-            (version,) = self.db.execute("PRAGMA data_version").fetchone()
-            if version != self.data_version:
-                if self.data_version != -1 and not self._peer_wrote():
-                    self.host_wrote_at = mono
-                self.data_version, self.lively_at, self.look = version, mono, True
-        if self.look and mono >= self.look_at:
-            self.look, begun = False, time.thread_time()
-            try:
-                self._look()
-            except BaseException:
-                self.look = True
-                raise
-            # With a thousand endpoints a look takes milliseconds: a fifth of the time at most.
-            self.look_at = time.monotonic() + 4 * (time.thread_time() - begun)
-
-    def _host_writes(self, mono: float) -> bool:
-        return mono - self.host_wrote_at < _HOST_BUSY
-
-    def _peer_wrote(self) -> bool:
-        """Say whether the drain of another share wrote since we looked last: it can wait, unlike a host."""
-        if self.share.parts == 1:
-            return False
-        row = self.db.execute("SELECT value FROM webhook_counts WHERE endpoint_id = ''").fetchone()
-        before, self.commits = self.commits, row[0] if row else 0.0
-        return bool(self.commits != before)
-
-    def _look(self) -> None:
-        """Read which endpoints there are and which have work."""
-        self.sweep_at = 0.0
-        version = _meta(self.db, "endpoints_version")
-        if version != self.endpoints_version:
-            self._load_lanes()
-            self.endpoints_version = version
-        for id, due_at in _earliest(self.db):
-            lane = self.lanes.get(id)
-            if lane is not None:
-                lane.next_due = min(lane.next_due, due_at)
-            elif not self.share.has(id) or not id.isprintable():  # or written in SQL, no UTF-8: it cannot be asked for
-                continue
-            elif not self.db.execute("SELECT 1 FROM webhook_endpoints WHERE id = ?", (id,)).fetchone():
-                self._give_up_orphans(id)
-
-    def _load_lanes(self) -> None:
-        rows = _load_endpoints(self.db)
-        found = {row[0] if isinstance(row[0], str) else row[0].id: row for row in rows}
-        found = {id: row for id, row in found.items() if self.share.has(id)}
-        for id, leaving in self.dirty.items():
-            if leaving.disable:  # our word is not in the row yet
-                found.pop(id, None)
-        for id, lane in list(self.lanes.items()):
-            if id not in found:
-                self._drop(lane)
-        patterns = [pattern for row in rows if isinstance(row[0], Endpoint) for pattern in row[0].events]
-        self.monitored = any(str(pattern).startswith("webhook.") for pattern in patterns)  # damaged: not text
-        for id, row in found.items():
-            old = self.lanes.get(id)
-            lane = old or _Lane(id)
-            if old is not None:  # all may have changed: connections, and what is due in which order
-                self._close_idle(old, math.inf)
-                old.known.difference_update(picked.event for picked in old.buffer)
-                old.buffer.clear()
-                old.next_due = 0.0
-            lane.configure(*row, self.outbox, self.opener)
-            if old is None:
-                lane.known.update(attempt.picked.event for attempt in self.attempts if attempt.lane.id == id)
-                lane.known.update(outcome[0] for outcome in self.outcomes if outcome[1] == id)
-                self.lanes[id] = lane
-
-    def _drop(self, lane: _Lane) -> None:
-        """Forget a disabled or removed endpoint: what it has not tried stays in the table as it is."""
-        lane.enabled = False
-        lane.buffer.clear()
-        self._close_idle(lane, math.inf)
-        del self.lanes[lane.id]
-
-    def _give_up_orphans(self, id: str) -> None:
-        """Rows for an endpoint that does not exist (written in SQL, restored) go to the failed table."""
-        now = self.outbox.clock()
-        waiting = {row[0] for row in self.outcomes if row[1] == id}
-        for picked in _pick(self.db, id, math.inf, waiting)[0]:
-            self._add_row(
-                picked.event, id, "failed", now, now, 0.0, _Outcome(None, "internal", "there is no such endpoint")
-            )
-            self.failed += 1
-            self.look = True
+        who = self.file.watch.poll(self.file.db, mono, bool(self.sender.attempts))
+        if who is not None:
+            self.finder.news.stale = True
+        if who == "host":
+            self.budget.hosts.append(mono)
 
     # Starting attempts.
 
-    def _line_up(self, lane: _Lane, mono: float) -> None:
-        """Have an endpoint wait for its turn, at the end, unless it does."""
-        line = self.lines[lane.rank(mono)]
-        if lane.line is not line:
-            if lane.line is not None:
-                lane.line.remove(lane)
-            lane.line = line
-            line.append(lane)
-
-    def _sweep(self, now: float, mono: float) -> None:
-        """Line up every endpoint whose time has come: retries, rate limits, pauses. Takes a twentieth of the time."""
-        begun = time.thread_time()  # not of the wall: a host that computes keeps us waiting for the interpreter
-        for lane in self.lanes.values():
-            if lane.may_start(now, mono):
-                self._line_up(lane, mono)
-        self.sweep_at = time.monotonic() + max(0.002, 20 * (time.thread_time() - begun))
+    def _give_up_orphans(self, now: float) -> None:
+        """Deliveries to an endpoint that does not exist go to the failed table."""
+        outcome = _Outcome(None, "internal", "there is no such endpoint")
+        while self.finder.orphans:
+            id = self.finder.orphans[-1]
+            waiting = {row.event for row in self.ledger.rows if row.endpoint_id == id}
+            for picked in _pick(self.file.db, id, math.inf)[0]:
+                if picked.event not in waiting:
+                    self._add_row(picked, id, "failed", now, now, 0.0, outcome)
+                    self.counts.failed += 1
+            self.finder.news.look_at_all(self.file.db)  # there may be more of them
+            self.finder.orphans.pop()
 
     def _start_attempts(self, now: float, mono: float) -> None:
-        """Give each endpoint one attempt a turn until places, work or openers run out. Endpoints that have not answered
-        lately get a share of places and openers only: those that hang would fill them all."""
-        if not self.storing:
-            return
-        if mono >= self.sweep_at:
-            self._sweep(now, mono)
-        for rank in (1, 2, 0):  # proven ones fill what is left: first, they would leave nothing
-            if self.lines[rank]:
-                self._serve(rank, now, mono)
+        """Give each endpoint one attempt a turn until places, work or openers run out. Endpoints that have not
+        answered lately get a share of places and openers only: those that hang would fill them all. Endpoints
+        that answered lately are served last: served first, they would leave nothing to the others."""
+        if self.storing:
+            for rank in (1, 2, 0):
+                if self.finder.schedule.turns.lines[rank]:
+                    self._serve(rank, now, mono)
 
     def _serve(self, rank: int, now: float, mono: float) -> None:
         """Start attempts of the endpoints in the line of a rank, as far as its share goes."""
-        line, share = self.lines[rank], _SHARES[rank]
+        schedule, share, sender = self.finder.schedule, _SHARES[rank], self.sender
+        turns, line = schedule.turns, schedule.turns.lines[rank]
         # What proven ones hold takes nothing from the share of the others, who would wait for the end of a backlog.
-        proven = [attempt for attempt in self.attempts if attempt.lane.proven_until > mono] if rank else []
-        most = min(self.outbox.workers, max(1, int(self.outbox.workers * share)) + len(proven))
-        openers = min(_OPENERS, _OPENERS * share + sum(attempt.connection is None for attempt in proven))
-        stuck = 0  # endpoints in a row that found no opener
-        while stuck < min(len(line), 8) and len(self.attempts) < most and len(self.outcomes) < _UNRECORDED:
-            lane = line.popleft()
-            lane.line = None
-            if not lane.may_start(now, mono):  # lined up before that changed; what changes it back lines it up again
+        proven = [attempt for attempt in sender.attempts if attempt.lane.proven_until > mono] if rank else []
+        most = min(self.settings.workers, max(1, int(self.settings.workers * share)) + len(proven))
+        openings = sum(attempt.connection is None for attempt in proven)
+        stuck = 0  # endpoints in a row that found no thread
+        while stuck < min(len(line), 8) and len(sender.attempts) < most and len(self.ledger.rows) < _UNRECORDED:
+            lane = next(iter(line))
+            if not lane.may_start(now, mono):  # that changed since it joined
+                turns.leave(lane)
+                schedule.place(lane, now, mono)
                 continue
-            if not lane.has_idle() and (self.openers >= openers or self.starved_until > mono):
-                lane.line = line
-                if rank == 1:  # nobody in this line has a connection: the first goes on being the first
-                    line.appendleft(lane)
-                    return
-                line.append(lane)
+            may_begin = sender.may_begin(lane, share, openings, mono)
+            if may_begin is False:
+                line.move_to_end(lane)
                 stuck += 1
-            elif self._start(lane, now, mono):
+                continue
+            if may_begin:
                 stuck = 0
-                if lane.may_start(now, mono):
-                    self._line_up(lane, mono)
-
-    def _start(self, lane: _Lane, now: float, mono: float) -> bool:
-        """Start the endpoint's next attempt; False when it has nothing due."""
-        if not lane.buffer:
-            try:
-                picked, complete = _pick(self.db, lane.id, now, lane.known)
-            except sqlite3.Error as error:
-                if _is_busy(error) or self.mode != "forever":
-                    raise
-                lane.paused_until = now + _LONGEST_PROBE  # a damaged page is not the others' fault
-                _log.error("deliveries of endpoint %s cannot be read (%s)", lane.id, error)
-                return False
-            lane.buffer.extend(picked)
-            lane.known.update(row.event for row in picked)
-            lane.next_due = _next_due(self.db, lane.id, now) if complete else now
-            if not picked:
-                return False
-        first = lane.buffer[0]
-        if first.queue is not None and not _still_pending(self.db, first.event, lane.id):
-            lane.known.discard(lane.buffer.popleft().event)
-            return True  # an older one of its queue came back meanwhile
-        lane.take_slot(mono)
-        started = time.monotonic()
-        deadline = started + (lane.endpoint.timeout or self.outbox.timeout)
-        attempt = _Attempt(lane, lane.wire, lane.buffer.popleft(), now, started, deadline)
-        self.attempts.add(attempt)
-        lane.active += 1
-        try:
-            if lane.wire is None:
-                raise lane.broken or _Unready("the endpoint is not configured")
-            if lane.wire.slow:
-                if lane.lost >= _OPENERS_EACH:
-                    raise _Unready("its transform, or reading its secret, never ends; mend it, restart the drain")
-                self._delegate(attempt, connect=not lane.idle)
-                return True
-            attempt.request, attempt.hidden = lane.wire.request(attempt.picked, now)
-        except Exception as error:
-            self._end(attempt, _failure(error))
-            return True
-        self._place(attempt)
-        return True
-
-    def _place(self, attempt: _Attempt) -> None:
-        """Put an attempt whose request is ready onto an idle connection, or have one opened."""
-        current = attempt.wire is attempt.lane.wire
-        if attempt.lane.idle and attempt.request is not None and current and not attempt.resent:
-            self._carry(attempt.lane.idle.pop(), attempt)
-        else:
-            self._delegate(attempt)
-
-    def _delegate(self, attempt: _Attempt, connect: bool = True) -> None:
-        """Hand what may block to a thread of its own. A pool would not survive a fork, and a stuck lookup would keep
-        its place in it; starting a thread costs a tenth of opening a connection."""
-        attempt.lane.opening += 1
-        self.openers += 1
-        try:
-            _start_thread(self._open_for, attempt, attempt.wire, connect)
-        except (RuntimeError, OSError) as error:
-            self._undelegate(attempt)
-            self._starve(attempt, error)
-
-    def _starve(self, attempt: _Attempt, error: BaseException) -> None:
-        """This process ran out of something: not the receiver's fault, so not an attempt. Open nothing for a second."""
-        mono = time.monotonic()
-        if "shutdown" in str(error):  # RuntimeError of an interpreter that is ending: no thread will ever start again
-            self.stop(10.0)
-        elif self.starved_until <= mono:
-            _log.warning("no connection can be opened (%s: %s); trying again in 1 s", type(error).__name__, error)
-        self.starved_until = mono + 1.0
-        self._hand_back(attempt)
-
-    def _undelegate(self, attempt: _Attempt) -> None:
-        attempt.lane.opening -= 1
-        self.openers -= 1
-        self._line_up(attempt.lane, time.monotonic())
-
-    def _hand_back(self, attempt: _Attempt) -> None:
-        """Untried: it goes first again."""
-        self.attempts.discard(attempt)
-        attempt.lane.active -= 1
-        lane = self.lanes.get(attempt.lane.id)
-        if lane is attempt.lane:
-            lane.buffer.appendleft(attempt.picked)
-        elif lane is not None:
-            lane.known.discard(attempt.picked.event)
-            lane.next_due = 0.0
-
-    def _open_for(self, attempt: _Attempt, wire: _Wire, connect: bool) -> None:
-        """In a thread: make the request if that may block, open the connection, hand both back."""
-        try:
-            if attempt.request is None:
-                attempt.request, attempt.hidden = wire.request(attempt.picked, attempt.wall)
-            if connect:
-                attempt.sock = self.opener.open(wire.prepared, wire.endpoint, attempt.deadline)
-        except BaseException as error:
-            attempt.error = error
-        with self.hand:
-            if not self.closed:
-                self.handed.append(attempt)
-            elif attempt.sock is not None:
-                attempt.sock.close()
-        self.wake()
-
-    def _take_handed(self) -> None:
-        with self.hand:
-            handed, self.handed = self.handed, []
-        for attempt in handed:
-            if attempt.lost:
-                attempt.lane.lost -= 1
-            else:
-                self._undelegate(attempt)
-            late = attempt not in self.attempts  # its deadline passed meanwhile
-            if attempt.error is not None:
-                if late:
+                self._start(lane, now)
+                if rank == lane.line == 0 and lane.may_start(now, mono):  # its rank stays: to the end of its line
+                    line.move_to_end(lane)
                     continue
-                if attempt.request is not None and _is_exhaustion(attempt.error):  # and not of a transform's making
-                    self._starve(attempt, attempt.error)
-                else:
-                    self._end(attempt, _failure(attempt.error, attempt.hidden))
-                continue
-            if attempt.sock is None:
-                if not late:
-                    self._place(attempt)
-                continue
-            connection = _Connection(attempt.sock, attempt.lane, attempt.wire)
-            self.selector.register(connection.sock, selectors.EVENT_READ, connection)
-            if late or self.stopping and not attempt.resent:
-                self._shut(connection)
-                if not late:
-                    self._hand_back(attempt)
-            else:
-                self._carry(connection, attempt)
+            turns.leave(lane)
+            if may_begin:
+                schedule.place(lane, now, mono)
 
-    # Exchanges.
-
-    def _carry(self, connection: _Connection, attempt: _Attempt) -> None:
-        connection.attempt, attempt.connection = attempt, connection
-        connection.answer = _Answer()
-        connection.out = memoryview(attempt.request or b"")
-        self.unsent.append(connection)
-        if len(self.unsent) >= _TOGETHER:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Send what was prepared, one right after the other: a receiver that is busy with the first is not woken for
-        the second, and waking it costs more than the rest of send()."""
-        unsent, self.unsent = self.unsent, []
-        for connection in unsent:
-            if connection.attempt is not None:
-                self._send(connection)
-
-    def _send(self, connection: _Connection) -> None:
+    def _start(self, lane: _Lane, now: float) -> None:
+        """Start the endpoint's next attempt, if it has something due."""
         try:
-            while connection.out:
-                connection.out = connection.out[connection.sock.send(connection.out) :]
-        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-            pass
-        except OSError as error:
-            if not self._resend(connection):
-                # An answer may have come before the receiver stopped reading: 413, say.
-                self._receive(connection, error)
+            picked = lane.backlog.take(self.file.db, now)
+        except sqlite3.Error as error:
+            if _is_busy(error) or self.mode != "forever":
+                self.finder.schedule.turns.join(lane, lane.rank(time.monotonic()))
+                raise
+            # A damaged page is not the others' fault.
+            lane.health = lane.health._replace(paused_until=now + _LONGEST_PROBE)
+            _log.error("deliveries of endpoint %s cannot be read (%s)", lane.id, error)
             return
-        if connection.writing != bool(connection.out):
-            connection.writing = bool(connection.out)
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.writing else 0)
-            self.selector.modify(connection.sock, events, connection)
-
-    def _receive(self, connection: _Connection, failed: OSError | None = None) -> None:
-        try:
-            data = connection.sock.recv(65_536)
-            while data and isinstance(connection.sock, ssl.SSLSocket) and connection.sock.pending():
-                data += connection.sock.recv(65_536)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            if failed is None:
-                return
-            data = b""
-        except OSError as error:
-            data, failed = b"", failed or error
-        attempt = connection.attempt
-        if attempt is None:  # idle: closed by the receiver, or it speaks out of turn
-            connection.lane.idle.remove(connection)
-            self._shut(connection)
-        elif not data and self._resend(connection):
-            pass
-        elif not data and failed is not None and connection.answer.status is None:
-            self._shut(connection)
-            self._end(attempt, _failure(failed, attempt.hidden))
-        else:
-            if not data:
-                connection.answer.end()
-            if not data or connection.answer.feed(data):
-                self._answered(connection, attempt)
-
-    def _resend(self, connection: _Connection) -> bool:
-        """A kept-alive connection that ends before a byte of the answer was most likely closed before our request
-        came: try once more on a fresh one, as every HTTP client does. If it was not, the receiver gets a duplicate
-        with the same id (P3)."""
-        attempt = connection.attempt
-        if (
-            attempt is None
-            or not connection.used
-            or attempt.resent
-            or connection.answer.buffer
-            or connection.answer.status
-        ):
-            return False
-        self._shut(connection)
-        attempt.resent, attempt.connection = True, None
-        self._delegate(attempt)
-        return True
-
-    def _answered(self, connection: _Connection, attempt: _Attempt) -> None:
-        answer = connection.answer
-        keep = answer.reusable and not connection.out and attempt.lane.enabled and not self.stopping
-        keep = keep and connection.wire is attempt.lane.wire
-        if keep:
-            connection.attempt, connection.used = None, True
-            connection.idle_since = time.monotonic()
-            attempt.lane.idle.append(connection)
-        else:
-            self._shut(connection)
-        self._end(attempt, _judge(answer, attempt.hidden, self.outbox.clock()))
-
-    def _shut(self, connection: _Connection) -> None:
-        connection.attempt = None
-        self.selector.unregister(connection.sock)
-        connection.sock.close()
-
-    def _close_idle(self, lane: _Lane, before: float) -> None:
-        for connection in [c for c in lane.idle if c.idle_since < before]:
-            lane.idle.remove(connection)
-            self._shut(connection)
+        if picked is not None:
+            lane.take_slot(time.monotonic())
+            self.sender.begin(lane, picked, now)
+            if self.sender.done:  # it failed at once: to be learned before the next is tried
+                self._take_ended(now, time.monotonic())
 
     # Outcomes.
 
-    def _end(self, attempt: _Attempt, outcome: _Outcome) -> None:
+    def _take_ended(self, now: float, mono: float) -> None:
+        for attempt, outcome in self.sender.ended():
+            if outcome is not None:
+                self._end(attempt, outcome, now, mono)
+            elif attempt.lane.enabled:
+                attempt.lane.backlog.put_back(attempt.picked)
+            else:
+                attempt.lane.backlog.known.discard(attempt.picked.event)
+            if attempt.lane.line != 0 or attempt.lane.health is not _WELL:  # else it stands where it belongs
+                self.finder.schedule.place(attempt.lane, now, mono)
+
+    def _end(self, attempt: _Attempt, outcome: _Outcome, now: float, mono: float) -> None:
         """Decide what an attempt's outcome means for its delivery and its endpoint."""
-        lane, picked, outbox = attempt.lane, attempt.picked, self.outbox
-        was_enabled = lane.enabled
-        self.attempts.discard(attempt)
-        lane.active -= 1
-        now, mono = outbox.clock(), time.monotonic()
-        change = lane.learn(outcome, now, mono, outbox.retry)
+        lane, picked, policy = attempt.lane, attempt.picked, self.settings.retry
+        was_enabled, health = lane.enabled, lane.health
+        change = lane.learn(outcome, now, mono, policy)
         first_at = attempt.wall if picked.first_attempt_at is None else picked.first_attempt_at
         status, due_at, reason = _verdict(
-            picked.attempts + 1, first_at, lane.failing_since, outcome, outbox.retry, now, outbox.rng
+            picked.attempts + 1, first_at, lane.health.failing_since, outcome, policy, now, self.settings.rng
         )
-        if picked.id is None or picked.valid != 1:  # a damaged row does not heal
+        if picked.type is None or picked.valid != 1:  # a damaged row does not heal
             status = "failed"
         if reason is not outcome.reason:
             outcome = outcome._replace(reason=reason)
-        self._add_row(picked.event, lane.id, status, due_at, attempt.wall, mono - attempt.started, outcome)
+        self._add_row(picked, lane.id, status, due_at, attempt.wall, mono - attempt.started, outcome)
         if status == "failed" and lane.enabled and self._hopeless(lane, now):
-            lane.disable, lane.enabled, lane.dirty = "no success for 5 days", False, True
+            lane.disable, lane.enabled = "no success for 5 days", False
+        if picked.queue is not None:
+            self._next_of_queue(lane, picked, picked.queue, status, now)
+        elif lane.endpoint.ordered:  # it was not yet, when this delivery was read
+            self.ledger.queues[lane.id, picked.event] = ""
         self._count(status, lane, picked, outcome, now)
         disabled = "disabled" if was_enabled and not lane.enabled else None
-        told = outbox.observer is not None or _log.isEnabledFor(logging.DEBUG)
+        told = self.settings.observer is not None or _log.isEnabledFor(logging.DEBUG)
         if status != "delivered" or change or disabled or told:
             what = {"delivered": "delivered", "failed": "gave_up"}.get(status, "attempt_failed")
             self._tell([what, change, disabled], lane, picked, outcome, now)
-        if lane.dirty:
-            self.dirty[lane.id] = lane
-        if lane.buffer or lane.next_due <= now:
-            self._line_up(lane, mono)
-        if picked.queue is not None or lane.endpoint.ordered:
-            self.moved.add(lane.id)
-        if not lane.enabled and self.lanes.get(lane.id) is lane:
-            self._drop(lane)
+        if lane.disable or (lane.health is not health and lane.health[:3] != health[:3]):
+            self.ledger.states[lane.id] = lane
+        if not lane.enabled:
+            self.finder.retire(lane.id)
+
+    def _next_of_queue(self, lane: _Lane, picked: _Picked, queue: str, status: str, now: float) -> None:
+        """A queue goes on at once after a success. After a failure the file says who is next, once that is recorded."""
+        self.ledger.queues[lane.id, picked.event] = queue
+        if status == "delivered" and lane.enabled and len(self.ledger.rows) < _UNRECORDED:
+            with contextlib.suppress(sqlite3.Error):  # a rollback-mode host is committing, or a page is damaged
+                return lane.backlog.follow(self.file.db, queue, picked.event, now)
+        lane.backlog.leave(queue)
 
     def _add_row(
-        self, event: int, endpoint_id: str, status: str, due_at: float, at: float, duration: float, outcome: _Outcome
+        self, picked: _Picked, id: str, status: str, due_at: float, at: float, duration: float, outcome: _Outcome
     ) -> None:
-        if not self.outcomes:
-            mono = time.monotonic()
-            self.record_at = max(self.record_at, mono)
-        answer = (outcome.status_code, outcome.reason, outcome.error, outcome.response)
-        self.outcomes.append((event, endpoint_id, status, due_at, at, duration, *answer))
+        if not self.ledger.rows:
+            self.record_at = max(self.record_at, time.monotonic())
+        self.ledger.rows.append(
+            _Row(
+                "outcome", picked.event, id, status, due_at, at, duration,
+                outcome.status_code, outcome.reason, outcome.error, outcome.response,
+            )
+        )  # fmt: skip
 
     def _hopeless(self, lane: _Lane, now: float) -> bool:
         """Say whether an endpoint has failed for so long and given up so much that it is to be disabled (SPEC 4)."""
         patience, most = _HOPELESS
-        if lane.failing_since is None or now - lane.failing_since < patience:
+        since = lane.health.failing_since
+        if since is None or now - since < patience:
             return False
-        count = sum(row[1] == lane.id and row[2] == "failed" for row in self.outcomes)
+        count = sum(row.endpoint_id == lane.id and row.status == "failed" for row in self.ledger.rows)
         with contextlib.suppress(sqlite3.OperationalError):  # a host is committing: the next failed row asks again
-            count += self.db.execute(
-                "SELECT count(*) FROM webhook_failed WHERE endpoint_id = ? AND failed_at >= ?",
-                (lane.id, lane.failing_since),
+            count += self.file.db.execute(
+                "SELECT count(*) FROM webhook_failed WHERE endpoint_id = ? AND failed_at >= ?", (lane.id, since)
             ).fetchone()[0]
         return bool(count >= most)
 
     def _count(self, status: str, lane: _Lane, picked: _Picked, outcome: _Outcome, now: float) -> None:
-        tally = self.tally[lane.id]
+        counts, ledger = self.counts, self.ledger
         if status == "delivered":
-            self.delivered += 1
+            counts.delivered += 1
             took = now - picked.created_at
-            tally["seconds"] += max(0.0, took)
-            tally[_BUCKET_NAMES[bisect.bisect_left(_BUCKETS, took)]] += 1.0
-            return
-        tally[outcome.reason or ""] += 1.0
+            return ledger.count(lane.id, _BUCKET_NAMES[bisect.bisect_left(_BUCKETS, took)], seconds=max(0.0, took))
+        ledger.count(lane.id, outcome.reason or "")
         if status == "failed":
-            self.failed += 1
-            tally["given up"] += 1.0
+            counts.failed += 1
+            ledger.count(lane.id, "given up")
         else:
-            self.retried += 1
+            counts.retried += 1
 
     def _tell(self, kinds: list[str | None], lane: _Lane, picked: _Picked, outcome: _Outcome, now: float) -> None:
-        """Log what happened; tell the observer, and who subscribes to webhook.* events."""
-        extra = {"event": picked.id, "endpoint": lane.id, "attempt": picked.attempts + 1, "reason": outcome.reason}
-        if outcome.reason is not None:
-            gave_up = "gave_up" in kinds
-            text = "%s to %s: %s (%s)" + ("; given up" if gave_up else "")
-            level = logging.WARNING if gave_up else logging.INFO
-            _log.log(level, text, picked.id, lane.id, outcome.error, outcome.reason, extra=extra)
-        else:
-            _log.debug("%s to %s: delivered", picked.id, lane.id, extra=extra)
-        if "disabled" in kinds:
-            _log.warning("endpoint %s is disabled: %s", lane.id, lane.disable, extra=extra)
+        """Log what happened; note it for the observer, and for who subscribes to webhook.* events."""
+        _log_outcome(lane, picked, outcome, "gave_up" in kinds, "disabled" in kinds)
         for kind in filter(None, kinds):
             notice = Notice(kind, lane.id, picked.id, outcome.reason, outcome.status_code, outcome.error)
-            if self.outbox.observer is not None:
-                self.notices.append(notice)
+            if self.settings.observer is not None:
+                self.ledger.notices.append(notice)
             # Events about deliveries of such events would go on for ever between two endpoints that fail now and then.
-            if kind in _NOTICE_TYPES and self.monitored and not str(picked.type).startswith("webhook."):
+            if kind in _NOTICE_TYPES and self.finder.monitored and not str(picked.type).startswith("webhook."):
                 data = json.dumps(dataclasses.asdict(notice), default=repr)  # a damaged row may hold anything
-                self.outcomes.append((None, None, _NOTICE_TYPES[kind], None, now, None, None, "notice", None, data))
+                self.ledger.rows.append(_Row("notice", status=_NOTICE_TYPES[kind], at=now, response=data))
 
     def _record(self, mono: float) -> None:
-        """Write what came back, in one statement, within the commit budget: commits a second are what a host feels."""
-        if not (self.outcomes or self.dirty) or mono < self.record_at:
+        """Write what came back, in one statement, within the budget: commits a second are what a host feels."""
+        if not self.ledger or mono < self.record_at:
             return
         begun = time.thread_time()
         try:
-            batch = self._write(_BATCH_BUSY if self._host_writes(mono) else _BATCH)
+            batch = self.ledger.write(self.file.db, self.budget.most(mono))
         except sqlite3.Error as error:
             if not _is_busy(error):
                 if self.storing:
@@ -3215,181 +5256,120 @@ class _Drain:
             self.record_at = time.monotonic() + pause
             return
         self.storing = True
-        self._recorded(batch, time.thread_time() - begun)
+        took, mono = time.thread_time() - begun, time.monotonic()
+        hurry = self.stopping or (self.mode != "forever" and not self.sender.attempts)
+        gap = self.budget.gap(mono, took, len(batch), bool(self.sender.attempts))
+        self.record_at = mono + (0.001 if hurry else gap)
+        self.file.watch.wrote(mono)
+        self.finder.recorded(batch, self.settings.clock(), mono)
+        for notice in self.ledger.notices:
+            self.teller.tell(notice)
+        self.ledger.notices = []
 
-    def _write(self, most: int = _BATCH) -> list[tuple[Any, ...]]:
-        """Write outcomes, and what was learned of their endpoints; return the outcomes written."""
-        batch, lanes = self.outcomes[:most], list(self.dirty.values())[: _MOST_ROWS - _BATCH]
-        if self.share.parts > 1:
-            self.tally[""]["commits"] = 1.0
-        states = [
-            (None, a.id, None, a.paused_until, a.failing_since, a.failures, None, None, a.disable, None) for a in lanes
-        ]
-        tally = list(self.tally.items())[: _MOST_ROWS - len(batch) - len(states)]
-        counts = [(None, None, id, *_NO_ROW[:4], "count", None, json.dumps(n)) for id, n in tally]
-        _write_outcomes(self.db, batch + states + counts)
-        del self.outcomes[: len(batch)]
-        for lane in lanes:
-            lane.dirty, lane.disable = False, None
-            del self.dirty[lane.id]
-        for id, _ in tally:
-            self.commits += id == ""
-            del self.tally[id]
-        return batch
-
-    def _recorded(self, batch: list[tuple[Any, ...]], took: float) -> None:
-        """Our own commits do not move data_version: note here what they made due, and when the next may come. A host
-        waits where it meets one; where it read before and writes after it, it is refused: about 1 % at most."""
-        mono = time.monotonic()
-        for event, id, status, due_at, *_ in batch:
-            lane = self.lanes.get(id)
-            if lane is not None:
-                lane.known.discard(event)
-                if status == "pending":
-                    lane.next_due = min(lane.next_due, due_at)
-        for id in self.moved & self.lanes.keys():  # a trigger made the next one of a queue pending
-            self.lanes[id].next_due = 0.0
-            self._line_up(self.lanes[id], mono)
-        if not self.outcomes:
-            self.moved.clear()
-        if self.stopping or self.mode != "forever" and not self.attempts:
-            gap = _GAP_IDLE
-        elif self._host_writes(mono):
-            gap = _GAP_BUSY + _GAP_SHARE * took
-        else:
-            gap = _GAP_SENDING if self.attempts else _GAP_IDLE
-        self.record_at = mono + gap
-        self.look |= any(row[1] is None for row in batch)  # our own webhook.* events
-        for notice in self.notices:
-            self.observing.tell(notice)
-        self.notices = []
-
-    # Chores, about forty times a second, ten while idle.
+    # Chores, about forty times a second, four while idle.
 
     def _chores(self, now: float, mono: float) -> None:
-        self.chores_at = mono + (0.025 if self.attempts else 0.1)
-        if _file_id(self.outbox.path) != self.file:  # a restore, say; what we know is not about the file there now
-            self.outcomes, self.dirty, self.tally = [], {}, _no_tally()
-            raise OutboxError(f"{self.outbox.path} was deleted or replaced while it was drained")
+        self.chores_at = mono + (0.025 if self.sender.attempts else 0.25)
+        if self.file.replaced():  # what we know is not about the file there now
+            self.ledger.forget()
+            raise OutboxError(f"{self.settings.path} was deleted or replaced while it was drained")
         if self.lock.lost():
             raise OutboxError(f"the lock file {self.lock.path} was deleted; leave it to the drain")
-        for attempt in [a for a in self.attempts if a.deadline + (0 if a.connection else 0.25) <= mono]:
-            if attempt.connection is not None:
-                self._shut(attempt.connection)
-            elif attempt.request is None:  # opening a connection ends in time, the host's own code need not
-                attempt.lost, attempt.lane.lost = True, attempt.lane.lost + 1
-                self._undelegate(attempt)
-            waited = "for a connection" if attempt.connection is None else "for the answer"
-            self._end(
-                attempt,
-                _Outcome(
-                    reason="timeout", error=f"no time left after {mono - attempt.started:.1f} s, waiting {waited}"
-                ),
-            )
-        for lane in self.lanes.values():
-            if lane.idle:
-                self._close_idle(lane, mono - _IDLE_CONNECTION)
-        if self.progress is not None and mono >= self.progress_at:
-            self.progress_at = mono + 0.25
-            self.progress(self.report())
-        idle = not self.outcomes and not self._host_writes(mono)
-        if self.share.number == 1 and mono >= self.prune_at and idle:
-            self._prune(now, mono)
-        if self.seen > now + 1.0:
-            if self.outcomes:  # whose due times may still be of the old time
+        self.sender.look(mono)
+        self.sender.chores(mono)
+        self._show_progress(mono)
+        if mono >= self.pruning.at and not self.ledger.rows and not self.budget.host_rate(mono):
+            self.pruning.some(self.file.db, now - self.settings.retention, mono)
+        if self.clock_seen > now + 1.0:
+            if self.ledger.rows:  # whose due times may still be of the old time
                 self.chores_at = mono
                 return
-            self._turn_back(now)
-        self.seen = now
+            # It may have been years ahead: nothing is to wait until it gets there again.
+            longest = self.settings.retry.longest
+            _pull_back(self.file.db, now, longest)
+            self.finder.turned_back(now + longest)
+        self.clock_seen = now
 
-    def _turn_back(self, now: float) -> None:
-        """The wall clock may have been years ahead: nothing is to wait until it gets there again."""
-        longest = self.outbox.retry.longest
-        _pull_back(self.db, now, longest)
-        for lane in self.lanes.values():
-            if lane.paused_until > now + longest:
-                lane.paused_until = lane.hinted_until = 0.0
-                lane.dirty, self.dirty[lane.id] = True, lane
-        self.look = True
-
-    def _prune(self, now: float, mono: float) -> None:
-        self.prune_at = mono + 60.0  # should it fail: a full disk, a damaged page, which must not end the loop
-        try:
-            removed, self.prune_from = _prune_some(self.db, self.prune_from or 0, now - self.outbox.retention)
-        except sqlite3.Error as error:
-            _log.debug("pruning failed (%s), later again", error)
-            return
-        self.prune_at = mono + (_PRUNE_PAUSE if self.prune_from is None else 0.2 if removed else 0.02)
+    def _show_progress(self, mono: float) -> None:
+        if self.progress is not None and mono >= self.counts.progress_at:
+            self.counts.progress_at = mono + 0.25
+            if self.counts.pace.due(mono):
+                with self.counts.pace.turn():
+                    self.counts.count(self.file.db)
+            self.progress(self.counts.report())
 
     # Leaving.
 
     def _leave(self) -> None:
         """Close everything, in the process that opened it. Deliveries that are not recorded stay pending."""
-        with self.hand:
-            self.closed = True
-            left, self.handed = self.handed, []
-        if os.getpid() != self.pid:
+        if self.file.forked():
             return
-        for attempt in left:
-            if attempt.sock is not None:
-                attempt.sock.close()
-        for key in list(self.selector.get_map().values()):
-            if key.data is not None:
-                self._shut(key.data)
-        if self.outcomes or self.dirty or self.tally:  # the grace ran out, say: what is known is not thrown away
+        self.sender.close()
+        if self.ledger or self.ledger.counts:  # the grace ran out, say: what is known is not thrown away
             with contextlib.suppress(Exception):  # MemoryError too: the lock below must go whatever happens
-                self.db.execute("PRAGMA busy_timeout = 1000")
-                while self.outcomes or self.dirty or self.tally:
-                    self._write()
-        self.selector.close()
-        self.wake_in.close()
-        self.wake_out.close()
+                self.file.db.execute("PRAGMA busy_timeout = 1000")
+                while self.ledger or self.ledger.counts:
+                    self.ledger.write(self.file.db)
+        self.bell.close()
         self.lock.release()
-        self._close_db()
-        _DRAINS.discard(self)
-        with self.forking:
-            self.parked = True  # for good
-            self.forking.notify_all()
-        self.opener.close()
-        self.observing.close()
+        _PROCESS.drains.discard(self.file)
+        self.file.leave()
+        self.teller.close()
 
 
 # ── outbox ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # Promises: everything is checked before anything is written; each verb once, in the caller's transaction when `conn`
 # is given, else in one of its own. Reads and writes tables; knows nothing of sockets.
 
-_PATTERN = re.compile(r"\*|[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(\.\*)?")
-_EMIT = """INSERT INTO main.webhook_emit (type, data, key, idempotency_key, delay, headers, id, created_at, outbox)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_EMIT = """INSERT INTO main.webhook_accept
+       (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, outbox)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_NEWEST = "SELECT max(seq) FROM main.webhook_events"
+_EMITTED_ONCE = """SELECT seq FROM main.webhook_events
+ WHERE idempotency_key = ? AND coalesce(tenant, '') = coalesce(?, '')"""
+_UNDO = "DELETE FROM main.webhook_events WHERE seq = ?"
+# For a write that makes a delivery due which was due later, or an event that a drain has seen already: the drain looks
+# for what is new behind the newest event, and elsewhere only when this says so.
+_SAY_WORK = _WORK.replace("webhook_meta", "main.webhook_meta")
+# Who gets what, of an event e and an endpoint p: the rule of the trigger of webhook_accept.
+_QUEUE_OF = """(SELECT CASE WHEN p.ordered THEN '' ELSE e.key END
+                  FROM main.webhook_events AS e, main.webhook_endpoints AS p
+                 WHERE e.seq = event AND p.id = endpoint_id)"""  # of a delivery
+_MAY_HAVE = "coalesce(p.tenant, '') IN (coalesce(e.tenant, ''), '*')"
+_DEEPEST = 999  # levels of nested data; SQLite's JSON functions stop at 1000
+_NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
 
 
-def _number(name: str, value: Any, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise PayloadError(f"{name} must be a number from {least:g} to {most:g}")
-    return float(value)
+def _insert_event(db: Any, cursor: sqlite3.Cursor, row: tuple[Any, ...], keys: _Keys, now: float) -> int:
+    """Insert an event; return its key, or that of the event which had its idempotency_key before.
 
-
-def _whole(name: str, value: Any, least: int, most: int) -> int:
-    if _number(name, value, least, most) != int(value):
-        raise PayloadError(f"{name} must be a whole number")
-    return int(value)
-
-
-def _line(name: str, value: Any, most: int, least: int = 0) -> str:
-    if not isinstance(value, str) or not least <= len(value) <= most or not all(c.isprintable() for c in value):
-        raise PayloadError(f"{name} must be one line of printable text, {least} to {most} characters")
-    return value
-
-
-def _choice(name: str, value: Any, choices: Sequence[Any]) -> str:
-    if value not in choices:
-        raise PayloadError(f"{name} must be one of {', '.join(map(str, choices))}")
-    return str(value)
-
-
-def _new_id(now: float) -> str:
-    """Return an event's id: random, sorted by time."""
-    return f"msg_{int(now * 1000):012x}{secrets.token_hex(10)}"
+    The key was made before we had the write lock, so another process may have made a higher one since:
+    then the file refuses it, and we make one that follows the newest. No event may stay behind an emit
+    that raised. Two ways lead there: the read of the first event is interrupted, or the INSERT was when
+    all of it was done: SQLite asks the progress handler once more when a statement ends. An INSERT that
+    fails for another reason is undone by SQLite. Where the undoing is interrupted as well, SQLite rolls
+    the host's transaction back.
+    """
+    written, inserted = getattr(db, "total_changes", None), False
+    try:
+        while not inserted:
+            try:
+                cursor.execute(_EMIT, row)
+                inserted = True
+            except Exception as error:
+                if "the key is not new" not in str(error):
+                    raise
+                cursor.execute(_NEWEST)
+                row = (keys.new(now, cursor.fetchone()[0]), *row[1:])
+        if row[5] is not None:
+            cursor.execute(_EMITTED_ONCE, (row[5], row[2]))
+            return int(cursor.fetchone()[0])
+    except Exception as error:
+        done = inserted or "interrupted" in str(error)
+        if done and db.in_transaction and getattr(db, "total_changes", None) != written:
+            cursor.execute(_UNDO, row[:1])
+        raise
+    return int(row[0])
 
 
 def _checked_type(type: Any) -> str:
@@ -3398,38 +5378,16 @@ def _checked_type(type: Any) -> str:
     return type
 
 
-def _checked_patterns(events: Any) -> list[str]:
-    patterns = [events] if isinstance(events, str) else list(events) if isinstance(events, Iterable) else []
-    if not patterns:
-        raise PayloadError("events must hold at least one pattern; '*' means all")
-    for pattern in patterns:
-        if not isinstance(pattern, str) or len(pattern) > 256 or not _PATTERN.fullmatch(pattern):
-            raise PayloadError("each of events must be a type (order.created), a group (order.*) or *")
-    return list(dict.fromkeys(patterns))
-
-
-def _checked_secret(secret: Any) -> str:
-    """Return a secret as it is stored; strict, because a typo here shows only as failing signatures later."""
-    if secret is None:
-        return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode("ascii")
-    if not isinstance(secret, str):
-        raise PayloadError("secret must be text: whsec_ and base64, env:NAME or file:PATH")
-    if re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", secret) or re.fullmatch(r"file:[^\x00-\x1f]+", secret):
-        return secret
-    if not secret.startswith("whsec_"):
-        raise PayloadError("secret must start with whsec_, env: or file:; leave it out to get a good one")
-    _key(secret, 24, 64)
-    return secret
-
-
-def _checked_files(name: str, value: Any, most: int = 2) -> list[str]:
-    paths = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
-    if not 1 <= len(paths) <= most or not all(isinstance(path, str) for path in paths):
-        raise PayloadError(f"{name} must be a path, or a pair of paths (certificate, key)")
-    for path in paths:
-        if not os.path.isfile(path):
-            raise PayloadError(f"{name}: there is no file {path}")
-    return paths
+def _depth(text: str) -> int:
+    """Return how deep JSON text is nested."""
+    deepest = depth = 0
+    for match in _NESTING.finditer(text):
+        if match[0] in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif match[0] in "]}":
+            depth -= 1
+    return deepest
 
 
 def _checked_data(data: Any) -> str:
@@ -3443,6 +5401,8 @@ def _checked_data(data: Any) -> str:
         raise PayloadError("data is nested too deeply") from None
     except (TypeError, ValueError) as error:
         raise PayloadError(f"data is not plain JSON: {_one_line(str(error), 120)}") from None
+    if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
+        raise PayloadError("data is nested too deeply")
     return text
 
 
@@ -3462,16 +5422,10 @@ def _networks(networks: Iterable[str | _Network]) -> tuple[_Network, ...]:
         raise PayloadError(f"allow_networks must hold networks such as 10.1.0.0/16: {error}") from None
 
 
-def _where(*terms: tuple[str, Any]) -> tuple[str, list[Any]]:
-    """Return the conditions whose value is given, joined, and their values; '1' when there is none."""
-    given = [(sql, value) for sql, value in terms if value is not None]
-    values = [v for _, value in given for v in (value if isinstance(value, tuple) else (value,))]
-    return " AND ".join(sql for sql, _ in given) or "1", values
-
-
 class EmitOptions(TypedDict, total=False):
     """What aemit takes beside connection, type and data, as emit does."""
 
+    tenant: str | None
     key: str | None
     idempotency_key: str | None
     delay: float
@@ -3483,45 +5437,78 @@ class Filters(TypedDict, total=False):
 
     ids: Iterable[int] | None
     endpoint: str | None
+    tenant: str | None  # of the event
     type: str | None  # a type, or a group: order.*
     reason: str | None
     since: float | None  # of failed_at, UTC seconds
     until: float | None
 
 
-def _seconds_or_none(name: str, value: Any) -> float | None:
-    """Return a time; text would compare greater than every number in SQLite, so `until` would mean everything."""
-    return None if value is None else _number(name, value, -1e12, 1e12)
-
-
-def _row_ids(ids: Any) -> str | None:
-    if ids is None:
-        return None
+def _row_ids(ids: Any) -> str:
     found = [ids] if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable) else list(ids)
     if not all(type(id) is int for id in found) or not isinstance(ids, Iterable):
         raise PayloadError("ids must be a list of row numbers")
     return _dumps(found)
 
 
-def _failed_where(
-    *,
-    ids: Iterable[int] | None = None,
-    endpoint: str | None = None,
-    type: str | None = None,
-    reason: str | None = None,
-    since: float | None = None,
-    until: float | None = None,
-) -> tuple[str, list[Any]]:
-    if reason is not None:
-        _choice("reason", reason, _REASONS)
-    return _where(
-        ("id IN (SELECT value FROM json_each(?))", _row_ids(ids)),
-        ("endpoint_id = ?", endpoint),
-        ("type GLOB ?", type),
-        ("reason = ?", reason),
-        ("failed_at >= ?", _seconds_or_none("since", since)),
-        ("failed_at < ?", _seconds_or_none("until", until)),
-    )
+def _event_keys(ids: Iterable[str]) -> str:
+    return _dumps([_event_seq(id) for id in ids])
+
+
+# What a filter asks of its column, and the check of its value. A time that is text would compare greater than every
+# number in SQLite, so `until` would mean everything.
+_FILTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "ids": ("{} IN (SELECT value FROM json_each(?))", _row_ids),
+    "events": ("{} IN (SELECT value FROM json_each(?))", _event_keys),
+    "event_id": ("{} = ?", lambda id: -1 if (seq := _event_seq(id)) is None else seq),
+    "endpoint": ("{} = ?", str),
+    "tenant": ("{} = ?", _checked_tenant),
+    "type": ("{} GLOB ?", str),
+    "reason": ("{} = ?", lambda reason: _choice("reason", reason, _REASONS)),
+    "status": ("{} = ?", lambda status: _choice("status", status, ("pending", "held", "delivered", "failed"))),
+    "since": ("{} >= ?", lambda since: _number("since", since, -1e12, 1e12)),
+    "until": ("{} < ?", lambda until: _number("until", until, -1e12, 1e12)),
+}
+_OF_FAILED = {name: name for name in ("type", "reason")} | {
+    "ids": "webhook_failed.id",
+    "endpoint": "endpoint_id",
+    "tenant": "(SELECT tenant FROM main.webhook_events WHERE seq = webhook_failed.event)",
+    "since": "failed_at",
+    "until": "failed_at",
+}
+# For batches by id: the index by endpoint would be read from its beginning for each of them.
+_FAILED = "main.webhook_failed NOT INDEXED"
+_OF_EVENT = {
+    "events": "e.seq",
+    "tenant": "e.tenant",
+    "type": "e.type",
+    "since": "e.created_at",
+    "until": "e.created_at",
+}
+_PUBLIC_STATUS = """CASE WHEN d.status IN ('pending', 'queued')
+       THEN CASE WHEN p.enabled = 0 THEN 'held' ELSE 'pending' END
+       WHEN d.status = 'discarded' THEN 'failed' ELSE d.status END"""
+_OF_DELIVERY = {**_OF_EVENT, "event_id": "d.event", "endpoint": "d.endpoint_id", "status": _PUBLIC_STATUS}
+
+
+def _chosen(columns: Mapping[str, str], filters: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """Return the conditions of those filters that are not None, joined, and their values; '1' when there is none.
+    columns: filter -> SQL of what it looks at. A filter that is not among them is an error, never ignored."""
+    terms, values = list[str](), list[Any]()
+    for name, value in filters.items():
+        if name not in columns:
+            raise TypeError(f"there is no filter {name}; there are {', '.join(columns)}")
+        if value is not None:
+            condition, check = _FILTERS[name]
+            terms.append(condition.format(columns[name]))
+            values.append(check(value))
+    return " AND ".join(terms) or "1", values
+
+
+def _drain_mode(once: bool, until_empty: bool) -> str:
+    if once and until_empty:
+        raise PayloadError("say once (--once) or until_empty (--until-empty), not both")
+    return "until_empty" if until_empty else "once" if once else "forever"
 
 
 def _endpoint_stats(row: Sequence[Any], tried: Sequence[Sequence[Any]], now: float) -> EndpointStats:
@@ -3562,6 +5549,10 @@ def _histogram(labels: str, counts: Mapping[str, float]) -> Iterator[tuple[str, 
         yield "_bucket", f'{labels},le="{edge}"', total
     yield "_sum", labels, counts.get("seconds", 0.0)
     yield "_count", labels, total
+
+
+# What an endpoint's row holds when it is enabled by hand: its failures are forgotten.
+_FRESH = {"disabled_reason": "", "failures": 0, "failing_since": None, "paused_until": 0.0}
 
 
 class Outbox:
@@ -3615,9 +5606,15 @@ class Outbox:
         self._guard = _Guard(_networks(allow_networks), allow_http)
         self._identity = _prepare_file(self.path, create)
         self._forget_drains()
-        _OUTBOXES.add(self)
+        _PROCESS.outboxes.add(self)
+
+    def _settings(self) -> _Settings:
+        """Return what those who send need, as it is now."""
+        names = (field.name for field in dataclasses.fields(_Settings) if field.name != "guard")
+        return _Settings(guard=self._guard, **{name: getattr(self, name) for name in names})
 
     def _forget_drains(self) -> None:
+        self._keys = _Keys()  # a child makes other ones than its parent
         self._lock = threading.RLock()  # guards the three below; a signal handler may call stop while we hold it
         self._drains: set[_Drain] = set()  # running in this process
         self._thread: threading.Thread | None = None
@@ -3648,19 +5645,21 @@ class Outbox:
         type: str,
         data: Any,
         *,
+        tenant: str | None = None,
         key: str | None = None,
         idempotency_key: str | None = None,
         delay: float = 0.0,
         headers: Mapping[str, str] | None = None,
     ) -> str:
-        """Record an event for every enabled endpoint whose patterns match, in the transaction open on conn.
+        """Record an event for every enabled endpoint of its tenant whose patterns match, in conn's open transaction.
 
         conn: a sqlite3 Connection or Cursor in any transaction mode, SQLAlchemy's Connection or Session (also the
         synchronous side of the async ones), Django's connection or its alias, peewee's Database, apsw's Connection.
-        Returns the event's id. Nothing is sent before you commit, nothing if you roll back. key: events with the same
-        key reach an endpoint in this order. idempotency_key: a second emit with it, and the same type and data, returns
-        the first id. delay: seconds. headers: sent with the event (traceparent); not for credentials, which belong to
-        endpoints.
+        Returns the event's id. Nothing is sent before you commit, nothing if you roll back. tenant: your
+        customer whom it concerns; endpoints of that tenant get it, and those of tenant '*'. key: events
+        with the same key reach an endpoint in this order. idempotency_key: a second emit with it for that
+        tenant, and the same type and data, returns the first id. delay: seconds. headers: sent with the
+        event (traceparent); not for credentials, which belong to endpoints.
 
         Raises PayloadError before anything is written, NotInTransaction, SchemaError (another file), TransactionLost
         when SQLite itself rolled your transaction back; sqlite3 errors such as "database is locked" pass through.
@@ -3672,6 +5671,8 @@ class Outbox:
             raise PayloadError(f"data is {size:,} bytes, the limit is {self.max_body:,}; send a link instead")
         if size > _WARN_BODY:
             _log.warning("%s carries %d bytes; receivers expect less than 20 KiB, consider sending a link", type, size)
+        if _checked_tenant(tenant) is not None and type.startswith("webhook."):
+            raise PayloadError("events of type webhook.* have no tenant; leave it out")
         if key is not None:
             _line("key", key, 256, 1)
         if idempotency_key is not None:
@@ -3679,25 +5680,19 @@ class Outbox:
         delay = _number("delay", delay, 0, 1e9)
         header_text = _dumps(_checked_headers(headers)) if headers else None
         now = self.clock()
-        id = _new_id(now)
-        delay += self.retry.delays[0]
-        row = (type, text, key, idempotency_key, delay, header_text, id, now, self._identity)
+        due_at = now + delay + self.retry.delays[0]
+        row = (self._keys.new(now), type, tenant, text, key, idempotency_key, header_text, now, due_at, self._identity)
         if isinstance(conn, sqlite3.Connection):
-            return self._insert(row, conn)
-        return _in_its_thread(conn, functools.partial(self._insert, row))
+            return self._insert(row, now, conn)
+        return _in_its_thread(conn, functools.partial(self._insert, row, now))
 
-    def _insert(self, row: tuple[Any, ...], conn: Any) -> str:
+    def _insert(self, row: tuple[Any, ...], now: float, conn: Any) -> str:
         db = _host(conn)
         cursor = _cursor(db)
-        idempotency_key, id = row[3], row[6]
         with _host_errors(db, self.path):
-            cursor.execute(_EMIT, row)
-            if idempotency_key is not None:
-                with _plain_text(db):
-                    cursor.execute("SELECT id FROM main.webhook_events WHERE idempotency_key = ?", (idempotency_key,))
-                    (id,) = cursor.fetchone()
+            seq = _insert_event(db, cursor, row, self._keys, now)
         self._wake()
-        return str(id)
+        return _event_id(seq)
 
     async def aemit(self, conn: Any, type: str, data: Any, **options: Unpack[EmitOptions]) -> str:
         """Emit on an aiosqlite Connection, or a SQLAlchemy AsyncSession or AsyncConnection on aiosqlite; as emit."""
@@ -3739,29 +5734,9 @@ class Outbox:
         with self._reading() as cursor:
             return cursor.execute(sql, values).fetchall()
 
-    def _columns(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _columns(self, options: Mapping[str, Any], update: bool = False) -> dict[str, Any]:
         """Return checked column values for endpoint options."""
-        bodies = (*_BODIES, *self.transforms)
-        checks: dict[str, Callable[[Any], Any]] = {
-            "url": lambda v: (_prepare_url(v, self._guard), v)[1],
-            "events": lambda v: _dumps(_checked_patterns(v)),
-            "description": lambda v: _line("description", v, 1000),
-            "headers": lambda v: _dumps(_checked_headers(v)),
-            "body": lambda v: _choice("body", v, bodies),
-            "signing": lambda v: "+".join({_choice("signing", part, _SCHEMES): 0 for part in str(v).split("+")}),
-            "rate": lambda v: None if v is None else _number("rate", v, 1e-6, 1e6),
-            "max_in_flight": lambda v: _whole("max_in_flight", v, 1, 10_000),
-            "ordered": lambda v: (_choice("ordered", v, (True, False)), int(v))[1],
-            "on_dead": lambda v: _choice("on_dead", v, ("skip", "hold")),
-            "timeout": lambda v: None if v is None else _number("timeout", v, 0.01, 3600),
-            "cert": lambda v: None if v is None else _dumps(_checked_files("cert", v)),
-            "ca": lambda v: None if v is None else _checked_files("ca", v, 1)[0],
-        }
-        unknown = sorted(set(options) - set(checks))
-        if unknown:
-            hint = "; use rotate_secret" if unknown == ["secret"] else ""
-            raise PayloadError(f"endpoints have no option {', '.join(unknown)}{hint}; there are {', '.join(checks)}")
-        return {name: checks[name](value) for name, value in options.items()}
+        return _checked_options(options, _Known(self._guard, (*_BODIES, *self.transforms)), update)
 
     def add_endpoint(
         self,
@@ -3774,11 +5749,14 @@ class Outbox:
     ) -> Endpoint:
         """Register where events go; the returned Endpoint is one of two places that show the secret.
 
-        events: types (order.created), groups (order.*) or *. secret: whsec_ and base64 of 24 to 64 bytes, generated
-        when None; env:NAME and file:PATH are read at send time. headers: values may be env:NAME. body: standard,
-        data, cloudevents, slack, discord or the name of a transform. signing: standard, stripe, github, joined by + to
-        send several. rate: deliveries a second. on_dead: what a queue does when its head fails for good, skip or hold.
-        timeout: seconds. cert, ca: paths, for mutual TLS and a private authority. Raises UnsafeURL, PayloadError.
+        events: types (order.created), groups (order.*) or *. tenant: your customer whose events it gets,
+        for life; None gets those without one, '*' all. enabled: False registers it without sending.
+        secret: whsec_ and base64 of 24 to 64 bytes, generated when None; env:NAME and file:PATH are read
+        at send time. headers: values may be env:NAME. body: standard, data, cloudevents, slack, discord
+        or the name of a transform. signing: standard, stripe, github, joined by + to send several. rate:
+        deliveries a second. on_dead: what a queue does when its head fails for good, skip or hold.
+        timeout: seconds. cert, ca: paths, for mutual TLS and a private authority. Raises UnsafeURL,
+        PayloadError.
         """
         columns = self._columns({**options, "url": url})
         if id is not None and not (isinstance(id, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", id)):
@@ -3807,10 +5785,15 @@ class Outbox:
         with self._reading(conn) as cursor:
             return self._endpoint_on(cursor, id)
 
-    def endpoints(self, *, conn: Any = None) -> list[Endpoint]:
-        """Return all endpoints, oldest first."""
+    def endpoints(self, *, tenant: str | None = None, conn: Any = None) -> list[Endpoint]:
+        """Return all endpoints, or those of a tenant, oldest first. '*' is the tenant of those that see all."""
+        of = _checked_tenant(tenant, or_all=True)
         with self._reading(conn) as cursor:
-            cursor.execute(f"SELECT {_ENDPOINT_COLUMNS} FROM main.webhook_endpoints ORDER BY created_at, id")
+            cursor.execute(
+                f"""SELECT {_ENDPOINT_COLUMNS} FROM main.webhook_endpoints
+                     WHERE ? IS NULL OR tenant = ? ORDER BY created_at, id""",
+                (of, of),
+            )
             return [_endpoint(row) for row in cursor.fetchall()]
 
     def _set(self, conn: Any, id: str, columns: Mapping[str, Any]) -> Endpoint:
@@ -3824,8 +5807,10 @@ class Outbox:
     def update_endpoint(
         self, id: str, *, url: str | None = None, conn: Any = None, **changes: Unpack[EndpointOptions]
     ) -> Endpoint:
-        """Change options of an endpoint, or its url, named as in add_endpoint; deliveries that wait follow them."""
-        return self._set(conn, id, self._columns(changes if url is None else {**changes, "url": url}))
+        """Change options of an endpoint, or its url, named as in add_endpoint; deliveries that wait follow them. Its
+        tenant stays: add another endpoint. enabled: as enable_endpoint and disable_endpoint do."""
+        columns = self._columns(changes if url is None else {**changes, "url": url}, update=True)
+        return self._set(conn, id, {**columns, **(_FRESH if columns.get("enabled") else {})})
 
     def disable_endpoint(self, id: str, reason: str = "", *, conn: Any = None) -> Endpoint:
         """Hold an endpoint's deliveries. Events emitted meanwhile are recorded, and backfill can deliver them."""
@@ -3833,32 +5818,77 @@ class Outbox:
 
     def enable_endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
         """Resume an endpoint's held deliveries, with its failures forgotten."""
-        fresh = {"enabled": 1, "disabled_reason": "", "failures": 0, "failing_since": None, "paused_until": 0.0}
-        return self._set(conn, id, fresh)
+        return self._set(conn, id, {"enabled": 1, **_FRESH})
 
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
         """Delete an endpoint with its waiting and failed deliveries. What was delivered stays on record."""
         if conn is None:  # what waits goes first, in batches, so that no commit of the host waits long
             self.disable_endpoint(id, "being removed")
             for waiting in ("queue IS NOT NULL AND status = 'queued'", "status = 'pending'"):
-                batch = f"""DELETE FROM webhook_deliveries WHERE (event, endpoint_id) IN (
-                              SELECT event, endpoint_id FROM webhook_deliveries
+                batch = f"""DELETE FROM main.webhook_deliveries WHERE (event, endpoint_id) IN (
+                              SELECT event, endpoint_id FROM main.webhook_deliveries
                                WHERE endpoint_id = ? AND {waiting} LIMIT 1000)"""
-                while self._write_batch(batch, (id,)):
-                    pass
+                self._in_batches(batch, (id,))
         with self._writing(conn) as cursor:
             self._endpoint_on(cursor, id)
             cursor.execute("DELETE FROM main.webhook_endpoints WHERE id = ?", (id,))
 
-    def _write_batch(self, statement: str, values: Sequence[Any], conn: Any = None) -> int:
-        """Run one of several statements; return how many rows it changed. Then rest as long as it took: a host that
-        waits in SQLite's busy handler looks only now and then whether the file is free."""
-        started = time.monotonic()
-        with self._writing(conn) as cursor:
-            count = cursor.execute(statement, values).rowcount
-        if conn is None:
-            time.sleep(time.monotonic() - started)
-        return count
+    def _in_batches(
+        self,
+        statement: str,
+        values: Sequence[Any],
+        ranges: Iterable[tuple[int, int]] | None = None,
+        conn: Any = None,
+        also: Mapping[str, Sequence[Any] | None] | None = None,
+    ) -> int:
+        """Run a statement for each of `ranges`, whose ends come first among its values, or, without ranges, until it
+        changes nothing. Return how many rows it changed. also: statements for the same transaction, with
+        values that follow the ends of the range, or None for no values at all.
+
+        Without conn each run is a transaction of its own, and then rests as long as it took: a host that waits in
+        SQLite's busy handler looks only now and then whether the file is free.
+        """
+        done = 0
+        for ends in itertools.repeat(()) if ranges is None else ranges:
+            started = time.monotonic()
+            with self._writing(conn) as cursor:
+                count = cursor.execute(statement, (*ends, *values)).rowcount
+                for other, given in (also or {}).items() if count else ():
+                    cursor.execute(other, () if given is None else (*ends, *given))
+            done += count
+            if ranges is None and not count:
+                break
+            if conn is None:
+                time.sleep(time.monotonic() - started)
+        return done
+
+    def _ranges(
+        self, rows: str, key: str, where: str, values: Sequence[Any], size: int, conn: Any
+    ) -> Iterator[tuple[int, int]]:
+        """Yield the first and last key of ranges of a table that together hold every row there is now that `where`
+        chooses. A range begins at such a row and holds at most `size` rows, chosen or not, so that a statement over it
+        looks at no more. Rows that come later are not for this call.
+
+        rows: the table, as FROM has it. key: its growing key, keys may be far apart.
+        """
+        last = -1
+        with self._reading(conn) as cursor:
+            (end,) = cursor.execute(f"SELECT max({key}) FROM {rows}").fetchone()
+        while end is not None:
+            with self._reading(conn) as cursor:
+                found = cursor.execute(
+                    f"""SELECT {key} FROM {rows} WHERE {key} > ? AND {key} <= ? AND {where}
+                         ORDER BY {key} LIMIT 1""",
+                    (last, end, *values),
+                ).fetchone()
+                if found is None:
+                    return
+                (last,) = cursor.execute(
+                    f"""SELECT max(k) FROM (SELECT {key} AS k FROM {rows}
+                                             WHERE {key} >= ? AND {key} <= ? ORDER BY {key} LIMIT ?)""",
+                    (found[0], end, size),
+                ).fetchone()
+            yield found[0], last
 
     def rotate_secret(
         self, id: str, *, secret: str | None = None, grace: float = 86_400.0, conn: Any = None
@@ -3888,21 +5918,11 @@ class Outbox:
         with self._reading() as cursor:
             endpoint, endpoint_secrets = self._endpoint_on(cursor, id), self._secrets_on(cursor, id)
         now, started = self.clock(), time.monotonic()
-        event_id = _new_id(now)
-        picked = _Picked(0, 0, None, None, event_id, "webhook.ping", "{}", 1, None, None, now)
-        opener, hidden = _Opener(self), list[str]()
-        try:
-            wire = _Wire.make(endpoint, endpoint_secrets, self, opener)
-            request, hidden = wire.request(picked, now)
-            deadline = started + (endpoint.timeout or self.timeout)
-            with opener.open(wire.prepared, endpoint, deadline) as sock:
-                outcome = _judge(_exchange(sock, request, deadline), hidden, now)
-        except Exception as error:
-            outcome = _failure(error, hidden)
-        finally:
-            opener.close()
+        key = self._keys.new(now)
+        picked = _Picked(key, now, 0, None, None, "webhook.ping", "{}", 1, None, None, now, endpoint.tenant)
+        outcome = _send_once(self._settings(), endpoint, endpoint_secrets, picked)
         status, seconds = outcome.status_code, time.monotonic() - started
-        return Attempt(event_id, id, now, status, outcome.reason, outcome.error, seconds, outcome.response)
+        return Attempt(picked.id, id, now, status, outcome.reason, outcome.error, seconds, outcome.response)
 
     # Draining.
 
@@ -3918,6 +5938,7 @@ class Outbox:
         Every process of an app may call it: one drains, the others stand by and take over when it dies. Call it
         after forking (in a web server's worker), since threads do not survive a fork.
         """
+        _PROCESS.settle()  # a child forked in C believes that its parent's thread runs here
         with self._lock:
             if self.running and not self._halt.is_set():  # one that is stopping does not count
                 return
@@ -3948,7 +5969,7 @@ class Outbox:
         pause = 0.5
         while not halt.is_set():
             try:
-                self._run(_Drain(self, "forever"), halt)
+                self._run(_Drain(self._settings(), "forever"), halt)
                 return
             except Exception as error:
                 pause = min(pause * 2, 30.0)
@@ -3969,14 +5990,14 @@ class Outbox:
     def drain(
         self, *, once: bool = False, until_empty: bool = False, progress: Callable[[DrainReport], Any] | None = None
     ) -> DrainReport:
-        """Drain in the calling thread: for ever; `once`: until nothing is due now; `until_empty`: until nothing is
-        pending for enabled endpoints, retries included. stop() from another thread or a signal handler ends it.
+        """Drain in the calling thread: for ever; `once`: until nothing is due now; `until_empty`: until
+        nothing is pending for enabled endpoints, retries included; one or the other. stop() from another
+        thread or a signal handler ends it.
 
         Where another process drains this file, wait for it: to take over, or until it has done the work. progress:
         called about four times a second with a DrainReport.
         """
-        mode = "until_empty" if until_empty else "once" if once else "forever"
-        return self._run(_Drain(self, mode, progress))
+        return self._run(_Drain(self._settings(), _drain_mode(once, until_empty), progress))
 
     def _wake(self) -> None:
         for drain in tuple(self._drains):
@@ -3986,8 +6007,8 @@ class Outbox:
 
     def failed(self, *, limit: int = 100, after: int | None = None, **filters: Unpack[Filters]) -> list[FailedDelivery]:
         """Return failed rows, oldest first. after: the id of the last row of the page before. Filters: ids, endpoint,
-        type (or a group: order.*), reason, since and until (of failed_at)."""
-        where, values = _failed_where(**filters)
+        tenant (of the event), type (or a group: order.*), reason, since and until (of failed_at)."""
+        where, values = _chosen(_OF_FAILED, filters)
         names = ", ".join(field.name for field in dataclasses.fields(FailedDelivery))
         sql = f"SELECT {names} FROM webhook_failed WHERE id > ? AND {where} ORDER BY id LIMIT ?"
         rows = self._select(sql, after or 0, *values, _whole("limit", limit, 0, 10**9))
@@ -3999,65 +6020,69 @@ class Outbox:
         Filters as in failed(); all=True says that you mean every row. dry_run only counts. Without conn it works in
         batches, so that no commit of the host waits long. Returns how many.
         """
+        now = float(self.clock())
         return self._act_on_failed(
-            """UPDATE main.webhook_deliveries
-                  SET status = 'pending', attempts = 0, first_attempt_at = NULL, due_at = {now}
-                WHERE status = 'failed' AND (event, endpoint_id) IN (
-                  SELECT (SELECT seq FROM main.webhook_events WHERE id = event_id), endpoint_id
-                    FROM main.webhook_failed WHERE id BETWEEN ? AND ? AND {where})""",
+            f"""UPDATE main.webhook_deliveries
+                   SET status = 'pending', attempts = 0, first_attempt_at = NULL, due_at = {now!r}
+                 WHERE status = 'failed' AND (event, endpoint_id) IN (
+                   SELECT event, endpoint_id FROM {_FAILED} WHERE id BETWEEN ? AND ? AND {{where}})""",
             all, dry_run, conn, filters,
         )  # fmt: skip
 
     def discard(self, *, all: bool = False, dry_run: bool = False, conn: Any = None, **filters: Unpack[Filters]) -> int:
         """Delete failed rows; their events are not delivered. Filters as in failed(). Returns how many."""
-        statement = "DELETE FROM main.webhook_failed WHERE id BETWEEN ? AND ? AND {where}"
+        statement = f"DELETE FROM {_FAILED} WHERE id BETWEEN ? AND ? AND {{where}}"
         return self._act_on_failed(statement, all, dry_run, conn, filters)
 
     def _act_on_failed(self, statement: str, all: bool, dry_run: bool, conn: Any, filters: Filters) -> int:
-        where, values = _failed_where(**filters)
+        where, values = _chosen(_OF_FAILED, filters)
         if where == "1" and not all:
-            raise PayloadError("say which failed rows: ids, endpoint, type, reason, since, until or --all (all=True)")
-        statement = statement.format(where=where, now=repr(float(self.clock())))
-        with self._reading(conn) as cursor:
-            cursor.execute(f"SELECT count(*), max(id) FROM main.webhook_failed WHERE {where}", values)
-            count, end = cursor.fetchone()
-        if dry_run or not count:
-            return int(count)
-        done = last = 0
-        while last < end:  # rows that fail again meanwhile are not for this call
-            batch = f"SELECT id FROM main.webhook_failed WHERE id > ? AND {where} ORDER BY id LIMIT 1000"
+            raise PayloadError(
+                "say which failed rows: ids, endpoint, tenant, type, reason, since, until or --all (all=True)"
+            )
+        if dry_run:
             with self._reading(conn) as cursor:
-                (upto,) = cursor.execute(f"SELECT max(id) FROM ({batch})", (last, *values)).fetchone()
-            upto = min(end, upto or end)
-            done += self._write_batch(statement, (last + 1, upto, *values), conn)
-            last = upto
-        return done
+                cursor.execute(f"SELECT count(*) FROM main.webhook_failed WHERE {where}", values)
+                return int(cursor.fetchone()[0])
+        ranges = self._ranges(_FAILED, "id", where, values, 1000, conn)
+        return self._in_batches(statement.format(where=where), values, ranges, conn)
 
     def resend(self, event_id: str, *, endpoint: str | None = None, conn: Any = None) -> int:
         """Deliver a recorded event again, delivered or not: to each endpoint that had it, or to `endpoint`, which
-        need not have had it. Returns to how many. Raises NotFound."""
+        need not have had it but must be of its tenant. Returns to how many. Raises NotFound."""
         now = self.clock()
         with self._writing(conn) as cursor:
             seq = self._seq_on(cursor, event_id)
             if endpoint is not None:
-                self._endpoint_on(cursor, endpoint)
-                cursor.execute(
-                    """INSERT OR IGNORE INTO main.webhook_deliveries (event, endpoint_id, due_at, queue)
-                       SELECT e.seq, p.id, ?, CASE WHEN p.ordered THEN '' ELSE e.key END
-                         FROM main.webhook_events AS e, main.webhook_endpoints AS p WHERE e.seq = ? AND p.id = ?""",
-                    (now, seq, endpoint),
-                )
+                self._give(cursor, seq, endpoint, now)
             cursor.execute(
-                """UPDATE main.webhook_deliveries
-                      SET status = CASE WHEN status = 'queued' THEN status ELSE 'pending' END,
-                          attempts = 0, first_attempt_at = NULL, due_at = ?, delivered_at = NULL,
-                          queue = (SELECT CASE WHEN p.ordered THEN '' ELSE e.key END
-                                     FROM main.webhook_events AS e, main.webhook_endpoints AS p
-                                    WHERE e.seq = event AND p.id = endpoint_id)
-                    WHERE event = ? AND endpoint_id IN (SELECT id FROM main.webhook_endpoints WHERE ? IN ('', id))""",
-                (now, seq, endpoint or ""),
+                f"""UPDATE main.webhook_deliveries
+                       SET status = CASE WHEN status = 'queued' THEN status ELSE 'pending' END,
+                           attempts = 0, first_attempt_at = NULL, due_at = ?, delivered_at = NULL,
+                           queue = {_QUEUE_OF}
+                     WHERE event = ? AND endpoint_id IN (
+                       SELECT p.id FROM main.webhook_events AS e, main.webhook_endpoints AS p
+                        WHERE e.seq = ? AND ? IN ('', p.id) AND {_MAY_HAVE})""",
+                (now, seq, seq, endpoint or ""),
             )
-            return cursor.rowcount
+            count = cursor.rowcount
+            cursor.execute(_SAY_WORK)
+            return count
+
+    def _give(self, cursor: sqlite3.Cursor, seq: int, endpoint: str, now: float) -> None:
+        """Have a delivery of an event to an endpoint, in no queue yet; raise NotFound where there is no such endpoint
+        for its tenant."""
+        tenant = self._endpoint_on(cursor, endpoint).tenant
+        cursor.execute("SELECT tenant FROM main.webhook_events WHERE seq = ?", (seq,))
+        if tenant not in (cursor.fetchone()[0], "*"):
+            raise NotFound(
+                f"the endpoint {endpoint} is not of the tenant of event {_event_id(seq)}, and events never go from one "
+                "tenant to another; emit it again for the other tenant"
+            )
+        cursor.execute(
+            "INSERT OR IGNORE INTO main.webhook_deliveries (event, endpoint_id, due_at) VALUES (?, ?, ?)",
+            (seq, endpoint, now),
+        )
 
     def backfill(
         self,
@@ -4070,35 +6095,38 @@ class Outbox:
         conn: Any = None,
     ) -> int:
         """Give an endpoint the recorded events of a time that match it and that it has no delivery for: a new
-        endpoint, or one that was disabled. since, until: UTC seconds of emission. Returns how many."""
-        now = self.clock()
-        source = """
-              FROM main.webhook_events AS e, main.webhook_endpoints AS p
-             WHERE p.id = ? AND e.created_at >= ? AND e.created_at < ? AND e.type GLOB ?
-               AND EXISTS (SELECT 1 FROM json_each(p.events) AS one
-                            WHERE e.type GLOB one.value AND (one.value <> '*' OR e.type NOT GLOB 'webhook.*'))
-               AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries WHERE event = e.seq AND endpoint_id = p.id)"""
+        endpoint, or one that was disabled. Events of other tenants are not for it. since, until: UTC seconds of
+        emission. Returns how many."""
         since = _number("since", since, -1e12, 1e12)
-        values = (endpoint, since, math.inf if until is None else _seconds_or_none("until", until), type or "*")
+        where, values = _chosen(_OF_EVENT, {"since": since, "until": until, "type": type})
+        rows = "main.webhook_endpoints AS p, main.webhook_events AS e"
+        missed = f"""p.id = ? AND {where} AND {_MAY_HAVE}
+          AND EXISTS (SELECT 1 FROM json_each(p.events) AS one
+                       WHERE e.type GLOB one.value AND (one.value <> '*' OR e.type NOT GLOB 'webhook.*'))
+          AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries WHERE event = e.seq AND endpoint_id = p.id)"""
         with self._reading(conn) as cursor:
             self._endpoint_on(cursor, endpoint)
             if dry_run:
-                return int(cursor.execute("SELECT count(*)" + source, values).fetchone()[0])
-            end = cursor.execute("SELECT max(seq) FROM main.webhook_events").fetchone()[0] or 0
-        statement = f"""INSERT INTO main.webhook_deliveries (event, endpoint_id, due_at, queue)
-                        SELECT e.seq, p.id, {now!r}, CASE WHEN p.ordered THEN '' ELSE e.key END {source}
-                           AND e.seq BETWEEN ? AND ? ORDER BY e.seq"""
-        step = 2_000 if conn is None else end  # in the caller's transaction there is nothing to be gained
-        return sum(self._write_batch(statement, (*values, n, n + step - 1), conn) for n in range(1, end + 1, step or 1))
+                cursor.execute(f"SELECT count(*) FROM {rows} WHERE {missed}", (endpoint, *values))
+                return int(cursor.fetchone()[0])
+        statement = f"""INSERT INTO main.webhook_deliveries (event, endpoint_id, due_at)
+                        SELECT e.seq, p.id, {float(self.clock())!r}
+                          FROM {rows} WHERE e.seq BETWEEN ? AND ? AND {missed} ORDER BY e.seq"""
+        line_up = f"""UPDATE main.webhook_deliveries SET queue = {_QUEUE_OF}
+                       WHERE event BETWEEN ? AND ? AND endpoint_id = ? AND queue IS NULL
+                         AND status = 'pending' AND {_QUEUE_OF} IS NOT NULL"""
+        ranges = self._ranges("main.webhook_events AS e", "e.seq", where, values, 2_000, conn)
+        return self._in_batches(statement, (endpoint, *values), ranges, conn, {line_up: (endpoint,), _SAY_WORK: None})
 
     # The record.
 
     def _seq_on(self, cursor: sqlite3.Cursor, event_id: str) -> int:
-        cursor.execute("SELECT seq FROM main.webhook_events WHERE id = ?", (event_id,))
-        row = cursor.fetchone()
-        if row is None:
+        """Return the key of an event that is there; raise NotFound."""
+        seq = _event_seq(event_id)
+        cursor.execute("SELECT seq FROM main.webhook_events WHERE seq = ?", (seq,))
+        if seq is None or cursor.fetchone() is None:
             raise NotFound(f"there is no event {_one_line(str(event_id), 64)}; it may have been pruned")
-        return int(row[0])
+        return seq
 
     def event(self, id: str) -> Event:
         """Return an event with its deliveries; raise NotFound."""
@@ -4111,6 +6139,7 @@ class Outbox:
         self,
         *,
         ids: Iterable[str] | None = None,
+        tenant: str | None = None,
         type: str | None = None,
         since: float | None = None,
         until: float | None = None,
@@ -4118,22 +6147,27 @@ class Outbox:
         after: str | None = None,
     ) -> list[Event]:
         """Return events without their deliveries, newest first. after: the id of the last one of the page before."""
-        where, values = _where(
-            ("id IN (SELECT value FROM json_each(?))", None if ids is None else _dumps(list(ids))),
-            ("type GLOB ?", type),
-            ("created_at >= ?", _seconds_or_none("since", since)),
-            ("created_at < ?", _seconds_or_none("until", until)),
-            ("seq < (SELECT seq FROM webhook_events WHERE id = ?)", after),
-        )
-        sql = f"SELECT id, type, data, key, created_at FROM webhook_events WHERE {where} ORDER BY seq DESC LIMIT ?"
+        chosen = {"events": ids, "tenant": tenant, "type": type, "since": since, "until": until}
+        where, values = _chosen(_OF_EVENT, chosen)
+        if after is not None:
+            where, values = f"{where} AND e.seq < ?", [*values, self._after(after)]
+        sql = f"""SELECT e.id, e.type, e.data, e.tenant, e.key, e.created_at FROM webhook_events AS e
+                   WHERE {where} ORDER BY e.seq DESC LIMIT ?"""
         rows = self._select(sql, *values, _whole("limit", limit, 0, 10**9))
-        return [Event(id, type, json.loads(data), key, at) for id, type, data, key, at in rows]
+        return [Event(id, type, json.loads(data), *rest) for id, type, data, *rest in rows]
+
+    def _after(self, event_id: Any) -> int:
+        """Return the key that a page goes on behind; the event itself may be pruned by now."""
+        if (seq := _event_seq(event_id)) is None:
+            raise PayloadError("after must be the id of the last event of the page before")
+        return seq
 
     def deliveries(
         self,
         *,
         event_id: str | None = None,
         endpoint: str | None = None,
+        tenant: str | None = None,
         type: str | None = None,
         status: str | None = None,
         since: float | None = None,
@@ -4141,25 +6175,16 @@ class Outbox:
         limit: int = 100,
         after: tuple[str, str] | None = None,
     ) -> list[Delivery]:
-        """Return deliveries, newest event first. status: pending, held, delivered or failed. since, until: of the
-        event's emission. after: (event_id, endpoint_id) of the last one of the page before."""
-        public = """CASE WHEN d.status IN ('pending', 'queued')
-                         THEN CASE WHEN p.enabled = 0 THEN 'held' ELSE 'pending' END
-                         WHEN d.status = 'discarded' THEN 'failed' ELSE d.status END"""
-        if status is not None:
-            _choice("status", status, ("pending", "held", "delivered", "failed"))
+        """Return deliveries, newest event first. status: pending, held, delivered or failed. tenant, type, since,
+        until: of the event. after: (event_id, endpoint_id) of the last one of the page before."""
         if after is not None and not (isinstance(after, tuple) and len(after) == 2):
             raise PayloadError("after must be (event_id, endpoint_id) of the last delivery of the page before")
-        where, values = _where(
-            ("e.id = ?", event_id),
-            ("d.endpoint_id = ?", endpoint),
-            ("e.type GLOB ?", type),
-            (f"{public} = ?", status),
-            ("e.created_at >= ?", _seconds_or_none("since", since)),
-            ("e.created_at < ?", _seconds_or_none("until", until)),
-            ("(d.event, d.endpoint_id) < ((SELECT seq FROM webhook_events WHERE id = ?), ?)", after),
-        )
-        sql = f"""SELECT e.id, d.endpoint_id, {public}, d.attempts, d.due_at, d.delivered_at
+        chosen = {"event_id": event_id, "endpoint": endpoint, "tenant": tenant, "type": type, "status": status}
+        where, values = _chosen(_OF_DELIVERY, {**chosen, "since": since, "until": until})
+        if after is not None:
+            where += " AND (d.event, d.endpoint_id) < (?, ?)"
+            values += [self._after(after[0]), after[1]]
+        sql = f"""SELECT e.id, d.endpoint_id, {_PUBLIC_STATUS}, d.attempts, d.due_at, d.delivered_at
                     FROM webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event
                     LEFT JOIN webhook_endpoints AS p ON p.id = d.endpoint_id
                    WHERE {where} ORDER BY d.event DESC, d.endpoint_id DESC LIMIT ?"""
@@ -4236,14 +6261,16 @@ class Outbox:
         (None: the retention). Events with failed rows stay. A drain does this by itself. Returns how many."""
         age = self.retention if older_than is None else _number("older_than", older_than, 0, 1e11)
         cutoff = self.clock() - age
-        removed = 0
-        position: int | None = 0
-        with _session(self.path) as db:
-            while position is not None:
-                count, position = _prune_some(db, position, cutoff)
-                removed += count
-                time.sleep(0.002)  # let the host in
-        return removed
+
+        def ranges() -> Iterator[tuple[int, int]]:
+            found: tuple[int, int] | None = (0, 0)
+            while found is not None:
+                with self._reading() as cursor:
+                    found = _prune_range(cursor, found[1], cutoff)
+                if found is not None:
+                    yield found
+
+        return self._in_batches(_PRUNE, (cutoff, cutoff), ranges())
 
 
 # ── receiving ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4318,13 +6345,11 @@ _note = functools.partial(_Finding, "note")
 
 
 def _file_system(path: str) -> str:
-    """Return the type of the file system that holds a path; '' where /proc does not tell."""
+    """Return the type of the file system that holds a path; '' where that is not known."""
     found, longest = "", 0
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            mount, kind = line.split()[4].replace("\\040", " "), line.partition(" - ")[2].split()[0]
-            if os.path.commonpath([path, mount]) == mount and len(mount) >= longest:
-                found, longest = kind, len(mount)
+    for place, kind in _mounts():
+        if os.path.commonpath([path, place]) == place and len(place) >= longest:
+            found, longest = kind, len(place)
     return found
 
 
@@ -4358,6 +6383,8 @@ def _look_at_file(path: str, db: sqlite3.Connection) -> Iterator[_Finding]:
 
 
 def _look_at_owners(path: str) -> Iterator[_Finding]:
+    if links := _warn_of_links(path):
+        yield _problem(links)
     owner = os.stat(path).st_uid
     for suffix in ("-wal", "-shm", "-journal", "-webhooks"):
         with contextlib.suppress(OSError):
@@ -4370,18 +6397,19 @@ def _look_at_owners(path: str) -> Iterator[_Finding]:
 
 
 def _look_at_drain(outbox: Outbox, stats: Stats) -> Iterator[_Finding]:
-    lock, drained = _Lock(outbox.path), False
+    pid, oldest = None, stats.oldest_due_age or 0.0
     try:
-        drained = os.path.exists(lock.path) and not lock.acquire()
+        pid = _drainer(outbox.path)
     except OutboxError as error:
-        yield _problem(f"{error}; no drain can start")
-    finally:
-        lock.release()
-    oldest = stats.oldest_due_age or 0.0
-    if stats.due and not drained:
+        yield _problem(f"no drain can start: {error}")
+    holder = f"{f'process {pid}' if pid else 'some process'} has the drain's lock"
+    if pid is None and stats.due:
         yield _problem(f"{stats.due} deliveries are due and nobody drains; call outbox.start(), or run `drain`")
-    elif drained and oldest > _BEHIND:
-        yield _problem(f"the oldest due delivery has waited {_age(oldest)}; `status` shows for whom")
+    elif pid is not None and oldest > _BEHIND:
+        waited = f"the oldest due delivery has waited {_age(oldest)}"
+        yield _problem(f"{waited}, and {holder}; `status` shows for whom it waits")
+    elif pid is not None:
+        yield _note(holder)
 
 
 def _look_at_clock(now: float, db: sqlite3.Connection) -> Iterator[_Finding]:
@@ -4407,19 +6435,18 @@ def _look_at_endpoints(outbox: Outbox, stats: Stats, db: sqlite3.Connection) -> 
         yield _note(f"{stats.failed} failed rows wait for somebody: `failed list`, then replay or discard")
     if not stats.endpoints:
         yield _note("there are no endpoints: events are recorded and go nowhere; `endpoint add URL`")
-    with contextlib.closing(_Opener(outbox)) as opener:
-        for endpoint, secrets, _ in _load_endpoints(db):
-            id = endpoint if isinstance(endpoint, str) else endpoint.id
-            try:
-                if isinstance(endpoint, str):
-                    raise _Unready("its row is damaged; update or remove it")
-                wire = _Wire.make(endpoint, secrets, outbox, opener)
-                wire.keys(outbox.clock())
-                wire.own_headers()
-                if endpoint.url.startswith("https:"):
-                    opener._context(endpoint, False)
-            except Exception as error:
-                yield _problem(f"{id} cannot be sent to from here: {_one_line(str(error))}")
+    settings, contexts = outbox._settings(), _Contexts()
+    for row in _load_endpoints(db, "webhook_endpoints WHERE enabled"):
+        try:
+            if isinstance(row.endpoint, str):
+                raise _Unready("its row is damaged; update or remove it")
+            wire = _Wire.make(row.endpoint, row.secrets, settings)
+            wire.keys(outbox.clock())
+            wire.own_headers()
+            if wire.place.scheme == "https":
+                contexts.get(wire.place.ca, wire.place.cert)
+        except Exception as error:
+            yield _problem(f"{row.id} cannot be sent to from here: {_one_line(str(error))}")
 
 
 def _findings(outbox: Outbox) -> Iterator[_Finding]:
@@ -4588,7 +6615,7 @@ class _Pages:
         names = ("Endpoint", "Last hour", "Success", "p50 / p95", "Waiting", "Failed", "Action")
         endpoints = _table(names, [self.endpoint(e, rows[e.id], now) for e in stats.endpoints if e.id in rows])
         events = [
-            (self.link(e.id, f"event/{e.id}"), e.type, e.key or "-", _time(e.created_at, now))
+            (self.link(e.id, f"event/{e.id}"), e.type, e.tenant or "-", e.key or "-", _time(e.created_at, now))
             for e in self.outbox.events(limit=10)
         ]
         return self.page(
@@ -4597,17 +6624,18 @@ class _Pages:
                   self.link("Refresh", **self.filters)),
             _fill('<dl class="tiles">{}</dl>', [_fill("<div><dt>{}</dt><dd>{}</dd></div>", *t) for t in tiles.items()]),
             _fill("<h2>Endpoints</h2>{}{}", endpoints, self.failed(now)),
-            _fill("<h2>Latest events</h2>{}", _table(("Event", "Type", "Key", "Emitted"), events)),
+            _fill("<h2>Latest events</h2>{}", _table(("Event", "Type", "Tenant", "Key", "Emitted"), events)),
         )  # fmt: skip
 
     def endpoint(self, e: EndpointStats, endpoint: Endpoint, now: float) -> tuple[object, ...]:
         state = _pill("active", "good") if e.enabled else _pill("disabled", "off")
         if e.enabled and e.failing_since is not None:
             state = _pill(f"failing for {_age(now - e.failing_since)}", "bad")
-        about = " · ".join(filter(None, (_masked(endpoint.url), endpoint.description, endpoint.disabled_reason)))
+        tenant = f"tenant {endpoint.tenant}" if endpoint.tenant else ""
+        about = (tenant, _masked(endpoint.url), endpoint.description, endpoint.disabled_reason)
         return (
-            _fill('<div class="row"><strong>{}</strong>{}</div><small>{}</small><small>{}</small>', e.id, state, about,
-                  f"Last error: {e.last_error}" if e.last_error else ""),
+            _fill('<div class="row"><strong>{}</strong>{}</div><small>{}</small><small>{}</small>', e.id, state,
+                  " · ".join(filter(None, about)), f"Last error: {e.last_error}" if e.last_error else ""),
             _bars(e),
             f"{100 * e.delivered // e.attempts}%" if e.attempts else "-",
             _fill('<span class="line">{} / {}</span>', _age(e.p50), _age(e.p95)),
@@ -4656,7 +6684,8 @@ class _Pages:
                   _answer_of(a))
             for a in attempts[-200:]
         ]  # fmt: skip
-        about = f"{event.id}, emitted {_moment(event.created_at)}" + (f", key {event.key}" if event.key else "")
+        about = f"{event.id}, emitted {_moment(event.created_at)}"
+        about += "".join(f", {name} {value}" for name, value in (("tenant", event.tenant), ("key", event.key)) if value)
         return self.page(
             f"{event.type} {event.id}",
             _fill('<p>{}</p><h1>{}</h1><p class="soft">{}</p>', self.link("← Webhooks"), event.type, about),
@@ -4819,14 +6848,16 @@ def _record(row: Any) -> dict[str, Any]:
 
 
 def _show(rows: Sequence[Any], columns: str, as_json: bool, empty: str, without: str = "") -> None:
-    """Print dataclasses as a table of some columns, or as JSON with all fields but `without`."""
+    """Print dataclasses as a table of some columns, or as JSON with all fields but `without`. A tenant's column is left
+    out where there are none."""
     records = [{name: value for name, value in _record(row).items() if name != without} for row in rows]
     if as_json:
         return _say(json.dumps(records, indent=2))
     if not records:
         return _say(empty)
-    cells = [[name.upper().replace("_", " ") for name in columns.split()]]
-    cells += [[_cell(name, record[name]) for name in columns.split()] for record in records]
+    names = [name for name in columns.split() if name != "tenant" or any(record[name] for record in records)]
+    cells = [[name.upper().replace("_", " ") for name in names]]
+    cells += [[_cell(name, record[name]) for name in names] for record in records]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -4929,15 +6960,15 @@ def _emit_by_hand(outbox: Outbox, options: Any) -> None:
     except (ValueError, RecursionError) as error:
         raise PayloadError(f"the data is not JSON: {_one_line(str(error), 100)}") from None
     with outbox.transaction() as conn:
-        id = outbox.emit(conn, options.type, data, **_given(options, "key idempotency_key delay headers"))
+        id = outbox.emit(conn, options.type, data, **_given(options, "tenant key idempotency_key delay headers"))
     _say(id)
     if not outbox.event(id).deliveries:
-        print("no enabled endpoint takes it; `endpoint list` shows their patterns", file=sys.stderr)
+        whose = f" of tenant {options.tenant}" if options.tenant else ""
+        print(f"no enabled endpoint{whose} takes it; `endpoint list` shows their patterns", file=sys.stderr)
 
 
 def _drain_here(outbox: Outbox, options: Any) -> None:
-    if options.once and options.until_empty:
-        raise PayloadError("say --once or --until-empty, not both")
+    mode = _drain_mode(options.once, options.until_empty)
     terminal = sys.stderr.isatty()
     started = time.monotonic()
     line = "\r\x1b[K%(message)s" if terminal else "%(asctime)s %(levelname)s %(message)s"
@@ -4961,11 +6992,10 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
     def on_signal(number: int, frame: Any) -> None:
         first = not drain.stopping
         drain.stop(10.0 if first else 0.0)
-        if first and drain.attempts:
-            _log.info("finishing %d under way; once more to stop at once", len(drain.attempts))
+        if first and drain.under_way():
+            _log.info("finishing %d under way; once more to stop at once", drain.under_way())
 
-    mode = "until_empty" if options.until_empty else "once" if options.once else "forever"
-    drain = _Drain(outbox, mode, show if terminal else log, options.shard)
+    drain = _Drain(outbox._settings(), mode, show if terminal else log)
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         report = outbox._run(drain)
@@ -4978,21 +7008,23 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
     _say(f"{counts}, still pending {report.pending}")
 
 
-_ENDPOINT_OPTIONS = " ".join(EndpointOptions.__annotations__)
-
-
 def _endpoint_add(outbox: Outbox, options: Any) -> None:
-    endpoint = outbox.add_endpoint(options.url, **_given(options, f"id secret {_ENDPOINT_OPTIONS}"))
+    given = _given(options, " ".join(("id", "secret", *_OPTIONS)))
+    endpoint = outbox.add_endpoint(given.pop("url"), **given)
     _say(f"{endpoint.id}\nsecret {endpoint.secret}\nGive the secret to the receiver; `endpoint secret` shows it again.")
 
 
 def _endpoint_update(outbox: Outbox, options: Any) -> None:
-    _show_one(outbox.update_endpoint(options.id, **_given(options, f"url {_ENDPOINT_OPTIONS}")), False)
+    changes = _given(options, " ".join(name for name, option in _OPTIONS.items() if not option.fixed))
+    _show_one(outbox.update_endpoint(options.id, **changes), False)
 
 
 def _endpoint_list(outbox: Outbox, options: Any) -> None:
-    columns = "id url events enabled disabled_reason failing_since"
-    _show(outbox.endpoints(), columns, options.json, "no endpoints yet: `endpoint add URL` makes one")
+    columns = "id tenant url events enabled disabled_reason failing_since"
+    empty = "no endpoints yet: `endpoint add URL` makes one"
+    if options.tenant:
+        empty = f"no endpoints of tenant {options.tenant}; `endpoint add URL --tenant {options.tenant}` makes one"
+    _show(outbox.endpoints(tenant=options.tenant), columns, options.json, empty)
 
 
 def _endpoint_set(outbox: Outbox, options: Any) -> None:
@@ -5024,8 +7056,8 @@ def _backfill(outbox: Outbox, options: Any) -> None:
 
 
 def _events_list(outbox: Outbox, options: Any) -> None:
-    rows = outbox.events(**_given(options, "type since until limit after"))
-    _show(rows, "id type key created_at data", options.json, "no events", without="deliveries")
+    rows = outbox.events(**_given(options, "tenant type since until limit after"))
+    _show(rows, "id type tenant key created_at data", options.json, "no events", without="deliveries")
 
 
 def _events_show(outbox: Outbox, options: Any) -> None:
@@ -5033,14 +7065,17 @@ def _events_show(outbox: Outbox, options: Any) -> None:
     if options.json:
         record = _record(event) | {"attempts": [_record(attempt) for attempt in attempts]}
         return _say(json.dumps(record, indent=2))
-    _say(f"{event.id}  {event.type}  {_moment(event.created_at)}\n{_dumps(event.data)}\n")
+    tenant = f"  tenant {event.tenant}" if event.tenant else ""
+    _say(f"{event.id}  {event.type}  {_moment(event.created_at)}{tenant}\n{_dumps(event.data)}\n")
     _show(event.deliveries, "endpoint_id status attempts due_at delivered_at", False, "no deliveries")
     _say()
     _show(attempts, "at endpoint_id status_code reason error duration", False, "no attempts yet")
 
 
 def _failed_filters(options: Any) -> Any:
-    return _given(options, "endpoint type reason since until") | {"ids": [*options.ids, *options.more_ids] or None}
+    return _given(options, "endpoint tenant type reason since until") | {
+        "ids": [*options.ids, *options.more_ids] or None
+    }
 
 
 def _refuse_typo(outbox: Outbox, options: Any, found: bool) -> None:
@@ -5075,34 +7110,51 @@ def _resend(outbox: Outbox, options: Any) -> None:
     _say(f"{outbox.resend(options.id, endpoint=options.endpoint)} deliveries are pending again")
 
 
-def _local_receiver(port: int, answer: Callable[[Mapping[str, str], bytes], int]) -> Any:
-    """Return a loopback HTTP server that answers each POST with the status that `answer` returns; not yet serving."""
-    import http.server
+def _local_server(app: WSGIApplication, port: int, host: str = "127.0.0.1") -> Any:
+    """Return an HTTP server of one WSGI application, a thread for each connection; not yet serving."""
+    import io
+    import socketserver
+    import wsgiref.simple_server
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    class Handler(wsgiref.simple_server.WSGIRequestHandler):
         timeout = 60
-
-        def do_POST(self) -> None:
-            length = self.headers.get("Content-Length", "")
-            if not re.fullmatch(r"[0-9]{1,7}", length):
-                return self.send_error(411)
-            status = answer(dict(self.headers.items()), self.rfile.read(int(length)))
-            self.send_response(status)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
 
         def log_message(self, *_: Any) -> None:
             pass
 
-    class Server(http.server.ThreadingHTTPServer):
-        def handle_error(self, *_: Any) -> None:  # a sender that breaks off
+        def get_stderr(self) -> Any:  # for the traceback of a peer that breaks off
+            return io.StringIO()
+
+    class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        daemon_threads = True
+
+        def handle_error(self, *_: Any) -> None:
             pass
 
     try:
-        return Server(("127.0.0.1", port), Handler)
+        return wsgiref.simple_server.make_server(host, port, app, Server, Handler)
     except (OSError, OverflowError) as error:
-        raise OutboxError(f"cannot listen on port {port}: {error}") from None
+        raise OutboxError(f"cannot listen on {host} port {port}: {error}") from None
+
+
+def _receiver_app(answer: Callable[[Mapping[str, str], bytes], int]) -> WSGIApplication:
+    """Return a WSGI application that answers each POST with the status that `answer` returns."""
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        length = environ.get("CONTENT_LENGTH", "")
+        if environ["REQUEST_METHOD"] != "POST":
+            status = 405
+        elif not re.fullmatch(r"[0-9]{1,7}", length):
+            status = 411
+        else:
+            names = {name: name[5:].replace("_", "-") for name in environ if name.startswith("HTTP_")}
+            headers = {short: environ[name] for name, short in names.items()}
+            status = answer(headers, environ["wsgi.input"].read(int(length)))
+        start_response(f"{status} X", [("Content-Length", "0")])
+        return []
+
+    return app
 
 
 def _listen(_: None, options: Any) -> None:
@@ -5122,28 +7174,12 @@ def _listen(_: None, options: Any) -> None:
         _say(f"{verdict}  answered {options.status}\n  {_one_line(body.decode('utf-8', 'replace'), 2000)}")
         return int(options.status)
 
-    with _local_receiver(options.port, answer) as server:
+    with _local_server(_receiver_app(answer), options.port) as server:
         _say(f"listening on http://127.0.0.1:{server.server_port}/ (Ctrl-C ends)")
         server.serve_forever()
 
 
 def _dashboard(outbox: Outbox, options: Any) -> None:
-    import socketserver
-    import wsgiref.simple_server
-
-    class Handler(wsgiref.simple_server.WSGIRequestHandler):
-        timeout = 60
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
-        address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-        daemon_threads = True
-
-        def handle_error(self, *_: Any) -> None:  # a browser that breaks off
-            pass
-
     page, own = dashboard_app(outbox), {"localhost", "127.0.0.1", "::1", options.host}
 
     def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -5154,11 +7190,7 @@ def _dashboard(outbox: Outbox, options: Any) -> None:
         start_response("403 Forbidden", [("Content-Type", "text/plain")])
         return [b"This name is not the dashboard's; use the address that the command printed.\n"]
 
-    try:
-        server = wsgiref.simple_server.make_server(options.host, options.port, guarded, Server, Handler)
-    except (OSError, OverflowError) as error:
-        raise OutboxError(f"cannot listen on {options.host} port {options.port}: {error}") from None
-    with server:
+    with _local_server(guarded, options.port, options.host) as server:
         host = f"[{options.host}]" if ":" in options.host else options.host
         _say(
             f"dashboard on http://{host}:{server.server_port}/ (Ctrl-C ends); whoever reaches it can replay and disable"
@@ -5184,7 +7216,7 @@ class _Demo:
         self.add("dead", lambda headers, body: 500 if self.broken else 200)
 
     def add(self, id: str, answer: Callable[[Mapping[str, str], bytes], int]) -> Endpoint:
-        server = self.stack.enter_context(_local_receiver(0, answer))
+        server = self.stack.enter_context(_local_server(_receiver_app(answer), 0))
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         self.stack.callback(server.shutdown)
         return self.outbox.add_endpoint(f"http://127.0.0.1:{server.server_port}/hooks", events=["order.*"], id=id)
@@ -5298,15 +7330,6 @@ def _when(text: str) -> float:
     return _seconds(moment)
 
 
-def _shard(text: str) -> _Share:
-    import argparse
-
-    match = re.fullmatch(r"([0-9]{1,2})/([0-9]{1,2})", text, re.ASCII)
-    if not match or not 1 <= int(match[1]) <= int(match[2]) <= 16:
-        raise argparse.ArgumentTypeError("write 1/4 for the first of four shares; there are at most 16")
-    return _Share(int(match[1]), int(match[2]))
-
-
 _FLAG = {"action": "store_true"}
 # The arguments of all commands. One that differs in a command stands under that command's words too; one that is a
 # plain text and says enough by its name is left out.
@@ -5320,19 +7343,11 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--until": dict(type=_when),
     "init --wal": dict(_FLAG, help="also switch to WAL"),
     "endpoint add url": dict(metavar="URL"),
+    **{f"--{name.replace('_', '-')}": option.argument for name, option in _OPTIONS.items()},
+    "endpoint add --tenant": _OPTIONS["tenant"].argument,
+    "emit --tenant": dict(metavar="ID", help="the customer whom it concerns"),
+    "--tenant": dict(metavar="ID", help="only this customer's"),
     "--secret": dict(help="whsec_..., env:NAME or file:PATH; one is made when it is left out"),
-    "--events": dict(nargs="+", metavar="PATTERN", help="order.created, 'order.*' or '*'"),
-    "--headers": dict(nargs="+", action="extend", metavar="'NAME: VALUE'"),
-    "--body": dict(help="standard, data, cloudevents, slack, discord, or a transform of --app"),
-    "--signing": dict(help="standard, stripe, github, joined by + to send several"),
-    "--rate": dict(type=float, help="deliveries per second"),
-    "--timeout": dict(type=float, help="seconds an attempt may last (15)"),
-    "--max-in-flight": dict(type=int, help="attempts at once at the most (16)"),
-    "--ordered": dict(action="store_const", const=True, help="one after the other"),
-    "--no-ordered": dict(action="store_const", const=False, dest="ordered"),
-    "--on-dead": dict(choices=("skip", "hold"), help="what a queue does after a failed row"),
-    "--cert": dict(nargs="+", metavar="PATH", help="client certificate, and its key"),
-    "--ca": dict(metavar="PATH", help="certificates of a private authority"),
     "endpoint disable --reason": dict(default=""),
     "--grace": dict(type=float, help="seconds that the old one signs too"),
     "emit data": dict(metavar="JSON", help="- reads standard input"),
@@ -5342,7 +7357,6 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--once": dict(_FLAG, help="until nothing is due now"),
     "--until-empty": dict(_FLAG, help="until nothing is pending, retries included"),
     "--workers": dict(type=int, help="attempts under way at once"),
-    "--shard": dict(type=_shard, default=_ALL, metavar="K/N", help="only this share of the endpoints, like 1/4"),
     "--watch": dict(_FLAG, help="again every two seconds"),
     "--max-age": dict(type=float, default=300.0, metavar="S", help="seconds that a due delivery may wait (300)"),
     "--max-failed": dict(type=int, default=0, metavar="N", help="failed rows allowed (0)"),
@@ -5362,10 +7376,11 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "listen --secret": dict(help="whsec_...: verify with it"),
     "--status": dict(type=int, default=200, metavar="N", help="what to answer (200)"),
 }
-_OPTIONS = " ".join(f"--{name.replace('_', '-')}" for name in EndpointOptions.__annotations__) + " --no-ordered"
+_ADDING = " ".join(f"--{name.replace('_', '-')}" for name in _OPTIONS if name != "url")
+_UPDATING = " ".join(f"--{name.replace('_', '-')}" for name, option in _OPTIONS.items() if not option.fixed)
 _LIMITS = "--max-age --max-failed --max-failing-endpoints"
-_DRAINING = "--once --until-empty --workers --shard"
-_FILTERS = "ids --ids --endpoint --type --reason --since --until"
+_DRAINING = "--once --until-empty --workers"
+_CHOOSING = "ids --ids --endpoint --tenant --type --reason --since --until"
 _GROUPS = {"endpoint": "where events go", "events": "the record of events", "failed": "deliveries that were given up"}
 # Each command: its words, what runs it with (outbox, options), its help, its arguments.
 _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
@@ -5373,10 +7388,10 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
     ("init", _init, "make the tables", "--wal"),
     ("schema", lambda o, a: _say(schema_sql().rstrip()), "print the SQL of the tables", ""),
     ("doctor", _doctor, "say what is wrong with this file and machine", "--json"),
-    ("endpoint add", _endpoint_add, "register an endpoint", f"url --id --secret {_OPTIONS}"),
-    ("endpoint list", _endpoint_list, "list endpoints", "--json"),
+    ("endpoint add", _endpoint_add, "register an endpoint", f"url --id --secret {_ADDING}"),
+    ("endpoint list", _endpoint_list, "list endpoints", "--tenant --json"),
     ("endpoint show", lambda o, a: _show_one(o.endpoint(a.id), a.json), "show one endpoint", "id --json"),
-    ("endpoint update", _endpoint_update, "change options", f"id --url {_OPTIONS}"),
+    ("endpoint update", _endpoint_update, "change options", f"id {_UPDATING}"),
     ("endpoint disable", _endpoint_set, "hold its deliveries", "id --reason"),
     ("endpoint enable", _endpoint_set, "resume its deliveries", "id"),
     ("endpoint remove", _endpoint_set, "delete it with its waiting deliveries", "id"),
@@ -5384,17 +7399,22 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
     ("endpoint secret", lambda o, a: _say(o._secret(a.id)), "print its secret", "id"),
     ("endpoint ping", _endpoint_ping, "send it a webhook.ping now", "id"),
     ("endpoint backfill", _backfill, "deliver recorded events that it missed", "id --since --until --type --dry-run"),
-    ("emit", _emit_by_hand, "record an event by hand", "type data --key --idempotency-key --delay --headers"),
+    ("emit", _emit_by_hand, "record an event by hand", "type data --tenant --key --idempotency-key --delay --headers"),
     ("drain", _drain_here, "deliver what is due; for ever unless told otherwise", _DRAINING),
     ("status", _status, "show endpoints and what waits", "--json --watch"),
     ("metrics", lambda o, a: _say(o.metrics().rstrip()), "print the numbers for Prometheus", ""),
     ("check", _check, "one line, and exit code 1 if something is wrong: for cron and monitoring", _LIMITS),
-    ("events list", _events_list, "list events, newest first", "--type --since --until --limit --after --json"),
+    (
+        "events list",
+        _events_list,
+        "list events, newest first",
+        "--tenant --type --since --until --limit --after --json",
+    ),
     ("events show", _events_show, "show an event, its deliveries and attempts", "id --json"),
-    ("failed list", _failed_list, "list failed rows, oldest first", f"{_FILTERS} --limit --after --json"),
+    ("failed list", _failed_list, "list failed rows, oldest first", f"{_CHOOSING} --limit --after --json"),
     ("failed show", _failed_show, "show one failed row", "id --json"),
-    ("failed replay", _failed_act, "deliver failed rows again", f"{_FILTERS} --all --dry-run"),
-    ("failed discard", _failed_act, "delete failed rows", f"{_FILTERS} --all --dry-run"),
+    ("failed replay", _failed_act, "deliver failed rows again", f"{_CHOOSING} --all --dry-run"),
+    ("failed discard", _failed_act, "delete failed rows", f"{_CHOOSING} --all --dry-run"),
     ("resend", _resend, "deliver a recorded event again", "id --endpoint"),
     ("prune", lambda o, a: _say(f"{o.prune(a.older_than)} events pruned"), "delete old events", "--older-than"),
     ("dashboard", _dashboard, "a page in the browser: what failed and why, replay, disable", "--port --host"),
@@ -5406,6 +7426,10 @@ def _parser() -> Any:
     import argparse
 
     class Parser(argparse.ArgumentParser):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.register("action", "switch", argparse.BooleanOptionalAction)  # --name and --no-name
+
         def error(self, message: str) -> NoReturn:
             message = re.sub(r"whsec_\S+", "whsec_...", message)  # a secret without its --secret
             self.exit(2, f"webhook_outbox: {_cut(message, 200)}; see --help\n")

@@ -4475,8 +4475,8 @@ class _Sender:
                 self._carry(connection, mono, attempt)
             elif origin.waiting and not self.stopping:
                 self._carry(connection, mono)
-            elif origin.parked and not self.stopping:
-                self.exchanges.keep(connection, mono)
+            elif not self.stopping and (origin.parked or (origin.proven and origin.keeps(mono))):
+                self.exchanges.keep(connection, mono)  # thrown away, it would be opened again in a moment
             else:
                 self.exchanges.shut(connection)
                 if waits:
@@ -4505,8 +4505,9 @@ class _Sender:
         if origin is not None and connection is not None and not connection.answer.started():
             if origin.press(connection, attempt, mono):
                 attempt.look_at = min(attempt.deadline, mono + _CROWDED)
-                if origin.idle:
-                    self.exchanges.shut(origin.idle[0])
+                unproven = [idle for idle in origin.idle if not idle.proven]
+                for idle in [*unproven, *[idle for idle in origin.idle if idle.proven][:1]]:
+                    self.exchanges.shut(idle)
             self._serve(origin, mono)
 
     def _expire(self, attempt: _Attempt, mono: float) -> None:

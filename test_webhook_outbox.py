@@ -139,6 +139,10 @@ class Request:
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
+def hangs(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+    return bool(sock.recv(1))  # until the other side has enough
+
+
 def answer(status: int, body: bytes = b"", *headers: str) -> bytes:
     lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", *headers, "", ""]
     return "\r\n".join(lines).encode() + body
@@ -178,7 +182,11 @@ class Receiver:
                 return
             self.connections += 1
             self.open.add(sock)
-            self._run(self._serve, sock, self.connections)
+            self.give(sock, self.connections)
+
+    def give(self, sock: socket.socket, number: int) -> None:
+        """Have somebody serve a connection: a thread of its own."""
+        self._run(self._serve, sock, number)
 
     def _serve(self, sock: socket.socket, number: int) -> None:
         raw, began = sock, time.monotonic()
@@ -3529,10 +3537,7 @@ def test_retry_after_outlives_the_drain_and_means_nothing_on_other_answers(wal: 
 
 @pytest.mark.parametrize("cause", [429, 502, 504, "silence", 500, 503, 404])
 def test_overload_waits_at_least_the_overload_delay(cause: Any, wal: str, serve: Serve) -> None:
-    def silence(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        return bool(sock.recv(1))
-
-    receiver = serve(silence if cause == "silence" else answer(cause))
+    receiver = serve(hangs if cause == "silence" else answer(cause))
     for policy, waits in (
         (RetryPolicy((0, 5, 50), 0.0, overload_delay=40), (40, 50)),
         (RetryPolicy((0, 5, 5), 0.0), (5, 5)),
@@ -7830,10 +7835,6 @@ def test_a_fast_endpoint_with_a_huge_backlog_gets_no_more_than_its_turn(wal, ser
     assert set(sent[100:]) == {"a"}
 
 
-def hangs(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-    return bool(sock.recv(1))  # until the other side has enough
-
-
 @pytest.mark.parametrize(("known", "most"), [("nothing", 8), pytest.param("a failure", 6, marks=pytest.mark.long)])
 def test_endpoints_that_hang_while_a_connection_is_opened_leave_openers_to_the_proven(wal, serve, known, most):
     """They hang in the TLS handshake: half the openers for those that nobody knows, 3/8 for those that failed."""
@@ -7866,24 +7867,27 @@ def test_endpoints_that_hang_while_a_connection_is_opened_leave_openers_to_the_p
         silent.close()
 
 
-class OneWorker(Receiver):
-    """Stays with a connection until that is closed, as a single-threaded HTTP/1.1 server does."""
+class DrainPrefork(Receiver):
+    """Has few workers; each stays with a connection until that is closed, as those of Apache's prefork do, and a
+    single-threaded HTTP/1.1 server."""
+
+    def __init__(self, play: Any = OK, workers: int = 1, **options: Any) -> None:
+        self.workers = workers
+        super().__init__(play, **options)
 
     def _accept(self) -> None:
-        while not self.closed:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:
-                return
-            self.connections += 1
-            self.open.add(sock)
-            self._serve(sock, self.connections)
+        for _ in range(self.workers - 1):
+            self._run(super()._accept)
+        super()._accept()
+
+    def give(self, sock: socket.socket, number: int) -> None:
+        self._serve(sock, number)
 
 
 @pytest.mark.parametrize("endpoints", [1, 3])
 def test_a_receiver_with_one_worker_is_not_starved_by_our_own_idle_connection(wal, serve, endpoints):
     """The request on a second connection would wait for the end of the first, and time out: a duplicate."""
-    receiver, outbox = serve(kind=OneWorker), make_outbox(wal, timeout=10)
+    receiver, outbox = serve(kind=DrainPrefork), make_outbox(wal, timeout=10)
     for number in range(endpoints):
         outbox.add_endpoint(receiver.url(f"/{number}"), id=f"e{number}")
     drain_emit(outbox, range(20))
@@ -9603,15 +9607,17 @@ def test_any_endpoint_of_an_origin_may_use_its_idle_connection(wal, serve):
         assert not sender.exchanges.idle
 
 
-def test_an_attempt_that_waits_for_a_connection_takes_the_first_that_becomes_idle(wal, serve):
-    """It is not sent twice when its own is opened after all: that one is kept for another."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_attempt_that_waits_for_a_connection_takes_the_first_that_becomes_idle(wal, serve, workers):
+    """It is not sent twice when its own is opened after all: that one is kept for another, while no more are idle than
+    may be kept."""
     go, receiver = threading.Event(), serve()
 
     def resolve(host: str, port: int) -> list[str]:
         assert len(receiver.requests) == 0 or go.wait(20)
         return ["127.0.0.1"]
 
-    with sender_of(wal, resolver=resolve) as sender:
+    with sender_of(wal, resolver=resolve, workers=workers) as sender:
         lane = lane_to(sender, receiver.url(host="x.test"))
         sender.begin(lane, row_of(1), time.time())
         assert sent(sender) == [(1, 200)]
@@ -9622,7 +9628,17 @@ def test_an_attempt_that_waits_for_a_connection_takes_the_first_that_becomes_idl
         assert sent(sender) == [(2, 200)] and sender.openers.busy == 1
         go.set()
         eventually(lambda: sender.wait(0.01) or sender.openers.busy == 0)
-        assert len(receiver.requests) == 2 and sender.origin(lane.wire).open == 2
+        assert len(receiver.requests) == 2 and sender.origin(lane.wire).open == workers
+
+
+def test_as_many_connections_are_kept_idle_as_there_are_workers_and_the_longest_idle_goes_first(wal, serve):
+    receivers = [serve() for _ in range(4)]
+    with sender_of(wal, workers=2) as sender:
+        lanes = [lane_to(sender, receiver.url()) for receiver in receivers]
+        for event, lane in enumerate(lanes):
+            sender.begin(lane, row_of(event), time.time())
+            assert sent(sender) == [(event, 200)]
+        assert [sender.origin(lane.wire).open for lane in lanes] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("served", [False, True])
@@ -9956,7 +9972,7 @@ def test_proven_endpoints_that_use_every_opener_leave_the_next_one_to_who_is_not
 
 
 def test_an_attempt_that_hangs_is_ended_by_its_timeout_and_its_place_used_again(wal, serve):
-    receiver = serve([lambda receiver, sock, request: bool(sock.recv(1)), OK])
+    receiver = serve([hangs, OK])
     outbox = make_outbox(wal, timeout=0.5, retry=RetryPolicy((0, 0), jitter=0.0))
     outbox.add_endpoint(receiver.url(), max_in_flight=1)
     event = emit(outbox)
@@ -10412,27 +10428,6 @@ class DrainPaths:
             self.inside -= 1
         sock.sendall(OK)
         return True
-
-
-class DrainPrefork(Receiver):
-    """Has few workers; each stays with a connection until that is closed, as those of Apache's prefork do."""
-
-    def __init__(self, play: Any = OK, workers: int = 1, **options: Any) -> None:
-        self.workers = workers
-        super().__init__(play, **options)
-
-    def _accept(self) -> None:
-        for _ in range(self.workers - 1):
-            self._run(self._work)
-        self._work()
-
-    def _work(self) -> None:
-        with contextlib.suppress(OSError):
-            while not self.closed:
-                sock, _ = self.listener.accept()
-                self.connections += 1
-                self.open.add(sock)
-                self._serve(sock, self.connections)
 
 
 class DrainHandler(http.server.BaseHTTPRequestHandler):

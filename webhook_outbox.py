@@ -3194,7 +3194,7 @@ class _Watch:
 
 class _DrainFile:
     """The drain's connection to the database, and what it watches there. Both are closed while a thread of this
-    process forks (the head of this section tells why): park() in the thread that forks waits until the
+    process forks (_Process tells why): park() in the thread that forks waits until the
     loop has closed them; the loop stands aside in let_fork() until unpark().
 
     The connection belongs to the loop's thread. Under the condition: how many threads are forking, and
@@ -4428,17 +4428,22 @@ class _Sender:
             outcome = _failure(result, attempt.hidden)
         fits = not self.stopping and origin.keeps(mono)
         if fits and isinstance(result, _Answer) and result.reusable and not connection.out:
-            self.exchanges.keep(connection, mono)
-            if len(self.exchanges.idle) > self.settings.workers:
-                self._serve_all(self.exchanges.shut_idle(self.settings.workers, -math.inf), mono)
+            self._keep(connection, mono)
         else:
             self.exchanges.shut(connection)
         self._finish(attempt, outcome)
         if origin.waiting or origin.parked:
             self._serve(origin, mono)
 
-    def _serve_all(self, origins: Iterable[_Origin], mono: float) -> None:
-        for origin in origins:
+    def _keep(self, connection: _Connection, mono: float) -> None:
+        """Let a connection rest; the longest idle one makes room where there are as many as may be kept."""
+        self.exchanges.keep(connection, mono)
+        if len(self.exchanges.idle) > self.settings.workers:
+            self._shut_idle(-math.inf, mono)
+
+    def _shut_idle(self, before: float, mono: float) -> None:
+        """Close idle connections: what is more than may be kept, and what has been idle since `before`."""
+        for origin in self.exchanges.shut_idle(self.settings.workers, before):
             self._serve(origin, mono)
 
     def _made(self, attempt: _Attempt, result: Any, mono: float) -> None:
@@ -4471,12 +4476,12 @@ class _Sender:
                 self._finish(attempt, _failure(result, attempt.hidden))
         else:
             connection = self.exchanges.add(result, origin)
-            if waits and not self.stopping or attempt.resent and waits:
+            if waits and (attempt.resent or not self.stopping):
                 self._carry(connection, mono, attempt)
             elif origin.waiting and not self.stopping:
                 self._carry(connection, mono)
             elif not self.stopping and (origin.parked or (origin.proven and origin.keeps(mono))):
-                self.exchanges.keep(connection, mono)  # thrown away, it would be opened again in a moment
+                self._keep(connection, mono)  # thrown away, it would be opened again in a moment
             else:
                 self.exchanges.shut(connection)
                 if waits:
@@ -4505,8 +4510,9 @@ class _Sender:
         if origin is not None and connection is not None and not connection.answer.started():
             if origin.press(connection, attempt, mono):
                 attempt.look_at = min(attempt.deadline, mono + _CROWDED)
-                unproven = [idle for idle in origin.idle if not idle.proven]
-                for idle in [*unproven, *[idle for idle in origin.idle if idle.proven][:1]]:
+                # Which of those that brought no answer have a worker is not known; one that did has.
+                proven = [idle for idle in origin.idle if idle.proven]
+                for idle in [idle for idle in origin.idle if not idle.proven] + proven[:1]:
                     self.exchanges.shut(idle)
             self._serve(origin, mono)
 
@@ -4525,7 +4531,7 @@ class _Sender:
 
     def chores(self, mono: float) -> None:
         """Close connections that were idle for long; free lanes that still stand where there is room."""
-        self._serve_all(self.exchanges.shut_idle(self.settings.workers, mono - _IDLE_CONNECTION), mono)
+        self._shut_idle(mono - _IDLE_CONNECTION, mono)
         for origin in list(self.crowded):
             if origin.parked:
                 self._serve(origin, mono)
@@ -4693,8 +4699,10 @@ class _Finder:
                 if known is not None:
                     known.backlog.appeared(due_at, event)
                 due[id] = min(due_at, due.get(id, math.inf))
-            elif status == "queued" and known is not None and known.enabled and name in known.backlog.ends:
-                known.backlog.follow(db, name or "", known.backlog.ends[name or ""], now)
+            elif status != "queued" or name is None or known is None:
+                continue
+            elif known.enabled and name in known.backlog.ends:
+                known.backlog.follow(db, name, known.backlog.ends[name], now)
                 due[id] = -math.inf
         self._work_for(due, now, mono)
 
@@ -5391,11 +5399,11 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _checked_data(data: Any) -> str:
-    """Return data as JSON text that every receiver can parse and that will be sent as it is."""
+def _checked_data(data: Any) -> tuple[str, int]:
+    """Return data as JSON text that every receiver can parse and that will be sent as it is, and its size in bytes."""
     try:
         text = _dumps(data)
-        text.encode()
+        size = len(text.encode())
     except UnicodeEncodeError:
         raise PayloadError("data holds half a surrogate pair, which is no Unicode text") from None
     except RecursionError:
@@ -5404,7 +5412,7 @@ def _checked_data(data: Any) -> str:
         raise PayloadError(f"data is not plain JSON: {_one_line(str(error), 120)}") from None
     if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
         raise PayloadError("data is nested too deeply")
-    return text
+    return text, size
 
 
 def _path(database: str | os.PathLike[str]) -> str:
@@ -5666,8 +5674,7 @@ class Outbox:
         when SQLite itself rolled your transaction back; sqlite3 errors such as "database is locked" pass through.
         """
         _checked_type(type)
-        text = _checked_data(data)
-        size = len(text.encode())
+        text, size = _checked_data(data)
         if size > self.max_body:
             raise PayloadError(f"data is {size:,} bytes, the limit is {self.max_body:,}; send a link instead")
         if size > _WARN_BODY:
@@ -5819,7 +5826,7 @@ class Outbox:
 
     def enable_endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
         """Resume an endpoint's held deliveries, with its failures forgotten."""
-        return self._set(conn, id, {"enabled": 1, **_FRESH})
+        return self.update_endpoint(id, enabled=True, conn=conn)
 
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
         """Delete an endpoint with its waiting and failed deliveries. What was delivered stays on record."""
@@ -6126,14 +6133,17 @@ class Outbox:
         seq = _event_seq(event_id)
         cursor.execute("SELECT seq FROM main.webhook_events WHERE seq = ?", (seq,))
         if seq is None or cursor.fetchone() is None:
-            raise NotFound(f"there is no event {_one_line(str(event_id), 64)}; it may have been pruned")
+            raise self._no_event(event_id)
         return seq
+
+    def _no_event(self, id: object) -> NotFound:
+        return NotFound(f"there is no event {_one_line(str(id), 64)}; it may have been pruned")
 
     def event(self, id: str) -> Event:
         """Return an event with its deliveries; raise NotFound."""
         found = self.events(ids=[id])
         if not found:
-            raise NotFound(f"there is no event {_one_line(str(id), 64)}; it may have been pruned")
+            raise self._no_event(id)
         return dataclasses.replace(found[0], deliveries=tuple(self.deliveries(event_id=id, limit=10_000)))
 
     def events(

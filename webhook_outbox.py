@@ -1,19 +1,18 @@
-# webhook_outbox.py - webhooks from your SQLite transaction, signed and retried. One file: copy it into your app.
-# SPDX-License-Identifier: MIT
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["requests>=2.32.4"]
-# ///
-"""Send webhooks from a small app, without a broker: the event commits with your data, or not at all.
+# webhook_outbox.py - webhooks from your SQLite transaction, signed and retried. One file: copy it
+# into your app. SPDX-License-Identifier: MIT /// script requires-python = ">=3.10" dependencies =
+# ["requests>=2.32.4"] ///
+"""Send webhooks from a small app, without a broker: the event commits with your data, or not at
+all.
 
-    outbox = Outbox("app.db")                                   # makes its own tables, prefix webhook_
-    outbox.add_endpoint("https://example.com/hooks", events=["order.*"])
+    outbox = Outbox("app.db")                                   # makes its own tables, prefix
+    webhook_ outbox.add_endpoint("https://example.com/hooks", events=["order.*"])
 
     with sqlite3.connect("app.db") as conn:                     # your transaction
         conn.execute("INSERT INTO orders (total) VALUES (49.99)")
         outbox.emit(conn, "order.created", {"total": 49.99})
 
-    outbox.start()                                              # or: python -m webhook_outbox --db app.db drain
+    outbox.start()                                              # or: python -m webhook_outbox --db
+    app.db drain
 
 What holds
     If your commit returned, every matching endpoint gets the event until it answers 2xx or 410, the delivery
@@ -38,9 +37,9 @@ Words
     origin    scheme, host, port, certificate and CA: what connections belong to
     drain     to send what is due; one process per file drains, others stand by
 
-Contents: defaults and schema, errors, types, signing, retry policy, network guard, transport, exchange,
-endpoint options, storage, drain (its rooms, then the loop), outbox, receiving, doctor, dashboard, command line,
-licence. Each section uses only what stands above it.
+Contents: defaults and schema, errors, types, signing, retry policy, network guard, transport,
+exchange, endpoint options, storage, drain (its rooms, then the loop), outbox, receiving, doctor,
+dashboard, command line, licence. Each section uses only what stands above it.
 """
 
 from __future__ import annotations
@@ -135,9 +134,9 @@ __all__ = [
 
 _log = logging.getLogger("webhook_outbox")
 
-# ── defaults and schema ──────────────────────────────────────────────────────────────────────────────────────────
-# Promises: the tables are the whole state; each trigger is one rule of the product, so that plain SQL (the sqlite3
-# shell, another language) gets the same rules. Knows nothing about Python.
+# ── defaults and schema ───────────────────────────────────────────────────────────────────────────
+# Promises: the tables are the whole state; each trigger is one rule of the product, so that plain
+# SQL (the sqlite3 shell, another language) gets the same rules. Knows nothing about Python.
 
 _SQLITE_NEEDED = (3, 34, 0)
 _MAX_BODY = 262_144  # bytes
@@ -146,13 +145,15 @@ _RETENTION = 30 * 86_400.0  # seconds
 _KEPT_RESPONSE = 4_096  # bytes of the answer that are stored
 _READ_RESPONSE = 65_536  # bytes of the answer that are read
 _READ_HEAD = 16_384  # bytes of status line and headers that are read
-_IDLE_CONNECTION = 60.0  # seconds until an idle connection is closed, so that DNS changes are followed
+_IDLE_CONNECTION = (
+    60.0  # seconds until an idle connection is closed, so that DNS changes are followed
+)
 _REASONS = "dns blocked connect tls timeout protocol status gone aborted expired internal".split()
 
-# In a queue (one key of one endpoint, or an ordered endpoint) only the oldest unfinished delivery is
-# 'pending'; those behind it are 'queued' and not in the index that the drain reads, so a long queue
-# costs a pick nothing. {row} is NEW or OLD. The head is the oldest unfinished delivery, or a failed
-# one that its endpoint holds on to.
+# In a queue (one key of one endpoint, or an ordered endpoint) only the oldest unfinished delivery
+# is 'pending'; those behind it are 'queued' and not in the index that the drain reads, so a long
+# queue costs a pick nothing. {row} is NEW or OLD. The head is the oldest unfinished delivery, or a
+# failed one that its endpoint holds on to.
 _SETTLE = """
   UPDATE webhook_deliveries SET status = 'queued'
    WHERE endpoint_id = {row}.endpoint_id AND queue = {row}.queue AND status = 'pending' AND event > {head};
@@ -175,9 +176,9 @@ def _settle(row: str) -> str:
     return _SETTLE.format(row=row, head=_HEAD.format(row=row))
 
 
-# Patterns that another pattern of the same endpoint covers are left out, so that a type matches at most
-# one row of an endpoint. GLOB is the matcher: '*' is everything except webhook.*, 'order.*' everything
-# below order.
+# Patterns that another pattern of the same endpoint covers are left out, so that a type matches at
+# most one row of an endpoint. GLOB is the matcher: '*' is everything except webhook.*, 'order.*'
+# everything below order.
 _SUBSCRIBE = """
   DELETE FROM webhook_patterns WHERE endpoint_id = NEW.id;
   INSERT INTO webhook_patterns (tenant, pattern, endpoint_id, ordered)
@@ -186,25 +187,29 @@ _SUBSCRIBE = """
      SELECT 1 FROM json_each(NEW.events) AS wider
       WHERE wider.value <> one.value AND one.value GLOB wider.value
         AND NOT (wider.value = '*' AND one.value GLOB 'webhook.*'));"""
-# Endpoints whose version is newer than the newest that a drain has seen are those that it must read again.
+# Endpoints whose version is newer than the newest that a drain has seen are those that it must read
+# again.
 _TOUCH = """
   UPDATE webhook_meta SET value = value + 1 WHERE key = 'endpoints_version';
   UPDATE webhook_endpoints SET version = (SELECT value FROM webhook_meta WHERE key = 'endpoints_version')
    WHERE id = NEW.id;"""
-# Says that a delivery of an event that a drain has seen already became due: it looks over all that wait.
+# Says that a delivery of an event that a drain has seen already became due: it looks over all that
+# wait.
 _WORK = "UPDATE webhook_meta SET value = value + 1 WHERE key = 'work'"
 _NOW = "(julianday('now') - 2440587.5) * 86400.0"
 _EVENT_ID = "printf('msg_%016x', {})"
 _CHANCE_BITS = 20
 _CHANCE = f"abs(random() % {1 << _CHANCE_BITS})"
-# The year 2109. A clock beyond it (milliseconds instead of seconds, say) makes keys that still grow by
-# chance, with room for as many events again; at the end of 63 bits the next event would find no key.
+# The year 2109. A clock beyond it (milliseconds instead of seconds, say) makes keys that still grow
+# by chance, with room for as many events again; at the end of 63 bits the next event would find no
+# key.
 _LAST_MILLISECOND = (1 << 42) - 1
 
 
 def _refuse(why: str, when: str) -> str:
-    """Return a statement of a trigger that refuses a row. One statement a rule: a chain of conditions in
-    one expression would be too deep for hosts that set SQLITE_LIMIT_EXPR_DEPTH as SQLite recommends."""
+    """Return a statement of a trigger that refuses a row. One statement a rule: a chain of
+    conditions in one expression would be too deep for hosts that set SQLITE_LIMIT_EXPR_DEPTH as
+    SQLite recommends."""
     return f"\n  SELECT RAISE(ABORT, 'webhook_emit: {why}') WHERE {when};"
 
 
@@ -228,7 +233,10 @@ _EMIT_CHECKS = "".join(
             "length(NEW.tenant) NOT BETWEEN 1 AND 64 OR NEW.tenant GLOB '*[^A-Za-z0-9_-]*'",
             "tenant must be 1 to 64 letters, digits, _ and -; leave it out for an event of your own",
         ),
-        ("typeof(NEW.tenant) NOT IN ('text', 'integer', 'null') OR instr(NEW.tenant, char(0))", "tenant must be text"),
+        (
+            "typeof(NEW.tenant) NOT IN ('text', 'integer', 'null') OR instr(NEW.tenant, char(0))",
+            "tenant must be text",
+        ),
         (
             "NEW.tenant IS NOT NULL AND NEW.type GLOB 'webhook.*'",
             "events of type webhook.* have no tenant; leave it out",
@@ -248,7 +256,10 @@ _EMIT_CHECKS = "".join(
             " OR NEW.delay NOT BETWEEN 0 AND 1e9)",
             "delay must be seconds, 0 to 1e9",
         ),
-        ("length(NEW.key) > 256 OR instr(NEW.key, char(0))", "key must be text of at most 256 characters"),
+        (
+            "length(NEW.key) > 256 OR instr(NEW.key, char(0))",
+            "key must be text of at most 256 characters",
+        ),
         (
             "length(NEW.idempotency_key) > 256 OR instr(NEW.idempotency_key, char(0))",
             "idempotency_key must be text of at most 256 characters",
@@ -256,9 +267,9 @@ _EMIT_CHECKS = "".join(
     )
 )
 
-# The deliveries of a new event to endpoints of a tenant. It is the newest of its queue, so it is the head if nobody
-# else is in it; a trigger that looked at each new row would cost an eighth of an emit, in no queue too. Two selects
-# and not IN: that builds a table for its two values.
+# The deliveries of a new event to endpoints of a tenant. It is the newest of its queue, so it is
+# the head if nobody else is in it; a trigger that looked at each new row would cost an eighth of an
+# emit, in no queue too. Two selects and not IN: that builds a table for its two values.
 _MATCH = """
   SELECT NEW.seq, endpoint_id, NEW.due_at, CASE WHEN ordered THEN '' ELSE NEW.key END,
          CASE WHEN NOT ordered AND NEW.key IS NULL THEN 'pending'
@@ -321,9 +332,10 @@ _FIRST_SCHEMA = (
   PRIMARY KEY (tenant, pattern, endpoint_id)
 ) WITHOUT ROWID""",
     """CREATE INDEX webhook_patterns_endpoint ON webhook_patterns (endpoint_id)""",
-    # An event's key is made of the time and of chance. It only grows, because it is chosen under the write
-    # lock, so a drain finds what is new behind the newest that it has seen; and it is not issued again after
-    # the newest event was deleted or a backup restored, so an outcome never meets another event's delivery.
+    # An event's key is made of the time and of chance. It only grows, because it is chosen under
+    # the write lock, so a drain finds what is new behind the newest that it has seen; and it is not
+    # issued again after the newest event was deleted or a backup restored, so an outcome never
+    # meets another event's delivery.
     f"""CREATE TABLE webhook_events (
   seq INTEGER PRIMARY KEY,                     -- milliseconds since 1970, times 2 to the 20th, plus chance
   id TEXT GENERATED ALWAYS AS ({_EVENT_ID.format("seq")}) VIRTUAL,
@@ -351,7 +363,8 @@ _FIRST_SCHEMA = (
 ) WITHOUT ROWID""",
     """CREATE INDEX webhook_deliveries_due ON webhook_deliveries (endpoint_id, due_at, event)
  WHERE status = 'pending'""",
-    # Open rows only: what was delivered stays for a month, and must cost neither a count nor a look.
+    # Open rows only: what was delivered stays for a month, and must cost neither a count nor a
+    # look.
     """CREATE INDEX webhook_deliveries_queue ON webhook_deliveries (endpoint_id, queue, status, event)
  WHERE queue IS NOT NULL AND (status = 'pending' OR status = 'queued' OR status = 'failed')""",
     """CREATE TABLE webhook_attempts (
@@ -390,8 +403,8 @@ _FIRST_SCHEMA = (
   PRIMARY KEY (endpoint_id, name)
 ) WITHOUT ROWID""",
     """CREATE TABLE webhook_inbox (id TEXT PRIMARY KEY NOT NULL, received_at REAL NOT NULL) WITHOUT ROWID""",
-    # The library's own way in: it checked the row already, so its trigger needs no JSON function, which
-    # hosts with PRAGMA trusted_schema = OFF refuse in some versions of SQLite.
+    # The library's own way in: it checked the row already, so its trigger needs no JSON function,
+    # which hosts with PRAGMA trusted_schema = OFF refuse in some versions of SQLite.
     """CREATE VIEW webhook_accept AS
 SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, 0.0 AS due_at, NULL AS outbox
   FROM webhook_events""",
@@ -461,7 +474,8 @@ END""",
   DELETE FROM webhook_counts WHERE endpoint_id = OLD.id;
   UPDATE webhook_meta SET value = value + 1 WHERE key IN ('endpoints_version', 'endpoints_removed');
 END""",
-    # One that left the queue from behind its head, because the drain went ahead, leaves the head as it is.
+    # One that left the queue from behind its head, because the drain went ahead, leaves the head as
+    # it is.
     f"""CREATE TRIGGER webhook_deliveries_finish AFTER UPDATE OF status ON webhook_deliveries
 WHEN NEW.queue IS NOT NULL AND OLD.status <> 'queued'
  AND (NEW.status NOT IN ('pending', 'queued') OR OLD.status <> 'pending') BEGIN{_settle("NEW")}
@@ -486,14 +500,15 @@ END""",
   UPDATE webhook_deliveries SET status = 'discarded'
    WHERE event = OLD.event AND endpoint_id = OLD.endpoint_id AND status = 'failed';
 END""",
-    # Without the newest event the next one may get a lower key, which a drain would not find behind it.
+    # Without the newest event the next one may get a lower key, which a drain would not find behind
+    # it.
     f"""CREATE TRIGGER webhook_events_delete AFTER DELETE ON webhook_events BEGIN
   DELETE FROM webhook_deliveries WHERE event = OLD.seq;
   DELETE FROM webhook_attempts WHERE event = OLD.seq;
   {_WORK} AND NOT EXISTS (SELECT 1 FROM webhook_events WHERE seq > OLD.seq);
 END""",
-    # What the drain writes, in one statement a batch. `kind` says how the columns are to be read; rows without
-    # a kind are filling.
+    # What the drain writes, in one statement a batch. `kind` says how the columns are to be read;
+    # rows without a kind are filling.
     """CREATE VIEW webhook_record AS
 SELECT '' AS kind, event, endpoint_id, status, due_at, 0.0 AS at, 0.0 AS duration, NULL AS status_code,
        NULL AS reason, NULL AS error, NULL AS response FROM webhook_deliveries""",
@@ -508,14 +523,14 @@ BEGIN{_AFTER_TRY}
     FROM webhook_deliveries AS d LEFT JOIN webhook_events AS e ON e.seq = d.event
    WHERE NEW.status = 'failed' AND d.status = 'failed' AND d.event = NEW.event AND d.endpoint_id = NEW.endpoint_id;
 END""",
-    # Only the delivery's part of an outcome, ahead of the outcomes of a batch. Of a queue that went on from
-    # memory the last success is marked first: each one that is recorded as the head of its queue makes the
-    # next one the head, a write that is wasted when that one is delivered too.
+    # Only the delivery's part of an outcome, ahead of the outcomes of a batch. Of a queue that went
+    # on from memory the last success is marked first: each one that is recorded as the head of its
+    # queue makes the next one the head, a write that is wasted when that one is delivered too.
     f"""CREATE TRIGGER webhook_record_mark INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'mark'
 BEGIN{_AFTER_TRY}
 END""",
-    # An endpoint's state: due_at is paused_until, at is failing_since, duration is failures, and error is
-    # why it is to be disabled, or NULL.
+    # An endpoint's state: due_at is paused_until, at is failing_since, duration is failures, and
+    # error is why it is to be disabled, or NULL.
     """CREATE TRIGGER webhook_record_endpoint INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'endpoint' BEGIN
   UPDATE webhook_endpoints SET failures = NEW.duration, failing_since = NEW.at, paused_until = NEW.due_at
    WHERE id = NEW.endpoint_id;
@@ -540,7 +555,8 @@ END""",
   ('drains', 0), ('schema_version', 1)""",
 )
 
-# One entry a version, in one transaction each, only additions: a drain of an older copy goes on beside them.
+# One entry a version, in one transaction each, only additions: a drain of an older copy goes on
+# beside them.
 _SCHEMA: tuple[tuple[str, ...], ...] = (_FIRST_SCHEMA,)
 
 
@@ -549,7 +565,7 @@ def schema_sql() -> str:
     return "".join(f"{statement};\n\n" for version in _SCHEMA for statement in version)
 
 
-# ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── errors ────────────────────────────────────────────────────────────────────────────────────────
 # Promises: one root; a message says what to do next and holds no secret.
 
 
@@ -558,11 +574,13 @@ class OutboxError(Exception):
 
 
 class NotInTransaction(OutboxError):
-    """The connection has no open transaction, so the event could not commit together with your rows."""
+    """The connection has no open transaction, so the event could not commit together with your
+    rows."""
 
 
 class PayloadError(OutboxError, ValueError):
-    """A value cannot be used as it is: data, type, key, header or an endpoint option. Nothing was written."""
+    """A value cannot be used as it is: data, type, key, header or an endpoint option. Nothing was
+    written."""
 
 
 class UnsafeURL(OutboxError, ValueError):
@@ -574,11 +592,13 @@ class NotFound(OutboxError, LookupError):
 
 
 class SchemaError(OutboxError):
-    """The file is not the outbox's: missing, no database, without tables, of a newer version, or another file."""
+    """The file is not the outbox's: missing, no database, without tables, of a newer version, or
+    another file."""
 
 
 class TransactionLost(OutboxError):
-    """SQLite rolled your whole transaction back (disk full, I/O error): stop, do not go on writing in autocommit."""
+    """SQLite rolled your whole transaction back (disk full, I/O error): stop, do not go on writing
+    in autocommit."""
 
 
 class SignatureError(OutboxError):
@@ -590,11 +610,13 @@ class TimestampError(SignatureError):
 
 
 class _Unready(Exception):
-    """The attempt cannot be made: a secret is not where it should be, a transform misbehaved, a row is damaged."""
+    """The attempt cannot be made: a secret is not where it should be, a transform misbehaved, a row
+    is damaged."""
 
 
-# ── types ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: frozen values. Times (*_at, at, since) are UTC seconds since 1970, durations are seconds.
+# ── types ─────────────────────────────────────────────────────────────────────────────────────────
+# Promises: frozen values. Times (*_at, at, since) are UTC seconds since 1970, durations are
+# seconds.
 
 
 def _one_line(text: str, most: int = 300) -> str:
@@ -604,7 +626,9 @@ def _one_line(text: str, most: int = 300) -> str:
 
 def _moment(value: float) -> str:
     try:
-        return datetime.datetime.fromtimestamp(value, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
+        return datetime.datetime.fromtimestamp(value, datetime.timezone.utc).strftime(
+            "%Y-%m-%d %H:%M:%SZ"
+        )
     except (ValueError, OverflowError, OSError):  # plain SQL can store any number
         return f"{value:g}"
 
@@ -624,12 +648,12 @@ def _age(seconds: float | None) -> str:
 
 
 class _Keys:
-    """Makes keys for events: milliseconds, then chance, each higher than the one before. The file refuses
-    a key that is no higher than its newest one, which another process may have made. Threads may make
-    the same one: then the second to commit is refused.
+    """Makes keys for events: milliseconds, then chance, each higher than the one before. The file
+    refuses a key that is no higher than its newest one, which another process may have made.
+    Threads may make the same one: then the second to commit is refused.
 
-    The chance is a generator of our own: tests seed the global one, and a key that came again after a
-    restore would be another event's. It is no secret."""
+    The chance is a generator of our own: tests seed the global one, and a key that came again after
+    a restore would be another event's. It is no secret."""
 
     __slots__ = ("_chance", "_last")
 
@@ -638,7 +662,9 @@ class _Keys:
 
     def new(self, now: float, newest: int = 0) -> int:
         """Return a key for an event of `now`; newest: what the file has."""
-        key = int(min(max(now * 1000, 0), _LAST_MILLISECOND)) << _CHANCE_BITS | self._chance.getrandbits(_CHANCE_BITS)
+        key = int(
+            min(max(now * 1000, 0), _LAST_MILLISECOND)
+        ) << _CHANCE_BITS | self._chance.getrandbits(_CHANCE_BITS)
         last = max(self._last, newest)
         if key <= last:
             key = last + 1 + self._chance.getrandbits(_CHANCE_BITS)
@@ -696,7 +722,8 @@ class Endpoint:
 
 
 class EndpointOptions(TypedDict, total=False):
-    """What add_endpoint and, but for tenant, update_endpoint take; the defaults are those of Endpoint."""
+    """What add_endpoint and, but for tenant, update_endpoint take; the defaults are those of
+    Endpoint."""
 
     events: Sequence[str]
     tenant: str | None
@@ -720,7 +747,9 @@ class Delivery:
 
     event_id: str
     endpoint_id: str
-    status: str  # pending; held (its endpoint is disabled); delivered; failed (also after a discard)
+    status: (
+        str  # pending; held (its endpoint is disabled); delivered; failed (also after a discard)
+    )
     attempts: int  # since it was emitted or last replayed
     due_at: float
     delivered_at: float | None
@@ -741,8 +770,9 @@ class Event:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Attempt:
-    """One HTTP try. `reason` is None on success, else one of: dns blocked connect tls timeout protocol status gone
-    aborted expired internal. `response` is the start of the answer's body, at most 4 KiB, undecoded but for UTF-8."""
+    """One HTTP try. `reason` is None on success, else one of: dns blocked connect tls timeout
+    protocol status gone aborted expired internal. `response` is the start of the answer's body, at
+    most 4 KiB, undecoded but for UTF-8."""
 
     event_id: str
     endpoint_id: str
@@ -814,7 +844,8 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Notice:
-    """What the observer gets. `kind`: delivered, attempt_failed, gave_up, failing, recovered, disabled."""
+    """What the observer gets. `kind`: delivered, attempt_failed, gave_up, failing, recovered,
+    disabled."""
 
     kind: str
     endpoint_id: str
@@ -826,7 +857,8 @@ class Notice:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReceivedEvent:
-    """What verify returns. `type` is empty and `data` the whole body where the body is no envelope."""
+    """What verify returns. `type` is empty and `data` the whole body where the body is no
+    envelope."""
 
     id: str
     timestamp: int | None  # None for scheme "github", which signs none
@@ -835,9 +867,10 @@ class ReceivedEvent:
     body: bytes
 
 
-# ── signing ──────────────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: pure functions of secret, id, time and bytes. Standard Webhooks 1.0 (standardwebhooks.com), Stripe's
-# scheme and GitHub's. verify raises SignatureError and nothing else, whatever bytes arrive, and parses last.
+# ── signing ───────────────────────────────────────────────────────────────────────────────────────
+# Promises: pure functions of secret, id, time and bytes. Standard Webhooks 1.0
+# (standardwebhooks.com), Stripe's scheme and GitHub's. verify raises SignatureError and nothing
+# else, whatever bytes arrive, and parses last.
 
 _MAX_SIGNATURES = 16
 
@@ -845,7 +878,8 @@ _MAX_SIGNATURES = 16
 def _key(secret: str | bytes, least: int = 16, most: int = 1 << 16) -> bytes:
     """Return the key bytes of a Standard Webhooks secret: `whsec_` and strict base64, or raw bytes.
 
-    Lenient decoders drop foreign characters, so a typo would sign with another key: refuse it instead.
+    Lenient decoders drop foreign characters, so a typo would sign with another key: refuse it
+    instead.
     """
     if isinstance(secret, bytes):
         key = secret
@@ -853,7 +887,9 @@ def _key(secret: str | bytes, least: int = 16, most: int = 1 << 16) -> bytes:
         try:
             key = base64.b64decode(secret.removeprefix("whsec_").encode("ascii"), validate=True)
         except ValueError:
-            raise PayloadError("the secret is not base64; expected whsec_ followed by base64") from None
+            raise PayloadError(
+                "the secret is not base64; expected whsec_ followed by base64"
+            ) from None
     else:  # bytes(32) would be 32 zeros: a key that everybody knows
         raise PayloadError("the secret must be text or bytes")
     if not least <= len(key) <= most:
@@ -866,9 +902,15 @@ _INNER, _OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5
 
 @functools.lru_cache(maxsize=1_024)
 def _halves(scheme: str, secret: str | bytes) -> tuple[Any, Any]:
-    """Return HMAC's inner and outer hash (RFC 2104), which have read a secret's key. To sign with copies of them is
-    half the cost of hmac.digest, which prepares the key each time."""
-    key = _key(secret) if scheme == "standard" else secret.encode() if isinstance(secret, str) else secret
+    """Return HMAC's inner and outer hash (RFC 2104), which have read a secret's key. To sign with
+    copies of them is half the cost of hmac.digest, which prepares the key each time."""
+    key = (
+        _key(secret)
+        if scheme == "standard"
+        else secret.encode()
+        if isinstance(secret, str)
+        else secret
+    )
     key = (key if len(key) <= 64 else hashlib.sha256(key).digest()).ljust(64, b"\0")
     return hashlib.sha256(key.translate(_INNER)), hashlib.sha256(key.translate(_OUTER))
 
@@ -890,7 +932,8 @@ def _signature(scheme: str, secret: str | bytes, id: str, timestamp: int, body: 
 def sign(secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
     """Return the Standard Webhooks signature `v1,...` of a body.
 
-    secret: `whsec_...`, bare base64, or raw key bytes, of 16 bytes or more; PayloadError (a ValueError) otherwise.
+    secret: `whsec_...`, bare base64, or raw key bytes, of 16 bytes or more; PayloadError (a
+    ValueError) otherwise.
     """
     _key(secret)  # also refuses what _halves cannot remember
     return _signature("standard", secret, id, timestamp, body)
@@ -912,16 +955,22 @@ def _signature_headers(
     return headers
 
 
-_SIGNING_HEADER = re.compile(r"webhook-|stripe-signature$|x-hub-signature-256$|x-github-delivery$", re.IGNORECASE)
+_SIGNING_HEADER = re.compile(
+    r"webhook-|stripe-signature$|x-hub-signature-256$|x-github-delivery$", re.IGNORECASE
+)
 
 
 def _received_headers(headers: Any) -> dict[str, str]:
-    """Return the headers that sign, with lower-case names. One that comes twice with two values is refused, since
-    whoever stands between may have looked at the other."""
+    """Return the headers that sign, with lower-case names. One that comes twice with two values is
+    refused, since whoever stands between may have looked at the other."""
     found: dict[str, str] = {}
     for name, value in headers.items() if hasattr(headers, "items") else headers:
         name, value = (x.decode("latin-1") if isinstance(x, bytes) else x for x in (name, value))
-        if not isinstance(name, str) or not isinstance(value, str) or not _SIGNING_HEADER.match(name):
+        if (
+            not isinstance(name, str)
+            or not isinstance(value, str)
+            or not _SIGNING_HEADER.match(name)
+        ):
             continue
         if found.setdefault(name.lower(), value) != value:
             raise SignatureError("a header came twice with different values")
@@ -929,11 +978,14 @@ def _received_headers(headers: Any) -> dict[str, str]:
 
 
 def _signed_at(text: str, tolerance: float, now: float | None) -> int:
-    """Return the timestamp if it is a canonical decimal within `tolerance` seconds of now, before or after."""
+    """Return the timestamp if it is a canonical decimal within `tolerance` seconds of now, before
+    or after."""
     if not re.fullmatch(r"0|[1-9][0-9]{0,14}", text):
         raise SignatureError("the timestamp is not a decimal number of seconds")
     if not abs((time.time() if now is None else now) - int(text)) <= tolerance:
-        raise TimestampError("the timestamp is too far from now: a replayed request, or a clock that is wrong")
+        raise TimestampError(
+            "the timestamp is too far from now: a replayed request, or a clock that is wrong"
+        )
     return int(text)
 
 
@@ -967,7 +1019,9 @@ def _claims(scheme: str, headers: Mapping[str, str]) -> tuple[str, str | None, l
         return id, times[0], [part for part in parts if part.startswith("v1=")]
     timestamp, signatures = headers.get("webhook-timestamp"), headers.get("webhook-signature")
     if not (id and timestamp and signatures):
-        raise SignatureError("a header is missing: webhook-id, webhook-timestamp and webhook-signature are needed")
+        raise SignatureError(
+            "a header is missing: webhook-id, webhook-timestamp and webhook-signature are needed"
+        )
     if len(id) > 256 or not id.isascii() or not id.isprintable() or "." in id:
         raise SignatureError("webhook-id is not a plain identifier")
     return id, timestamp, signatures.split(" ", _MAX_SIGNATURES)
@@ -976,11 +1030,17 @@ def _claims(scheme: str, headers: Mapping[str, str]) -> tuple[str, str | None, l
 def _parsed(id: str, id_is_signed: bool, signed_at: int | None, body: bytes) -> ReceivedEvent:
     try:
         data = json.loads(body)
-    except (ValueError, RecursionError):  # signed, so authentic; a transform may send something else than JSON
+    except (
+        ValueError,
+        RecursionError,
+    ):  # signed, so authentic; a transform may send something else than JSON
         return ReceivedEvent(id, signed_at, "", None, body)
     if isinstance(data, dict) and isinstance(data.get("type"), str):
-        # Stripe's own events: their id is signed with the body, a webhook-id beside it would not be.
-        if isinstance(data.get("id"), str) and (not id or (not id_is_signed and data.get("object") == "event")):
+        # Stripe's own events: their id is signed with the body, a webhook-id beside it would not
+        # be.
+        if isinstance(data.get("id"), str) and (
+            not id or (not id_is_signed and data.get("object") == "event")
+        ):
             id = data["id"]
         return ReceivedEvent(id, signed_at, data["type"], data.get("data"), body)
     return ReceivedEvent(id, signed_at, "", data, body)
@@ -995,40 +1055,53 @@ def verify(
     now: float | None = None,
     scheme: str = "standard",
 ) -> ReceivedEvent:
-    """Check a received request and return its event; raise SignatureError for every bad input, and nothing else.
+    """Check a received request and return its event; raise SignatureError for every bad input, and
+    nothing else.
 
-    body: the raw bytes as received, before any JSON or text handling. headers: any mapping, names in any case.
-    secret: one or several, while you rotate. tolerance: seconds, before and after. scheme: standard (Standard
-    Webhooks 1.0), stripe, or github, which signs neither time nor id: there a replay cannot be told from the original.
-    Not a guarantee against duplicates: pass the id to Inbox.accept.
+    body: the raw bytes as received, before any JSON or text handling. headers: any mapping, names
+    in any case. secret: one or several, while you rotate. tolerance: seconds, before and after.
+    scheme: standard (Standard Webhooks 1.0), stripe, or github, which signs neither time nor id:
+    there a replay cannot be told from the original. Not a guarantee against duplicates: pass the id
+    to Inbox.accept.
     """
     try:
         if not isinstance(body, (bytes, bytearray, memoryview)):
-            raise SignatureError("the body must be the raw bytes of the request, not text or parsed JSON")
+            raise SignatureError(
+                "the body must be the raw bytes of the request, not text or parsed JSON"
+            )
         body = bytes(body)
         keys = [secret] if isinstance(secret, (str, bytes)) else list(secret)
         if not keys or not all(keys) or scheme not in _SCHEMES:
             raise SignatureError("verify needs a secret, and a scheme of: " + ", ".join(_SCHEMES))
         id, timestamp, signatures = _claims(scheme, _received_headers(headers))
         signed_at = None if timestamp is None else _signed_at(timestamp, tolerance, now)
-        if not _any_equal((_signature(scheme, key, id, signed_at or 0, body) for key in keys), signatures):
-            raise SignatureError("no signature matches: another secret, or the body was changed (use the raw bytes)")
+        if not _any_equal(
+            (_signature(scheme, key, id, signed_at or 0, body) for key in keys), signatures
+        ):
+            raise SignatureError(
+                "no signature matches: another secret, or the body was changed (use the raw bytes)"
+            )
     except SignatureError:
         raise
-    except Exception as error:  # hostile headers reach odd corners; a receiver answers 400, never 500
+    except (
+        Exception
+    ) as error:  # hostile headers reach odd corners; a receiver answers 400, never 500
         why = str(error) if isinstance(error, OutboxError) else type(error).__name__
         raise SignatureError(f"the request cannot be verified: {why}") from None
     return _parsed(id, scheme == "standard", signed_at, body)
 
 
-# ── retry policy ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── retry policy ──────────────────────────────────────────────────────────────────────────────────
 # Promises: an immutable value; decisions are functions of values. Knows no clock and no database.
 
 _STANDARD_DELAYS = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)
 _LONGEST_HINT = 86_400.0  # seconds; a Retry-After beyond a day is cut
 _STRUGGLING = 10  # failures in a row
 _LONGEST_PROBE = 60.0  # seconds
-_HOPELESS = 5 * 86_400.0, 3  # seconds without a success, and failed rows in that time: the endpoint is disabled
+_HOPELESS = (
+    5 * 86_400.0,
+    3,
+)  # seconds without a success, and failed rows in that time: the endpoint is disabled
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1037,8 +1110,8 @@ class RetryPolicy:
 
     delays: seconds before each attempt, one attempt an entry; the standard ten take about 75 hours.
     jitter: share of its delay that an attempt is moved back at random, 0.2 for up to 20 %.
-    overload_delay: least seconds to wait after 429, 502, 504 and timeouts; None means 60 with the standard delays
-    and 0 with your own.
+    overload_delay: least seconds to wait after 429, 502, 504 and timeouts; None means 60 with the
+    standard delays and 0 with your own.
     """
 
     delays: tuple[float, ...] = _STANDARD_DELAYS
@@ -1047,20 +1120,36 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         delays = tuple(self.delays) if isinstance(self.delays, (list, tuple)) else ()
-        numbers = [*delays, self.jitter, 0.0 if self.overload_delay is None else self.overload_delay]
+        numbers = [
+            *delays,
+            self.jitter,
+            0.0 if self.overload_delay is None else self.overload_delay,
+        ]
         sound = all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers)
         if not delays or not sound or self.jitter > 10:
-            raise PayloadError("RetryPolicy: delays must be one or more numbers of seconds, jitter a share up to 10")
+            raise PayloadError(
+                "RetryPolicy: delays must be one or more numbers of seconds, jitter a share up to 10"
+            )
         delays = tuple(map(float, delays))
         if self.overload_delay is None:
             object.__setattr__(self, "overload_delay", 60.0 if delays == _STANDARD_DELAYS else 0.0)
         object.__setattr__(self, "delays", delays)
 
     @classmethod
-    def exponential(cls, base: float, factor: float = 2.0, cap: float = 86_400.0, attempts: int = 10) -> RetryPolicy:
-        """Return a policy that tries at once, then after base, base * factor, ... seconds, none over cap."""
-        if not (0 < base < math.inf and 1 <= factor < math.inf and 0 < cap < math.inf and 1 <= attempts <= 1000):
-            raise PayloadError("exponential needs base > 0, factor >= 1, cap > 0 and 1 to 1000 attempts")
+    def exponential(
+        cls, base: float, factor: float = 2.0, cap: float = 86_400.0, attempts: int = 10
+    ) -> RetryPolicy:
+        """Return a policy that tries at once, then after base, base * factor, ... seconds, none
+        over cap."""
+        if not (
+            0 < base < math.inf
+            and 1 <= factor < math.inf
+            and 0 < cap < math.inf
+            and 1 <= attempts <= 1000
+        ):
+            raise PayloadError(
+                "exponential needs base > 0, factor >= 1, cap > 0 and 1 to 1000 attempts"
+            )
         delays = [0.0]
         while len(delays) < attempts:
             delays.append(min(cap, delays[-1] * factor or base))
@@ -1068,43 +1157,53 @@ class RetryPolicy:
 
     @property
     def longest(self) -> float:
-        """The most seconds that an attempt, or an endpoint that asks for it, can put the next one off."""
+        """The most seconds that an attempt, or an endpoint that asks for it, can put the next one
+        off."""
         return max(max(self.delays) * (1 + self.jitter), self.overload_delay or 0.0, _LONGEST_HINT)
 
     @property
     def window(self) -> float:
-        """The most seconds that the schedule lets pass between a delivery's first attempt and its last."""
+        """The most seconds that the schedule lets pass between a delivery's first attempt and its
+        last."""
         return sum(self.delays) * (1 + self.jitter)
 
     def wait(self, attempts: int, overloaded: bool, rng: Callable[[], float]) -> float | None:
-        """Return the seconds until the next try after `attempts` failed ones, or None when there is none left."""
+        """Return the seconds until the next try after `attempts` failed ones, or None when there is
+        none left."""
         if attempts >= len(self.delays):
             return None
         delay = self.delays[attempts]
-        return max(delay * (1 + self.jitter * rng()), (self.overload_delay or 0.0) if overloaded else 0.0)
+        return max(
+            delay * (1 + self.jitter * rng()), (self.overload_delay or 0.0) if overloaded else 0.0
+        )
 
     def probe_pause(self, failures: int) -> float:
-        """Return the seconds that a struggling endpoint rests after `failures` in a row; 0 below ten."""
+        """Return the seconds that a struggling endpoint rests after `failures` in a row; 0 below
+        ten."""
         if failures < _STRUGGLING:
             return 0.0
         return min(2.0 ** min(failures - _STRUGGLING, 30), _LONGEST_PROBE, max(self.delays))
 
 
 def _retry_after(values: Sequence[str], now: float) -> float | None:
-    """Return the seconds of Retry-After (RFC 9110, 10.2.3), 0 to a day; None when absent or not well-formed."""
+    """Return the seconds of Retry-After (RFC 9110, 10.2.3), 0 to a day; None when absent or not
+    well-formed."""
     hints: list[float] = []
     for value in values:
         if re.fullmatch(r"[0-9]+", value, re.ASCII):
             hints.append(float(value))
         with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):
-            if re.match(r"[A-Z][a-z]{2,8},? ", value):  # each of RFC 9110's three date formats is GMT
+            if re.match(
+                r"[A-Z][a-z]{2,8},? ", value
+            ):  # each of RFC 9110's three date formats is GMT
                 hints.append(_seconds(email.utils.parsedate_to_datetime(value)) - now)
     return min(max(0.0, *hints), _LONGEST_HINT) if hints else None
 
 
-# ── network guard ────────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: values in, verdict out; no lookup, no socket. The table is ours: ipaddress.is_global changes by patch
-# release, allows multicast and NAT64-wrapped loopback. Sources: IANA special-purpose registries, WHATWG bad ports.
+# ── network guard ─────────────────────────────────────────────────────────────────────────────────
+# Promises: values in, verdict out; no lookup, no socket. The table is ours: ipaddress.is_global
+# changes by patch release, allows multicast and NAT64-wrapped loopback. Sources: IANA
+# special-purpose registries, WHATWG bad ports.
 
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -1122,12 +1221,29 @@ _DENIED = tuple(
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _NO_HTTP = "plain http is refused; use https, or admit it with allow_networks (--allow-network) or allow_http"
 _BAD_PORTS = frozenset(
-    (1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, *range(6665, 6670), 6679, 6697, 10080)
+    (
+        1719,
+        1720,
+        1723,
+        2049,
+        3659,
+        4045,
+        4190,
+        5060,
+        5061,
+        6000,
+        6566,
+        *range(6665, 6670),
+        6679,
+        6697,
+        10080,
+    )
 )
 
 
 def _unwrapped(address: _Address) -> _Address:
-    """Return the IPv4 address inside an IPv4-mapped or NAT64 one: that is what is really reached."""
+    """Return the IPv4 address inside an IPv4-mapped or NAT64 one: that is what is really
+    reached."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped:
             return address.ipv4_mapped
@@ -1144,14 +1260,17 @@ class _Guard:
     allow_http: bool = False
 
     def refusal(self, text: str, scheme: str) -> str | None:
-        """Return why this address must not be dialled, or None. `text` is what the resolver answered."""
+        """Return why this address must not be dialled, or None. `text` is what the resolver
+        answered."""
         try:
             if "%" in text:
                 return f"{text} carries a zone id"
             address = _unwrapped(ipaddress.ip_address(text))
         except ValueError:
             return f"{text!r} is no IP address"
-        if any(address in network for network in self.allow_networks):  # never where one is IPv4 and the other IPv6
+        if any(
+            address in network for network in self.allow_networks
+        ):  # never where one is IPv4 and the other IPv6
             return None
         if any(address in network for network in _DENIED):
             return f"{address} is a private or special-purpose address; allow_networks (--allow-network) can admit it"
@@ -1159,7 +1278,8 @@ class _Guard:
 
 
 def _literal(host: str) -> str | None:
-    """Return the address that a host spells in any form which getaddrinfo takes without a lookup, or None."""
+    """Return the address that a host spells in any form which getaddrinfo takes without a lookup,
+    or None."""
     bare = host.strip("[]").rstrip(".")
     with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(bare))
@@ -1181,7 +1301,8 @@ def _check_port(port: int) -> None:
 
 
 def _check_authority(url: str) -> str:
-    """Return the scheme of a URL whose spelling is beyond doubt; parsers disagree on everything else."""
+    """Return the scheme of a URL whose spelling is beyond doubt; parsers disagree on everything
+    else."""
     if not isinstance(url, str) or not 1 <= len(url) <= 2048:
         _refuse_url("it must be text of at most 2048 characters")
     if re.search(r"[\x00-\x20\x7f-\x9f\\]", url):
@@ -1195,7 +1316,9 @@ def _check_authority(url: str) -> str:
     if parts.scheme not in ("https", "http") or not parts.netloc:
         _refuse_url("it must start with https://")
     if "@" in parts.netloc or "%" in parts.netloc:
-        _refuse_url("user names and percent signs do not belong in the host; send credentials in headers")
+        _refuse_url(
+            "user names and percent signs do not belong in the host; send credentials in headers"
+        )
     if "#" in url:
         _refuse_url("a fragment (#...) is never sent; remove it")
     if colon and not re.fullmatch(r"[0-9]{1,5}", port_text):
@@ -1216,8 +1339,8 @@ class _Target(NamedTuple):
     path: str  # with the query
 
 
-# A URL of these characters alone is what requests would make of it. Most endpoints have one, and requests takes
-# longer to prepare a URL than a delivery takes.
+# A URL of these characters alone is what requests would make of it. Most endpoints have one, and
+# requests takes longer to prepare a URL than a delivery takes.
 _PLAIN_URL = re.compile(
     r"(https?)://([a-z0-9-]+(?:\.[a-z0-9-]+)*)(?::([1-9][0-9]{0,4}))?"
     r"(/(?!\.)(?:[A-Za-z0-9_~!$&'()*+,;=:@.-]|/(?!\.))*)?(\?[A-Za-z0-9._~!$&'()*+,;=:@/?-]+)?"
@@ -1235,7 +1358,9 @@ def _spelled(url: str) -> str:
 @functools.lru_cache(maxsize=1_024)  # many endpoints have one host
 def _check_host(host: str, scheme: str, guard: _Guard) -> str | None:
     """Return why a host is refused as far as its name tells, or None."""
-    if len(host) > 253 or not all(0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
+    if len(host) > 253 or not all(
+        0 < len(label) < 64 for label in host.removesuffix(".").split(".")
+    ):
         return "its host has an empty or over-long label"
     if address := _literal(host):
         return guard.refusal(address, scheme)
@@ -1245,7 +1370,8 @@ def _check_host(host: str, scheme: str, guard: _Guard) -> str | None:
 def _prepare_url(url: str, guard: _Guard) -> _Target:
     """Return the target of an endpoint's URL; raise UnsafeURL with the reason.
 
-    This is for a good message at registration. What protects is the judgement of the address really dialled.
+    This is for a good message at registration. What protects is the judgement of the address really
+    dialled.
     """
     plain = _PLAIN_URL.fullmatch(url) if isinstance(url, str) and len(url) <= 2048 else None
     if plain:
@@ -1268,7 +1394,8 @@ def _prepare_url(url: str, guard: _Guard) -> _Target:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Settings:
-    """What the Outbox was given, as the parts that send need it: handed down, so that none of them knows the Outbox."""
+    """What the Outbox was given, as the parts that send need it: handed down, so that none of them
+    knows the Outbox."""
 
     path: str
     retry: RetryPolicy
@@ -1286,11 +1413,12 @@ class _Settings:
     resolver: Callable[[str, int], list[str]] | None
 
 
-# ── transport ────────────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: a connected, judged, TLS-checked socket, or one exception, within the deadline. Blocks: the drain calls it
-# from threads only. We dial ourselves and have the standard library do TLS; requests opens a connection where there is
-# a proxy. Through urllib3 an opening cost 450 of its 630 us, for pools that nobody used.
-# Environment proxies, .netrc, cookies and CA variables play no part: those live in requests.Session, not used here.
+# ── transport ─────────────────────────────────────────────────────────────────────────────────────
+# Promises: a connected, judged, TLS-checked socket, or one exception, within the deadline. Blocks:
+# the drain calls it from threads only. We dial ourselves and have the standard library do TLS;
+# requests opens a connection where there is a proxy. Through urllib3 an opening cost 450 of its 630
+# us, for pools that nobody used. Environment proxies, .netrc, cookies and CA variables play no
+# part: those live in requests.Session, not used here.
 
 _MAX_LOOKUPS = 32
 _LOOKUP_TIMEOUT = 5.0  # seconds
@@ -1325,8 +1453,9 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 def _start_thread(run: Callable[..., Any], *args: Any, name: str | None = None) -> threading.Thread:
-    """Start a daemon thread; raise what _is_exhaustion knows when there is no room for one. Look for memory first:
-    start() waits for ever when the new thread finds none for its first step (CPython issue 140746)."""
+    """Start a daemon thread; raise what _is_exhaustion knows when there is no room for one. Look
+    for memory first: start() waits for ever when the new thread finds none for its first step
+    (CPython issue 140746)."""
     mmap.mmap(-1, _THREAD_ROOM).close()
     thread = threading.Thread(target=run, args=args, name=name, daemon=True)
     thread.start()
@@ -1334,15 +1463,20 @@ def _start_thread(run: Callable[..., Any], *args: Any, name: str | None = None) 
 
 
 def _is_exhaustion(error: BaseException) -> bool:
-    """Say whether this process ran out of descriptors, memory or threads, which is no receiver's fault."""
+    """Say whether this process ran out of descriptors, memory or threads, which is no receiver's
+    fault."""
     if isinstance(error, OSError):
         return error.errno in _EXHAUSTED
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "new thread" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or isinstance(error, RuntimeError)
+        and "new thread" in str(error)
+    )
 
 
 class _Lookups:
-    """Name lookups with a time limit. They cannot be interrupted, so a stuck one keeps a thread of its own: at most
-    one a host (who else asks for it waits for the same answer) and 32 in all."""
+    """Name lookups with a time limit. They cannot be interrupted, so a stuck one keeps a thread of
+    its own: at most one a host (who else asks for it waits for the same answer) and 32 in all."""
 
     def __init__(self, resolver: _Resolver | None) -> None:
         self._resolver = resolver or _getaddrinfo
@@ -1355,7 +1489,9 @@ class _Lookups:
             answer = self._running.get((host, port))
             if answer is None:
                 if len(self._running) >= _MAX_LOOKUPS:
-                    raise _NoAddress(f"{_MAX_LOOKUPS} name lookups are stuck; is the resolver down?")
+                    raise _NoAddress(
+                        f"{_MAX_LOOKUPS} name lookups are stuck; is the resolver down?"
+                    )
                 answer = concurrent.futures.Future()
                 _start_thread(self._look_up, host, port, answer)
                 self._running[host, port] = answer
@@ -1363,7 +1499,9 @@ class _Lookups:
             addresses = answer.result(max(0.0, min(_LOOKUP_TIMEOUT, deadline - time.monotonic())))
         except concurrent.futures.TimeoutError:
             raise _NoAddress(f"looking up {host} took too long") from None
-        except Exception as error:  # OSError by contract; UnicodeError from names that cannot be encoded
+        except (
+            Exception
+        ) as error:  # OSError by contract; UnicodeError from names that cannot be encoded
             if _is_exhaustion(error):
                 raise
             why = getattr(error, "strerror", None) or type(error).__name__
@@ -1399,13 +1537,16 @@ def _connect(address: str, port: int, patience: float) -> socket.socket:
 
 
 def _dial(guard: _Guard, lookups: _Lookups, place: _Place, until: float) -> socket.socket:
-    """Resolve once, judge every answer, connect to a judged one; until: monotonic. One refused answer refuses the
-    name: a DNS that mixes inside and outside addresses is lying about one of them."""
+    """Resolve once, judge every answer, connect to a judged one; until: monotonic. One refused
+    answer refuses the name: a DNS that mixes inside and outside addresses is lying about one of
+    them."""
     literal = _literal(place.host)
     addresses = [literal] if literal else lookups.find(place.host, place.port, until)
     for address in addresses:
         if why := guard.refusal(address, place.scheme):
-            raise _Blocked(why if address == place.host else f"{place.host} resolves to {address}: {why}")
+            raise _Blocked(
+                why if address == place.host else f"{place.host} resolves to {address}: {why}"
+            )
     failure: OSError = TimeoutError("no time left to connect")
     for tried, address in enumerate(addresses):
         patience = (until - time.monotonic()) / (len(addresses) - tried)
@@ -1419,26 +1560,36 @@ def _dial(guard: _Guard, lookups: _Lookups, place: _Place, until: float) -> sock
 
 
 class _Contexts:
-    """TLS contexts by CA and certificate, made again when the files change. One serves all connections: loading the
-    CA bundle for each costs more than the handshake."""
+    """TLS contexts by CA and certificate, made again when the files change. One serves all
+    connections: loading the CA bundle for each costs more than the handshake."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _made; held while files are read, so that they are read once
+        self._lock = (
+            threading.Lock()
+        )  # guards _made; held while files are read, so that they are read once
         self._made: dict[tuple[Any, ...], ssl.SSLContext] = {}
 
-    def get(self, ca: str | None, cert: tuple[str, ...], check_hostname: bool = True) -> ssl.SSLContext:
+    def get(
+        self, ca: str | None, cert: tuple[str, ...], check_hostname: bool = True
+    ) -> ssl.SSLContext:
         ca = ca or requests.utils.DEFAULT_CA_BUNDLE_PATH
         key = (ca, cert, check_hostname, *(os.stat(path).st_mtime_ns for path in (ca, *cert)))
         with self._lock:
             if key not in self._made:
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # create_default_context reads SSLKEYLOGFILE
+                context = ssl.SSLContext(
+                    ssl.PROTOCOL_TLS_CLIENT
+                )  # create_default_context reads SSLKEYLOGFILE
                 context.minimum_version = ssl.TLSVersion.TLSv1_2
                 context.set_alpn_protocols(["http/1.1"])
                 context.load_verify_locations(cafile=ca)
                 context.check_hostname = check_hostname
                 if cert:
-                    context.load_cert_chain(cert[0], cert[-1], password="")  # never ask on a terminal
-                self._made = {k: v for k, v in self._made.items() if k[:3] != key[:3]} | {key: context}
+                    context.load_cert_chain(
+                        cert[0], cert[-1], password=""
+                    )  # never ask on a terminal
+                self._made = {k: v for k, v in self._made.items() if k[:3] != key[:3]} | {
+                    key: context
+                }
             return self._made[key]
 
 
@@ -1449,7 +1600,11 @@ class _Opener:
     """Opens connections; shared by the threads that do."""
 
     def __init__(self, settings: _Settings) -> None:
-        self.guard, self.connect_timeout, self.proxy = settings.guard, settings.connect_timeout, settings.proxy
+        self.guard, self.connect_timeout, self.proxy = (
+            settings.guard,
+            settings.connect_timeout,
+            settings.proxy,
+        )
         self.lookups, self.contexts = _Lookups(settings.resolver), _Contexts()
         self.adapter = requests.adapters.HTTPAdapter() if settings.proxy else None
 
@@ -1458,18 +1613,25 @@ class _Opener:
             self.adapter.close()
 
     def open(self, place: _Place, deadline: float) -> socket.socket:
-        """Return a connected socket, past TLS; raise what _explain understands. deadline: monotonic."""
+        """Return a connected socket, past TLS; raise what _explain understands. deadline:
+        monotonic."""
         sock = self._by_proxy(place, deadline) if self.proxy else self._directly(place, deadline)
         sock.setblocking(False)
         return sock
 
     def _directly(self, place: _Place, deadline: float) -> socket.socket:
-        sock = _dial(self.guard, self.lookups, place, min(deadline, time.monotonic() + self.connect_timeout))
+        sock = _dial(
+            self.guard, self.lookups, place, min(deadline, time.monotonic() + self.connect_timeout)
+        )
         if place.scheme == "http":
             return sock
         try:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))  # do_handshake takes it as a total
-            return self.contexts.get(place.ca, place.cert).wrap_socket(sock, server_hostname=place.host.rstrip("."))
+            sock.settimeout(
+                max(0.001, deadline - time.monotonic())
+            )  # do_handshake takes it as a total
+            return self.contexts.get(place.ca, place.cert).wrap_socket(
+                sock, server_hostname=place.host.rstrip(".")
+            )
         except BaseException:
             sock.close()
             raise
@@ -1479,13 +1641,15 @@ class _Opener:
         prepared = requests.Request("POST", f"{place.scheme}://{host}:{place.port}/").prepare()
         assert self.proxy is not None and self.adapter is not None
         proxies = {"http": self.proxy, "https": self.proxy}
-        pool: Any = self.adapter.get_connection_with_tls_context(prepared, verify=True, proxies=proxies)
+        pool: Any = self.adapter.get_connection_with_tls_context(
+            prepared, verify=True, proxies=proxies
+        )
         connection = pool._new_conn()
         connection.timeout = max(0.001, deadline - time.monotonic())
         try:
             if place.scheme == "https":
-                # urllib3 1.26 gives Python no name to check where the host is an address; it then compares the
-                # certificate itself, provided that the context does not ask Python to.
+                # urllib3 1.26 gives Python no name to check where the host is an address; it then
+                # compares the certificate itself, provided that the context does not ask Python to.
                 python_checks = not (_OLD_URLLIB3 and _literal(place.host))
                 connection.ssl_context = self.contexts.get(place.ca, place.cert, python_checks)
                 self._tunnel(pool, connection, deadline)
@@ -1498,8 +1662,8 @@ class _Opener:
             connection.close()
 
     def _tunnel(self, pool: Any, connection: Any, deadline: float) -> None:
-        """CONNECT through the proxy, then TLS with the endpoint. http.client's timeout is for each read, so a proxy
-        that drips is cut off from outside."""
+        """CONNECT through the proxy, then TLS with the endpoint. http.client's timeout is for each
+        read, so a proxy that drips is cut off from outside."""
 
         def cut() -> None:
             with contextlib.suppress(OSError, AttributeError):
@@ -1519,7 +1683,8 @@ class _Opener:
 
 
 def _explain(error: BaseException) -> tuple[str, str]:
-    """Return the reason (SPEC 5) and one line for an exception of an attempt. The one place that maps them."""
+    """Return the reason (SPEC 5) and one line for an exception of an attempt. The one place that
+    maps them."""
     text = _one_line(getattr(error, "strerror", None) or str(error)) or type(error).__name__
     if isinstance(error, (_Blocked, UnsafeURL)):
         return "blocked", text
@@ -1527,7 +1692,10 @@ def _explain(error: BaseException) -> tuple[str, str]:
         return "dns", text
     if isinstance(error, (TimeoutError, socket.timeout)):
         return "timeout", "no time left: the receiver did not connect or answer in time"
-    if isinstance(error, (ssl.SSLError, urllib3.exceptions.SSLError)) or type(error).__name__ == "CertificateError":
+    if (
+        isinstance(error, (ssl.SSLError, urllib3.exceptions.SSLError))
+        or type(error).__name__ == "CertificateError"
+    ):
         return "tls", getattr(error, "verify_message", "") or text
     if isinstance(error, (OSError, urllib3.exceptions.HTTPError)):
         return "connect", text
@@ -1536,9 +1704,10 @@ def _explain(error: BaseException) -> tuple[str, str]:
     return "internal", f"{type(error).__name__}: {text}"
 
 
-# ── exchange ─────────────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: the exact bytes of one POST, and the strict reading of its answer. Values in, values out; the sockets
-# are the caller's. HTTP/1.1 by RFC 9112; redirects are never followed, nothing is decoded.
+# ── exchange ──────────────────────────────────────────────────────────────────────────────────────
+# Promises: the exact bytes of one POST, and the strict reading of its answer. Values in, values
+# out; the sockets are the caller's. HTTP/1.1 by RFC 9112; redirects are never followed, nothing is
+# decoded.
 
 _BODIES = ("standard", "data", "cloudevents")
 _TYPE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
@@ -1546,7 +1715,9 @@ _TYPE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 @functools.lru_cache(maxsize=64)
 def _iso_second(second: int) -> str:
-    return datetime.datetime.fromtimestamp(second, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+    return datetime.datetime.fromtimestamp(second, datetime.timezone.utc).strftime(
+        "%Y-%m-%dT%H:%M:%S"
+    )
 
 
 def _iso(at: float) -> str:
@@ -1580,8 +1751,9 @@ class _Picked(NamedTuple):
 
 
 def _standard_body(picked: _Picked, sees_all: bool) -> bytes:
-    """Return the Standard Webhooks envelope. A pure function of the stored row, for ever: retries must be equal.
-    sees_all: for an endpoint of tenant '*', which has to be told whose event it is."""
+    """Return the Standard Webhooks envelope. A pure function of the stored row, for ever: retries
+    must be equal. sees_all: for an endpoint of tenant '*', which has to be told whose event it
+    is."""
     whose = f'"tenant":"{picked.tenant}",' if sees_all and picked.tenant else ""
     stamp = _iso(picked.created_at)
     return f'{{"type":"{picked.type}","timestamp":"{stamp}",{whose}"data":{picked.data}}}'.encode()
@@ -1589,8 +1761,16 @@ def _standard_body(picked: _Picked, sees_all: bool) -> bytes:
 
 def _cloudevents_body(picked: _Picked, source: str, sees_all: bool) -> bytes:
     """Return CloudEvents 1.0 in structured mode."""
-    context = {"specversion": "1.0", "id": picked.id, "source": urllib.parse.quote(source) or "webhook-outbox"}
-    context |= {"type": picked.type or "", "time": _iso(picked.created_at), "datacontenttype": "application/json"}
+    context = {
+        "specversion": "1.0",
+        "id": picked.id,
+        "source": urllib.parse.quote(source) or "webhook-outbox",
+    }
+    context |= {
+        "type": picked.type or "",
+        "time": _iso(picked.created_at),
+        "datacontenttype": "application/json",
+    }
     if sees_all and picked.tenant:
         context["tenant"] = picked.tenant
     return f'{_dumps(context)[:-1]},"data":{picked.data}}}'.encode()
@@ -1603,8 +1783,11 @@ def _slack_body(event: Event) -> bytes:
 
 
 def _discord_body(event: Event) -> bytes:
-    """Return a Discord message, which may be 2,000 characters long (of UTF-16, to be safe) and mentions nobody."""
-    text = f"{event.type} {_dumps(event.data)}".encode("utf-16-le")[:4000].decode("utf-16-le", "ignore")
+    """Return a Discord message, which may be 2,000 characters long (of UTF-16, to be safe) and
+    mentions nobody."""
+    text = f"{event.type} {_dumps(event.data)}".encode("utf-16-le")[:4000].decode(
+        "utf-16-le", "ignore"
+    )
     return _dumps({"content": text, "allowed_mentions": {"parse": []}}).encode()
 
 
@@ -1624,7 +1807,9 @@ def _resolve_value(value: str) -> str:
         except (OSError, ValueError) as error:
             raise _Unready(f"the file {name} cannot be read ({type(error).__name__})") from None
     if not found:
-        raise _Unready(f"the {'environment variable' if kind == 'env' else 'file'} {name} is not set or empty")
+        raise _Unready(
+            f"the {'environment variable' if kind == 'env' else 'file'} {name} is not set or empty"
+        )
     return found
 
 
@@ -1642,28 +1827,39 @@ def _checked_headers(headers: Any) -> dict[str, str]:
     if not isinstance(headers, Mapping):
         raise PayloadError("headers must be a mapping of names to text")
     for name, value in headers.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}", name):
-            raise PayloadError("a header name must be 1 to 128 letters, digits and -; no spaces or line breaks")
-        if _RESERVED_HEADER.fullmatch(name):
-            raise PayloadError(f"the header {name} is set by the outbox or the connection; leave it out")
-        if not isinstance(value, str) or not re.fullmatch(
-            r"[!-~\xa1-\xac\xae-\xff]([ -~\xa1-\xac\xae-\xff]{0,8190}[!-~\xa1-\xac\xae-\xff])?", value
+        if not isinstance(name, str) or not re.fullmatch(
+            r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}", name
         ):
-            raise PayloadError(f"the value of header {name} must be one line of printable Latin-1 text")
+            raise PayloadError(
+                "a header name must be 1 to 128 letters, digits and -; no spaces or line breaks"
+            )
+        if _RESERVED_HEADER.fullmatch(name):
+            raise PayloadError(
+                f"the header {name} is set by the outbox or the connection; leave it out"
+            )
+        if not isinstance(value, str) or not re.fullmatch(
+            r"[!-~\xa1-\xac\xae-\xff]([ -~\xa1-\xac\xae-\xff]{0,8190}[!-~\xa1-\xac\xae-\xff])?",
+            value,
+        ):
+            raise PayloadError(
+                f"the value of header {name} must be one line of printable Latin-1 text"
+            )
     if len({name.lower() for name in headers}) != len(headers):
         raise PayloadError("a header is given twice, in different case")
     return dict(headers)
 
 
 def _clean(value: str) -> str:
-    """Return a header value that came from outside the file; a line break would start a header of its own."""
+    """Return a header value that came from outside the file; a line break would start a header of
+    its own."""
     if not value.isprintable():
         raise _Unready("a header value holds a control character")
     return value
 
 
 def _stored_headers(text: str | None) -> dict[str, str]:
-    """Return an event's headers; rows may have been written in plain SQL, so they are checked again."""
+    """Return an event's headers; rows may have been written in plain SQL, so they are checked
+    again."""
     if text is None:
         return {}
     try:
@@ -1684,7 +1880,11 @@ def _proxy_login(proxy: str | None) -> dict[str, str]:
 def _hidden_of(target: _Target, secrets: _Secrets, login: Mapping[str, str]) -> list[str]:
     """Return what of an endpoint's URL and secrets an echo must not carry into the tables."""
     query = target.path.partition("?")[2]  # as it goes over the wire, percent-encoded
-    hidden = [query, *query.split("&"), *(part.rpartition("=")[2] for part in query.split("&"))] if query else []
+    hidden = (
+        [query, *query.split("&"), *(part.rpartition("=")[2] for part in query.split("&"))]
+        if query
+        else []
+    )
     hidden += [value for _, value in urllib.parse.parse_qsl(query)] if query else []
     hidden += [secret for secret, _ in secrets]
     hidden += [value.rpartition(" ")[2] for value in login.values()]
@@ -1714,8 +1914,13 @@ class _Wire:
         place = _Place(target.scheme, target.host, target.port, endpoint.ca, cert)
         login = _proxy_login(settings.proxy)
         proxied = settings.proxy and target.scheme == "http"
-        agent = f"webhook-outbox/{__version__}" + (f" ({settings.app_name})" if settings.app_name else "")
-        lines = [f"POST {target.url if proxied else target.path} HTTP/1.1", f"Host: {target.netloc}"]
+        agent = f"webhook-outbox/{__version__}" + (
+            f" ({settings.app_name})" if settings.app_name else ""
+        )
+        lines = [
+            f"POST {target.url if proxied else target.path} HTTP/1.1",
+            f"Host: {target.netloc}",
+        ]
         lines += [f"User-Agent: {agent}", "Accept: */*", "Accept-Encoding: identity"]
         lines += [f"{name}: {value}" for name, value in login.items() if proxied]
         transform = settings.transforms.get(endpoint.body)
@@ -1742,12 +1947,25 @@ class _Wire:
         if self.transform is not None:
             data = json.loads(picked.data)
             event = Event(
-                picked.id, picked.type or "", data, tenant=picked.tenant, key=picked.key, created_at=picked.created_at
+                picked.id,
+                picked.type or "",
+                data,
+                tenant=picked.tenant,
+                key=picked.key,
+                created_at=picked.created_at,
             )
             made = self.transform(event)
-            body, content_type = made if isinstance(made, tuple) and len(made) == 2 else (made, "application/json")
-            if not isinstance(body, bytes) or not isinstance(content_type, str) or not content_type.isprintable():
-                raise _Unready(f"the transform {self.endpoint.body!r} must return bytes, or (bytes, content type)")
+            body, content_type = (
+                made if isinstance(made, tuple) and len(made) == 2 else (made, "application/json")
+            )
+            if (
+                not isinstance(body, bytes)
+                or not isinstance(content_type, str)
+                or not content_type.isprintable()
+            ):
+                raise _Unready(
+                    f"the transform {self.endpoint.body!r} must return bytes, or (bytes, content type)"
+                )
             return body, content_type
         if self.endpoint.body == "data":
             return picked.data.encode(), "application/json"
@@ -1767,30 +1985,43 @@ class _Wire:
         return valid
 
     def own_headers(self) -> dict[str, str]:
-        """Return the endpoint's headers; only these may name the environment, an event's may not."""
+        """Return the endpoint's headers; only these may name the environment, an event's may
+        not."""
         return {
             name: _resolve_value(value) if value.startswith("env:") else value
             for name, value in self.endpoint.headers.items()
         }
 
     def _custom_headers(self, picked: _Picked) -> list[tuple[str, str]]:
-        """Return the endpoint's headers and the event's; the endpoint's win: an event must not replace credentials."""
+        """Return the endpoint's headers and the event's; the endpoint's win: an event must not
+        replace credentials."""
         own = self.own_headers()
         taken = {name.lower() for name in own}
-        of_event = {n: v for n, v in _stored_headers(picked.headers).items() if n.lower() not in taken}
+        of_event = {
+            n: v for n, v in _stored_headers(picked.headers).items() if n.lower() not in taken
+        }
         return [(name, _clean(value)) for name, value in {**own, **of_event}.items()]
 
     def request(self, picked: _Picked, now: float) -> tuple[bytes, list[str]]:
-        """Return the bytes of one attempt, and what must not be stored if the receiver echoes it."""
+        """Return the bytes of one attempt, and what must not be stored if the receiver echoes
+        it."""
         if picked.type is None or picked.valid != 1:
-            raise _Unready("the event's row is missing" if picked.type is None else "the event's data is not JSON")
+            raise _Unready(
+                "the event's row is missing"
+                if picked.type is None
+                else "the event's data is not JSON"
+            )
         if not _TYPE.fullmatch(picked.type):
             raise _Unready("the event's row is damaged")
         id = picked.id
         body, content_type = self.body(picked)
         valid = self.keys(now)
         signed = _signature_headers(self.schemes, valid, id, int(now), body)
-        custom = self._custom_headers(picked) if self.endpoint.headers or picked.headers is not None else []
+        custom = (
+            self._custom_headers(picked)
+            if self.endpoint.headers or picked.headers is not None
+            else []
+        )
         extra = "".join([f"{name}: {value}\r\n" for name, value in custom + signed])
         head = (
             f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
@@ -1805,17 +2036,25 @@ _RUN = re.compile(r"[A-Za-z0-9]+")
 
 
 def _redacted(text: str, hidden: Iterable[str]) -> str:
-    """Return text without the secrets that a receiver echoed, as they are or as JSON and URLs spell them. Not a
-    guarantee against other encodings, or against a part of a secret."""
+    """Return text without the secrets that a receiver echoed, as they are or as JSON and URLs spell
+    them. Not a guarantee against other encodings, or against a part of a secret."""
     if len(text) < _LEAST_HIDDEN:
         return text
     for value in hidden:
         value = value.removeprefix("whsec_")
         # No spelling changes letters and digits; they rule most values out at little cost.
-        if _LEAST_HIDDEN <= len(value) <= len(text) and all(run in text for run in _RUN.findall(value)):
+        if _LEAST_HIDDEN <= len(value) <= len(text) and all(
+            run in text for run in _RUN.findall(value)
+        ):
             in_json = json.dumps(value)[1:-1]
             in_url = urllib.parse.quote(value, errors="replace")
-            for spelling in (value, in_json, in_json.replace("/", "\\/"), in_url, in_url.replace("/", "%2F")):
+            for spelling in (
+                value,
+                in_json,
+                in_json.replace("/", "\\/"),
+                in_url,
+                in_url.replace("/", "%2F"),
+            ):
                 text = text.replace(spelling, "[redacted]")
     return text
 
@@ -1831,14 +2070,20 @@ _OURS = re.compile(
 
 
 @functools.lru_cache(maxsize=64)  # most receivers send the same head for a second, or for ever
-def _read_fields(block: bytes, keep: bool, bodiless: bool) -> tuple[Mapping[bytes, list[bytes]], bool, str, int]:
-    """Return the headers that matter of a head (to be read only), whether the connection may be used again, and the
-    body's framing and length. keep: HTTP/1.1."""
+def _read_fields(
+    block: bytes, keep: bool, bodiless: bool
+) -> tuple[Mapping[bytes, list[bytes]], bool, str, int]:
+    """Return the headers that matter of a head (to be read only), whether the connection may be
+    used again, and the body's framing and length. keep: HTTP/1.1."""
     headers: dict[bytes, list[bytes]] = {}
     for name, value in _OURS.findall(block):
         headers.setdefault(name.lower(), []).append(value.rstrip(b" \t"))
     tokens = b",".join(headers.get(b"connection", [])).lower()
-    reusable = bool(_WELL_FORMED.fullmatch(block)) and b"close" not in tokens and (keep or b"keep-alive" in tokens)
+    reusable = (
+        bool(_WELL_FORMED.fullmatch(block))
+        and b"close" not in tokens
+        and (keep or b"keep-alive" in tokens)
+    )
     lengths, coding = headers.get(b"content-length"), headers.get(b"transfer-encoding")
     if bodiless:
         return headers, reusable, "length", 0
@@ -1853,12 +2098,23 @@ def _read_fields(block: bytes, keep: bool, bodiless: bool) -> tuple[Mapping[byte
 class _Answer:
     """Reads one answer, byte by byte if need be, at a cost that grows with what arrived.
 
-    feed() returns True when the outcome is known. `status` is None where no valid answer came. `reusable`: the
-    connection may carry another request; anything odd (no framing, two lengths, a bad chunk, bytes after the end,
-    a body over the cap) makes it False, and the outcome is then what a valid status says.
+    feed() returns True when the outcome is known. `status` is None where no valid answer came.
+    `reusable`: the connection may carry another request; anything odd (no framing, two lengths, a
+    bad chunk, bytes after the end, a body over the cap) makes it False, and the outcome is then
+    what a valid status says.
     """
 
-    __slots__ = ("body", "buffer", "error", "headers", "reusable", "status", "_at", "_framing", "_left")
+    __slots__ = (
+        "body",
+        "buffer",
+        "error",
+        "headers",
+        "reusable",
+        "status",
+        "_at",
+        "_framing",
+        "_left",
+    )
 
     def __init__(self) -> None:
         self.buffer = bytearray()
@@ -1885,7 +2141,9 @@ class _Answer:
         """The receiver closed the connection."""
         self.reusable = False
         if self.status is None and not self.error:
-            self.error = "the connection was closed before an answer" + (" was complete" if self.buffer else "")
+            self.error = "the connection was closed before an answer" + (
+                " was complete" if self.buffer else ""
+            )
 
     def _fail(self, error: str) -> bool:
         self.status, self.error, self.reusable = None, error, False
@@ -1898,23 +2156,31 @@ class _Answer:
     def _read_head(self) -> bool:
         while True:
             line = _STATUS_LINE.match(self.buffer)
-            if line is None and (b"\n" in self.buffer or not b"HTTP/1.".startswith(bytes(self.buffer[:7]))):
+            if line is None and (
+                b"\n" in self.buffer or not b"HTTP/1.".startswith(bytes(self.buffer[:7]))
+            ):
                 return self._fail("the answer is not HTTP/1.1")
             end = _HEAD_END.search(self.buffer, max(0, self._at - 2))
             if end is None or line is None:
                 self._at = len(self.buffer)
-                return self._fail("the answer's head is too large") if self._at > _READ_HEAD else False
+                return (
+                    self._fail("the answer's head is too large") if self._at > _READ_HEAD else False
+                )
             if end.end() > _READ_HEAD:
                 return self._fail("the answer's head is too large")
             if line[2] != b"100":
                 break
-            del self.buffer[: end.end()]  # 100 Continue: skipped, but what it costs counts against the cap
+            del self.buffer[
+                : end.end()
+            ]  # 100 Continue: skipped, but what it costs counts against the cap
             self._left += end.end()
             self._at = 0
             if self._left > _READ_HEAD:
                 return self._fail("endless 100 Continue answers")
         status = int(line[2])
-        if status < 200:  # 101 or an early hint: whatever follows belongs to a protocol that we do not speak
+        if (
+            status < 200
+        ):  # 101 or an early hint: whatever follows belongs to a protocol that we do not speak
             return self._fail(f"the answer was {status}, which is not final")
         self.status = status
         block = bytes(self.buffer[line.end() : end.end()])
@@ -1924,7 +2190,9 @@ class _Answer:
         return True
 
     def _read_body(self) -> bool:
-        if self._framing == "close":  # to the end of the connection; a success needs no waiting for it
+        if (
+            self._framing == "close"
+        ):  # to the end of the connection; a success needs no waiting for it
             self.reusable = False
             self._take(len(self.buffer))
             return len(self.body) >= _READ_RESPONSE or 200 <= (self.status or 0) < 300
@@ -1965,7 +2233,9 @@ class _Answer:
         end = re.match(rb"\r?\n", memoryview(self.buffer)[start:])
         if end is not None:
             return True if start + end.end() == len(self.buffer) else self._odd()
-        return self._odd() if len(self.buffer) > start + 1 else False  # trailers: nobody sends them; close
+        return (
+            self._odd() if len(self.buffer) > start + 1 else False
+        )  # trailers: nobody sends them; close
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -1993,7 +2263,9 @@ def _judge(answer: _Answer, hidden: Iterable[str], now: float) -> _Outcome:
     status, header = answer.status, answer.headers
     response = None
     if answer.body:
-        text = _redacted(bytes(answer.body).decode("utf-8", "backslashreplace"), hidden)[:_KEPT_RESPONSE]
+        text = _redacted(bytes(answer.body).decode("utf-8", "backslashreplace"), hidden)[
+            :_KEPT_RESPONSE
+        ]
         text = text if text.isprintable() else _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
         response = text.encode()[:_KEPT_RESPONSE].decode("utf-8", "ignore")
     order = header.get(b"webhook-delivery", [b""])[-1].lower()
@@ -2007,7 +2279,9 @@ def _judge(answer: _Answer, hidden: Iterable[str], now: float) -> _Outcome:
     hint = None
     if status in (429, 503):
         hint = _retry_after([v.decode("latin-1") for v in header.get(b"retry-after", [])], now)
-    return _Outcome(status, reason, error, response, hint, disable=status == 410 or order == b"disable")
+    return _Outcome(
+        status, reason, error, response, hint, disable=status == 410 or order == b"disable"
+    )
 
 
 def _failure(error: BaseException, hidden: Iterable[str] = ()) -> _Outcome:
@@ -2015,9 +2289,10 @@ def _failure(error: BaseException, hidden: Iterable[str] = ()) -> _Outcome:
     return _Outcome(reason=reason, error=_redacted(text, hidden))
 
 
-# ── endpoint options ─────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: one row of _OPTIONS for each option of an endpoint. It is a field of Endpoint, a column, a keyword of
-# add_endpoint and an argument of the command line of the same name. Knows nothing of files and connections.
+# ── endpoint options ──────────────────────────────────────────────────────────────────────────────
+# Promises: one row of _OPTIONS for each option of an endpoint. It is a field of Endpoint, a column,
+# a keyword of add_endpoint and an argument of the command line of the same name. Knows nothing of
+# files and connections.
 
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(\.\*)?")
 _TENANT = re.compile("[A-Za-z0-9_-]{1,64}")
@@ -2036,8 +2311,14 @@ def _whole(name: str, value: Any, least: int, most: int) -> int:
 
 
 def _line(name: str, value: Any, most: int, least: int = 0) -> str:
-    if not isinstance(value, str) or not least <= len(value) <= most or not all(c.isprintable() for c in value):
-        raise PayloadError(f"{name} must be one line of printable text, {least} to {most} characters")
+    if (
+        not isinstance(value, str)
+        or not least <= len(value) <= most
+        or not all(c.isprintable() for c in value)
+    ):
+        raise PayloadError(
+            f"{name} must be one line of printable text, {least} to {most} characters"
+        )
     return value
 
 
@@ -2052,36 +2333,57 @@ def _checked_tenant(tenant: Any, or_all: bool = False) -> str | None:
     if tenant is None or (or_all and tenant == "*"):
         return tenant  # type: ignore[no-any-return]
     if not isinstance(tenant, str) or not _TENANT.fullmatch(tenant):
-        raise PayloadError("tenant must be 1 to 64 letters, digits, _ and -; leave it out for what is the app's own")
+        raise PayloadError(
+            "tenant must be 1 to 64 letters, digits, _ and -; leave it out for what is the app's own"
+        )
     return tenant
 
 
 def _checked_patterns(events: Any) -> list[str]:
-    patterns = [events] if isinstance(events, str) else list(events) if isinstance(events, Iterable) else []
+    patterns = (
+        [events]
+        if isinstance(events, str)
+        else list(events)
+        if isinstance(events, Iterable)
+        else []
+    )
     if not patterns:
         raise PayloadError("events must hold at least one pattern; '*' means all")
     for pattern in patterns:
         if not isinstance(pattern, str) or len(pattern) > 256 or not _PATTERN.fullmatch(pattern):
-            raise PayloadError("each of events must be a type (order.created), a group (order.*) or *")
+            raise PayloadError(
+                "each of events must be a type (order.created), a group (order.*) or *"
+            )
     return list(dict.fromkeys(patterns))
 
 
 def _checked_secret(secret: Any) -> str:
-    """Return a secret as it is stored; strict, because a typo here shows only as failing signatures later."""
+    """Return a secret as it is stored; strict, because a typo here shows only as failing signatures
+    later."""
     if secret is None:
         return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode("ascii")
     if not isinstance(secret, str):
         raise PayloadError("secret must be text: whsec_ and base64, env:NAME or file:PATH")
-    if re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", secret) or re.fullmatch(r"file:[^\x00-\x1f]+", secret):
+    if re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*", secret) or re.fullmatch(
+        r"file:[^\x00-\x1f]+", secret
+    ):
         return secret
     if not secret.startswith("whsec_"):
-        raise PayloadError("secret must start with whsec_, env: or file:; leave it out to get a good one")
+        raise PayloadError(
+            "secret must start with whsec_, env: or file:; leave it out to get a good one"
+        )
     _key(secret, 24, 64)
     return secret
 
 
 def _checked_files(name: str, value: Any, most: int = 2) -> list[str]:
-    paths = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
+    paths = (
+        [value]
+        if isinstance(value, str)
+        else list(value)
+        if isinstance(value, (list, tuple))
+        else []
+    )
     if not 1 <= len(paths) <= most or not all(isinstance(path, str) for path in paths):
         raise PayloadError(f"{name} must be a path, or a pair of paths (certificate, key)")
     for path in paths:
@@ -2103,7 +2405,9 @@ def _checked_url(url: Any, known: _Known) -> str:
 
 
 def _checked_signing(signing: Any) -> str:
-    return "+".join(dict.fromkeys(_choice("signing", part, _SCHEMES) for part in str(signing).split("+")))
+    return "+".join(
+        dict.fromkeys(_choice("signing", part, _SCHEMES) for part in str(signing).split("+"))
+    )
 
 
 def _checked_switch(name: str, value: Any) -> int:
@@ -2133,9 +2437,13 @@ def _optional(check: Callable[[Any, _Known], Any]) -> Callable[[Any, _Known], An
 class _Option(NamedTuple):
     """One option of an endpoint."""
 
-    check: Callable[[Any, _Known], Any]  # a value -> what is stored; raises PayloadError or UnsafeURL
+    check: Callable[
+        [Any, _Known], Any
+    ]  # a value -> what is stored; raises PayloadError or UnsafeURL
     argument: dict[str, Any]  # of the command line, as argparse takes it
-    load: Callable[[Any], Any] | None = None  # what is stored, unless NULL -> the field of Endpoint; None: the same
+    load: Callable[[Any], Any] | None = (
+        None  # what is stored, unless NULL -> the field of Endpoint; None: the same
+    )
     fixed: bool = False  # add_endpoint takes it, update_endpoint does not
 
 
@@ -2167,16 +2475,21 @@ _OPTIONS: dict[str, _Option] = {
         dict(help="standard, data, cloudevents, slack, discord, or a transform of --app"),
     ),
     "signing": _Option(
-        lambda v, known: _checked_signing(v), dict(help="standard, stripe, github, joined by + to send several")
+        lambda v, known: _checked_signing(v),
+        dict(help="standard, stripe, github, joined by + to send several"),
     ),
     "rate": _Option(
-        _optional(lambda v, known: _number("rate", v, 1e-6, 1e6)), dict(type=float, help="deliveries per second")
+        _optional(lambda v, known: _number("rate", v, 1e-6, 1e6)),
+        dict(type=float, help="deliveries per second"),
     ),
     "max_in_flight": _Option(
-        lambda v, known: _whole("max_in_flight", v, 1, 10_000), dict(type=int, help="attempts at once at the most (16)")
+        lambda v, known: _whole("max_in_flight", v, 1, 10_000),
+        dict(type=int, help="attempts at once at the most (16)"),
     ),
     "ordered": _Option(
-        lambda v, known: _checked_switch("ordered", v), dict(action="switch", help="one after the other"), bool
+        lambda v, known: _checked_switch("ordered", v),
+        dict(action="switch", help="one after the other"),
+        bool,
     ),
     "on_dead": _Option(
         lambda v, known: _choice("on_dead", v, ("skip", "hold")),
@@ -2202,11 +2515,14 @@ _LOADS = [(name, option.load) for name, option in _OPTIONS.items() if option.loa
 
 
 def _checked_options(options: Mapping[str, Any], known: _Known, update: bool) -> dict[str, Any]:
-    """Return the column values of options; refuse those that there are not, and in an update those for life."""
+    """Return the column values of options; refuse those that there are not, and in an update those
+    for life."""
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
         hint = "; use rotate_secret" if unknown == ["secret"] else ""
-        raise PayloadError(f"endpoints have no option {', '.join(unknown)}{hint}; there are {', '.join(_OPTIONS)}")
+        raise PayloadError(
+            f"endpoints have no option {', '.join(unknown)}{hint}; there are {', '.join(_OPTIONS)}"
+        )
     for name in options:
         if update and _OPTIONS[name].fixed:
             raise PayloadError(f"the {name} of an endpoint is fixed for life: add another endpoint")
@@ -2214,7 +2530,8 @@ def _checked_options(options: Mapping[str, Any], known: _Known, update: bool) ->
 
 
 def _endpoint(row: Sequence[Any]) -> Endpoint:
-    """Return the Endpoint of a row of _ENDPOINT_COLUMNS; raise ValueError or TypeError where it is damaged."""
+    """Return the Endpoint of a row of _ENDPOINT_COLUMNS; raise ValueError or TypeError where it is
+    damaged."""
     values = dict(zip(_ENDPOINT_FIELDS, row, strict=True))
     for name, load in _LOADS:
         if values[name] is not None:
@@ -2222,10 +2539,11 @@ def _endpoint(row: Sequence[Any]) -> Endpoint:
     return Endpoint(**values)
 
 
-# ── storage ──────────────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: our own connections are autocommit and short-lived but for the drain's one; each write is one statement.
-# On the host's connection only our own statements run; no pragma, no commit, no rollback (SPEC P8).
-# Never opens the database, -wal or -shm as plain files: closing such a descriptor drops SQLite's locks.
+# ── storage ───────────────────────────────────────────────────────────────────────────────────────
+# Promises: our own connections are autocommit and short-lived but for the drain's one; each write
+# is one statement. On the host's connection only our own statements run; no pragma, no commit, no
+# rollback (SPEC P8). Never opens the database, -wal or -shm as plain files: closing such a
+# descriptor drops SQLite's locks.
 
 
 class _Process:
@@ -2308,15 +2626,18 @@ class _Process:
 _PROCESS: _Process = globals().get("_PROCESS") or _Process()  # the old one after a reload
 
 
-# Decodes what SQLite calls text: plain SQL can store any bytes, and one such row must not stop every reader. What is no
-# UTF-8 becomes lone surrogates, which cannot be encoded, so that the attempt fails and not the drain.
+# Decodes what SQLite calls text: plain SQL can store any bytes, and one such row must not stop
+# every reader. What is no UTF-8 becomes lone surrogates, which cannot be encoded, so that the
+# attempt fails and not the drain.
 _lenient_text = operator.methodcaller("decode", "utf-8", "surrogateescape")
 
 
 def _open(path: str, patience: float = 5.0, create: bool = False) -> sqlite3.Connection:
     """Open a connection of our own, autocommit. patience: seconds that SQLite waits for a lock."""
     if not create and not os.path.exists(path):  # SQLite would put an empty file there
-        raise SchemaError(f"{path} does not exist; `python -m webhook_outbox --db {path} init` makes it")
+        raise SchemaError(
+            f"{path} does not exist; `python -m webhook_outbox --db {path} init` makes it"
+        )
     try:
         db = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
@@ -2357,7 +2678,9 @@ def _transaction(path: str) -> Iterator[sqlite3.Connection]:
 
 def _is_busy(error: sqlite3.Error) -> bool:
     code = getattr(error, "sqlite_errorcode", None)  # since Python 3.11
-    return code & 0xFF in (5, 6) if code is not None else "locked" in str(error)  # SQLITE_BUSY, SQLITE_LOCKED
+    return (
+        code & 0xFF in (5, 6) if code is not None else "locked" in str(error)
+    )  # SQLITE_BUSY, SQLITE_LOCKED
 
 
 @contextlib.contextmanager
@@ -2374,12 +2697,17 @@ def _plain_text(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def _meta(db: sqlite3.Connection, key: str) -> Any:
-    row = sqlite3.Cursor(db).execute("SELECT value FROM webhook_meta WHERE key = ?", (key,)).fetchone()
+    row = (
+        sqlite3.Cursor(db)
+        .execute("SELECT value FROM webhook_meta WHERE key = ?", (key,))
+        .fetchone()
+    )
     return row and row[0]
 
 
 def _version(db: sqlite3.Connection, path: str) -> int:
-    """Return the schema version of a file, 0 when it has no tables of ours; refuse what is not ours to touch."""
+    """Return the schema version of a file, 0 when it has no tables of ours; refuse what is not ours
+    to touch."""
     try:
         exists = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'webhook_meta'").fetchone()
         version = int(_meta(db, "schema_version") or 0) if exists else 0
@@ -2404,9 +2732,13 @@ def _prepare_file(path: str, create: bool) -> str:
             version = _version(db, path)
             if not create and version < len(_SCHEMA):
                 what = (
-                    f"has tables of an older webhook_outbox (schema {version})" if version else "has no webhook tables"
+                    f"has tables of an older webhook_outbox (schema {version})"
+                    if version
+                    else "has no webhook tables"
                 )
-                raise SchemaError(f"{path} {what}; `python -m webhook_outbox --db {path} init` makes them")
+                raise SchemaError(
+                    f"{path} {what}; `python -m webhook_outbox --db {path} init` makes them"
+                )
             while version < len(_SCHEMA):
                 with _transaction(path) as own:
                     if _version(own, path) == version:  # another process may have been first
@@ -2419,8 +2751,9 @@ def _prepare_file(path: str, create: bool) -> str:
 
 
 def _driver(conn: Any) -> Any:
-    """Return the connection that a driver made, under what a framework hands out: SQLAlchemy's Connection or Session,
-    Django's connection or its alias, peewee's Database, a cursor. Known by what they have; nothing is imported."""
+    """Return the connection that a driver made, under what a framework hands out: SQLAlchemy's
+    Connection or Session, Django's connection or its alias, peewee's Database, a cursor. Known by
+    what they have; nothing is imported."""
     if isinstance(conn, sqlite3.Connection):
         return conn
     django = sys.modules.get("django.db")
@@ -2437,12 +2770,21 @@ def _driver(conn: Any) -> Any:
 
 
 def _host(conn: Any) -> sqlite3.Connection:
-    """Return the connection under what a host hands us, once we know that what we write commits with its rows."""
+    """Return the connection under what a host hands us, once we know that what we write commits
+    with its rows."""
     db = _driver(conn)
-    if not isinstance(db, sqlite3.Connection) and not (hasattr(db, "execute") and hasattr(db, "in_transaction")):
-        raise PayloadError(f"expected a connection to the outbox's SQLite file, not {type(conn).__name__}")
-    legacy = getattr(db, "autocommit", -1) == -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, or Python before 3.12
-    opens_itself = legacy and getattr(db, "isolation_level", None) is not None  # the driver begins before our INSERT
+    if not isinstance(db, sqlite3.Connection) and not (
+        hasattr(db, "execute") and hasattr(db, "in_transaction")
+    ):
+        raise PayloadError(
+            f"expected a connection to the outbox's SQLite file, not {type(conn).__name__}"
+        )
+    legacy = (
+        getattr(db, "autocommit", -1) == -1
+    )  # sqlite3.LEGACY_TRANSACTION_CONTROL, or Python before 3.12
+    opens_itself = (
+        legacy and getattr(db, "isolation_level", None) is not None
+    )  # the driver begins before our INSERT
     if not db.in_transaction and not opens_itself:
         raise NotInTransaction(
             "the connection is in autocommit mode with no transaction open: begin one first (BEGIN, Django's atomic(), "
@@ -2462,8 +2804,8 @@ def _cursor(db: Any) -> sqlite3.Cursor:
 
 
 def _in_its_thread(conn: Any, do: Callable[[Any], str]) -> str:
-    """Call do with the driver's connection: at once, or, under the synchronous side of SQLAlchemy's AsyncSession, in
-    the thread that aiosqlite keeps for it."""
+    """Call do with the driver's connection: at once, or, under the synchronous side of SQLAlchemy's
+    AsyncSession, in the thread that aiosqlite keeps for it."""
     db = _driver(conn)
     if not hasattr(db, "_execute"):
         return do(conn)
@@ -2474,7 +2816,8 @@ def _in_its_thread(conn: Any, do: Callable[[Any], str]) -> str:
 
 @contextlib.contextmanager
 def _host_errors(db: sqlite3.Connection, path: str) -> Iterator[None]:
-    """Turn SQLite's errors inside the host's transaction into ours; what is the host's business (busy) passes."""
+    """Turn SQLite's errors inside the host's transaction into ours; what is the host's business
+    (busy) passes."""
     before = db.in_transaction
     try:
         yield
@@ -2487,7 +2830,9 @@ def _host_errors(db: sqlite3.Connection, path: str) -> Iterator[None]:
                 f"SQLite rolled your transaction back ({text}): nothing of it is stored; do not go on, begin again"
             ) from error
         if "another outbox" in text:
-            raise SchemaError(f"this connection is open on another file than the outbox's, {path}") from None
+            raise SchemaError(
+                f"this connection is open on another file than the outbox's, {path}"
+            ) from None
         if text.startswith("webhook_emit: "):
             raise PayloadError(text.removeprefix("webhook_emit: ")) from None
         if "no such table: main.webhook" in text or "unknown database" in text:
@@ -2506,7 +2851,8 @@ def _check_identity(cursor: sqlite3.Cursor, identity: str, path: str) -> None:
 
 
 def _file_id(path: str) -> tuple[int, int] | None:
-    """Return what tells the file at a path from one that takes its place; None when there is none."""
+    """Return what tells the file at a path from one that takes its place; None when there is
+    none."""
     with contextlib.suppress(OSError):
         stat = os.stat(path)
         return stat.st_dev, stat.st_ino
@@ -2714,8 +3060,8 @@ class _EndpointRow(NamedTuple):
         return self.endpoint if isinstance(self.endpoint, str) else self.endpoint.id
 
 
-# Endpoints whose ids are in a JSON list. After an ANALYZE with few endpoints, `id IN` the list would read all of them
-# for ever, however many there are by then; CROSS JOIN says what comes first.
+# Endpoints whose ids are in a JSON list. After an ANALYZE with few endpoints, `id IN` the list
+# would read all of them for ever, however many there are by then; CROSS JOIN says what comes first.
 _LISTED = "(SELECT value AS listed FROM json_each(?)) CROSS JOIN webhook_endpoints ON id = listed"
 
 
@@ -2727,7 +3073,15 @@ def _load_endpoints(db: sqlite3.Connection, source: str, *values: Any) -> list[_
         values,
     )
     found = []
-    for *columns, stored, enabled, version, failures, failing_since, paused_until in rows.fetchall():
+    for (
+        *columns,
+        stored,
+        enabled,
+        version,
+        failures,
+        failing_since,
+        paused_until,
+    ) in rows.fetchall():
         state = bool(enabled), version, failures, failing_since, paused_until
         try:
             pairs = [(secret, until) for secret, until in json.loads(stored)]
@@ -2743,9 +3097,11 @@ _PICK_COLUMNS = """d.event, d.due_at, d.attempts, d.first_attempt_at, d.queue, e
 _PICK_ROWS, _PICK_BYTES = 128, 1 << 20
 
 
-def _read_ahead(db: sqlite3.Connection, sql: str, values: Sequence[Any], now: float) -> tuple[list[_Picked], float]:
-    """Return the deliveries that a query finds, as many as may be read ahead and are due; and when the next one is
-    due: -inf where there may be more that are, inf where there is none."""
+def _read_ahead(
+    db: sqlite3.Connection, sql: str, values: Sequence[Any], now: float
+) -> tuple[list[_Picked], float]:
+    """Return the deliveries that a query finds, as many as may be read ahead and are due; and when
+    the next one is due: -inf where there may be more that are, inf where there is none."""
     picked: list[_Picked] = []
     size = 0
     cursor = db.execute(sql, values)
@@ -2765,7 +3121,8 @@ def _read_ahead(db: sqlite3.Connection, sql: str, values: Sequence[Any], now: fl
 def _pick(
     db: sqlite3.Connection, endpoint_id: str, now: float, after: tuple[float, int] = (-math.inf, 0)
 ) -> tuple[list[_Picked], float]:
-    """Return due deliveries of an endpoint behind a place, oldest first; and when the next one is due."""
+    """Return due deliveries of an endpoint behind a place, oldest first; and when the next one is
+    due."""
     return _read_ahead(
         db,
         f"""SELECT {_PICK_COLUMNS}
@@ -2777,12 +3134,16 @@ def _pick(
 
 
 def _as_bytes(text: str) -> bytes:
-    """Return text that SQLite gave us as it can be handed back, even if somebody stored bytes that are no UTF-8."""
+    """Return text that SQLite gave us as it can be handed back, even if somebody stored bytes that
+    are no UTF-8."""
     return text.encode("utf-8", "surrogateescape")
 
 
-def _pick_queue(db: sqlite3.Connection, endpoint_id: str, queue: str, event: int, now: float) -> list[_Picked]:
-    """Return what follows an event in a queue, up to the first that is not due yet: nobody may overtake it."""
+def _pick_queue(
+    db: sqlite3.Connection, endpoint_id: str, queue: str, event: int, now: float
+) -> list[_Picked]:
+    """Return what follows an event in a queue, up to the first that is not due yet: nobody may
+    overtake it."""
     return _read_ahead(
         db,
         f"""SELECT {_PICK_COLUMNS}
@@ -2805,7 +3166,8 @@ def _first_due(db: sqlite3.Connection, endpoint_id: str) -> float:
 
 
 class _Waiting(NamedTuple):
-    """An endpoint that has pending deliveries: when the first is due, whether it is enabled (None: it is gone)."""
+    """An endpoint that has pending deliveries: when the first is due, whether it is enabled (None:
+    it is gone)."""
 
     id: str
     due_at: float
@@ -2816,8 +3178,8 @@ _LOOK_ROWS, _NEW_ROWS = 256, 1_000  # of one look, so that the loop does somethi
 
 
 def _waiting(db: sqlite3.Connection, after: str = "") -> list[_Waiting]:
-    """Return the endpoints with pending deliveries whose ids follow `after`, 256 at most. Three seeks an endpoint,
-    however many rows."""
+    """Return the endpoints with pending deliveries whose ids follow `after`, 256 at most. Three
+    seeks an endpoint, however many rows."""
     rows = db.execute(
         f"""WITH RECURSIVE waiting(id) AS (
              SELECT min(endpoint_id) FROM webhook_deliveries WHERE status = 'pending' AND endpoint_id > CAST(? AS TEXT)
@@ -2839,8 +3201,12 @@ def _work_left(db: sqlite3.Connection, until: float) -> bool:
     """Say whether an enabled endpoint that does not pause has a delivery due by `until`."""
     rows = _waiting(db)
     while rows:
-        ids = [row.id for row in rows if row.enabled and row.due_at <= until and row.id.isprintable()]
-        if _load_endpoints(db, f"{_LISTED} WHERE paused_until <= ? LIMIT 1", json.dumps(ids), until):
+        ids = [
+            row.id for row in rows if row.enabled and row.due_at <= until and row.id.isprintable()
+        ]
+        if _load_endpoints(
+            db, f"{_LISTED} WHERE paused_until <= ? LIMIT 1", json.dumps(ids), until
+        ):
             return True
         rows = _waiting(db, rows[-1].id)
     return False
@@ -2849,12 +3215,12 @@ def _work_left(db: sqlite3.Connection, until: float) -> bool:
 class _News:
     """Finds what is new in the file, at a cost that follows what is new.
 
-    New deliveries are those behind the newest that was seen (`seen`): keys only grow. Endpoints that
-    changed have a newer version than the newest seen. Everything else that makes a delivery due (a
-    replay, a resend, a backfill, the head of a queue deleted) counts up `work` in webhook_meta; then
-    all that wait are looked at, 256 endpoints at a time, `at` being the last of those looked at. A look
-    that is under way is never begun anew, or a host that replays row by row would let it end never: all
-    are looked at once more after it.
+    New deliveries are those behind the newest that was seen (`seen`): keys only grow. Endpoints
+    that changed have a newer version than the newest seen. Everything else that makes a delivery
+    due (a replay, a resend, a backfill, the head of a queue deleted) counts up `work` in
+    webhook_meta; then all that wait are looked at, 256 endpoints at a time, `at` being the last of
+    those looked at. A look that is under way is never begun anew, or a host that replays row by row
+    would let it end never: all are looked at once more after it.
     """
 
     __slots__ = ("_again", "at", "removed", "seen", "stale", "version", "work")
@@ -2867,7 +3233,8 @@ class _News:
         self._again = False
 
     def begin(self, db: sqlite3.Connection) -> None:
-        """Take the baseline: what is newer is news, what is older is found by looking at all that wait."""
+        """Take the baseline: what is newer is news, what is older is found by looking at all that
+        wait."""
         self.seen, self.at, self.stale = self._newest(db), "", True
         self.version, self.removed, self.work = self.counters(db)
 
@@ -2881,7 +3248,8 @@ class _News:
         self.stale = True
 
     def counters(self, db: sqlite3.Connection) -> tuple[int, int, int]:
-        """Return what counts up when endpoints change, when one is removed, and when an old delivery becomes due."""
+        """Return what counts up when endpoints change, when one is removed, and when an old
+        delivery becomes due."""
         rows = db.execute(
             "SELECT key, value FROM webhook_meta WHERE key IN ('endpoints_version', 'endpoints_removed', 'work')"
         )
@@ -2889,13 +3257,15 @@ class _News:
         return found["endpoints_version"], found["endpoints_removed"], found["work"]
 
     def look_at_all(self, db: sqlite3.Connection) -> None:
-        """Have all that wait looked at. Without the newest event, lower keys may be issued again."""
+        """Have all that wait looked at. Without the newest event, lower keys may be issued
+        again."""
         self.seen = min(self.seen, self._newest(db))
         self._again = self.at is not None and self.at != ""
         self.at = self.at or ""
 
     def _newest(self, db: sqlite3.Connection) -> tuple[int, str]:
-        """Return the end of the events there are; behind all that there can be where it cannot be read."""
+        """Return the end of the events there are; behind all that there can be where it cannot be
+        read."""
         try:
             (newest,) = db.execute("SELECT max(seq) FROM webhook_events").fetchone()
         except sqlite3.DatabaseError as error:
@@ -2905,8 +3275,9 @@ class _News:
         return newest or 0, "\U0010ffff"
 
     def new(self, db: sqlite3.Connection) -> list[tuple[int, str, float, str, str | None]]:
-        """Return new deliveries as (event, endpoint, due, status, queue), a thousand at most. A stray row beyond the
-        newest event is none of them: everything up to it would count as seen."""
+        """Return new deliveries as (event, endpoint, due, status, queue), a thousand at most. A
+        stray row beyond the newest event is none of them: everything up to it would count as
+        seen."""
         try:
             rows = db.execute(
                 f"""SELECT event, endpoint_id, due_at, status, queue FROM webhook_deliveries
@@ -2915,7 +3286,9 @@ class _News:
                      ORDER BY event, endpoint_id LIMIT {_NEW_ROWS}""",
                 (self.seen[0], _as_bytes(self.seen[1])),
             ).fetchall()
-        except sqlite3.DatabaseError as error:  # a damaged page must not stop those whose rows are elsewhere
+        except (
+            sqlite3.DatabaseError
+        ) as error:  # a damaged page must not stop those whose rows are elsewhere
             if _is_busy(error):
                 raise
             self.look_at_all(db)
@@ -2943,8 +3316,8 @@ def _monitored(db: sqlite3.Connection) -> bool:
     return bool(found)
 
 
-# What was put off, or emitted, while the clock was far ahead. An event of the past that nobody tried is not among it:
-# the host may have asked for a long delay.
+# What was put off, or emitted, while the clock was far ahead. An event of the past that nobody
+# tried is not among it: the host may have asked for a long delay.
 _AHEAD = """ FROM webhook_endpoints AS p CROSS JOIN webhook_deliveries AS d ON d.endpoint_id = p.id
   LEFT JOIN webhook_events AS e ON e.seq = d.event
  WHERE (d.status = 'pending' OR d.queue IS NOT NULL AND d.status = 'queued')
@@ -2952,13 +3325,18 @@ _AHEAD = """ FROM webhook_endpoints AS p CROSS JOIN webhook_deliveries AS d ON d
 
 
 def _pull_back(db: sqlite3.Connection, now: float, longest: float) -> None:
-    """Make a try due now, and an event as it was meant, `longest` from now at most, that an earlier clock put later;
-    end the pauses that it set."""
+    """Make a try due now, and an event as it was meant, `longest` from now at most, that an earlier
+    clock put later; end the pauses that it set."""
     long = "FROM webhook_endpoints WHERE paused_until > ?"
     if db.execute(f"SELECT 1 {long} LIMIT 1", (now + longest,)).fetchone():
-        db.execute(f"UPDATE webhook_endpoints SET paused_until = 0.0 WHERE id IN (SELECT id {long})", (now + longest,))
+        db.execute(
+            f"UPDATE webhook_endpoints SET paused_until = 0.0 WHERE id IN (SELECT id {long})",
+            (now + longest,),
+        )
     values = {"now": now, "longest": longest, "latest": now + longest}
-    if db.execute(f"SELECT 1 {_AHEAD} LIMIT 1", values).fetchone():  # read first: an UPDATE locks while it looks
+    if db.execute(
+        f"SELECT 1 {_AHEAD} LIMIT 1", values
+    ).fetchone():  # read first: an UPDATE locks while it looks
         db.execute(
             f"""UPDATE webhook_deliveries
                    SET due_at = :now + CASE WHEN attempts THEN 0.0 ELSE min(:longest, due_at -
@@ -2968,21 +3346,26 @@ def _pull_back(db: sqlite3.Connection, now: float, longest: float) -> None:
         )
 
 
-_RECORD_COLUMNS = "kind, event, endpoint_id, status, due_at, at, duration, status_code, reason, error, response"
+_RECORD_COLUMNS = (
+    "kind, event, endpoint_id, status, due_at, at, duration, status_code, reason, error, response"
+)
 _NO_ROW = (None,) * 11
 
 
 @functools.lru_cache(maxsize=16)
 def _record_sql(rows: int) -> str:
-    return f"INSERT INTO webhook_record ({_RECORD_COLUMNS}) VALUES " + ", ".join([f"({', '.join('?' * 11)})"] * rows)
+    return f"INSERT INTO webhook_record ({_RECORD_COLUMNS}) VALUES " + ", ".join(
+        [f"({', '.join('?' * 11)})"] * rows
+    )
 
 
 def _write_record(db: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Record rows in one autocommit statement. BEGIN ... COMMIT from Python would hand over the interpreter
-    lock at each row with SQLite's write lock held: beside busy host threads that is tens of milliseconds.
+    """Record rows in one autocommit statement. BEGIN ... COMMIT from Python would hand over the
+    interpreter lock at each row with SQLite's write lock held: beside busy host threads that is
+    tens of milliseconds.
 
-    Rows are filled up to a power of two with rows that the triggers ignore, so that a dozen prepared statements serve
-    all batches; json_each over one parameter costs a third more CPU.
+    Rows are filled up to a power of two with rows that the triggers ignore, so that a dozen
+    prepared statements serve all batches; json_each over one parameter costs a third more CPU.
     """
     size = 1 << (len(rows) - 1).bit_length()
     filled = [*rows, *[_NO_ROW] * (size - len(rows))]
@@ -2990,7 +3373,8 @@ def _write_record(db: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> No
 
 
 _PRUNE_ROWS = 500
-# Finished events of a range of keys that are older than the cutoff. Those with a failed row stay: somebody has to act.
+# Finished events of a range of keys that are older than the cutoff. Those with a failed row stay:
+# somebody has to act.
 _PRUNE = """DELETE FROM main.webhook_events
  WHERE seq BETWEEN ? AND ? AND created_at < ?
    AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries
@@ -2998,8 +3382,8 @@ _PRUNE = """DELETE FROM main.webhook_events
 
 
 def _prune_range(cursor: sqlite3.Cursor, after: int, cutoff: float) -> tuple[int, int] | None:
-    """Return the first and last key of the 500 events behind `after`; None when none of them is old: keys follow the
-    time, so that the rest is not read."""
+    """Return the first and last key of the 500 events behind `after`; None when none of them is
+    old: keys follow the time, so that the rest is not read."""
     cursor.execute(  # SQL compares, because a damaged row may hold text
         "SELECT seq, created_at < ? FROM main.webhook_events WHERE seq > ? ORDER BY seq LIMIT ?",
         (cutoff, after, _PRUNE_ROWS),
@@ -3009,14 +3393,15 @@ def _prune_range(cursor: sqlite3.Cursor, after: int, cutoff: float) -> tuple[int
 
 
 def _prune_some(db: sqlite3.Connection, after: int, cutoff: float) -> tuple[int, int | None]:
-    """Delete old finished events among the 500 behind `after`; return how many, and where to go on (None: the end)."""
+    """Delete old finished events among the 500 behind `after`; return how many, and where to go on
+    (None: the end)."""
     found = _prune_range(db.cursor(), after, cutoff)
     return (db.execute(_PRUNE, (*found, cutoff, cutoff)).rowcount, found[1]) if found else (0, None)
 
 
 class _Bell:
-    """Wakes a loop that sleeps in select, from any thread and from signal handlers. A ring after hear()
-    began is never lost."""
+    """Wakes a loop that sleeps in select, from any thread and from signal handlers. A ring after
+    hear() began is never lost."""
 
     __slots__ = ("_committed", "_rung", "inside", "outside")
 
@@ -3050,18 +3435,23 @@ class _Bell:
 
 
 class _Inotify:
-    """Linux's news of writes to the database's files. It opens none of them, so no lock of SQLite's is
-    dropped. Without it (another system, no descriptor left) `fd` is -1 and nothing is ever heard."""
+    """Linux's news of writes to the database's files. It opens none of them, so no lock of SQLite's
+    is dropped. Without it (another system, no descriptor left) `fd` is -1 and nothing is ever
+    heard."""
 
     __slots__ = ("_folder", "_libc", "_names", "_path", "fd")
     _MODIFY = 0x2
     _GONE = 0x400 | 0x800  # IN_DELETE_SELF, IN_MOVE_SELF
-    _MADE = 0x80 | 0x100 | 0x200  # of a folder: IN_MOVED_TO, IN_CREATE, IN_DELETE (a journal's end is the commit)
+    _MADE = (
+        0x80 | 0x100 | 0x200
+    )  # of a folder: IN_MOVED_TO, IN_CREATE, IN_DELETE (a journal's end is the commit)
     _CLOEXEC_NONBLOCK = 0o2000000 | 0o4000
 
     def __init__(self, path: str) -> None:
         self._path, self._folder = path, -1
-        self._names = [os.fsencode(os.path.basename(path) + suffix) for suffix in ("", "-wal", "-journal")]
+        self._names = [
+            os.fsencode(os.path.basename(path) + suffix) for suffix in ("", "-wal", "-journal")
+        ]
         self.fd = -1
         with contextlib.suppress(OSError, AttributeError, ImportError):
             import ctypes
@@ -3075,7 +3465,9 @@ class _Inotify:
 
     def _watch(self) -> None:
         for suffix in ("", "-wal", "-journal"):  # a file that is watched already stays so
-            self._libc.inotify_add_watch(self.fd, os.fsencode(self._path + suffix), self._MODIFY | self._GONE)
+            self._libc.inotify_add_watch(
+                self.fd, os.fsencode(self._path + suffix), self._MODIFY | self._GONE
+            )
 
     def heard(self) -> bool:
         """Say whether a file was written, made or deleted since the last call."""
@@ -3095,7 +3487,9 @@ class _Inotify:
             at += 16 + length
             ours = watch != self._folder or name in self._names
             found |= ours
-            if ours and mask & ~self._MODIFY:  # a file was made or deleted: another one may stand there now
+            if (
+                ours and mask & ~self._MODIFY
+            ):  # a file was made or deleted: another one may stand there now
                 self._watch()
         return found
 
@@ -3111,14 +3505,14 @@ class _Inotify:
 class _Watch:
     """Notices what others commit, and says how long the loop may sleep without looking.
 
-    PRAGMA data_version on our connection moves for everybody's commits but our own; a poll costs 3 us.
-    It over-wakes and never under-wakes: what a baseline covers is read after it. Hints (the bell after an
-    emit in this process, inotify after a write of any) come a little before the commit shows, so after
-    one the version is polled at growing distances, from 0.1 ms on. They end at 51 ms where no commit was
-    seen, since a slow disk may hold one up after its writes; they start again with each commit seen, to
-    6 ms then, since the writes of the next one may have been heard with it. Where no hint came before a commit was
-    seen, hints do not work (a file system without events): then it is polled often, else ten times a
-    second in case that one was lost.
+    PRAGMA data_version on our connection moves for everybody's commits but our own; a poll costs 3
+    us. It over-wakes and never under-wakes: what a baseline covers is read after it. Hints (the
+    bell after an emit in this process, inotify after a write of any) come a little before the
+    commit shows, so after one the version is polled at growing distances, from 0.1 ms on. They end
+    at 51 ms where no commit was seen, since a slow disk may hold one up after its writes; they
+    start again with each commit seen, to 6 ms then, since the writes of the next one may have been
+    heard with it. Where no hint came before a commit was seen, hints do not work (a file system
+    without events): then it is polled often, else ten times a second in case that one was lost.
     """
 
     __slots__ = ("_inotify", "_last_nap", "_nap", "_poll_at", "_seen_at", "_version", "hints")
@@ -3161,13 +3555,15 @@ class _Watch:
             self.hint(mono)
 
     def wrote(self, mono: float) -> None:
-        """Note a commit of our own, which makes hints too. A host's may be among them, so poll a few times."""
+        """Note a commit of our own, which makes hints too. A host's may be among them, so poll a
+        few times."""
         if self._inotify is not None and self._inotify.heard():
             self._nap = max(self._nap, 0.0016)
             self._poll_at = min(self._poll_at, mono + self._nap)
 
     def poll(self, db: sqlite3.Connection, mono: float, sending: bool) -> str | None:
-        """Return who committed since the last poll: host, "first" for the first look at all, or None."""
+        """Return who committed since the last poll: host, "first" for the first look at all, or
+        None."""
         if mono < self._poll_at:
             return None
         (version,) = db.execute("PRAGMA data_version").fetchone()
@@ -3193,15 +3589,26 @@ class _Watch:
 
 
 class _DrainFile:
-    """The drain's connection to the database, and what it watches there. Both are closed while a thread of this
-    process forks (_Process tells why): park() in the thread that forks waits until the
-    loop has closed them; the loop stands aside in let_fork() until unpark().
+    """The drain's connection to the database, and what it watches there. Both are closed while a
+    thread of this process forks (_Process tells why): park() in the thread that forks waits until
+    the loop has closed them; the loop stands aside in let_fork() until unpark().
 
-    The connection belongs to the loop's thread. Under the condition: how many threads are forking, and
-    whether the loop has closed; whoever changes one of them wakes those who wait.
+    The connection belongs to the loop's thread. Under the condition: how many threads are forking,
+    and whether the loop has closed; whoever changes one of them wakes those who wait.
     """
 
-    __slots__ = ("_changed", "_owner", "_parked", "_pid", "_ring", "db", "forks", "identity", "path", "watch")
+    __slots__ = (
+        "_changed",
+        "_owner",
+        "_parked",
+        "_pid",
+        "_ring",
+        "db",
+        "forks",
+        "identity",
+        "path",
+        "watch",
+    )
 
     def __init__(self, path: str, ring: Callable[[], None]) -> None:
         self.path, self._ring, self._pid = path, ring, os.getpid()
@@ -3222,7 +3629,9 @@ class _DrainFile:
 
     def _set_up(self) -> None:
         (mode,) = self.db.execute("PRAGMA journal_mode").fetchone()
-        if mode == "wal":  # losing the last outcomes in a power cut repeats deliveries, which P3 allows
+        if (
+            mode == "wal"
+        ):  # losing the last outcomes in a power cut repeats deliveries, which P3 allows
             self.db.execute("PRAGMA synchronous = NORMAL")
 
     def close(self) -> None:
@@ -3266,7 +3675,8 @@ class _DrainFile:
             self.open()
 
     def let_fork(self) -> bool:
-        """In the loop: stand aside while a thread forks; return True when the file was opened anew."""
+        """In the loop: stand aside while a thread forks; return True when the file was opened
+        anew."""
         if not self.forks:
             return False
         self.close()
@@ -3290,20 +3700,30 @@ class _DrainFile:
             self._changed.notify_all()
 
 
-# ── drain: its rooms ─────────────────────────────────────────────────────────────────────────────────────────────
-# Each class below owns one thing, says what always holds of it, and knows nothing of the loop. Only the loop's thread
-# touches them, except where a comment says who else does.
+# ── drain: its rooms ──────────────────────────────────────────────────────────────────────────────
+# Each class below owns one thing, says what always holds of it, and knows nothing of the loop. Only
+# the loop's thread touches them, except where a comment says who else does.
 
-_TOGETHER = 8  # requests that are sent one right after the other; more would leave receivers idle meanwhile
+_TOGETHER = (
+    8  # requests that are sent one right after the other; more would leave receivers idle meanwhile
+)
 _OPENERS = 16  # threads that open connections or run the host's transforms at once, in all
-_OPENERS_EACH = 2  # and for one origin or endpoint, so that those which cannot be reached do not fill the pool
+_OPENERS_EACH = (
+    2  # and for one origin or endpoint, so that those which cannot be reached do not fill the pool
+)
 _OPENER_RESTS = 0.5  # seconds that a thread waits for more work before it ends
 _PROVEN = 600.0  # seconds since its last success in which an endpoint may use all places
-_SHARES = 1.0, 0.5, 0.375  # of places and openers that endpoints of each rank may fill, and of the ranks after it
+_SHARES = (
+    1.0,
+    0.5,
+    0.375,
+)  # of places and openers that endpoints of each rank may fill, and of the ranks after it
 _FIRST_LIMIT = 8  # exchanges at once with an endpoint that nothing is known about
 _UNOBSERVED = 1_000  # notices that may wait for the observer; more are dropped
 _UNRECORDED = 2_000  # outcomes that may wait for the write lock before sending pauses
-_BUCKETS = tuple(map(float, "0.01 0.05 0.1 0.5 1 5 30 60 300 3600 21600 86400 inf".split()))  # seconds, of metrics
+_BUCKETS = tuple(
+    map(float, "0.01 0.05 0.1 0.5 1 5 30 60 300 3600 21600 86400 inf".split())
+)  # seconds, of metrics
 _BUCKET_NAMES = tuple(f"le {bound:g}" for bound in _BUCKETS)
 _NOTICE_TYPES = {
     "gave_up": "webhook.delivery.failed",
@@ -3314,9 +3734,9 @@ _NOTICE_TYPES = {
 
 
 class _Paced:
-    """Work that may take a share of the loop's time: after each turn it rests `rest` times as long as
-    that took, and `least` seconds at least. CPU time counts: a host that computes keeps us waiting for
-    the interpreter, and that is no work of ours."""
+    """Work that may take a share of the loop's time: after each turn it rests `rest` times as long
+    as that took, and `least` seconds at least. CPU time counts: a host that computes keeps us
+    waiting for the interpreter, and that is no work of ours."""
 
     __slots__ = ("at", "least", "rest")
 
@@ -3336,8 +3756,9 @@ class _Paced:
 
 
 class _Agenda:
-    """What is to be looked at, and when: one time for each key. The loop looks at what is due, never at
-    all there is. The dictionary is the truth; entries of the heap that differ from it are leftovers."""
+    """What is to be looked at, and when: one time for each key. The loop looks at what is due,
+    never at all there is. The dictionary is the truth; entries of the heap that differ from it are
+    leftovers."""
 
     __slots__ = ("_heap", "_times")
 
@@ -3382,12 +3803,15 @@ class _Agenda:
 
 
 class _Health(NamedTuple):
-    """What an endpoint's row remembers across restarts. failures is 0 exactly when failing_since is None."""
+    """What an endpoint's row remembers across restarts. failures is 0 exactly when failing_since is
+    None."""
 
     failures: int = 0  # in a row
     failing_since: float | None = None  # wall clock: the first of them
     paused_until: float = 0.0  # wall clock
-    hinted_until: float = 0.0  # wall clock: the part of it that Retry-After asked for; not in the row
+    hinted_until: float = (
+        0.0  # wall clock: the part of it that Retry-After asked for; not in the row
+    )
 
     def after(self, outcome: _Outcome, now: float, policy: RetryPolicy) -> _Health:
         """Return the health after one more outcome."""
@@ -3428,7 +3852,8 @@ def _verdict(
     wait = policy.wait(attempts, outcome.overloaded, rng)
     if wait is None:
         return "failed", now, outcome.reason
-    # Expired: the endpoint failed without a break for this delivery's whole window. Time alone expires nothing.
+    # Expired: the endpoint failed without a break for this delivery's whole window. Time alone
+    # expires nothing.
     if failing_since is not None and 0 < policy.window <= now - max(first_at, failing_since):
         return "failed", now, "expired"
     return "pending", now + max(wait, outcome.hint or 0.0), outcome.reason
@@ -3437,13 +3862,14 @@ def _verdict(
 class _Backlog:
     """Deliveries of one endpoint that were read ahead, in the order in which they will be tried.
 
-    known: the events that were read, are under way, or are not recorded yet; a delivery leaves it when
-    its outcome is recorded or when it was put back unread. due: when reading makes sense again by the
-    wall clock, 0 for now and inf for never. Reading goes on behind the last row read (`after`), so a
-    delivery that turns up before that place must be announced by `appeared`.
+    known: the events that were read, are under way, or are not recorded yet; a delivery leaves it
+    when its outcome is recorded or when it was put back unread. due: when reading makes sense again
+    by the wall clock, 0 for now and inf for never. Reading goes on behind the last row read
+    (`after`), so a delivery that turns up before that place must be announced by `appeared`.
 
-    A queue (one key, or an ordered endpoint) goes on from memory: when its head was delivered, `follow`
-    brings up the next one, which the file calls queued until the head's outcome is recorded.
+    A queue (one key, or an ordered endpoint) goes on from memory: when its head was delivered,
+    `follow` brings up the next one, which the file calls queued until the head's outcome is
+    recorded.
     """
 
     __slots__ = ("after", "doubtful", "due", "ends", "id", "known", "queues", "read")
@@ -3455,9 +3881,15 @@ class _Backlog:
         self.known: set[int] = set()
         self.due = math.inf
         self.after: tuple[float, int] = self._START
-        self.queues: dict[str, collections.deque[_Picked]] = {}  # what follows the head that is under way
-        self.ends: dict[str, int] = {}  # queues that were delivered to their end, unrecorded: the last event
-        self.doubtful: set[int] = set()  # known when queues may have got another head: the file says who is next
+        self.queues: dict[
+            str, collections.deque[_Picked]
+        ] = {}  # what follows the head that is under way
+        self.ends: dict[
+            str, int
+        ] = {}  # queues that were delivered to their end, unrecorded: the last event
+        self.doubtful: set[int] = (
+            set()
+        )  # known when queues may have got another head: the file says who is next
 
     def when(self) -> float:
         """Return the wall clock's time from which there is something to try."""
@@ -3485,7 +3917,8 @@ class _Backlog:
         self.read.appendleft(picked)
 
     def follow(self, db: sqlite3.Connection, queue: str, event: int, now: float) -> None:
-        """Bring up what comes after a delivered event of a queue, as far as it is due and not under way."""
+        """Bring up what comes after a delivered event of a queue, as far as it is due and not under
+        way."""
         if event in self.doubtful:
             return self.leave(queue)
         behind = self.queues.get(queue)
@@ -3504,7 +3937,8 @@ class _Backlog:
             self.ends[queue] = event
 
     def leave(self, queue: str) -> None:
-        """Forget what was read along a queue: its head failed, so the file has to say who is next."""
+        """Forget what was read along a queue: its head failed, so the file has to say who is
+        next."""
         self.known.difference_update([row.event for row in self.queues.pop(queue, ())])
         self.ends.pop(queue, None)
 
@@ -3515,7 +3949,8 @@ class _Backlog:
             del self.ends[queue]
 
     def reread(self, queues_only: bool = False) -> None:
-        """Forget what was read and not tried, because the file changed: all of it, or what is in queues."""
+        """Forget what was read and not tried, because the file changed: all of it, or what is in
+        queues."""
         for name in list(self.queues):
             self.leave(name)
         self.ends.clear()
@@ -3530,9 +3965,9 @@ class _Backlog:
 class _Lane:
     """One endpoint that has work, or had some lately.
 
-    active is the number of its attempts under way, limit how many there may be; it is one more on each
-    success and half on overload. A lane that is not enabled starts nothing, and stays only until what
-    it had under way is recorded.
+    active is the number of its attempts under way, limit how many there may be; it is one more on
+    each success and half on overload. A lane that is not enabled starts nothing, and stays only
+    until what it had under way is recorded.
     """
 
     __slots__ = (
@@ -3550,7 +3985,9 @@ class _Lane:
         self.health = _Health()
         self.active = 0
         self.making = 0  # of these: whose request a thread makes
-        self.lost = 0  # threads in a transform, or at a secret's file, that did not come back in time
+        self.lost = (
+            0  # threads in a transform, or at a secret's file, that did not come back in time
+        )
         self.limit = float(_FIRST_LIMIT)
         self.line: int | None = None  # the rank in whose line it stands
         self.next_slot = 0.0  # monotonic: the rate limit's next place
@@ -3579,7 +4016,8 @@ class _Lane:
         return self.active + 1 > most or self.making >= _OPENERS_EACH
 
     def may_start(self, now: float, mono: float) -> bool:
-        """Say whether one more attempt may start now, as far as this endpoint alone is concerned."""
+        """Say whether one more attempt may start now, as far as this endpoint alone is
+        concerned."""
         return (
             self.enabled
             and not self.full()
@@ -3589,8 +4027,8 @@ class _Lane:
         )
 
     def rank(self, mono: float) -> int:
-        """Return 0 for an endpoint that answered lately, 1 where nothing is known and the first attempt will
-        find out, 2 for one that failed, or has not answered yet."""
+        """Return 0 for an endpoint that answered lately, 1 where nothing is known and the first
+        attempt will find out, 2 for one that failed, or has not answered yet."""
         if self.proven_until > mono:
             return 0
         return 1 if self.health.failing_since is None and not self.active else 2
@@ -3618,7 +4056,8 @@ class _Lane:
 
 
 class _Turns:
-    """Whose turn it is: a line for each rank. A lane stands in one line at most, and joins at the end.
+    """Whose turn it is: a line for each rank. A lane stands in one line at most, and joins at the
+    end.
 
     Standing in a line costs nothing, so a turn costs what it starts; leaving one costs the same
     wherever the lane stands in it.
@@ -3627,7 +4066,9 @@ class _Turns:
     __slots__ = ("lines",)
 
     def __init__(self) -> None:
-        self.lines: tuple[collections.OrderedDict[_Lane, None], ...] = tuple(collections.OrderedDict() for _ in _SHARES)
+        self.lines: tuple[collections.OrderedDict[_Lane, None], ...] = tuple(
+            collections.OrderedDict() for _ in _SHARES
+        )
 
     def __bool__(self) -> bool:
         return any(self.lines)
@@ -3645,7 +4086,9 @@ class _Turns:
 
 
 _NOTHING = memoryview(b"")
-_ORDER_KNOWN = 0.1  # seconds: of connections opened so soon after another nobody knows which one came first
+_ORDER_KNOWN = (
+    0.1  # seconds: of connections opened so soon after another nobody knows which one came first
+)
 _CROWDED = 1.0  # seconds that the first answer of a connection may take before others make room for it, and then
 _ROOM_HELPS = 0.25  # seconds after room was made within which an answer proves that this helped
 _CROWDED_FOR = 30.0  # seconds in which an origin then gets no more connections than brought answers
@@ -3663,7 +4106,9 @@ class _Connection:
     writing: bool = False  # the selector watches for room to write
     used: bool = False  # was idle before
     proven: bool = False  # has brought an answer
-    ended: bool = False  # its attempt has ended, and the loop has not decided yet whether to keep it
+    ended: bool = (
+        False  # its attempt has ended, and the loop has not decided yet whether to keep it
+    )
     since: float = 0.0  # monotonic: when it became idle, or was given its attempt
     opened: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -3676,14 +4121,16 @@ class _Attempt:
                       ^             │
                       └─────────────┘  the kept-alive connection was dead: once more, on another
 
-    making      a thread makes the request; the loop touches nothing of it but `step`
-    placing     it waits for a connection: one that becomes idle at its origin, or one that is opened for it
-    exchanging  a connection carries it
-    ended       it has an outcome, or was handed back untried; what still comes of it is thrown away
+    making      a thread makes the request; the loop touches nothing of it but `step` placing     it
+    waits for a connection: one that becomes idle at its origin, or one that is opened for it
+    exchanging  a connection carries it ended       it has an outcome, or was handed back untried;
+    what still comes of it is thrown away
     """
 
     lane: _Lane
-    wire: _Wire | None  # of the endpoint's row as it was then: what was signed and where it goes belong together
+    wire: (
+        _Wire | None
+    )  # of the endpoint's row as it was then: what was signed and where it goes belong together
     origin: _Origin | None
     picked: _Picked
     wall: float  # when it began, by the outbox's clock
@@ -3700,19 +4147,21 @@ class _Attempt:
 
 
 class _Origin:
-    """Connections to one place. Any endpoint of the place may use an idle one; each carries one attempt.
+    """Connections to one place. Any endpoint of the place may use an idle one; each carries one
+    attempt.
 
     open counts the connections there are, idle ones too; proven those of them that have brought an
-    answer; hanging those whose attempt takes far longer than usual; opening the threads that open one.
+    answer; hanging those whose attempt takes far longer than usual; opening the threads that open
+    one.
 
-    A receiver may have fewer workers than we have connections (a single-threaded server, Apache's prefork
-    with few processes). A worker stays with a connection until that is closed, and the requests on the
-    others wait. So an attempt whose new connection brings no answer for a second, and for twice as long
-    as its endpoint usually takes, presses, unless a younger connection was served: another connection
-    makes room, by being closed when it is idle or has brought its next answer. Does an answer come right
-    after that, this was the reason, and for half a minute the origin gets no more connections than had
-    brought one. Comes none within a second, on no new connection, the endpoint is slow or hangs, and its
-    connection does not count.
+    A receiver may have fewer workers than we have connections (a single-threaded server, Apache's
+    prefork with few processes). A worker stays with a connection until that is closed, and the
+    requests on the others wait. So an attempt whose new connection brings no answer for a second,
+    and for twice as long as its endpoint usually takes, presses, unless a younger connection was
+    served: another connection makes room, by being closed when it is idle or has brought its next
+    answer. Does an answer come right after that, this was the reason, and for half a minute the
+    origin gets no more connections than had brought one. Comes none within a second, on no new
+    connection, the endpoint is slow or hangs, and its connection does not count.
     """
 
     __slots__ = (
@@ -3725,9 +4174,16 @@ class _Origin:
         self.idle: list[_Connection] = []  # the one that was used last is used next
         self.open = self.proven = self.hanging = self.opening = 0
         self.waiting: dict[_Attempt, None] = {}  # in the step placing, oldest first
-        self.parked: dict[_Lane, None] = {}  # lanes that could start an attempt if there were a connection
-        self.pressing: dict[_Attempt, float | None] = {}  # when room was made for each (monotonic), if it was
-        self._limit, self._limit_until = math.inf, -math.inf  # connections but for hanging ones; monotonic
+        self.parked: dict[
+            _Lane, None
+        ] = {}  # lanes that could start an attempt if there were a connection
+        self.pressing: dict[
+            _Attempt, float | None
+        ] = {}  # when room was made for each (monotonic), if it was
+        self._limit, self._limit_until = (
+            math.inf,
+            -math.inf,
+        )  # connections but for hanging ones; monotonic
         self._served_at = -math.inf  # monotonic: when a new connection brought its first answer
         self._newest = -math.inf  # monotonic: when the newest one that did was opened
         self.forgotten = False  # another object stands for the place by now
@@ -3739,7 +4195,10 @@ class _Origin:
         """Say whether an attempt more would find a connection, or a thread to open one."""
         if self.idle:
             return True
-        return self.opening < _OPENERS_EACH and self.open - self.hanging + self.opening < self._most(mono)
+        return (
+            self.opening < _OPENERS_EACH
+            and self.open - self.hanging + self.opening < self._most(mono)
+        )
 
     def keeps(self, mono: float) -> bool:
         """Say whether a connection that has brought an answer may be kept."""
@@ -3749,8 +4208,8 @@ class _Origin:
         return not (self.open or self.opening or self.waiting or self.parked)
 
     def press(self, connection: _Connection, attempt: _Attempt, mono: float) -> bool:
-        """Have another connection make room for an attempt that takes long; False where that does not help, was
-        tried, or there is none."""
+        """Have another connection make room for an attempt that takes long; False where that does
+        not help, was tried, or there is none."""
         # Workers take the oldest connection first.
         has_worker = connection.proven or self._newest > connection.opened + _ORDER_KNOWN
         if attempt in self.pressing and mono - self._served_at < _CROWDED and not has_worker:
@@ -3770,7 +4229,8 @@ class _Origin:
         attempt.hangs = False
 
     def closed(self, connection: _Connection, mono: float) -> None:
-        """Note that a connection was closed, for the attempt that has pressed for the longest time."""
+        """Note that a connection was closed, for the attempt that has pressed for the longest
+        time."""
         self.open -= 1
         self.proven -= connection.proven
         for attempt, at in self.pressing.items():
@@ -3795,7 +4255,9 @@ class _Origin:
             if made is None and other is not None:
                 self.pressing[other] = None
         if not waited:
-            lane.usual += (took - lane.usual) / (8 if took > lane.usual else 2) if lane.usual else took
+            lane.usual += (
+                (took - lane.usual) / (8 if took > lane.usual else 2) if lane.usual else took
+            )
 
 
 class _Job(NamedTuple):
@@ -3803,25 +4265,42 @@ class _Job(NamedTuple):
 
     attempt: _Attempt
     makes: bool
-    result: list[Any]  # what came of it: [(request, hidden)], [socket] or [exception]; filled by the thread
+    result: list[
+        Any
+    ]  # what came of it: [(request, hidden)], [socket] or [exception]; filled by the thread
 
 
 class _Openers:
-    """Threads that do what may block: open a connection (lookup, connect, TLS), or make a request with the host's
-    transform or a secret's file.
+    """Threads that do what may block: open a connection (lookup, connect, TLS), or make a request
+    with the host's transform or a secret's file.
 
-    A thread owns a job until it hands it over under the lock and rings; the loop takes it with take(). `spare` counts
-    threads that wait for a job less the jobs that are on their way to them: the loop gives a job to a spare thread,
-    else starts one; a thread that has waited long enough ends if it can take itself off that count. busy is the
-    number of jobs that are out, but for those that the loop gave up.
+    A thread owns a job until it hands it over under the lock and rings; the loop takes it with
+    take(). `spare` counts threads that wait for a job less the jobs that are on their way to them:
+    the loop gives a job to a spare thread, else starts one; a thread that has waited long enough
+    ends if it can take itself off that count. busy is the number of jobs that are out, but for
+    those that the loop gave up.
     """
 
-    __slots__ = ("_closed", "_done", "_jobs", "_lock", "_open", "_ring", "busy", "spare", "starved_until")
+    __slots__ = (
+        "_closed",
+        "_done",
+        "_jobs",
+        "_lock",
+        "_open",
+        "_ring",
+        "busy",
+        "spare",
+        "starved_until",
+    )
 
-    def __init__(self, open: Callable[[_Place, float], socket.socket], ring: Callable[[], None]) -> None:
+    def __init__(
+        self, open: Callable[[_Place, float], socket.socket], ring: Callable[[], None]
+    ) -> None:
         self._open, self._ring = open, ring
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards spare, _done and _closed; held for a few instructions
+        self._lock = (
+            threading.Lock()
+        )  # guards spare, _done and _closed; held for a few instructions
         self._done: list[_Job] = []
         self._closed = False
         self.spare = 0
@@ -3829,8 +4308,8 @@ class _Openers:
         self.starved_until = 0.0  # monotonic: before it, no room for a thread or a connection
 
     def free(self, share: float, proven: int, mono: float) -> bool:
-        """Say whether a rank may give out one more job. What proven endpoints hold takes nothing from the share of
-        the others, who would wait for the end of a backlog."""
+        """Say whether a rank may give out one more job. What proven endpoints hold takes nothing
+        from the share of the others, who would wait for the end of a backlog."""
         return self.busy < min(_OPENERS, _OPENERS * share + proven) and self.starved_until <= mono
 
     def submit(self, job: _Job) -> None:
@@ -3903,9 +4382,10 @@ class _Openers:
 
 
 class _Exchanges:
-    """Sends requests and reads answers on sockets that never block. wait() does what is ready and returns
-    what ended: (connection, attempt, answer or error). The connection is still open then, and in nobody's
-    hands: keep it or shut it. An attempt whose kept-alive connection was dead comes back with None, once."""
+    """Sends requests and reads answers on sockets that never block. wait() does what is ready and
+    returns what ended: (connection, attempt, answer or error). The connection is still open then,
+    and in nobody's hands: keep it or shut it. An attempt whose kept-alive connection was dead comes
+    back with None, once."""
 
     __slots__ = ("_ended", "_hints", "_unsent", "idle", "selector")
 
@@ -3917,11 +4397,13 @@ class _Exchanges:
         self._ended: list[tuple[_Connection, _Attempt, _Answer | Exception | None]] = []
 
     def listen(self, sock: socket.socket, call: Callable[[], None]) -> None:
-        """Have wait() call something when a socket of ours, which carries no attempts, is readable."""
+        """Have wait() call something when a socket of ours, which carries no attempts, is
+        readable."""
         self.selector.register(sock, selectors.EVENT_READ, call)
 
     def listen_to_hints(self, source: _Inotify | None, call: Callable[[], None]) -> None:
-        """The same for what tells of writes to the database; it is another object after each fork."""
+        """The same for what tells of writes to the database; it is another object after each
+        fork."""
         if source is not self._hints:
             if self._hints is not None:
                 self.selector.unregister(self._hints)
@@ -3945,8 +4427,8 @@ class _Exchanges:
             self.flush()
 
     def flush(self) -> None:
-        """Send what began, one right after the other: a receiver that is busy with the first is not woken
-        for the second, and waking it costs more than the rest of send()."""
+        """Send what began, one right after the other: a receiver that is busy with the first is not
+        woken for the second, and waking it costs more than the rest of send()."""
         unsent, self._unsent = self._unsent, []
         for connection in unsent:
             if connection.attempt is not None:
@@ -3972,7 +4454,9 @@ class _Exchanges:
                 connection.out = connection.out[connection.sock.send(connection.out) :]
         except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
             pass
-        except OSError as error:  # an answer may have come before the receiver stopped reading: 413, say
+        except (
+            OSError
+        ) as error:  # an answer may have come before the receiver stopped reading: 413, say
             return self._receive(connection, error)
         if connection.writing != bool(connection.out):
             connection.writing = bool(connection.out)
@@ -4003,16 +4487,24 @@ class _Exchanges:
         elif answer.feed(data):
             self._end(connection, attempt, answer)
 
-    def _end(self, connection: _Connection, attempt: _Attempt, result: _Answer | Exception | None) -> None:
+    def _end(
+        self, connection: _Connection, attempt: _Attempt, result: _Answer | Exception | None
+    ) -> None:
         connection.ended = True
         self._ended.append((connection, attempt, result))
 
     def _dead(self, connection: _Connection) -> bool:
-        """A kept-alive connection that ends before a byte of the answer was most likely closed before our
-        request came: the attempt is tried once more, as every HTTP client does. If it was not, the
-        receiver gets a duplicate with the same id (P3)."""
+        """A kept-alive connection that ends before a byte of the answer was most likely closed
+        before our request came: the attempt is tried once more, as every HTTP client does. If it
+        was not, the receiver gets a duplicate with the same id (P3)."""
         attempt, answer = connection.attempt, connection.answer
-        if attempt is None or not connection.used or attempt.resent or answer.buffer or answer.status:
+        if (
+            attempt is None
+            or not connection.used
+            or attempt.resent
+            or answer.buffer
+            or answer.status
+        ):
             return False
         attempt.resent = True
         self._end(connection, attempt, None)
@@ -4020,7 +4512,12 @@ class _Exchanges:
 
     def keep(self, connection: _Connection, mono: float) -> None:
         """Let a connection rest at its origin."""
-        connection.attempt, connection.used, connection.ended, connection.since = None, True, False, mono
+        connection.attempt, connection.used, connection.ended, connection.since = (
+            None,
+            True,
+            False,
+            mono,
+        )
         connection.origin.idle.append(connection)
         self.idle[connection] = None
 
@@ -4040,8 +4537,8 @@ class _Exchanges:
         connection.sock.close()
 
     def shut_idle(self, most: int, before: float) -> list[_Origin]:
-        """Close the longest idle connections: what is more than `most`, and what has been idle since `before`
-        (monotonic). Return their origins."""
+        """Close the longest idle connections: what is more than `most`, and what has been idle
+        since `before` (monotonic). Return their origins."""
         origins = []
         while self.idle and (len(self.idle) > most or next(iter(self.idle)).since < before):
             connection = next(iter(self.idle))
@@ -4057,7 +4554,8 @@ class _Exchanges:
 
 
 class _Row(NamedTuple):
-    """A row of the view webhook_record, which the drain writes. What a column means depends on the kind:
+    """A row of the view webhook_record, which the drain writes. What a column means depends on the
+    kind:
 
     kind      outcome, mark      endpoint        count               notice
     event     of the delivery    -               -                   -
@@ -4082,7 +4580,10 @@ class _Row(NamedTuple):
     response: str | None = None
 
 
-_BATCH, _MOST_ROWS = 1_536, 2_048  # outcomes, and rows, of one statement; 11 parameters each, SQLite takes 32,766
+_BATCH, _MOST_ROWS = (
+    1_536,
+    2_048,
+)  # outcomes, and rows, of one statement; 11 parameters each, SQLite takes 32,766
 
 
 class _Ledger:
@@ -4096,7 +4597,9 @@ class _Ledger:
 
     def __init__(self) -> None:
         self.rows: list[_Row] = []  # outcomes and notices, in the order in which they came
-        self.queues: dict[tuple[str, int], str] = {}  # of the outcomes that are in a queue: (endpoint, event)
+        self.queues: dict[
+            tuple[str, int], str
+        ] = {}  # of the outcomes that are in a queue: (endpoint, event)
         self.states: dict[str, _Lane] = {}  # whose health is not in their row yet
         self.counts: dict[str, dict[str, float]] = {}  # by endpoint: increments
         self.notices: list[Notice] = []
@@ -4140,7 +4643,8 @@ class _Ledger:
         return batch
 
     def _batch(self, most: int) -> tuple[list[_Row], list[_Row]]:
-        """Return the oldest outcomes, and the marks of those that are successes of queues: see the schema."""
+        """Return the oldest outcomes, and the marks of those that are successes of queues: see the
+        schema."""
         if not self.queues:
             return self.rows[:most], []
         count, marks = 0, list[_Row]()
@@ -4157,24 +4661,32 @@ class _Ledger:
 class _Budget:
     """How large our next commit may be, and how far from the last one. The rule, in one place:
 
-    A host meets our commits in two ways. Where it writes while we hold the lock, it waits: at most as
-    long as one statement of ours, which is cut to about six milliseconds. Where it has read before and
-    writes after us, in a deferred transaction, it is refused; each commit of ours can do that.
+    A host meets our commits in two ways. Where it writes while we hold the lock, it waits: at most
+    as long as one statement of ours, which is cut to about six milliseconds. Where it has read
+    before and writes after us, in a deferred transaction, it is refused; each commit of ours can do
+    that.
 
-    The host writes: somebody else committed within the last second, h times. Then our commits stand at
-    least a tenth of a second apart, and hold the lock for such a share of the time that the host waits
-    twice a second, or in one of 110 of its commits if those are more: share = max(1/110, 2/h). Beside
-    3 commits a second that is no bound, beside 100 it is two hundredths of the time.
+    The host writes: somebody else committed within the last second, h times. Then our commits stand
+    at least a tenth of a second apart, and hold the lock for such a share of the time that the host
+    waits twice a second, or in one of 110 of its commits if those are more: share = max(1/110,
+    2/h). Beside 3 commits a second that is no bound, beside 100 it is two hundredths of the time.
 
-    The host is quiet: 10 ms between two commits while we send, so that outcomes gather, else 1 ms. Less
-    than that starves hosts in SQLite's busy handler (p99 35 to 160 ms instead of 1.2).
+    The host is quiet: 10 ms between two commits while we send, so that outcomes gather, else 1 ms.
+    Less than that starves hosts in SQLite's busy handler (p99 35 to 160 ms instead of 1.2).
     """
 
     __slots__ = ("_cost", "hosts")
-    _HELD, _LEAST_GAP, _WAITS, _SELDOM = 0.006, 0.1, 2.0, 110.0  # seconds, seconds, a second, one of so many
+    _HELD, _LEAST_GAP, _WAITS, _SELDOM = (
+        0.006,
+        0.1,
+        2.0,
+        110.0,
+    )  # seconds, seconds, a second, one of so many
 
     def __init__(self) -> None:
-        self.hosts: collections.deque[float] = collections.deque(maxlen=256)  # monotonic: the host's commits
+        self.hosts: collections.deque[float] = collections.deque(
+            maxlen=256
+        )  # monotonic: the host's commits
         self._cost = 8e-6  # seconds of CPU that a row takes, on average
 
     def host_rate(self, mono: float) -> int:
@@ -4190,7 +4702,8 @@ class _Budget:
         return max(32, min(_BATCH, int(self._HELD / self._cost)))
 
     def gap(self, mono: float, took: float, rows: int, sending: bool) -> float:
-        """Return the seconds until the next commit, after one of `rows` rows that took so many seconds of CPU."""
+        """Return the seconds until the next commit, after one of `rows` rows that took so many
+        seconds of CPU."""
         if rows >= 32:
             self._cost += (took / rows - self._cost) / 4
         rate = self.host_rate(mono)
@@ -4201,8 +4714,8 @@ class _Budget:
 
 
 class _Teller:
-    """Tells the log, and the host's observer in a thread of its own, in order: one that blocks must not
-    hold deliveries up. What is told is recorded already, so that nothing told can be lost."""
+    """Tells the log, and the host's observer in a thread of its own, in order: one that blocks must
+    not hold deliveries up. What is told is recorded already, so that nothing told can be lost."""
 
     __slots__ = ("_notices", "_observer", "_thread")
 
@@ -4216,7 +4729,9 @@ class _Teller:
             return _log.error("the observer is %d behind; it misses %s", _UNOBSERVED, notice)
         self._notices.put(notice)
         if self._thread is None:
-            with contextlib.suppress(RuntimeError, OSError):  # no room for a thread: the next notice tries again
+            with contextlib.suppress(
+                RuntimeError, OSError
+            ):  # no room for a thread: the next notice tries again
                 self._thread = _start_thread(self._run, name="webhook_outbox observer")
 
     def _run(self) -> None:
@@ -4233,8 +4748,15 @@ class _Teller:
             self._thread.join(1.0)
 
 
-def _log_outcome(lane: _Lane, picked: _Picked, outcome: _Outcome, gave_up: bool, disabled: bool) -> None:
-    extra = {"event": picked.id, "endpoint": lane.id, "attempt": picked.attempts + 1, "reason": outcome.reason}
+def _log_outcome(
+    lane: _Lane, picked: _Picked, outcome: _Outcome, gave_up: bool, disabled: bool
+) -> None:
+    extra = {
+        "event": picked.id,
+        "endpoint": lane.id,
+        "attempt": picked.attempts + 1,
+        "reason": outcome.reason,
+    }
     if outcome.reason is not None:
         text = "%s to %s: %s (%s)" + ("; given up" if gave_up else "")
         level = logging.WARNING if gave_up else logging.INFO
@@ -4246,11 +4768,12 @@ def _log_outcome(lane: _Lane, picked: _Picked, outcome: _Outcome, gave_up: bool,
 
 
 class _Sender:
-    """Carries attempts out. Each attempt that it was given by begin() comes back once from ended(): with
-    its outcome, or with None when it was not tried, through no fault of the receiver.
+    """Carries attempts out. Each attempt that it was given by begin() comes back once from ended():
+    with its outcome, or with None when it was not tried, through no fault of the receiver.
 
-    attempts are those under way. freed are lanes that were parked at an origin which has room again;
-    the loop takes them from there. A destination that is not HTTP would stand beside this class.
+    attempts are those under way. freed are lanes that were parked at an origin which has room
+    again; the loop takes them from there. A destination that is not HTTP would stand beside this
+    class.
     """
 
     __slots__ = (
@@ -4290,8 +4813,9 @@ class _Sender:
     # Beginning.
 
     def may_begin(self, lane: _Lane, share: float, proven: int, mono: float) -> bool | None:
-        """Say whether an attempt of a lane could go on at once. None: there is no connection for it, nor may
-        one be opened; the lane is parked at its origin and comes back as freed. False: no thread is free."""
+        """Say whether an attempt of a lane could go on at once. None: there is no connection for
+        it, nor may one be opened; the lane is parked at its origin and comes back as freed. False:
+        no thread is free."""
         if lane.wire is None:
             return True
         if not lane.wire.slow:
@@ -4319,7 +4843,9 @@ class _Sender:
                 attempt.request, attempt.hidden = wire.request(picked, now)
                 return self._place(attempt, mono)
             if lane.lost >= _OPENERS_EACH:
-                raise _Unready("its transform, or reading its secret, never ends; mend it, restart the drain")
+                raise _Unready(
+                    "its transform, or reading its secret, never ends; mend it, restart the drain"
+                )
         except Exception as error:
             return self._finish(attempt, _failure(error))
         attempt.step = "making"
@@ -4336,19 +4862,24 @@ class _Sender:
             return False
 
     def _starve(self, attempt: _Attempt, error: BaseException) -> None:
-        """This process ran out of something: not the receiver's fault, so not an attempt. Give back what we can
-        spare, and open nothing for a second."""
+        """This process ran out of something: not the receiver's fault, so not an attempt. Give back
+        what we can spare, and open nothing for a second."""
         mono = time.monotonic()
         self.exchanges.shut_idle(0, mono)
         if "shutdown" in str(error):  # RuntimeError of an interpreter that is ending
             self.shutdown = True
         elif self.openers.starved_until <= mono:
-            _log.warning("no connection can be opened (%s: %s); trying again in 1 s", type(error).__name__, error)
+            _log.warning(
+                "no connection can be opened (%s: %s); trying again in 1 s",
+                type(error).__name__,
+                error,
+            )
         self.openers.starved_until = mono + 1.0
         self._finish(attempt, None)
 
     def _place(self, attempt: _Attempt, mono: float) -> None:
-        """Have an attempt whose request is ready wait for a connection, which may be there already."""
+        """Have an attempt whose request is ready wait for a connection, which may be there
+        already."""
         origin = attempt.origin
         assert origin is not None
         attempt.step, attempt.connection = "placing", None
@@ -4362,7 +4893,9 @@ class _Sender:
         """Give an origin's connections, and the right to open more, to those who wait there."""
         while origin.idle and origin.waiting:
             self._carry(self.exchanges.reuse(origin), mono)
-        for attempt in [a for a in origin.waiting if not a.opening][:_OPENERS_EACH] if origin.waiting else ():
+        for attempt in (
+            [a for a in origin.waiting if not a.opening][:_OPENERS_EACH] if origin.waiting else ()
+        ):
             if self.stopping or not origin.has_room(mono):
                 break
             attempt.opening = True
@@ -4376,7 +4909,8 @@ class _Sender:
             self.freed.append(lane)
 
     def _carry(self, connection: _Connection, mono: float, attempt: _Attempt | None = None) -> None:
-        """Have a connection carry an attempt that waits at its origin, the first one or a certain one."""
+        """Have a connection carry an attempt that waits at its origin, the first one or a certain
+        one."""
         origin = connection.origin
         attempt = attempt or next(iter(origin.waiting))
         del origin.waiting[attempt]
@@ -4387,7 +4921,8 @@ class _Sender:
     # Ending.
 
     def wait(self, pause: float) -> bool:
-        """Sleep until a socket has news, `pause` seconds at most; say whether something came of it."""
+        """Sleep until a socket has news, `pause` seconds at most; say whether something came of
+        it."""
         ended = self.exchanges.wait(pause)
         mono = time.monotonic()
         for connection, attempt, result in ended:
@@ -4411,7 +4946,11 @@ class _Sender:
         self.done.append((attempt, outcome))
 
     def _carried(
-        self, connection: _Connection, attempt: _Attempt, result: _Answer | Exception | None, mono: float
+        self,
+        connection: _Connection,
+        attempt: _Attempt,
+        result: _Answer | Exception | None,
+        mono: float,
     ) -> None:
         """An exchange has ended: keep the connection or not, and judge the answer."""
         origin = connection.origin
@@ -4436,13 +4975,15 @@ class _Sender:
             self._serve(origin, mono)
 
     def _keep(self, connection: _Connection, mono: float) -> None:
-        """Let a connection rest; the longest idle one makes room where there are as many as may be kept."""
+        """Let a connection rest; the longest idle one makes room where there are as many as may be
+        kept."""
         self.exchanges.keep(connection, mono)
         if len(self.exchanges.idle) > self.settings.workers:
             self._shut_idle(-math.inf, mono)
 
     def _shut_idle(self, before: float, mono: float) -> None:
-        """Close idle connections: what is more than may be kept, and what has been idle since `before`."""
+        """Close idle connections: what is more than may be kept, and what has been idle since
+        `before`."""
         for origin in self.exchanges.shut_idle(self.settings.workers, before):
             self._serve(origin, mono)
 
@@ -4462,7 +5003,8 @@ class _Sender:
             self._place(attempt, mono)
 
     def _opened(self, attempt: _Attempt, result: Any, mono: float) -> None:
-        """A thread has opened a connection, or could not. The attempt may have found another one meanwhile."""
+        """A thread has opened a connection, or could not. The attempt may have found another one
+        meanwhile."""
         origin = attempt.origin
         assert origin is not None
         origin.opening -= 1
@@ -4491,14 +5033,19 @@ class _Sender:
     # Time.
 
     def look(self, mono: float) -> None:
-        """End attempts whose time is over; have new connections that wait too long press for room."""
+        """End attempts whose time is over; have new connections that wait too long press for
+        room."""
         if mono < self._look_at:
             return
-        for attempt in sorted((a for a in self.attempts if a.look_at <= mono), key=lambda a: a.started):
+        for attempt in sorted(
+            (a for a in self.attempts if a.look_at <= mono), key=lambda a: a.started
+        ):
             if mono < attempt.deadline:
                 self._press(attempt, mono)
             elif attempt.connection is None and mono < attempt.deadline + 0.25:
-                attempt.look_at = attempt.deadline + 0.25  # who opens a connection ends by then, and knows more
+                attempt.look_at = (
+                    attempt.deadline + 0.25
+                )  # who opens a connection ends by then, and knows more
             else:
                 self._expire(attempt, mono)
         self._look_at = min((attempt.look_at for attempt in self.attempts), default=math.inf)
@@ -4510,7 +5057,8 @@ class _Sender:
         if origin is not None and connection is not None and not connection.answer.started():
             if origin.press(connection, attempt, mono):
                 attempt.look_at = min(attempt.deadline, mono + _CROWDED)
-                # Which of those that brought no answer have a worker is not known; one that did has.
+                # Which of those that brought no answer have a worker is not known; one that did
+                # has.
                 proven = [idle for idle in origin.idle if idle.proven]
                 for idle in [idle for idle in origin.idle if not idle.proven] + proven[:1]:
                     self.exchanges.shut(idle)
@@ -4519,7 +5067,9 @@ class _Sender:
     def _expire(self, attempt: _Attempt, mono: float) -> None:
         if attempt.connection is not None:
             self.exchanges.shut(attempt.connection)
-        elif attempt.step == "making":  # opening a connection ends in time, the host's own code need not
+        elif (
+            attempt.step == "making"
+        ):  # opening a connection ends in time, the host's own code need not
             self.openers.busy -= 1
             attempt.lane.making -= 1
             attempt.lane.lost += 1
@@ -4530,7 +5080,8 @@ class _Sender:
             self._serve(attempt.origin, mono)
 
     def chores(self, mono: float) -> None:
-        """Close connections that were idle for long; free lanes that still stand where there is room."""
+        """Close connections that were idle for long; free lanes that still stand where there is
+        room."""
         self._shut_idle(mono - _IDLE_CONNECTION, mono)
         for origin in list(self.crowded):
             if origin.parked:
@@ -4542,7 +5093,9 @@ class _Sender:
         """Begin nothing more: what waits for a connection without a thread comes back untried."""
         if not self.stopping:
             self.stopping = True
-            for attempt in [a for a in self.attempts if a.step == "placing" and not (a.opening or a.resent)]:
+            for attempt in [
+                a for a in self.attempts if a.step == "placing" and not (a.opening or a.resent)
+            ]:
                 self._finish(attempt, None)
 
     def close(self) -> None:
@@ -4551,9 +5104,16 @@ class _Sender:
         self._opener.close()
 
 
-def _send_once(settings: _Settings, endpoint: Endpoint, secrets: _Secrets, picked: _Picked) -> _Outcome:
+def _send_once(
+    settings: _Settings, endpoint: Endpoint, secrets: _Secrets, picked: _Picked
+) -> _Outcome:
     """Make one attempt at once, outside any drain, on the same parts."""
-    opener, exchanges, now, mono = _Opener(settings), _Exchanges(), settings.clock(), time.monotonic()
+    opener, exchanges, now, mono = (
+        _Opener(settings),
+        _Exchanges(),
+        settings.clock(),
+        time.monotonic(),
+    )
     deadline = mono + (endpoint.timeout or settings.timeout)
     hidden: Sequence[str] = ()
     try:
@@ -4565,7 +5125,11 @@ def _send_once(settings: _Settings, endpoint: Endpoint, secrets: _Secrets, picke
         exchanges.flush()
         while (left := deadline - time.monotonic()) > 0:
             for _, _, result in exchanges.wait(left):
-                return _judge(result, hidden, now) if isinstance(result, _Answer) else _failure(result or OSError())
+                return (
+                    _judge(result, hidden, now)
+                    if isinstance(result, _Answer)
+                    else _failure(result or OSError())
+                )
         raise TimeoutError
     except Exception as error:
         return _failure(error, hidden)
@@ -4575,11 +5139,12 @@ def _send_once(settings: _Settings, endpoint: Endpoint, secrets: _Secrets, picke
 
 
 class _Schedule:
-    """Which lane may start an attempt, and when: it stands in the line of its rank, or is due at a time.
+    """Which lane may start an attempt, and when: it stands in the line of its rank, or is due at a
+    time.
 
-    A lane that is full stands nowhere, and comes back with the end of one of its attempts; one that its
-    origin parked comes back with a connection. Times of deliveries and pauses are the outbox's clock's
-    (`due`), since that may be set; places of rates are monotonic (`slots`).
+    A lane that is full stands nowhere, and comes back with the end of one of its attempts; one that
+    its origin parked comes back with a connection. Times of deliveries and pauses are the outbox's
+    clock's (`due`), since that may be set; places of rates are monotonic (`slots`).
     """
 
     __slots__ = ("due", "slots", "turns")
@@ -4615,16 +5180,19 @@ class _Schedule:
 class _Finder:
     """Finds the endpoints that have something to do, and keeps a lane for each of them.
 
-    A lane is made when its endpoint has something due, and is forgotten when it has nothing left and
-    there are many; what must survive that stands in the endpoint's row. While something of it is under
-    way or unrecorded it stays, also when the endpoint is disabled or removed: one endpoint, one lane.
+    A lane is made when its endpoint has something due, and is forgotten when it has nothing left
+    and there are many; what must survive that stands in the endpoint's row. While something of it
+    is under way or unrecorded it stays, also when the endpoint is disabled or removed: one
+    endpoint, one lane.
     """
 
     __slots__ = (
         "_file", "_ledger", "_looking", "_net", "_settings", "lanes", "monitored", "news", "orphans", "schedule",
     )  # fmt: skip
     _LANES = 2_048  # lanes without work that are remembered
-    _LOOK_AGAIN = 60.0  # seconds: then all that wait are looked at once more, in case something was missed
+    _LOOK_AGAIN = (
+        60.0  # seconds: then all that wait are looked at once more, in case something was missed
+    )
 
     def __init__(self, settings: _Settings, file: _DrainFile, ledger: _Ledger) -> None:
         self._settings, self._file, self._ledger = settings, file, ledger
@@ -4633,7 +5201,9 @@ class _Finder:
         self.lanes: dict[str, _Lane] = {}
         self.schedule, self.news = _Schedule(), _News()
         self.monitored = False  # an endpoint subscribes to webhook.*
-        self.orphans: list[str] = []  # ids with deliveries that are no endpoints: written in SQL, or restored
+        self.orphans: list[
+            str
+        ] = []  # ids with deliveries that are no endpoints: written in SQL, or restored
 
     def begin(self) -> None:
         """Take what the file holds at the start of a run."""
@@ -4652,8 +5222,8 @@ class _Finder:
         return rest if self.news.at is None else min(rest, max(0.0, self._looking.at - mono))
 
     def find(self, freed: Iterable[_Lane], now: float, mono: float) -> None:
-        """Line up the lanes that have something to do: those that have room again, those whose time has come, and
-        those for which there is something new in the file."""
+        """Line up the lanes that have something to do: those that have room again, those whose time
+        has come, and those for which there is something new in the file."""
         schedule, news = self.schedule, self.news
         for lane in freed:
             schedule.place(lane, now, mono)
@@ -4722,20 +5292,26 @@ class _Finder:
                 self.orphans.append(row.id)
         self._work_for(due, now, mono, oldest_first=True)
 
-    def _work_for(self, due: Mapping[str, float], now: float, mono: float, oldest_first: bool = False) -> None:
-        """Line up endpoints that have deliveries which are due at a time, or have them come up then. oldest_first: in
-        the order of registration, for those that have stood the test of time are more likely to answer."""
+    def _work_for(
+        self, due: Mapping[str, float], now: float, mono: float, oldest_first: bool = False
+    ) -> None:
+        """Line up endpoints that have deliveries which are due at a time, or have them come up
+        then. oldest_first: in the order of registration, for those that have stood the test of time
+        are more likely to answer."""
         for id, due_at in due.items():
             if id not in self.lanes and due_at > now:
                 self.schedule.due.at_latest(id, due_at)
-        lanes = self._lanes_of([id for id, due_at in due.items() if id in self.lanes or due_at <= now], mono)
+        lanes = self._lanes_of(
+            [id for id, due_at in due.items() if id in self.lanes or due_at <= now], mono
+        )
         if oldest_first:
             lanes.sort(key=lambda lane: lane.endpoint.created_at)
         for lane in lanes:
             self.schedule.place(lane, now, mono)
 
     def _lanes_of(self, ids: Sequence[str], mono: float) -> list[_Lane]:
-        """Return the lanes of enabled endpoints, made where there are none: then they have something to read."""
+        """Return the lanes of enabled endpoints, made where there are none: then they have
+        something to read."""
         missing = [id for id in ids if id not in self.lanes]
         if missing:
             for row in _load_endpoints(self._file.db, _LISTED, json.dumps(missing)):
@@ -4768,14 +5344,16 @@ class _Finder:
             del self.lanes[lane.id]
 
     def _reconfigure(self, version: int, now: float, mono: float) -> None:
-        """Read endpoints that changed since we looked, a few at a time; the others keep what they have. version: the
-        newest there was before this."""
+        """Read endpoints that changed since we looked, a few at a time; the others keep what they
+        have. version: the newest there was before this."""
         newer = f"webhook_endpoints WHERE version > ? ORDER BY version LIMIT {_LOOK_ROWS}"
         rows = _load_endpoints(self._file.db, newer, self.news.version)
         due: dict[str, float] = {}
         for row in rows:
             lane = self.lanes.get(row.id)
-            if not row.enabled or (lane is not None and lane.disable):  # our word is not in the row yet
+            if not row.enabled or (
+                lane is not None and lane.disable
+            ):  # our word is not in the row yet
                 self.retire(row.id)
                 continue
             due[row.id] = _first_due(self._file.db, row.id)
@@ -4793,12 +5371,15 @@ class _Finder:
 
     def _drop_removed(self) -> None:
         """Forget lanes whose endpoints are gone."""
-        there = self._file.db.execute(f"SELECT id FROM {_LISTED}", (json.dumps(list(self.lanes)),)).fetchall()
+        there = self._file.db.execute(
+            f"SELECT id FROM {_LISTED}", (json.dumps(list(self.lanes)),)
+        ).fetchall()
         for id in self.lanes.keys() - {row[0] for row in there}:
             self.retire(id)
 
     def retire(self, id: str) -> None:
-        """Start nothing more for a disabled or removed endpoint: what it has not tried stays in the table as it is."""
+        """Start nothing more for a disabled or removed endpoint: what it has not tried stays in the
+        table as it is."""
         self.schedule.due.drop(id)
         lane = self.lanes.get(id)
         if lane is not None:
@@ -4817,7 +5398,9 @@ class _Finder:
             lane = self.lanes.get(row.endpoint_id or "")
             if lane is None or row.event is None:
                 continue
-            queue = self._ledger.queues.pop((lane.id, row.event), None) if self._ledger.queues else None
+            queue = (
+                self._ledger.queues.pop((lane.id, row.event), None) if self._ledger.queues else None
+            )
             lane.backlog.recorded(row.event, queue)
             if row.status == "pending":
                 lane.backlog.appeared(row.due_at or 0.0, row.event)
@@ -4842,8 +5425,8 @@ class _Finder:
 class _Counts:
     """What a run came to, for its report and whoever watches it.
 
-    Counting what waits is linear in it, so for progress it is counted for a fiftieth of the time, and reckoned
-    from the outcomes in between.
+    Counting what waits is linear in it, so for progress it is counted for a fiftieth of the time,
+    and reckoned from the outcomes in between.
     """
 
     delivered: int = 0
@@ -4881,7 +5464,9 @@ class _Pruning:
         self._from: int | None = None
 
     def some(self, db: sqlite3.Connection, cutoff: float, mono: float) -> None:
-        self.at = mono + self._RETRY  # should it fail: a full disk, a damaged page, which must not end the loop
+        self.at = (
+            mono + self._RETRY
+        )  # should it fail: a full disk, a damaged page, which must not end the loop
         try:
             removed, self._from = _prune_some(db, self._from or 0, cutoff)
         except sqlite3.Error as error:
@@ -4890,25 +5475,34 @@ class _Pruning:
         self.at = mono + (self._REST if self._from is None else 0.2 if removed else 0.02)
 
 
-# ── drain: the loop ──────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: one process per file drains; one loop in one thread owns the database connection and every decision, so
-# order, rates, fair turns and breakers are plain state, exact by construction.
-# What wakes it: a socket (an answer, or room to write), the bell (an emit in this process, a thread that opened a
-# connection, stop(), a fork), a hint of the file system, a time (a delivery, a pause or a rate's place is due, a
-# deadline, the next commit or poll).
+# ── drain: the loop ───────────────────────────────────────────────────────────────────────────────
+# Promises: one process per file drains; one loop in one thread owns the database connection and
+# every decision, so order, rates, fair turns and breakers are plain state, exact by construction.
+# What wakes it: a socket (an answer, or room to write), the bell (an emit in this process, a thread
+# that opened a connection, stop(), a fork), a hint of the file system, a time (a delivery, a pause
+# or a rate's place is due, a deadline, the next commit or poll).
 
 _TAKEOVER_POLL = 0.1  # seconds between two looks at a lock that another process holds
 
 
 class _Drain:
-    """One run of the loop: stand by for the lock, then send until told to stop or nothing is left."""
+    """One run of the loop: stand by for the lock, then send until told to stop or nothing is
+    left."""
 
-    def __init__(self, settings: _Settings, mode: str, progress: Callable[[DrainReport], Any] | None = None) -> None:
-        self.settings, self.mode, self.progress = settings, mode, progress  # mode: forever, once, until_empty
+    def __init__(
+        self, settings: _Settings, mode: str, progress: Callable[[DrainReport], Any] | None = None
+    ) -> None:
+        self.settings, self.mode, self.progress = (
+            settings,
+            mode,
+            progress,
+        )  # mode: forever, once, until_empty
         self.bell = _Bell()
         self.file = _DrainFile(settings.path, self.bell.ring)
         self.lock = _Lock(settings.path)
-        self.leave_at = math.inf  # monotonic: when to leave attempts under way; before it: take nothing new
+        self.leave_at = (
+            math.inf
+        )  # monotonic: when to leave attempts under way; before it: take nothing new
         self.ledger, self.budget, self.teller = _Ledger(), _Budget(), _Teller(settings.observer)
         self.sender = _Sender(settings, self.bell.ring)
         self.finder = _Finder(settings, self.file, self.ledger)
@@ -4916,7 +5510,9 @@ class _Drain:
         self.storing = True  # False: the last write failed for another reason than a lock; send nothing until one works
         self.counts, self.pruning = _Counts(), _Pruning()
         self.chores_at = 0.0  # monotonic
-        self.clock_seen = math.inf  # at the last chores; above now at the start and when the clock was set back
+        self.clock_seen = (
+            math.inf
+        )  # at the last chores; above now at the start and when the clock was set back
 
     # What other threads and signal handlers may call.
 
@@ -4925,7 +5521,8 @@ class _Drain:
         return self.leave_at < math.inf
 
     def stop(self, grace: float) -> None:
-        """Take no new work; leave when what is under way has ended, at the latest after `grace` seconds."""
+        """Take no new work; leave when what is under way has ended, at the latest after `grace`
+        seconds."""
         self.leave_at = time.monotonic() + grace
         self.bell.ring()
 
@@ -4972,20 +5569,25 @@ class _Drain:
                 _log.info("another drain has %s; standing by", self.settings.path)
                 told = True
             until = math.inf if self.mode == "until_empty" else self.settings.clock()
-            if self.mode != "forever" and not self.file.patiently(functools.partial(_work_left, self.file.db, until)):
+            if self.mode != "forever" and not self.file.patiently(
+                functools.partial(_work_left, self.file.db, until)
+            ):
                 return False  # whoever drains has done it
             self.sender.wait(_TAKEOVER_POLL)
             self.file.let_fork()
         return False
 
     def _check_writable(self) -> None:
-        """Find out before anything is sent whether outcomes can be recorded: a drain that cron starts every minute
-        would otherwise send the same rows every minute while the disk is full."""
+        """Find out before anything is sent whether outcomes can be recorded: a drain that cron
+        starts every minute would otherwise send the same rows every minute while the disk is
+        full."""
         try:  # what changes no page, BEGIN IMMEDIATE or setting a value to itself, does not tell
             self.file.db.execute("UPDATE webhook_meta SET value = value + 1 WHERE key = 'drains'")
         except sqlite3.OperationalError as error:
             if not _is_busy(error):
-                raise OutboxError(f"{self.settings.path} cannot be written ({error}); nothing is sent") from None
+                raise OutboxError(
+                    f"{self.settings.path} cannot be written ({error}); nothing is sent"
+                ) from None
 
     def _loop(self) -> None:
         self.file.patiently(self.finder.begin)
@@ -5008,7 +5610,9 @@ class _Drain:
             except sqlite3.OperationalError as error:
                 if not _is_busy(error):
                     raise
-                self.finder.news.stale = True  # a rollback-mode host is committing: look again in a moment
+                self.finder.news.stale = (
+                    True  # a rollback-mode host is committing: look again in a moment
+                )
                 self.sender.look(time.monotonic())  # or in minutes, but timeouts hold
                 time.sleep(0.0005)
             self.sender.exchanges.flush()
@@ -5018,16 +5622,19 @@ class _Drain:
                 return
 
     def _finished(self, now: float) -> bool:
-        # 1. told to stop, and everything that came back is recorded (or the grace is over)
-        # 2. `once`: nothing under way, nothing unrecorded, no endpoint has something due that it may send
-        # 3. `until_empty`: the same, and nothing pending for an enabled endpoint
+        # 1. told to stop, and everything that came back is recorded (or the grace is over) 2.
+        # `once`: nothing under way, nothing unrecorded, no endpoint has something due that it may
+        # send 3. `until_empty`: the same, and nothing pending for an enabled endpoint
         if self.stopping and time.monotonic() >= self.leave_at:
             return True
         if self.sender.attempts or self.ledger:
             return False
         if self.stopping:
             return True
-        schedule, looking = self.finder.schedule, self.finder.looking() or self.clock_seen > now + 1.0
+        schedule, looking = (
+            self.finder.schedule,
+            self.finder.looking() or self.clock_seen > now + 1.0,
+        )
         waits = schedule.turns or schedule.slots or self.sender.freed or self.sender.crowded
         if self.mode == "forever" or looking or waits:
             return False
@@ -5036,7 +5643,8 @@ class _Drain:
     # Waiting.
 
     def _wait(self) -> None:
-        """Sleep until there is something to do: a socket has news, a time has come, somebody committed."""
+        """Sleep until there is something to do: a socket has news, a time has come, somebody
+        committed."""
         while True:
             if self.file.let_fork():
                 self.finder.news.stale = True
@@ -5044,7 +5652,9 @@ class _Drain:
             mono = time.monotonic()
             until = self._until_work(mono)
             pause = min(until, self.file.watch.rest(mono))
-            if 0 < pause < 0.001 and not self.sender.attempts:  # the selector knows milliseconds only
+            if (
+                0 < pause < 0.001 and not self.sender.attempts
+            ):  # the selector knows milliseconds only
                 time.sleep(pause)
                 pause = 0.0
             if self.sender.wait(pause) or until <= pause or self.stopping:
@@ -5087,9 +5697,10 @@ class _Drain:
             self.finder.orphans.pop()
 
     def _start_attempts(self, now: float, mono: float) -> None:
-        """Give each endpoint one attempt a turn until places, work or openers run out. Endpoints that have not
-        answered lately get a share of places and openers only: those that hang would fill them all. Endpoints
-        that answered lately are served last: served first, they would leave nothing to the others."""
+        """Give each endpoint one attempt a turn until places, work or openers run out. Endpoints
+        that have not answered lately get a share of places and openers only: those that hang would
+        fill them all. Endpoints that answered lately are served last: served first, they would
+        leave nothing to the others."""
         if self.storing:
             for rank in (1, 2, 0):
                 if self.finder.schedule.turns.lines[rank]:
@@ -5099,12 +5710,21 @@ class _Drain:
         """Start attempts of the endpoints in the line of a rank, as far as its share goes."""
         schedule, share, sender = self.finder.schedule, _SHARES[rank], self.sender
         turns, line = schedule.turns, schedule.turns.lines[rank]
-        # What proven ones hold takes nothing from the share of the others, who would wait for the end of a backlog.
-        proven = [attempt for attempt in sender.attempts if attempt.lane.proven_until > mono] if rank else []
+        # What proven ones hold takes nothing from the share of the others, who would wait for the
+        # end of a backlog.
+        proven = (
+            [attempt for attempt in sender.attempts if attempt.lane.proven_until > mono]
+            if rank
+            else []
+        )
         most = min(self.settings.workers, max(1, int(self.settings.workers * share)) + len(proven))
         openings = sum(attempt.connection is None for attempt in proven)
         stuck = 0  # endpoints in a row that found no thread
-        while stuck < min(len(line), 8) and len(sender.attempts) < most and len(self.ledger.rows) < _UNRECORDED:
+        while (
+            stuck < min(len(line), 8)
+            and len(sender.attempts) < most
+            and len(self.ledger.rows) < _UNRECORDED
+        ):
             lane = next(iter(line))
             if not lane.may_start(now, mono):  # that changed since it joined
                 turns.leave(lane)
@@ -5118,7 +5738,9 @@ class _Drain:
             if may_begin:
                 stuck = 0
                 self._start(lane, now)
-                if rank == lane.line == 0 and lane.may_start(now, mono):  # its rank stays: to the end of its line
+                if rank == lane.line == 0 and lane.may_start(
+                    now, mono
+                ):  # its rank stays: to the end of its line
                     line.move_to_end(lane)
                     continue
             turns.leave(lane)
@@ -5153,7 +5775,9 @@ class _Drain:
                 attempt.lane.backlog.put_back(attempt.picked)
             else:
                 attempt.lane.backlog.known.discard(attempt.picked.event)
-            if attempt.lane.line != 0 or attempt.lane.health is not _WELL:  # else it stands where it belongs
+            if (
+                attempt.lane.line != 0 or attempt.lane.health is not _WELL
+            ):  # else it stands where it belongs
                 self.finder.schedule.place(attempt.lane, now, mono)
 
     def _end(self, attempt: _Attempt, outcome: _Outcome, now: float, mono: float) -> None:
@@ -5163,13 +5787,21 @@ class _Drain:
         change = lane.learn(outcome, now, mono, policy)
         first_at = attempt.wall if picked.first_attempt_at is None else picked.first_attempt_at
         status, due_at, reason = _verdict(
-            picked.attempts + 1, first_at, lane.health.failing_since, outcome, policy, now, self.settings.rng
+            picked.attempts + 1,
+            first_at,
+            lane.health.failing_since,
+            outcome,
+            policy,
+            now,
+            self.settings.rng,
         )
         if picked.type is None or picked.valid != 1:  # a damaged row does not heal
             status = "failed"
         if reason is not outcome.reason:
             outcome = outcome._replace(reason=reason)
-        self._add_row(picked, lane.id, status, due_at, attempt.wall, mono - attempt.started, outcome)
+        self._add_row(
+            picked, lane.id, status, due_at, attempt.wall, mono - attempt.started, outcome
+        )
         if status == "failed" and lane.enabled and self._hopeless(lane, now):
             lane.disable, lane.enabled = "no success for 5 days", False
         if picked.queue is not None:
@@ -5187,16 +5819,28 @@ class _Drain:
         if not lane.enabled:
             self.finder.retire(lane.id)
 
-    def _next_of_queue(self, lane: _Lane, picked: _Picked, queue: str, status: str, now: float) -> None:
-        """A queue goes on at once after a success. After a failure the file says who is next, once that is recorded."""
+    def _next_of_queue(
+        self, lane: _Lane, picked: _Picked, queue: str, status: str, now: float
+    ) -> None:
+        """A queue goes on at once after a success. After a failure the file says who is next, once
+        that is recorded."""
         self.ledger.queues[lane.id, picked.event] = queue
         if status == "delivered" and lane.enabled and len(self.ledger.rows) < _UNRECORDED:
-            with contextlib.suppress(sqlite3.Error):  # a rollback-mode host is committing, or a page is damaged
+            with contextlib.suppress(
+                sqlite3.Error
+            ):  # a rollback-mode host is committing, or a page is damaged
                 return lane.backlog.follow(self.file.db, queue, picked.event, now)
         lane.backlog.leave(queue)
 
     def _add_row(
-        self, picked: _Picked, id: str, status: str, due_at: float, at: float, duration: float, outcome: _Outcome
+        self,
+        picked: _Picked,
+        id: str,
+        status: str,
+        due_at: float,
+        at: float,
+        duration: float,
+        outcome: _Outcome,
     ) -> None:
         if not self.ledger.rows:
             self.record_at = max(self.record_at, time.monotonic())
@@ -5208,24 +5852,34 @@ class _Drain:
         )  # fmt: skip
 
     def _hopeless(self, lane: _Lane, now: float) -> bool:
-        """Say whether an endpoint has failed for so long and given up so much that it is to be disabled (SPEC 4)."""
+        """Say whether an endpoint has failed for so long and given up so much that it is to be
+        disabled (SPEC 4)."""
         patience, most = _HOPELESS
         since = lane.health.failing_since
         if since is None or now - since < patience:
             return False
-        count = sum(row.endpoint_id == lane.id and row.status == "failed" for row in self.ledger.rows)
-        with contextlib.suppress(sqlite3.OperationalError):  # a host is committing: the next failed row asks again
+        count = sum(
+            row.endpoint_id == lane.id and row.status == "failed" for row in self.ledger.rows
+        )
+        with contextlib.suppress(
+            sqlite3.OperationalError
+        ):  # a host is committing: the next failed row asks again
             count += self.file.db.execute(
-                "SELECT count(*) FROM webhook_failed WHERE endpoint_id = ? AND failed_at >= ?", (lane.id, since)
+                "SELECT count(*) FROM webhook_failed WHERE endpoint_id = ? AND failed_at >= ?",
+                (lane.id, since),
             ).fetchone()[0]
         return bool(count >= most)
 
-    def _count(self, status: str, lane: _Lane, picked: _Picked, outcome: _Outcome, now: float) -> None:
+    def _count(
+        self, status: str, lane: _Lane, picked: _Picked, outcome: _Outcome, now: float
+    ) -> None:
         counts, ledger = self.counts, self.ledger
         if status == "delivered":
             counts.delivered += 1
             took = now - picked.created_at
-            return ledger.count(lane.id, _BUCKET_NAMES[bisect.bisect_left(_BUCKETS, took)], seconds=max(0.0, took))
+            return ledger.count(
+                lane.id, _BUCKET_NAMES[bisect.bisect_left(_BUCKETS, took)], seconds=max(0.0, took)
+            )
         ledger.count(lane.id, outcome.reason or "")
         if status == "failed":
             counts.failed += 1
@@ -5233,20 +5887,35 @@ class _Drain:
         else:
             counts.retried += 1
 
-    def _tell(self, kinds: list[str | None], lane: _Lane, picked: _Picked, outcome: _Outcome, now: float) -> None:
-        """Log what happened; note it for the observer, and for who subscribes to webhook.* events."""
+    def _tell(
+        self, kinds: list[str | None], lane: _Lane, picked: _Picked, outcome: _Outcome, now: float
+    ) -> None:
+        """Log what happened; note it for the observer, and for who subscribes to webhook.*
+        events."""
         _log_outcome(lane, picked, outcome, "gave_up" in kinds, "disabled" in kinds)
         for kind in filter(None, kinds):
-            notice = Notice(kind, lane.id, picked.id, outcome.reason, outcome.status_code, outcome.error)
+            notice = Notice(
+                kind, lane.id, picked.id, outcome.reason, outcome.status_code, outcome.error
+            )
             if self.settings.observer is not None:
                 self.ledger.notices.append(notice)
-            # Events about deliveries of such events would go on for ever between two endpoints that fail now and then.
-            if kind in _NOTICE_TYPES and self.finder.monitored and not str(picked.type).startswith("webhook."):
-                data = json.dumps(dataclasses.asdict(notice), default=repr)  # a damaged row may hold anything
-                self.ledger.rows.append(_Row("notice", status=_NOTICE_TYPES[kind], at=now, response=data))
+            # Events about deliveries of such events would go on for ever between two endpoints that
+            # fail now and then.
+            if (
+                kind in _NOTICE_TYPES
+                and self.finder.monitored
+                and not str(picked.type).startswith("webhook.")
+            ):
+                data = json.dumps(
+                    dataclasses.asdict(notice), default=repr
+                )  # a damaged row may hold anything
+                self.ledger.rows.append(
+                    _Row("notice", status=_NOTICE_TYPES[kind], at=now, response=data)
+                )
 
     def _record(self, mono: float) -> None:
-        """Write what came back, in one statement, within the budget: commits a second are what a host feels."""
+        """Write what came back, in one statement, within the budget: commits a second are what a
+        host feels."""
         if not self.ledger or mono < self.record_at:
             return
         begun = time.thread_time()
@@ -5255,12 +5924,15 @@ class _Drain:
         except sqlite3.Error as error:
             if not _is_busy(error):
                 if self.storing:
-                    _log.error("outcomes cannot be recorded (%s); sending pauses until they can", error)
+                    _log.error(
+                        "outcomes cannot be recorded (%s); sending pauses until they can", error
+                    )
                 self.storing = False
                 if self.stopping or self.mode != "forever":
                     raise
-            # Our own short retries: SQLite's busy handler sleeps up to 100 ms and starves beside a busy host. A refused
-            # try of a big batch costs milliseconds, so tries take at most a fifth of the time.
+            # Our own short retries: SQLite's busy handler sleeps up to 100 ms and starves beside a
+            # busy host. A refused try of a big batch costs milliseconds, so tries take at most a
+            # fifth of the time.
             pause = max(0.0005, 4 * (time.thread_time() - begun)) if self.storing else 1.0
             self.record_at = time.monotonic() + pause
             return
@@ -5310,12 +5982,17 @@ class _Drain:
     # Leaving.
 
     def _leave(self) -> None:
-        """Close everything, in the process that opened it. Deliveries that are not recorded stay pending."""
+        """Close everything, in the process that opened it. Deliveries that are not recorded stay
+        pending."""
         if self.file.forked():
             return
         self.sender.close()
-        if self.ledger or self.ledger.counts:  # the grace ran out, say: what is known is not thrown away
-            with contextlib.suppress(Exception):  # MemoryError too: the lock below must go whatever happens
+        if (
+            self.ledger or self.ledger.counts
+        ):  # the grace ran out, say: what is known is not thrown away
+            with contextlib.suppress(
+                Exception
+            ):  # MemoryError too: the lock below must go whatever happens
                 self.file.db.execute("PRAGMA busy_timeout = 1000")
                 while self.ledger or self.ledger.counts:
                     self.ledger.write(self.file.db)
@@ -5326,9 +6003,10 @@ class _Drain:
         self.teller.close()
 
 
-# ── outbox ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: everything is checked before anything is written; each verb once, in the caller's transaction when `conn`
-# is given, else in one of its own. Reads and writes tables; knows nothing of sockets.
+# ── outbox ────────────────────────────────────────────────────────────────────────────────────────
+# Promises: everything is checked before anything is written; each verb once, in the caller's
+# transaction when `conn` is given, else in one of its own. Reads and writes tables; knows nothing
+# of sockets.
 
 _EMIT = """INSERT INTO main.webhook_accept
        (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, outbox)
@@ -5337,8 +6015,9 @@ _NEWEST = "SELECT max(seq) FROM main.webhook_events"
 _EMITTED_ONCE = """SELECT seq FROM main.webhook_events
  WHERE idempotency_key = ? AND coalesce(tenant, '') = coalesce(?, '')"""
 _UNDO = "DELETE FROM main.webhook_events WHERE seq = ?"
-# For a write that makes a delivery due which was due later, or an event that a drain has seen already: the drain looks
-# for what is new behind the newest event, and elsewhere only when this says so.
+# For a write that makes a delivery due which was due later, or an event that a drain has seen
+# already: the drain looks for what is new behind the newest event, and elsewhere only when this
+# says so.
 _SAY_WORK = _WORK.replace("webhook_meta", "main.webhook_meta")
 # Who gets what, of an event e and an endpoint p: the rule of the trigger of webhook_accept.
 _QUEUE_OF = """(SELECT CASE WHEN p.ordered THEN '' ELSE e.key END
@@ -5349,15 +6028,17 @@ _DEEPEST = 999  # levels of nested data; SQLite's JSON functions stop at 1000
 _NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
 
 
-def _insert_event(db: Any, cursor: sqlite3.Cursor, row: tuple[Any, ...], keys: _Keys, now: float) -> int:
+def _insert_event(
+    db: Any, cursor: sqlite3.Cursor, row: tuple[Any, ...], keys: _Keys, now: float
+) -> int:
     """Insert an event; return its key, or that of the event which had its idempotency_key before.
 
-    The key was made before we had the write lock, so another process may have made a higher one since:
-    then the file refuses it, and we make one that follows the newest. No event may stay behind an emit
-    that raised. Two ways lead there: the read of the first event is interrupted, or the INSERT was when
-    all of it was done: SQLite asks the progress handler once more when a statement ends. An INSERT that
-    fails for another reason is undone by SQLite. Where the undoing is interrupted as well, SQLite rolls
-    the host's transaction back.
+    The key was made before we had the write lock, so another process may have made a higher one
+    since: then the file refuses it, and we make one that follows the newest. No event may stay
+    behind an emit that raised. Two ways lead there: the read of the first event is interrupted, or
+    the INSERT was when all of it was done: SQLite asks the progress handler once more when a
+    statement ends. An INSERT that fails for another reason is undone by SQLite. Where the undoing
+    is interrupted as well, SQLite rolls the host's transaction back.
     """
     written, inserted = getattr(db, "total_changes", None), False
     try:
@@ -5383,7 +6064,9 @@ def _insert_event(db: Any, cursor: sqlite3.Cursor, row: tuple[Any, ...], keys: _
 
 def _checked_type(type: Any) -> str:
     if not isinstance(type, str) or len(type) > 256 or not _TYPE.fullmatch(type):
-        raise PayloadError("the type is not valid: letters, digits, _ and - in parts joined by dots (order.created)")
+        raise PayloadError(
+            "the type is not valid: letters, digits, _ and - in parts joined by dots (order.created)"
+        )
     return type
 
 
@@ -5400,7 +6083,8 @@ def _depth(text: str) -> int:
 
 
 def _checked_data(data: Any) -> tuple[str, int]:
-    """Return data as JSON text that every receiver can parse and that will be sent as it is, and its size in bytes."""
+    """Return data as JSON text that every receiver can parse and that will be sent as it is, and
+    its size in bytes."""
     try:
         text = _dumps(data)
         size = len(text.encode())
@@ -5418,7 +6102,9 @@ def _checked_data(data: Any) -> tuple[str, int]:
 def _path(database: str | os.PathLike[str]) -> str:
     path = os.fsdecode(os.fspath(database))
     if path in ("", ":memory:") or path.startswith("file:"):
-        raise SchemaError("this needs the path of a file: a database in memory is one connection's own, and forgets")
+        raise SchemaError(
+            "this needs the path of a file: a database in memory is one connection's own, and forgets"
+        )
     return os.path.realpath(path)
 
 
@@ -5428,7 +6114,9 @@ def _networks(networks: Iterable[str | _Network]) -> tuple[_Network, ...]:
     try:
         return tuple(ipaddress.ip_network(n) if isinstance(n, str) else n for n in networks)
     except ValueError as error:
-        raise PayloadError(f"allow_networks must hold networks such as 10.1.0.0/16: {error}") from None
+        raise PayloadError(
+            f"allow_networks must hold networks such as 10.1.0.0/16: {error}"
+        ) from None
 
 
 class EmitOptions(TypedDict, total=False):
@@ -5464,8 +6152,8 @@ def _event_keys(ids: Iterable[str]) -> str:
     return _dumps([_event_seq(id) for id in ids])
 
 
-# What a filter asks of its column, and the check of its value. A time that is text would compare greater than every
-# number in SQLite, so `until` would mean everything.
+# What a filter asks of its column, and the check of its value. A time that is text would compare
+# greater than every number in SQLite, so `until` would mean everything.
 _FILTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "ids": ("{} IN (SELECT value FROM json_each(?))", _row_ids),
     "events": ("{} IN (SELECT value FROM json_each(?))", _event_keys),
@@ -5474,7 +6162,10 @@ _FILTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "tenant": ("{} = ?", _checked_tenant),
     "type": ("{} GLOB ?", str),
     "reason": ("{} = ?", lambda reason: _choice("reason", reason, _REASONS)),
-    "status": ("{} = ?", lambda status: _choice("status", status, ("pending", "held", "delivered", "failed"))),
+    "status": (
+        "{} = ?",
+        lambda status: _choice("status", status, ("pending", "held", "delivered", "failed")),
+    ),
     "since": ("{} >= ?", lambda since: _number("since", since, -1e12, 1e12)),
     "until": ("{} < ?", lambda until: _number("until", until, -1e12, 1e12)),
 }
@@ -5497,12 +6188,18 @@ _OF_EVENT = {
 _PUBLIC_STATUS = """CASE WHEN d.status IN ('pending', 'queued')
        THEN CASE WHEN p.enabled = 0 THEN 'held' ELSE 'pending' END
        WHEN d.status = 'discarded' THEN 'failed' ELSE d.status END"""
-_OF_DELIVERY = {**_OF_EVENT, "event_id": "d.event", "endpoint": "d.endpoint_id", "status": _PUBLIC_STATUS}
+_OF_DELIVERY = {
+    **_OF_EVENT,
+    "event_id": "d.event",
+    "endpoint": "d.endpoint_id",
+    "status": _PUBLIC_STATUS,
+}
 
 
 def _chosen(columns: Mapping[str, str], filters: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    """Return the conditions of those filters that are not None, joined, and their values; '1' when there is none.
-    columns: filter -> SQL of what it looks at. A filter that is not among them is an error, never ignored."""
+    """Return the conditions of those filters that are not None, joined, and their values; '1' when
+    there is none. columns: filter -> SQL of what it looks at. A filter that is not among them is an
+    error, never ignored."""
     terms, values = list[str](), list[Any]()
     for name, value in filters.items():
         if name not in columns:
@@ -5520,7 +6217,9 @@ def _drain_mode(once: bool, until_empty: bool) -> str:
     return "until_empty" if until_empty else "once" if once else "forever"
 
 
-def _endpoint_stats(row: Sequence[Any], tried: Sequence[Sequence[Any]], now: float) -> EndpointStats:
+def _endpoint_stats(
+    row: Sequence[Any], tried: Sequence[Sequence[Any]], now: float
+) -> EndpointStats:
     id, failed, enabled, failing_since, later, due, oldest = row
     good = sorted(duration for _, duration, reason, _ in tried if reason is None)
     p50, p95 = (good[len(good) * share // 100] if good else None for share in (50, 95))
@@ -5531,7 +6230,9 @@ def _endpoint_stats(row: Sequence[Any], tried: Sequence[Sequence[Any]], now: flo
     )
     history = tuple(twelfths[n] for n in range(12))
     counts = failed, len(good), len(tried)
-    return EndpointStats(id, bool(enabled), due + later, age, *counts, p50, p95, error, history, failing_since)
+    return EndpointStats(
+        id, bool(enabled), due + later, age, *counts, p50, p95, error, history, failing_since
+    )
 
 
 _GAUGES = (
@@ -5543,7 +6244,9 @@ _GAUGES = (
 )
 
 
-def _family(name: str, kind: str, help: str, samples: Iterable[tuple[str, str, float]]) -> list[str]:
+def _family(
+    name: str, kind: str, help: str, samples: Iterable[tuple[str, str, float]]
+) -> list[str]:
     """Return one metric in Prometheus' text format; samples are (suffix, labels, value)."""
     name = "webhook_outbox_" + name
     lines = [f"{name}{suffix}{{{labels}}} {value:.15g}" for suffix, labels, value in samples]
@@ -5567,14 +6270,15 @@ _FRESH = {"disabled_reason": "", "failures": 0, "failing_since": None, "paused_u
 class Outbox:
     """The webhooks of one SQLite file.
 
-    database: the app's file; its tables are made or upgraded here (`create=False`: only checked). retry: RetryPolicy.
-    timeout, connect_timeout: seconds of wall clock an attempt, or its lookup and connect, may last. workers: attempts
-    under way at once, in all. allow_networks: CIDR texts that may be reached although private, also over http.
-    max_body: bytes. retention: seconds that delivered events are kept. proxy: http://host:port; the network guard then
-    is the proxy's duty. app_name: put into User-Agent. transforms: name -> callable(Event) -> bytes or (bytes,
-    content type), a pure function, for endpoints whose `body` names it. observer: called with each Notice, in order,
-    after it was recorded, in a thread of its own; one that falls 1,000 notices behind misses some. clock, rng,
-    resolver: seams for tests.
+    database: the app's file; its tables are made or upgraded here (`create=False`: only checked).
+    retry: RetryPolicy. timeout, connect_timeout: seconds of wall clock an attempt, or its lookup
+    and connect, may last. workers: attempts under way at once, in all. allow_networks: CIDR texts
+    that may be reached although private, also over http. max_body: bytes. retention: seconds that
+    delivered events are kept. proxy: http://host:port; the network guard then is the proxy's duty.
+    app_name: put into User-Agent. transforms: name -> callable(Event) -> bytes or (bytes, content
+    type), a pure function, for endpoints whose `body` names it. observer: called with each Notice,
+    in order, after it was recorded, in a thread of its own; one that falls 1,000 notices behind
+    misses some. clock, rng, resolver: seams for tests.
 
     Safe to share between threads. Holds no connection, but for a drain that runs.
     """
@@ -5610,7 +6314,11 @@ class Outbox:
         self.max_body = int(_number("max_body", max_body, 1, 1 << 30))
         self.retention = _number("retention", retention, 0, 1e11)
         self.app_name = _line("app_name", app_name, 100)
-        self.proxy, self.transforms, self.observer = proxy, {**_TRANSFORMS, **(transforms or {})}, observer
+        self.proxy, self.transforms, self.observer = (
+            proxy,
+            {**_TRANSFORMS, **(transforms or {})},
+            observer,
+        )
         self.clock, self.rng, self.resolver = clock, rng, resolver
         self._guard = _Guard(_networks(allow_networks), allow_http)
         self._identity = _prepare_file(self.path, create)
@@ -5624,7 +6332,9 @@ class Outbox:
 
     def _forget_drains(self) -> None:
         self._keys = _Keys()  # a child makes other ones than its parent
-        self._lock = threading.RLock()  # guards the three below; a signal handler may call stop while we hold it
+        self._lock = (
+            threading.RLock()
+        )  # guards the three below; a signal handler may call stop while we hold it
         self._drains: set[_Drain] = set()  # running in this process
         self._thread: threading.Thread | None = None
         self._halt = threading.Event()
@@ -5643,7 +6353,8 @@ class Outbox:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Begin a transaction on a connection of its own; commit at the end, roll back when the block raises."""
+        """Begin a transaction on a connection of its own; commit at the end, roll back when the
+        block raises."""
         with _transaction(self.path) as db:
             yield db
         self._wake()
@@ -5660,25 +6371,34 @@ class Outbox:
         delay: float = 0.0,
         headers: Mapping[str, str] | None = None,
     ) -> str:
-        """Record an event for every enabled endpoint of its tenant whose patterns match, in conn's open transaction.
+        """Record an event for every enabled endpoint of its tenant whose patterns match, in conn's
+        open transaction.
 
-        conn: a sqlite3 Connection or Cursor in any transaction mode, SQLAlchemy's Connection or Session (also the
-        synchronous side of the async ones), Django's connection or its alias, peewee's Database, apsw's Connection.
-        Returns the event's id. Nothing is sent before you commit, nothing if you roll back. tenant: your
-        customer whom it concerns; endpoints of that tenant get it, and those of tenant '*'. key: events
-        with the same key reach an endpoint in this order. idempotency_key: a second emit with it for that
-        tenant, and the same type and data, returns the first id. delay: seconds. headers: sent with the
-        event (traceparent); not for credentials, which belong to endpoints.
+        conn: a sqlite3 Connection or Cursor in any transaction mode, SQLAlchemy's Connection or
+        Session (also the synchronous side of the async ones), Django's connection or its alias,
+        peewee's Database, apsw's Connection. Returns the event's id. Nothing is sent before you
+        commit, nothing if you roll back. tenant: your customer whom it concerns; endpoints of that
+        tenant get it, and those of tenant '*'. key: events with the same key reach an endpoint in
+        this order. idempotency_key: a second emit with it for that tenant, and the same type and
+        data, returns the first id. delay: seconds. headers: sent with the event (traceparent); not
+        for credentials, which belong to endpoints.
 
-        Raises PayloadError before anything is written, NotInTransaction, SchemaError (another file), TransactionLost
-        when SQLite itself rolled your transaction back; sqlite3 errors such as "database is locked" pass through.
+        Raises PayloadError before anything is written, NotInTransaction, SchemaError (another
+        file), TransactionLost when SQLite itself rolled your transaction back; sqlite3 errors such
+        as "database is locked" pass through.
         """
         _checked_type(type)
         text, size = _checked_data(data)
         if size > self.max_body:
-            raise PayloadError(f"data is {size:,} bytes, the limit is {self.max_body:,}; send a link instead")
+            raise PayloadError(
+                f"data is {size:,} bytes, the limit is {self.max_body:,}; send a link instead"
+            )
         if size > _WARN_BODY:
-            _log.warning("%s carries %d bytes; receivers expect less than 20 KiB, consider sending a link", type, size)
+            _log.warning(
+                "%s carries %d bytes; receivers expect less than 20 KiB, consider sending a link",
+                type,
+                size,
+            )
         if _checked_tenant(tenant) is not None and type.startswith("webhook."):
             raise PayloadError("events of type webhook.* have no tenant; leave it out")
         if key is not None:
@@ -5689,7 +6409,18 @@ class Outbox:
         header_text = _dumps(_checked_headers(headers)) if headers else None
         now = self.clock()
         due_at = now + delay + self.retry.delays[0]
-        row = (self._keys.new(now), type, tenant, text, key, idempotency_key, header_text, now, due_at, self._identity)
+        row = (
+            self._keys.new(now),
+            type,
+            tenant,
+            text,
+            key,
+            idempotency_key,
+            header_text,
+            now,
+            due_at,
+            self._identity,
+        )
         if isinstance(conn, sqlite3.Connection):
             return self._insert(row, now, conn)
         return _in_its_thread(conn, functools.partial(self._insert, row, now))
@@ -5703,14 +6434,19 @@ class Outbox:
         return _event_id(seq)
 
     async def aemit(self, conn: Any, type: str, data: Any, **options: Unpack[EmitOptions]) -> str:
-        """Emit on an aiosqlite Connection, or a SQLAlchemy AsyncSession or AsyncConnection on aiosqlite; as emit."""
+        """Emit on an aiosqlite Connection, or a SQLAlchemy AsyncSession or AsyncConnection on
+        aiosqlite; as emit."""
         if hasattr(conn, "sync_session"):
             conn = await conn.connection()
         if hasattr(conn, "get_raw_connection"):
             conn = (await conn.get_raw_connection()).driver_connection
         if not hasattr(conn, "_execute"):
-            raise PayloadError("aemit takes an aiosqlite Connection or SQLAlchemy's AsyncSession; others take emit")
-        return str(await conn._execute(functools.partial(self.emit, conn._conn, type, data, **options)))
+            raise PayloadError(
+                "aemit takes an aiosqlite Connection or SQLAlchemy's AsyncSession; others take emit"
+            )
+        return str(
+            await conn._execute(functools.partial(self.emit, conn._conn, type, data, **options))
+        )
 
     # Endpoints.
 
@@ -5755,19 +6491,22 @@ class Outbox:
         conn: Any = None,
         **options: Unpack[EndpointOptions],
     ) -> Endpoint:
-        """Register where events go; the returned Endpoint is one of two places that show the secret.
+        """Register where events go; the returned Endpoint is one of two places that show the
+        secret.
 
-        events: types (order.created), groups (order.*) or *. tenant: your customer whose events it gets,
-        for life; None gets those without one, '*' all. enabled: False registers it without sending.
-        secret: whsec_ and base64 of 24 to 64 bytes, generated when None; env:NAME and file:PATH are read
-        at send time. headers: values may be env:NAME. body: standard, data, cloudevents, slack, discord
-        or the name of a transform. signing: standard, stripe, github, joined by + to send several. rate:
-        deliveries a second. on_dead: what a queue does when its head fails for good, skip or hold.
-        timeout: seconds. cert, ca: paths, for mutual TLS and a private authority. Raises UnsafeURL,
-        PayloadError.
+        events: types (order.created), groups (order.*) or *. tenant: your customer whose events it
+        gets, for life; None gets those without one, '*' all. enabled: False registers it without
+        sending. secret: whsec_ and base64 of 24 to 64 bytes, generated when None; env:NAME and
+        file:PATH are read at send time. headers: values may be env:NAME. body: standard, data,
+        cloudevents, slack, discord or the name of a transform. signing: standard, stripe, github,
+        joined by + to send several. rate: deliveries a second. on_dead: what a queue does when its
+        head fails for good, skip or hold. timeout: seconds. cert, ca: paths, for mutual TLS and a
+        private authority. Raises UnsafeURL, PayloadError.
         """
         columns = self._columns({**options, "url": url})
-        if id is not None and not (isinstance(id, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", id)):
+        if id is not None and not (
+            isinstance(id, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", id)
+        ):
             raise PayloadError("id must be 1 to 64 letters, digits, _ and -")
         secret = _checked_secret(secret)
         id = id or "ep_" + secrets.token_hex(8)
@@ -5778,14 +6517,20 @@ class Outbox:
                 statement = f"INSERT INTO main.webhook_endpoints ({names}) VALUES ({marks})"
                 cursor.execute(statement, tuple(columns.values()))
             except sqlite3.IntegrityError:
-                raise PayloadError(f"there is an endpoint {id} already; update it, or choose another id") from None
+                raise PayloadError(
+                    f"there is an endpoint {id} already; update it, or choose another id"
+                ) from None
             return dataclasses.replace(self._endpoint_on(cursor, id), secret=secret)
 
     def _endpoint_on(self, cursor: sqlite3.Cursor, id: str) -> Endpoint:
-        cursor.execute(f"SELECT {_ENDPOINT_COLUMNS} FROM main.webhook_endpoints WHERE id = ?", (id,))
+        cursor.execute(
+            f"SELECT {_ENDPOINT_COLUMNS} FROM main.webhook_endpoints WHERE id = ?", (id,)
+        )
         rows = cursor.fetchall()
         if not rows:
-            raise NotFound(f"there is no endpoint {_one_line(str(id), 64)}; `endpoint list` shows those there are")
+            raise NotFound(
+                f"there is no endpoint {_one_line(str(id), 64)}; `endpoint list` shows those there are"
+            )
         return _endpoint(rows[0])
 
     def endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
@@ -5794,7 +6539,8 @@ class Outbox:
             return self._endpoint_on(cursor, id)
 
     def endpoints(self, *, tenant: str | None = None, conn: Any = None) -> list[Endpoint]:
-        """Return all endpoints, or those of a tenant, oldest first. '*' is the tenant of those that see all."""
+        """Return all endpoints, or those of a tenant, oldest first. '*' is the tenant of those that
+        see all."""
         of = _checked_tenant(tenant, or_all=True)
         with self._reading(conn) as cursor:
             cursor.execute(
@@ -5809,19 +6555,29 @@ class Outbox:
             self._endpoint_on(cursor, id)
             if columns:
                 changes = ", ".join(f"{name} = ?" for name in columns)
-                cursor.execute(f"UPDATE main.webhook_endpoints SET {changes} WHERE id = ?", (*columns.values(), id))
+                cursor.execute(
+                    f"UPDATE main.webhook_endpoints SET {changes} WHERE id = ?",
+                    (*columns.values(), id),
+                )
             return self._endpoint_on(cursor, id)
 
     def update_endpoint(
-        self, id: str, *, url: str | None = None, conn: Any = None, **changes: Unpack[EndpointOptions]
+        self,
+        id: str,
+        *,
+        url: str | None = None,
+        conn: Any = None,
+        **changes: Unpack[EndpointOptions],
     ) -> Endpoint:
-        """Change options of an endpoint, or its url, named as in add_endpoint; deliveries that wait follow them. Its
-        tenant stays: add another endpoint. enabled: as enable_endpoint and disable_endpoint do."""
+        """Change options of an endpoint, or its url, named as in add_endpoint; deliveries that wait
+        follow them. Its tenant stays: add another endpoint. enabled: as enable_endpoint and
+        disable_endpoint do."""
         columns = self._columns(changes if url is None else {**changes, "url": url}, update=True)
         return self._set(conn, id, {**columns, **(_FRESH if columns.get("enabled") else {})})
 
     def disable_endpoint(self, id: str, reason: str = "", *, conn: Any = None) -> Endpoint:
-        """Hold an endpoint's deliveries. Events emitted meanwhile are recorded, and backfill can deliver them."""
+        """Hold an endpoint's deliveries. Events emitted meanwhile are recorded, and backfill can
+        deliver them."""
         return self._set(conn, id, {"enabled": 0, "disabled_reason": _line("reason", reason, 1000)})
 
     def enable_endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
@@ -5829,8 +6585,11 @@ class Outbox:
         return self.update_endpoint(id, enabled=True, conn=conn)
 
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
-        """Delete an endpoint with its waiting and failed deliveries. What was delivered stays on record."""
-        if conn is None:  # what waits goes first, in batches, so that no commit of the host waits long
+        """Delete an endpoint with its waiting and failed deliveries. What was delivered stays on
+        record."""
+        if (
+            conn is None
+        ):  # what waits goes first, in batches, so that no commit of the host waits long
             self.disable_endpoint(id, "being removed")
             for waiting in ("queue IS NOT NULL AND status = 'queued'", "status = 'pending'"):
                 batch = f"""DELETE FROM main.webhook_deliveries WHERE (event, endpoint_id) IN (
@@ -5849,12 +6608,13 @@ class Outbox:
         conn: Any = None,
         also: Mapping[str, Sequence[Any] | None] | None = None,
     ) -> int:
-        """Run a statement for each of `ranges`, whose ends come first among its values, or, without ranges, until it
-        changes nothing. Return how many rows it changed. also: statements for the same transaction, with
-        values that follow the ends of the range, or None for no values at all.
+        """Run a statement for each of `ranges`, whose ends come first among its values, or, without
+        ranges, until it changes nothing. Return how many rows it changed. also: statements for the
+        same transaction, with values that follow the ends of the range, or None for no values at
+        all.
 
-        Without conn each run is a transaction of its own, and then rests as long as it took: a host that waits in
-        SQLite's busy handler looks only now and then whether the file is free.
+        Without conn each run is a transaction of its own, and then rests as long as it took: a host
+        that waits in SQLite's busy handler looks only now and then whether the file is free.
         """
         done = 0
         for ends in itertools.repeat(()) if ranges is None else ranges:
@@ -5873,9 +6633,10 @@ class Outbox:
     def _ranges(
         self, rows: str, key: str, where: str, values: Sequence[Any], size: int, conn: Any
     ) -> Iterator[tuple[int, int]]:
-        """Yield the first and last key of ranges of a table that together hold every row there is now that `where`
-        chooses. A range begins at such a row and holds at most `size` rows, chosen or not, so that a statement over it
-        looks at no more. Rows that come later are not for this call.
+        """Yield the first and last key of ranges of a table that together hold every row there is
+        now that `where` chooses. A range begins at such a row and holds at most `size` rows, chosen
+        or not, so that a statement over it looks at no more. Rows that come later are not for this
+        call.
 
         rows: the table, as FROM has it. key: its growing key, keys may be far apart.
         """
@@ -5901,14 +6662,21 @@ class Outbox:
     def rotate_secret(
         self, id: str, *, secret: str | None = None, grace: float = 86_400.0, conn: Any = None
     ) -> Endpoint:
-        """Give an endpoint a new secret; for `grace` seconds requests carry signatures of the old ones too."""
+        """Give an endpoint a new secret; for `grace` seconds requests carry signatures of the old
+        ones too."""
         secret = _checked_secret(secret)
         until = self.clock() + _number("grace", grace, 0, 1e9)
         with self._writing(conn) as cursor:
             self._endpoint_on(cursor, id)
-            old = [(s, min(end or until, until)) for s, end in self._secrets_on(cursor, id) if s != secret]
+            old = [
+                (s, min(end or until, until))
+                for s, end in self._secrets_on(cursor, id)
+                if s != secret
+            ]
             valid = [(secret, None), *(pair for pair in old if pair[1] > self.clock())]
-            cursor.execute("UPDATE main.webhook_endpoints SET secrets = ? WHERE id = ?", (_dumps(valid), id))
+            cursor.execute(
+                "UPDATE main.webhook_endpoints SET secrets = ? WHERE id = ?", (_dumps(valid), id)
+            )
             return dataclasses.replace(self._endpoint_on(cursor, id), secret=secret)
 
     def _secrets_on(self, cursor: sqlite3.Cursor, id: str) -> _Secrets:
@@ -5922,15 +6690,20 @@ class Outbox:
             return self._secrets_on(cursor, id)[0][0]
 
     def ping(self, id: str) -> Attempt:
-        """Send a signed webhook.ping to an endpoint at once, enabled or not, and return what happened."""
+        """Send a signed webhook.ping to an endpoint at once, enabled or not, and return what
+        happened."""
         with self._reading() as cursor:
             endpoint, endpoint_secrets = self._endpoint_on(cursor, id), self._secrets_on(cursor, id)
         now, started = self.clock(), time.monotonic()
         key = self._keys.new(now)
-        picked = _Picked(key, now, 0, None, None, "webhook.ping", "{}", 1, None, None, now, endpoint.tenant)
+        picked = _Picked(
+            key, now, 0, None, None, "webhook.ping", "{}", 1, None, None, now, endpoint.tenant
+        )
         outcome = _send_once(self._settings(), endpoint, endpoint_secrets, picked)
         status, seconds = outcome.status_code, time.monotonic() - started
-        return Attempt(picked.id, id, now, status, outcome.reason, outcome.error, seconds, outcome.response)
+        return Attempt(
+            picked.id, id, now, status, outcome.reason, outcome.error, seconds, outcome.response
+        )
 
     # Draining.
 
@@ -5943,8 +6716,8 @@ class Outbox:
     def start(self) -> None:
         """Drain in a background thread, until stop(). Does nothing when it runs already.
 
-        Every process of an app may call it: one drains, the others stand by and take over when it dies. Call it
-        after forking (in a web server's worker), since threads do not survive a fork.
+        Every process of an app may call it: one drains, the others stand by and take over when it
+        dies. Call it after forking (in a web server's worker), since threads do not survive a fork.
         """
         _PROCESS.settle()  # a child forked in C believes that its parent's thread runs here
         with self._lock:
@@ -5959,8 +6732,9 @@ class Outbox:
         self.stop(1.0)
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Stop draining in this process: take no new work, let attempts under way end within `timeout` seconds,
-        record what came back. What is not finished then is delivered again by the next drain."""
+        """Stop draining in this process: take no new work, let attempts under way end within
+        `timeout` seconds, record what came back. What is not finished then is delivered again by
+        the next drain."""
         with self._lock:
             self._halt.set()
             thread, drains = self._thread, list(self._drains)
@@ -5981,7 +6755,12 @@ class Outbox:
                 return
             except Exception as error:
                 pause = min(pause * 2, 30.0)
-                _log.error("draining stopped (%s: %s); trying again in %g s", type(error).__name__, error, pause)
+                _log.error(
+                    "draining stopped (%s: %s); trying again in %g s",
+                    type(error).__name__,
+                    error,
+                    pause,
+                )
             halt.wait(pause)
 
     def _run(self, drain: _Drain, halt: threading.Event | None = None) -> DrainReport:
@@ -5996,14 +6775,18 @@ class Outbox:
                 self._drains.discard(drain)
 
     def drain(
-        self, *, once: bool = False, until_empty: bool = False, progress: Callable[[DrainReport], Any] | None = None
+        self,
+        *,
+        once: bool = False,
+        until_empty: bool = False,
+        progress: Callable[[DrainReport], Any] | None = None,
     ) -> DrainReport:
-        """Drain in the calling thread: for ever; `once`: until nothing is due now; `until_empty`: until
-        nothing is pending for enabled endpoints, retries included; one or the other. stop() from another
-        thread or a signal handler ends it.
+        """Drain in the calling thread: for ever; `once`: until nothing is due now; `until_empty`:
+        until nothing is pending for enabled endpoints, retries included; one or the other. stop()
+        from another thread or a signal handler ends it.
 
-        Where another process drains this file, wait for it: to take over, or until it has done the work. progress:
-        called about four times a second with a DrainReport.
+        Where another process drains this file, wait for it: to take over, or until it has done the
+        work. progress: called about four times a second with a DrainReport.
         """
         return self._run(_Drain(self._settings(), _drain_mode(once, until_empty), progress))
 
@@ -6013,20 +6796,31 @@ class Outbox:
 
     # Failed rows.
 
-    def failed(self, *, limit: int = 100, after: int | None = None, **filters: Unpack[Filters]) -> list[FailedDelivery]:
-        """Return failed rows, oldest first. after: the id of the last row of the page before. Filters: ids, endpoint,
-        tenant (of the event), type (or a group: order.*), reason, since and until (of failed_at)."""
+    def failed(
+        self, *, limit: int = 100, after: int | None = None, **filters: Unpack[Filters]
+    ) -> list[FailedDelivery]:
+        """Return failed rows, oldest first. after: the id of the last row of the page before.
+        Filters: ids, endpoint, tenant (of the event), type (or a group: order.*), reason, since and
+        until (of failed_at)."""
         where, values = _chosen(_OF_FAILED, filters)
         names = ", ".join(field.name for field in dataclasses.fields(FailedDelivery))
         sql = f"SELECT {names} FROM webhook_failed WHERE id > ? AND {where} ORDER BY id LIMIT ?"
         rows = self._select(sql, after or 0, *values, _whole("limit", limit, 0, 10**9))
         return [FailedDelivery(*row) for row in rows]
 
-    def replay(self, *, all: bool = False, dry_run: bool = False, conn: Any = None, **filters: Unpack[Filters]) -> int:
-        """Make failed rows pending again, with a fresh retry budget: same id, same body, the current secret.
+    def replay(
+        self,
+        *,
+        all: bool = False,
+        dry_run: bool = False,
+        conn: Any = None,
+        **filters: Unpack[Filters],
+    ) -> int:
+        """Make failed rows pending again, with a fresh retry budget: same id, same body, the
+        current secret.
 
-        Filters as in failed(); all=True says that you mean every row. dry_run only counts. Without conn it works in
-        batches, so that no commit of the host waits long. Returns how many.
+        Filters as in failed(); all=True says that you mean every row. dry_run only counts. Without
+        conn it works in batches, so that no commit of the host waits long. Returns how many.
         """
         now = float(self.clock())
         return self._act_on_failed(
@@ -6037,12 +6831,22 @@ class Outbox:
             all, dry_run, conn, filters,
         )  # fmt: skip
 
-    def discard(self, *, all: bool = False, dry_run: bool = False, conn: Any = None, **filters: Unpack[Filters]) -> int:
-        """Delete failed rows; their events are not delivered. Filters as in failed(). Returns how many."""
+    def discard(
+        self,
+        *,
+        all: bool = False,
+        dry_run: bool = False,
+        conn: Any = None,
+        **filters: Unpack[Filters],
+    ) -> int:
+        """Delete failed rows; their events are not delivered. Filters as in failed(). Returns how
+        many."""
         statement = f"DELETE FROM {_FAILED} WHERE id BETWEEN ? AND ? AND {{where}}"
         return self._act_on_failed(statement, all, dry_run, conn, filters)
 
-    def _act_on_failed(self, statement: str, all: bool, dry_run: bool, conn: Any, filters: Filters) -> int:
+    def _act_on_failed(
+        self, statement: str, all: bool, dry_run: bool, conn: Any, filters: Filters
+    ) -> int:
         where, values = _chosen(_OF_FAILED, filters)
         if where == "1" and not all:
             raise PayloadError(
@@ -6056,8 +6860,9 @@ class Outbox:
         return self._in_batches(statement.format(where=where), values, ranges, conn)
 
     def resend(self, event_id: str, *, endpoint: str | None = None, conn: Any = None) -> int:
-        """Deliver a recorded event again, delivered or not: to each endpoint that had it, or to `endpoint`, which
-        need not have had it but must be of its tenant. Returns to how many. Raises NotFound."""
+        """Deliver a recorded event again, delivered or not: to each endpoint that had it, or to
+        `endpoint`, which need not have had it but must be of its tenant. Returns to how many.
+        Raises NotFound."""
         now = self.clock()
         with self._writing(conn) as cursor:
             seq = self._seq_on(cursor, event_id)
@@ -6078,8 +6883,8 @@ class Outbox:
             return count
 
     def _give(self, cursor: sqlite3.Cursor, seq: int, endpoint: str, now: float) -> None:
-        """Have a delivery of an event to an endpoint, in no queue yet; raise NotFound where there is no such endpoint
-        for its tenant."""
+        """Have a delivery of an event to an endpoint, in no queue yet; raise NotFound where there
+        is no such endpoint for its tenant."""
         tenant = self._endpoint_on(cursor, endpoint).tenant
         cursor.execute("SELECT tenant FROM main.webhook_events WHERE seq = ?", (seq,))
         if tenant not in (cursor.fetchone()[0], "*"):
@@ -6102,9 +6907,9 @@ class Outbox:
         dry_run: bool = False,
         conn: Any = None,
     ) -> int:
-        """Give an endpoint the recorded events of a time that match it and that it has no delivery for: a new
-        endpoint, or one that was disabled. Events of other tenants are not for it. since, until: UTC seconds of
-        emission. Returns how many."""
+        """Give an endpoint the recorded events of a time that match it and that it has no delivery
+        for: a new endpoint, or one that was disabled. Events of other tenants are not for it.
+        since, until: UTC seconds of emission. Returns how many."""
         since = _number("since", since, -1e12, 1e12)
         where, values = _chosen(_OF_EVENT, {"since": since, "until": until, "type": type})
         rows = "main.webhook_endpoints AS p, main.webhook_events AS e"
@@ -6124,7 +6929,9 @@ class Outbox:
                        WHERE event BETWEEN ? AND ? AND endpoint_id = ? AND queue IS NULL
                          AND status = 'pending' AND {_QUEUE_OF} IS NOT NULL"""
         ranges = self._ranges("main.webhook_events AS e", "e.seq", where, values, 2_000, conn)
-        return self._in_batches(statement, (endpoint, *values), ranges, conn, {line_up: (endpoint,), _SAY_WORK: None})
+        return self._in_batches(
+            statement, (endpoint, *values), ranges, conn, {line_up: (endpoint,), _SAY_WORK: None}
+        )
 
     # The record.
 
@@ -6144,7 +6951,9 @@ class Outbox:
         found = self.events(ids=[id])
         if not found:
             raise self._no_event(id)
-        return dataclasses.replace(found[0], deliveries=tuple(self.deliveries(event_id=id, limit=10_000)))
+        return dataclasses.replace(
+            found[0], deliveries=tuple(self.deliveries(event_id=id, limit=10_000))
+        )
 
     def events(
         self,
@@ -6157,7 +6966,8 @@ class Outbox:
         limit: int = 100,
         after: str | None = None,
     ) -> list[Event]:
-        """Return events without their deliveries, newest first. after: the id of the last one of the page before."""
+        """Return events without their deliveries, newest first. after: the id of the last one of
+        the page before."""
         chosen = {"events": ids, "tenant": tenant, "type": type, "since": since, "until": until}
         where, values = _chosen(_OF_EVENT, chosen)
         if after is not None:
@@ -6186,11 +6996,20 @@ class Outbox:
         limit: int = 100,
         after: tuple[str, str] | None = None,
     ) -> list[Delivery]:
-        """Return deliveries, newest event first. status: pending, held, delivered or failed. tenant, type, since,
-        until: of the event. after: (event_id, endpoint_id) of the last one of the page before."""
+        """Return deliveries, newest event first. status: pending, held, delivered or failed.
+        tenant, type, since, until: of the event. after: (event_id, endpoint_id) of the last one of
+        the page before."""
         if after is not None and not (isinstance(after, tuple) and len(after) == 2):
-            raise PayloadError("after must be (event_id, endpoint_id) of the last delivery of the page before")
-        chosen = {"event_id": event_id, "endpoint": endpoint, "tenant": tenant, "type": type, "status": status}
+            raise PayloadError(
+                "after must be (event_id, endpoint_id) of the last delivery of the page before"
+            )
+        chosen = {
+            "event_id": event_id,
+            "endpoint": endpoint,
+            "tenant": tenant,
+            "type": type,
+            "status": status,
+        }
         where, values = _chosen(_OF_DELIVERY, {**chosen, "since": since, "until": until})
         if after is not None:
             where += " AND (d.event, d.endpoint_id) < (?, ?)"
@@ -6199,7 +7018,9 @@ class Outbox:
                     FROM webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event
                     LEFT JOIN webhook_endpoints AS p ON p.id = d.endpoint_id
                    WHERE {where} ORDER BY d.event DESC, d.endpoint_id DESC LIMIT ?"""
-        return [Delivery(*row) for row in self._select(sql, *values, _whole("limit", limit, 0, 10**9))]
+        return [
+            Delivery(*row) for row in self._select(sql, *values, _whole("limit", limit, 0, 10**9))
+        ]
 
     def attempts(self, event_id: str, endpoint: str | None = None) -> list[Attempt]:
         """Return what was tried for an event, oldest first."""
@@ -6241,13 +7062,16 @@ class Outbox:
             due=sum(due for _, _, on, _, _, due, _ in rows if on),
             held=sum(e.pending for e in endpoints if not e.enabled),
             failed=failed,
-            oldest_due_age=max((e.oldest_due_age for e in enabled if e.oldest_due_age is not None), default=None),
+            oldest_due_age=max(
+                (e.oldest_due_age for e in enabled if e.oldest_due_age is not None), default=None
+            ),
             endpoints=endpoints,
         )
 
     def metrics(self) -> str:
-        """Return the numbers in Prometheus' text format. Counters and the histogram (seconds from emit to 2xx) are
-        kept in the file, so they survive restarts; several processes show the same."""
+        """Return the numbers in Prometheus' text format. Counters and the histogram (seconds from
+        emit to 2xx) are kept in the file, so they survive restarts; several processes show the
+        same."""
         counts: dict[str, dict[str, float]] = {}
         for id, name, value in self._select("SELECT endpoint_id, name, value FROM webhook_counts"):
             counts.setdefault(id, {})[name] = value
@@ -6255,21 +7079,35 @@ class Outbox:
         attempts, given_up, seconds = (list[tuple[str, str, float]]() for _ in range(3))
         endpoints = [(f'endpoint="{e.id}"', e) for e in self.stats().endpoints]
         for name, help, field in _GAUGES:
-            lines += _family(name, "gauge", help, (("", labels, getattr(e, field) or 0) for labels, e in endpoints))
+            lines += _family(
+                name,
+                "gauge",
+                help,
+                (("", labels, getattr(e, field) or 0) for labels, e in endpoints),
+            )
         for labels, endpoint in endpoints:
             of = counts.get(endpoint.id, {})
             of["delivered"] = sum(of.get(name, 0.0) for name in _BUCKET_NAMES)
-            attempts += [("", f'{labels},result="{name}"', of[name]) for name in ("delivered", *_REASONS) if name in of]
+            attempts += [
+                ("", f'{labels},result="{name}"', of[name])
+                for name in ("delivered", *_REASONS)
+                if name in of
+            ]
             given_up.append(("", labels, of.get("given up", 0)))
             seconds += _histogram(labels, of)
-        lines += _family("attempts_total", "counter", "Attempts by result: delivered, or why not.", attempts)
-        lines += _family("given_up_total", "counter", "Deliveries that went to webhook_failed.", given_up)
+        lines += _family(
+            "attempts_total", "counter", "Attempts by result: delivered, or why not.", attempts
+        )
+        lines += _family(
+            "given_up_total", "counter", "Deliveries that went to webhook_failed.", given_up
+        )
         lines += _family("delivery_seconds", "histogram", "Seconds from emit to 2xx.", seconds)
         return "\n".join(lines) + "\n"
 
     def prune(self, older_than: float | None = None) -> int:
-        """Delete events, with their deliveries and attempts, that were finished longer than `older_than` seconds ago
-        (None: the retention). Events with failed rows stay. A drain does this by itself. Returns how many."""
+        """Delete events, with their deliveries and attempts, that were finished longer than
+        `older_than` seconds ago (None: the retention). Events with failed rows stay. A drain does
+        this by itself. Returns how many."""
         age = self.retention if older_than is None else _number("older_than", older_than, 0, 1e11)
         cutoff = self.clock() - age
 
@@ -6284,12 +7122,14 @@ class Outbox:
         return self._in_batches(_PRUNE, (cutoff, cutoff), ranges())
 
 
-# ── receiving ────────────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: the receiver's half. verify stands under signing; this remembers which events were handled.
+# ── receiving ─────────────────────────────────────────────────────────────────────────────────────
+# Promises: the receiver's half. verify stands under signing; this remembers which events were
+# handled.
 
 
 class Inbox:
-    """Remembers received event ids in the receiver's own SQLite file, so that duplicates are harmless.
+    """Remembers received event ids in the receiver's own SQLite file, so that duplicates are
+    harmless.
 
         event = verify(request_body, request_headers, secret)
         with conn:                                # your transaction
@@ -6305,16 +7145,19 @@ class Inbox:
         self._warned = False
 
     def accept(self, conn: Any, event_id: str) -> bool:
-        """Return True the first time an id is seen, in the transaction open on conn; False for a duplicate.
+        """Return True the first time an id is seen, in the transaction open on conn; False for a
+        duplicate.
 
-        A handler that fails and rolls back leaves no trace, so the event may come again. Answer 2xx after your
-        commit, not before; with PRAGMA synchronous below FULL a power cut may undo that commit, and a warning says so.
+        A handler that fails and rolls back leaves no trace, so the event may come again. Answer 2xx
+        after your commit, not before; with PRAGMA synchronous below FULL a power cut may undo that
+        commit, and a warning says so.
         """
         _line("event_id", event_id, 256, 1)
         db = _host(conn)
         cursor = _cursor(db)
         with _host_errors(db, self._path):
-            # The write comes first: a transaction that has read does not wait for another writer, it fails at once.
+            # The write comes first: a transaction that has read does not wait for another writer,
+            # it fails at once.
             cursor.execute(
                 """INSERT OR IGNORE INTO main.webhook_inbox
                    SELECT ?, ? FROM main.webhook_meta WHERE key = 'outbox' AND value = ?""",
@@ -6326,21 +7169,32 @@ class Inbox:
             (level,) = cursor.fetchone()
         if int(level) < 2 and not self._warned:
             self._warned = True
-            _log.warning("PRAGMA synchronous is below FULL: a power cut can lose an event after you answered 200")
+            _log.warning(
+                "PRAGMA synchronous is below FULL: a power cut can lose an event after you answered 200"
+            )
         return first
 
     def prune(self, older_than: float) -> int:
         """Forget ids received more than `older_than` seconds ago; return how many."""
         with _session(self._path) as db:
-            return db.execute("DELETE FROM webhook_inbox WHERE received_at < ?", (time.time() - older_than,)).rowcount
+            return db.execute(
+                "DELETE FROM webhook_inbox WHERE received_at < ?", (time.time() - older_than,)
+            ).rowcount
 
 
-# ── doctor ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: says in plain words what is wrong with a file and its machine, and what to do; repairs nothing. Looks from
-# outside: what the app's own connections set, PRAGMA synchronous for one, cannot be seen from here.
+# ── doctor ────────────────────────────────────────────────────────────────────────────────────────
+# Promises: says in plain words what is wrong with a file and its machine, and what to do; repairs
+# nothing. Looks from outside: what the app's own connections set, PRAGMA synchronous for one,
+# cannot be seen from here.
 
-_WAL_RESET_FIXED = ((3, 51, 3), (3, 50, 7), (3, 44, 6))  # sqlite.org/wal.html#walresetbug; the last two are backports
-_NETWORK_FILE_SYSTEM = re.compile(r"nfs|cifs|smb|afs|ceph|9p$|lustre|gluster|fuse\.(sshfs|s3|rclone|gcs|gluster|ceph)")
+_WAL_RESET_FIXED = (
+    (3, 51, 3),
+    (3, 50, 7),
+    (3, 44, 6),
+)  # sqlite.org/wal.html#walresetbug; the last two are backports
+_NETWORK_FILE_SYSTEM = re.compile(
+    r"nfs|cifs|smb|afs|ceph|9p$|lustre|gluster|fuse\.(sshfs|s3|rclone|gcs|gluster|ceph)"
+)
 _LONG_WAL = 4_000  # pages that SQLite could not move into the file; it tries after 1,000
 _BEHIND = 600.0  # seconds
 _MOST_CHECKED = 1 << 28  # bytes; in rollback mode the search keeps writers waiting
@@ -6366,31 +7220,47 @@ def _file_system(path: str) -> str:
 
 def _wal_reset_bug(version: tuple[int, ...]) -> bool:
     newest, *backports = _WAL_RESET_FIXED
-    return version < newest and not any(version[:2] == fixed[:2] and version >= fixed for fixed in backports)
+    return version < newest and not any(
+        version[:2] == fixed[:2] and version >= fixed for fixed in backports
+    )
 
 
 def _look_at_file(path: str, db: sqlite3.Connection) -> Iterator[_Finding]:
     (journal,) = db.execute("PRAGMA journal_mode").fetchone()
     (synchronous,) = db.execute("PRAGMA synchronous").fetchone()
     if os.stat(path).st_size > _MOST_CHECKED:
-        yield _note("too large to search for damage beside a live app; run PRAGMA quick_check on a copy")
+        yield _note(
+            "too large to search for damage beside a live app; run PRAGMA quick_check on a copy"
+        )
     elif (damage := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-        yield _problem(f"the file is damaged ({_one_line(damage, 120)}); restore a backup, or try sqlite3's .recover")
+        yield _problem(
+            f"the file is damaged ({_one_line(damage, 120)}); restore a backup, or try sqlite3's .recover"
+        )
     if journal != "wal":
-        yield _problem(f"not WAL but journal_mode {journal}: readers and writers wait for each other; use `init --wal`")
+        yield _problem(
+            f"not WAL but journal_mode {journal}: readers and writers wait for each other; use `init --wal`"
+        )
     if synchronous < 2:
-        yield _problem("synchronous is below FULL by default here: a power cut loses commits; have the app set FULL")
+        yield _problem(
+            "synchronous is below FULL by default here: a power cut loses commits; have the app set FULL"
+        )
     if journal == "wal" and _wal_reset_bug(sqlite3.sqlite_version_info):
         bug = "has the WAL-reset bug: beside the app a drain writes, which may, very rarely, damage the file"
         yield _note(f"SQLite {sqlite3.sqlite_version} {bug}; upgrade SQLite to 3.51.3")
     if journal == "wal":
         _, pages, moved = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         if pages - moved > _LONG_WAL:
-            kept = f"a reader that stays open keeps {pages - moved:,} pages in {path}-wal, which grows"
-            yield _problem(f"{kept}: find a connection with a half-read cursor or a transaction that never ends")
+            kept = (
+                f"a reader that stays open keeps {pages - moved:,} pages in {path}-wal, which grows"
+            )
+            yield _problem(
+                f"{kept}: find a connection with a half-read cursor or a transaction that never ends"
+            )
     kind = _file_system(path)
     if _NETWORK_FILE_SYSTEM.match(kind):
-        yield _problem(f"on {kind}, a network file system: SQLite's locks fail there; move the file to a local disk")
+        yield _problem(
+            f"on {kind}, a network file system: SQLite's locks fail there; move the file to a local disk"
+        )
 
 
 def _look_at_owners(path: str) -> Iterator[_Finding]:
@@ -6402,9 +7272,13 @@ def _look_at_owners(path: str) -> Iterator[_Finding]:
             other = os.stat(path + suffix).st_uid
             if other != owner:
                 theirs = f"{path}{suffix} belongs to user {other}, the file to {owner}"
-                yield _problem(f"{theirs}: run app and drain as one user, and hand it over with chown")
+                yield _problem(
+                    f"{theirs}: run app and drain as one user, and hand it over with chown"
+                )
     if not os.access(os.path.dirname(path), os.W_OK):
-        yield _problem(f"the folder of {path} cannot be written: it must hold the journal and the drain's lock")
+        yield _problem(
+            f"the folder of {path} cannot be written: it must hold the journal and the drain's lock"
+        )
 
 
 def _look_at_drain(outbox: Outbox, stats: Stats) -> Iterator[_Finding]:
@@ -6415,7 +7289,9 @@ def _look_at_drain(outbox: Outbox, stats: Stats) -> Iterator[_Finding]:
         yield _problem(f"no drain can start: {error}")
     holder = f"{f'process {pid}' if pid else 'some process'} has the drain's lock"
     if pid is None and stats.due:
-        yield _problem(f"{stats.due} deliveries are due and nobody drains; call outbox.start(), or run `drain`")
+        yield _problem(
+            f"{stats.due} deliveries are due and nobody drains; call outbox.start(), or run `drain`"
+        )
     elif pid is not None and oldest > _BEHIND:
         waited = f"the oldest due delivery has waited {_age(oldest)}"
         yield _problem(f"{waited}, and {holder}; `status` shows for whom it waits")
@@ -6429,9 +7305,13 @@ def _look_at_clock(now: float, db: sqlite3.Connection) -> Iterator[_Finding]:
                       coalesce((SELECT at FROM webhook_attempts ORDER BY id DESC LIMIT 1), 0))"""
     ).fetchone()
     if newest > now + 60:
-        yield _problem(f"the clock says {_moment(now)}, the file knows of {_moment(newest)}: set the clock")
+        yield _problem(
+            f"the clock says {_moment(now)}, the file knows of {_moment(newest)}: set the clock"
+        )
     elif now < 1_750_000_000:
-        yield _problem(f"the clock says {_moment(now)}: signatures made now are refused; set the clock")
+        yield _problem(
+            f"the clock says {_moment(now)}: signatures made now are refused; set the clock"
+        )
 
 
 def _look_at_endpoints(outbox: Outbox, stats: Stats, db: sqlite3.Connection) -> Iterator[_Finding]:
@@ -6439,13 +7319,21 @@ def _look_at_endpoints(outbox: Outbox, stats: Stats, db: sqlite3.Connection) -> 
     for e in stats.endpoints:
         if not e.enabled and e.pending:
             why = rows[e.id].disabled_reason or "by hand"
-            yield _problem(f"{e.id} is disabled ({why}) and {e.pending} deliveries are held; `endpoint enable {e.id}`")
+            yield _problem(
+                f"{e.id} is disabled ({why}) and {e.pending} deliveries are held; `endpoint enable {e.id}`"
+            )
         if e.enabled and e.failing_since is not None:
-            yield _problem(f"{e.id} fails since {_moment(e.failing_since)}: {e.last_error or 'see `events show`'}")
+            yield _problem(
+                f"{e.id} fails since {_moment(e.failing_since)}: {e.last_error or 'see `events show`'}"
+            )
     if stats.failed:
-        yield _note(f"{stats.failed} failed rows wait for somebody: `failed list`, then replay or discard")
+        yield _note(
+            f"{stats.failed} failed rows wait for somebody: `failed list`, then replay or discard"
+        )
     if not stats.endpoints:
-        yield _note("there are no endpoints: events are recorded and go nowhere; `endpoint add URL`")
+        yield _note(
+            "there are no endpoints: events are recorded and go nowhere; `endpoint add URL`"
+        )
     settings, contexts = outbox._settings(), _Contexts()
     for row in _load_endpoints(db, "webhook_endpoints WHERE enabled"):
         try:
@@ -6471,12 +7359,15 @@ def _findings(outbox: Outbox) -> Iterator[_Finding]:
             yield from _look_at_drain(outbox, stats)
             yield from _look_at_endpoints(outbox, stats, db)
         except (sqlite3.Error, ValueError) as error:
-            yield _problem(f"the file cannot be read to the end: {_one_line(str(error))}; restore a backup")
+            yield _problem(
+                f"the file cannot be read to the end: {_one_line(str(error))}; restore a backup"
+            )
 
 
-# ── dashboard ────────────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: pages without script or foreign asset. GET only reads; a POST counts only if a form of ours sent it. What
-# receivers and events say is escaped by _fill, which lets nothing but _Html through. No secret, header value or query.
+# ── dashboard ─────────────────────────────────────────────────────────────────────────────────────
+# Promises: pages without script or foreign asset. GET only reads; a POST counts only if a form of
+# ours sent it. What receivers and events say is escaped by _fill, which lets nothing but _Html
+# through. No secret, header value or query.
 
 _LONGEST_FORM = 16_384  # bytes
 _ON_A_PAGE = 25  # failed rows
@@ -6537,7 +7428,8 @@ def _shown(value: object) -> str:
 
 
 def _fill(template: str, *values: object) -> _Html:
-    """Put values into a template of ours. What is not _Html is escaped, so forgetting lets nothing through."""
+    """Put values into a template of ours. What is not _Html is escaped, so forgetting lets nothing
+    through."""
     return _Html(template.format(*map(_shown, values)))
 
 
@@ -6550,10 +7442,16 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> _Html:
     head = [_fill('<th scope="col">{}</th>', name) for name in names]
     body = []
     for first, *rest in rows:
-        cells = [_fill('<td data-name="{}">{}</td>', *pair) for pair in zip(names[1:], rest, strict=True)]
+        cells = [
+            _fill('<td data-name="{}">{}</td>', *pair) for pair in zip(names[1:], rest, strict=True)
+        ]
         body.append(_fill('<tr><th scope="row">{}</th>{}</tr>', first, cells))
     nothing = _Html('<p class="card soft">There are none.</p>')
-    return _fill("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>", head, body) if body else nothing
+    return (
+        _fill("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>", head, body)
+        if body
+        else nothing
+    )
 
 
 def _time(at: float | None, now: float) -> _Html:
@@ -6569,16 +7467,25 @@ def _judged(row: FailedDelivery | Attempt) -> _Html:
 
 
 def _answer_of(row: FailedDelivery | Attempt) -> _Html:
-    """Return the error, where the status does not say it all, and the start of the receiver's answer."""
-    error = _fill("<p>{}</p>", row.error) if row.error and row.error != f"HTTP {row.status_code}" else ""
-    return _fill("{}{}", error, _fill('<pre tabindex="0">{}</pre>', row.response) if row.response else "")
+    """Return the error, where the status does not say it all, and the start of the receiver's
+    answer."""
+    error = (
+        _fill("<p>{}</p>", row.error)
+        if row.error and row.error != f"HTTP {row.status_code}"
+        else ""
+    )
+    return _fill(
+        "{}{}", error, _fill('<pre tabindex="0">{}</pre>', row.response) if row.response else ""
+    )
 
 
 def _bars(e: EndpointStats) -> _Html:
     """Draw the deliveries of the last hour, a bar for each five minutes."""
     most, bar = max(e.history) or 1, '<rect class="{}" x="{}" y="{}" width="8" height="{}" rx="1"/>'
     heights = [-(-count * 28 // most) or 2 for count in e.history]
-    bars = [_fill(bar, "" if e.history[n] else "none", 10 * n, 28 - h, h) for n, h in enumerate(heights)]
+    bars = [
+        _fill(bar, "" if e.history[n] else "none", 10 * n, 28 - h, h) for n, h in enumerate(heights)
+    ]
     title = f"{e.delivered} deliveries in the last hour; in each five minutes: {', '.join(map(str, e.history))}"
     svg = '<div><svg role="img" viewBox="0 0 118 28" width="118" height="28"><title>{}</title>{}</svg>'
     return _fill(svg + "<small>{} delivered</small></div>", title, bars, e.delivered)
@@ -6586,7 +7493,9 @@ def _bars(e: EndpointStats) -> _Html:
 
 def _pretty(data: Any) -> str:
     """Return data as indented JSON; deep nesting makes that many times longer, so it is cut."""
-    parts = list(itertools.islice(json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(data), 20_000))
+    parts = list(
+        itertools.islice(json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(data), 20_000)
+    )
     return "".join(parts) + ("\n…" if len(parts) == 20_000 else "")
 
 
@@ -6600,7 +7509,9 @@ class _Pages:
     token: str  # what the browser's cookie holds and each form repeats
 
     def place(self, path: str = "", **filters: object) -> str:
-        return f"{self.base}/{urllib.parse.quote(path)}" + ("?" + urllib.parse.urlencode(filters) if filters else "")
+        return f"{self.base}/{urllib.parse.quote(path)}" + (
+            "?" + urllib.parse.urlencode(filters) if filters else ""
+        )
 
     def link(self, text: object, path: str = "", **filters: object) -> _Html:
         return _fill('<a href="{}">{}</a>', self.place(path, **filters), text)
@@ -6620,13 +7531,29 @@ class _Pages:
         )  # fmt: skip
 
     def overview(self) -> _Html:
-        stats, now, rows = self.outbox.stats(), self.outbox.clock(), {e.id: e for e in self.outbox.endpoints()}
-        tiles = {"Pending": stats.pending, "Due now": stats.due, "Oldest due": _age(stats.oldest_due_age)}
+        stats, now, rows = (
+            self.outbox.stats(),
+            self.outbox.clock(),
+            {e.id: e for e in self.outbox.endpoints()},
+        )
+        tiles = {
+            "Pending": stats.pending,
+            "Due now": stats.due,
+            "Oldest due": _age(stats.oldest_due_age),
+        }
         tiles |= {"Held": stats.held, "Failed": stats.failed}
         names = ("Endpoint", "Last hour", "Success", "p50 / p95", "Waiting", "Failed", "Action")
-        endpoints = _table(names, [self.endpoint(e, rows[e.id], now) for e in stats.endpoints if e.id in rows])
+        endpoints = _table(
+            names, [self.endpoint(e, rows[e.id], now) for e in stats.endpoints if e.id in rows]
+        )
         events = [
-            (self.link(e.id, f"event/{e.id}"), e.type, e.tenant or "-", e.key or "-", _time(e.created_at, now))
+            (
+                self.link(e.id, f"event/{e.id}"),
+                e.type,
+                e.tenant or "-",
+                e.key or "-",
+                _time(e.created_at, now),
+            )
             for e in self.outbox.events(limit=10)
         ]
         return self.page(
@@ -6696,13 +7623,29 @@ class _Pages:
             for a in attempts[-200:]
         ]  # fmt: skip
         about = f"{event.id}, emitted {_moment(event.created_at)}"
-        about += "".join(f", {name} {value}" for name, value in (("tenant", event.tenant), ("key", event.key)) if value)
+        about += "".join(
+            f", {name} {value}"
+            for name, value in (("tenant", event.tenant), ("key", event.key))
+            if value
+        )
         return self.page(
             f"{event.type} {event.id}",
-            _fill('<p>{}</p><h1>{}</h1><p class="soft">{}</p>', self.link("← Webhooks"), event.type, about),
+            _fill(
+                '<p>{}</p><h1>{}</h1><p class="soft">{}</p>',
+                self.link("← Webhooks"),
+                event.type,
+                about,
+            ),
             _fill('<h2>Data</h2><pre tabindex="0" class="card">{}</pre>', _pretty(event.data)),
-            _fill("<h2>Deliveries</h2>{}", _table(("Endpoint", "Status", "Attempts", "Next", "Delivered"), deliveries)),
-            _fill("<h2>Attempts{}</h2><ol>{}</ol>", ": the last 200" if len(attempts) > 200 else "", steps),
+            _fill(
+                "<h2>Deliveries</h2>{}",
+                _table(("Endpoint", "Status", "Attempts", "Next", "Delivered"), deliveries),
+            ),
+            _fill(
+                "<h2>Attempts{}</h2><ol>{}</ol>",
+                ": the last 200" if len(attempts) > 200 else "",
+                steps,
+            ),
         )
 
 
@@ -6718,16 +7661,23 @@ _ACTIONS: dict[str, Callable[[Outbox, Mapping[str, str]], object]] = {
 }
 
 
-# Two things show that a form is ours, and both must hold. Sec-Fetch-Site, or else Origin: browsers vouch for these, but
-# very old ones send neither. And a random cookie that the form repeats: alone it is not enough, as other ports of
-# localhost and sibling domains can set it. Any worker process can check both. Rejected: a token signed with a random
-# key of the process, which the other workers do not have. Lax, not Strict: a link in a chat would come without the
-# cookie, and the new one would make the forms in open tabs void; a foreign POST carries neither kind.
+# Two things show that a form is ours, and both must hold. Sec-Fetch-Site, or else Origin: browsers
+# vouch for these, but very old ones send neither. And a random cookie that the form repeats: alone
+# it is not enough, as other ports of localhost and sibling domains can set it. Any worker process
+# can check both. Rejected: a token signed with a random key of the process, which the other workers
+# do not have. Lax, not Strict: a link in a chat would come without the cookie, and the new one
+# would make the forms in open tabs void; a foreign POST carries neither kind.
 def _is_ours(environ: WSGIEnvironment, token: str, form: Mapping[str, str]) -> bool:
     site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
     if site is None and origin is not None:
-        site = "same-origin" if urllib.parse.urlsplit(origin).netloc == environ.get("HTTP_HOST") else "cross-site"
-    return site in (None, "same-origin") and hmac.compare_digest(token.encode(), form.get("token", "").encode())
+        site = (
+            "same-origin"
+            if urllib.parse.urlsplit(origin).netloc == environ.get("HTTP_HOST")
+            else "cross-site"
+        )
+    return site in (None, "same-origin") and hmac.compare_digest(
+        token.encode(), form.get("token", "").encode()
+    )
 
 
 def _read_form(environ: WSGIEnvironment, token: str) -> dict[str, str]:
@@ -6735,20 +7685,27 @@ def _read_form(environ: WSGIEnvironment, token: str) -> dict[str, str]:
     if length > _LONGEST_FORM:
         raise _Refusal("413 Content Too Large", "The form is too long.")
     body = environ["wsgi.input"].read(max(0, length)).decode("ascii")
-    form = dict(urllib.parse.parse_qsl(body, strict_parsing=True, errors="strict", max_num_fields=9))
+    form = dict(
+        urllib.parse.parse_qsl(body, strict_parsing=True, errors="strict", max_num_fields=9)
+    )
     if not _is_ours(environ, token, form):
-        raise _Refusal("403 Forbidden", "This did not come from a form of this page: load the page again.")
+        raise _Refusal(
+            "403 Forbidden", "This did not come from a form of this page: load the page again."
+        )
     return form
 
 
 def _serve(pages: _Pages, environ: WSGIEnvironment) -> tuple[str, _Html, list[tuple[str, str]]]:
-    """Do what a request asks for; return status, page and further headers, or raise what is wrong with it."""
+    """Do what a request asks for; return status, page and further headers, or raise what is wrong
+    with it."""
     verb, _, id = environ.get("PATH_INFO", "").strip("/").partition("/")
     if verb not in ("", "event", *_ACTIONS) or bool(id) != (verb == "event"):
         raise _Refusal("404 Not Found", "There is no such page.")
     methods = ["POST"] if verb in _ACTIONS else ["GET", "HEAD"]
     if environ["REQUEST_METHOD"] not in methods:
-        raise _Refusal("405 Method Not Allowed", "This is not done this way.", ("Allow", ", ".join(methods)))
+        raise _Refusal(
+            "405 Method Not Allowed", "This is not done this way.", ("Allow", ", ".join(methods))
+        )
     if verb not in _ACTIONS:
         secure = "; Secure" if environ["wsgi.url_scheme"] == "https" else ""
         cookie = f"webhook_outbox={pages.token}; Path={pages.base or '/'}; HttpOnly; SameSite=Lax{secure}"
@@ -6764,19 +7721,26 @@ def _pages_for(outbox: Outbox, environ: WSGIEnvironment) -> _Pages:
     mount = environ.get("SCRIPT_NAME", "").strip("/")
     base = "/" + urllib.parse.quote(mount, encoding="latin-1") if mount else ""
     query = urllib.parse.parse_qsl(environ.get("QUERY_STRING", ""))
-    filters = {k: v for k, v in query if k == "endpoint" or (k == "after" and re.fullmatch("[0-9]{1,18}", v))}
-    cookie = re.search(r"(?:^|; ?)webhook_outbox=([A-Za-z0-9_-]{22})(?:;|$)", environ.get("HTTP_COOKIE", ""))
+    filters = {
+        k: v
+        for k, v in query
+        if k == "endpoint" or (k == "after" and re.fullmatch("[0-9]{1,18}", v))
+    }
+    cookie = re.search(
+        r"(?:^|; ?)webhook_outbox=([A-Za-z0-9_-]{22})(?:;|$)", environ.get("HTTP_COOKIE", "")
+    )
     return _Pages(outbox, base, filters, cookie[1] if cookie else secrets.token_urlsafe(16))
 
 
 def dashboard_app(outbox: Outbox) -> WSGIApplication:
-    """Return the dashboard as a WSGI application: endpoints with their last hour, failed rows with the receiver's
-    answer, an event's timeline; replay, discard, enable, disable.
+    """Return the dashboard as a WSGI application: endpoints with their last hour, failed rows with
+    the receiver's answer, an event's timeline; replay, discard, enable, disable.
 
-    Works under any SCRIPT_NAME. Keeps no state, so any number of workers may serve it. Other sites cannot make a
-    visitor's browser act; what receivers sent is escaped; secrets and header values are not shown, queries of URLs
-    are masked. It asks for no login: whoever reaches it sees the events' data, and can replay, discard and disable.
-    Mount it behind the login of your app, which also answers for the Host header.
+    Works under any SCRIPT_NAME. Keeps no state, so any number of workers may serve it. Other sites
+    cannot make a visitor's browser act; what receivers sent is escaped; secrets and header values
+    are not shown, queries of URLs are masked. It asks for no login: whoever reaches it sees the
+    events' data, and can replay, discard and disable. Mount it behind the login of your app, which
+    also answers for the Host header.
     """
     style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     policy = "default-src 'none'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; style-src "
@@ -6784,7 +7748,10 @@ def dashboard_app(outbox: Outbox) -> WSGIApplication:
         ("Content-Type", "text/html; charset=utf-8"),
         ("Content-Security-Policy", f"{policy}'sha256-{style}'"),
         ("Cache-Control", "no-store"),
-        ("Referrer-Policy", "same-origin"),  # with no-referrer our own forms would come with Origin: null
+        (
+            "Referrer-Policy",
+            "same-origin",
+        ),  # with no-referrer our own forms would come with Origin: null
         ("X-Content-Type-Options", "nosniff"),
     ]
 
@@ -6811,9 +7778,9 @@ def dashboard_app(outbox: Outbox) -> WSGIApplication:
     return app
 
 
-# ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
-# Promises: the library's verbs with the library's names; errors are one line; the only section that prints.
-# Exit codes: 0 done, 1 the thing asked for failed or did not hold, 2 usage.
+# ── command line ──────────────────────────────────────────────────────────────────────────────────
+# Promises: the library's verbs with the library's names; errors are one line; the only section that
+# prints. Exit codes: 0 done, 1 the thing asked for failed or did not hold, 2 usage.
 
 
 _PLAIN = str.maketrans("·▁▂▃▄▅▆▇█…", ".12345678~")
@@ -6850,7 +7817,8 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _record(row: Any) -> dict[str, Any]:
-    """Return a dataclass as a dict that may be shown: no secret, no header value, no query of a URL."""
+    """Return a dataclass as a dict that may be shown: no secret, no header value, no query of a
+    URL."""
     record = dataclasses.asdict(row)
     if isinstance(row, Endpoint):
         del record["secret"]
@@ -6859,14 +7827,20 @@ def _record(row: Any) -> dict[str, Any]:
 
 
 def _show(rows: Sequence[Any], columns: str, as_json: bool, empty: str, without: str = "") -> None:
-    """Print dataclasses as a table of some columns, or as JSON with all fields but `without`. A tenant's column is left
-    out where there are none."""
-    records = [{name: value for name, value in _record(row).items() if name != without} for row in rows]
+    """Print dataclasses as a table of some columns, or as JSON with all fields but `without`. A
+    tenant's column is left out where there are none."""
+    records = [
+        {name: value for name, value in _record(row).items() if name != without} for row in rows
+    ]
     if as_json:
         return _say(json.dumps(records, indent=2))
     if not records:
         return _say(empty)
-    names = [name for name in columns.split() if name != "tenant" or any(record[name] for record in records)]
+    names = [
+        name
+        for name in columns.split()
+        if name != "tenant" or any(record[name] for record in records)
+    ]
     cells = [[name.upper().replace("_", " ") for name in names]]
     cells += [[_cell(name, record[name]) for name in names] for record in records]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -6882,7 +7856,8 @@ def _show_one(row: Any, as_json: bool) -> None:
 
 
 def _status_text(stats: Stats) -> str:
-    """Return a table for the terminal's width (200 in a pipe); where little is left, errors have lines of their own."""
+    """Return a table for the terminal's width (200 in a pipe); where little is left, errors have
+    lines of their own."""
     import shutil
 
     oldest = f", oldest {_age(stats.oldest_due_age)}" if stats.due else ""
@@ -6893,9 +7868,14 @@ def _status_text(stats: Stats) -> str:
     width = max(8, min(max(len(e.id) for e in stats.endpoints), columns - 61))
     room = columns - width - 63
     last = "     LAST ERROR" if room >= 30 else ""
-    lines = [first, f"{'ENDPOINT':{width}} SUCCESS    P50    P95  WAITING  OLDEST  FAILED  LAST HOUR{last}"]
+    lines = [
+        first,
+        f"{'ENDPOINT':{width}} SUCCESS    P50    P95  WAITING  OLDEST  FAILED  LAST HOUR{last}",
+    ]
     for e in stats.endpoints:
-        share = f"{100 * e.delivered // e.attempts} %" if e.attempts else "-"  # 100 % only without a failure
+        share = (
+            f"{100 * e.delivered // e.attempts} %" if e.attempts else "-"
+        )  # 100 % only without a failure
         most = max(e.history) or 1
         bars = "".join("▁▂▃▄▅▆▇█"[-(-count * 7 // most)] if count else "·" for count in e.history)
         p50, p95, oldest = (_age(age).replace(" ", "") for age in (e.p50, e.p95, e.oldest_due_age))
@@ -6911,8 +7891,12 @@ def _status_text(stats: Stats) -> str:
 def _status(outbox: Outbox, options: Any) -> None:
     while True:
         stats = outbox.stats()
-        text = json.dumps(dataclasses.asdict(stats), indent=2) if options.json else _status_text(stats)
-        if options.watch and sys.stdout.isatty() and not options.json:  # over the last one, without a flicker
+        text = (
+            json.dumps(dataclasses.asdict(stats), indent=2) if options.json else _status_text(stats)
+        )
+        if (
+            options.watch and sys.stdout.isatty() and not options.json
+        ):  # over the last one, without a flicker
             text = "\x1b[H" + text.replace("\n", "\x1b[K\n") + "\x1b[K\x1b[J"
         _say(text)
         if not options.watch:
@@ -6971,11 +7955,16 @@ def _emit_by_hand(outbox: Outbox, options: Any) -> None:
     except (ValueError, RecursionError) as error:
         raise PayloadError(f"the data is not JSON: {_one_line(str(error), 100)}") from None
     with outbox.transaction() as conn:
-        id = outbox.emit(conn, options.type, data, **_given(options, "tenant key idempotency_key delay headers"))
+        id = outbox.emit(
+            conn, options.type, data, **_given(options, "tenant key idempotency_key delay headers")
+        )
     _say(id)
     if not outbox.event(id).deliveries:
         whose = f" of tenant {options.tenant}" if options.tenant else ""
-        print(f"no enabled endpoint{whose} takes it; `endpoint list` shows their patterns", file=sys.stderr)
+        print(
+            f"no enabled endpoint{whose} takes it; `endpoint list` shows their patterns",
+            file=sys.stderr,
+        )
 
 
 def _drain_here(outbox: Outbox, options: Any) -> None:
@@ -6991,12 +7980,19 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
         nonlocal logged
         if time.monotonic() - logged[1] >= 10 and report != logged[0]:
             logged = report, time.monotonic()
-            _log.info("delivered %d, failed %d, waiting %d", report.delivered, report.failed, report.pending)
+            _log.info(
+                "delivered %d, failed %d, waiting %d",
+                report.delivered,
+                report.failed,
+                report.pending,
+            )
 
     def show(report: DrainReport) -> None:
         rate = report.delivered / max(0.001, time.monotonic() - started)
         left = f"  {_age(report.pending / rate)} left" if rate >= 1 and report.pending else ""
-        counts = f"delivered {report.delivered:,}  failed {report.failed:,}  waiting {report.pending:,}"
+        counts = (
+            f"delivered {report.delivered:,}  failed {report.failed:,}  waiting {report.pending:,}"
+        )
         counts += f"  retried {report.retried:,}" if report.retried else ""
         print(f"\r\x1b[K{counts}  {rate:,.0f}/s{left}", end="", file=sys.stderr, flush=True)
 
@@ -7007,7 +8003,9 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
             _log.info("finishing %d under way; once more to stop at once", drain.under_way())
 
     drain = _Drain(outbox._settings(), mode, show if terminal else log)
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         report = outbox._run(drain)
     finally:
@@ -7022,11 +8020,15 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
 def _endpoint_add(outbox: Outbox, options: Any) -> None:
     given = _given(options, " ".join(("id", "secret", *_OPTIONS)))
     endpoint = outbox.add_endpoint(given.pop("url"), **given)
-    _say(f"{endpoint.id}\nsecret {endpoint.secret}\nGive the secret to the receiver; `endpoint secret` shows it again.")
+    _say(
+        f"{endpoint.id}\nsecret {endpoint.secret}\nGive the secret to the receiver; `endpoint secret` shows it again."
+    )
 
 
 def _endpoint_update(outbox: Outbox, options: Any) -> None:
-    changes = _given(options, " ".join(name for name, option in _OPTIONS.items() if not option.fixed))
+    changes = _given(
+        options, " ".join(name for name, option in _OPTIONS.items() if not option.fixed)
+    )
     _show_one(outbox.update_endpoint(options.id, **changes), False)
 
 
@@ -7062,13 +8064,17 @@ def _endpoint_ping(outbox: Outbox, options: Any) -> int:
 
 
 def _backfill(outbox: Outbox, options: Any) -> None:
-    count = outbox.backfill(options.id, since=options.since or 0.0, **_given(options, "until type dry_run"))
+    count = outbox.backfill(
+        options.id, since=options.since or 0.0, **_given(options, "until type dry_run")
+    )
     _say(f"{count} deliveries {'would be ' if options.dry_run else ''}added")
 
 
 def _events_list(outbox: Outbox, options: Any) -> None:
     rows = outbox.events(**_given(options, "tenant type since until limit after"))
-    _show(rows, "id type tenant key created_at data", options.json, "no events", without="deliveries")
+    _show(
+        rows, "id type tenant key created_at data", options.json, "no events", without="deliveries"
+    )
 
 
 def _events_show(outbox: Outbox, options: Any) -> None:
@@ -7078,7 +8084,9 @@ def _events_show(outbox: Outbox, options: Any) -> None:
         return _say(json.dumps(record, indent=2))
     tenant = f"  tenant {event.tenant}" if event.tenant else ""
     _say(f"{event.id}  {event.type}  {_moment(event.created_at)}{tenant}\n{_dumps(event.data)}\n")
-    _show(event.deliveries, "endpoint_id status attempts due_at delivered_at", False, "no deliveries")
+    _show(
+        event.deliveries, "endpoint_id status attempts due_at delivered_at", False, "no deliveries"
+    )
     _say()
     _show(attempts, "at endpoint_id status_code reason error duration", False, "no attempts yet")
 
@@ -7090,7 +8098,8 @@ def _failed_filters(options: Any) -> Any:
 
 
 def _refuse_typo(outbox: Outbox, options: Any, found: bool) -> None:
-    """Raise NotFound where nothing was found for an endpoint that does not exist: that must not look like good news."""
+    """Raise NotFound where nothing was found for an endpoint that does not exist: that must not
+    look like good news."""
     if options.endpoint and not found:
         outbox.endpoint(options.endpoint)
 
@@ -7098,7 +8107,12 @@ def _refuse_typo(outbox: Outbox, options: Any, found: bool) -> None:
 def _failed_list(outbox: Outbox, options: Any) -> None:
     rows = outbox.failed(**_given(options, "limit after"), **_failed_filters(options))
     _refuse_typo(outbox, options, bool(rows))
-    _show(rows, "id event_id endpoint_id type attempts reason error failed_at", options.json, "nothing failed")
+    _show(
+        rows,
+        "id event_id endpoint_id type attempts reason error failed_at",
+        options.json,
+        "nothing failed",
+    )
 
 
 def _failed_show(outbox: Outbox, options: Any) -> None:
@@ -7122,7 +8136,8 @@ def _resend(outbox: Outbox, options: Any) -> None:
 
 
 def _local_server(app: WSGIApplication, port: int, host: str = "127.0.0.1") -> Any:
-    """Return an HTTP server of one WSGI application, a thread for each connection; not yet serving."""
+    """Return an HTTP server of one WSGI application, a thread for each connection; not yet
+    serving."""
     import io
     import socketserver
     import wsgiref.simple_server
@@ -7159,7 +8174,9 @@ def _receiver_app(answer: Callable[[Mapping[str, str], bytes], int]) -> WSGIAppl
         elif not re.fullmatch(r"[0-9]{1,7}", length):
             status = 411
         else:
-            names = {name: name[5:].replace("_", "-") for name in environ if name.startswith("HTTP_")}
+            names = {
+                name: name[5:].replace("_", "-") for name in environ if name.startswith("HTTP_")
+            }
             headers = {short: environ[name] for name, short in names.items()}
             status = answer(headers, environ["wsgi.input"].read(int(length)))
         start_response(f"{status} X", [("Content-Length", "0")])
@@ -7182,7 +8199,9 @@ def _listen(_: None, options: Any) -> None:
             except SignatureError as error:
                 _say(f"refused, answered 400: {error}")
                 return 400
-        _say(f"{verdict}  answered {options.status}\n  {_one_line(body.decode('utf-8', 'replace'), 2000)}")
+        _say(
+            f"{verdict}  answered {options.status}\n  {_one_line(body.decode('utf-8', 'replace'), 2000)}"
+        )
         return int(options.status)
 
     with _local_server(_receiver_app(answer), options.port) as server:
@@ -7194,7 +8213,8 @@ def _dashboard(outbox: Outbox, options: Any) -> None:
     page, own = dashboard_app(outbox), {"localhost", "127.0.0.1", "::1", options.host}
 
     def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Serve only under our own names: a foreign name may be made to point here (DNS rebinding), an address not."""
+        """Serve only under our own names: a foreign name may be made to point here (DNS rebinding),
+        an address not."""
         host = re.sub(r":[0-9]+$", "", environ.get("HTTP_HOST", "")).strip("[]").lower()
         if host in own or (options.host in ("0.0.0.0", "::") and _literal(host)):
             return page(environ, start_response)
@@ -7210,16 +8230,22 @@ def _dashboard(outbox: Outbox, options: Any) -> None:
 
 
 class _Demo:
-    """The invoice story on temporary files: a shop with its outbox, and three real receivers on this machine."""
+    """The invoice story on temporary files: a shop with its outbox, and three real receivers on
+    this machine."""
 
     def __init__(self, folder: str, stack: contextlib.ExitStack) -> None:
         self.stack, self.seen, self.received = stack, list[bool](), list[str]()
-        self.shop, self.billing = os.path.join(folder, "shop.db"), os.path.join(folder, "billing.db")
+        self.shop, self.billing = (
+            os.path.join(folder, "shop.db"),
+            os.path.join(folder, "billing.db"),
+        )
         self.run_sql(self.shop, "CREATE TABLE orders (id INTEGER PRIMARY KEY, total REAL)")
         self.run_sql(self.billing, "CREATE TABLE invoices (order_id INTEGER, total REAL)")
         self.inbox = Inbox(self.billing)
         quick = RetryPolicy((0, 0.2, 0.2))
-        self.outbox = Outbox(self.shop, allow_networks=["127.0.0.0/8"], retry=quick, app_name="demo")
+        self.outbox = Outbox(
+            self.shop, allow_networks=["127.0.0.0/8"], retry=quick, app_name="demo"
+        )
         self.secret = self.add("billing", self.invoice).secret or ""
         answers = iter([503, 503])
         self.add("flaky", lambda headers, body: next(answers, 200))
@@ -7230,7 +8256,9 @@ class _Demo:
         server = self.stack.enter_context(_local_server(_receiver_app(answer), 0))
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         self.stack.callback(server.shutdown)
-        return self.outbox.add_endpoint(f"http://127.0.0.1:{server.server_port}/hooks", events=["order.*"], id=id)
+        return self.outbox.add_endpoint(
+            f"http://127.0.0.1:{server.server_port}/hooks", events=["order.*"], id=id
+        )
 
     def run_sql(self, path: str, sql: str) -> Any:
         with contextlib.closing(sqlite3.connect(path)) as conn:
@@ -7245,7 +8273,10 @@ class _Demo:
         self.received.append(event.id)
         with contextlib.closing(sqlite3.connect(self.billing)) as conn, conn:
             if self.inbox.accept(conn, event.id):
-                conn.execute("INSERT INTO invoices VALUES (?, ?)", (event.data["order_id"], event.data["total"]))
+                conn.execute(
+                    "INSERT INTO invoices VALUES (?, ?)",
+                    (event.data["order_id"], event.data["total"]),
+                )
         return 200
 
     def order(self, total: float, refused: bool = False) -> str:
@@ -7286,13 +8317,21 @@ class _Demo:
         codes = [attempt.status_code for attempt in self.outbox.attempts(id, "flaky")]
         self.step(f"flaky answered {', '.join(map(str, codes))}", codes == [503, 503, 200])
         rows = self.outbox.failed(endpoint="dead")
-        self.step("dead answered HTTP 500 three times and is in webhook_failed", [r.attempts for r in rows] == [3])
+        self.step(
+            "dead answered HTTP 500 three times and is in webhook_failed",
+            [r.attempts for r in rows] == [3],
+        )
         _say("5. Somebody mends the dead receiver and replays.")
         self.broken = False
         replayed = self.outbox.replay(endpoint="dead")
         self.outbox.drain(until_empty=True)
-        ended = {delivery.endpoint_id: delivery.status for delivery in self.outbox.event(id).deliveries}
-        self.step("replay delivered it", replayed == 1 and ended["dead"] == "delivered" and not self.outbox.failed())
+        ended = {
+            delivery.endpoint_id: delivery.status for delivery in self.outbox.event(id).deliveries
+        }
+        self.step(
+            "replay delivered it",
+            replayed == 1 and ended["dead"] == "delivered" and not self.outbox.failed(),
+        )
         _say("\n" + _status_text(self.outbox.stats()))
 
 
@@ -7300,8 +8339,12 @@ def _demo(_: None, options: Any) -> int:
     """Play the story; 0 only if every step was seen."""
     import tempfile
 
-    logging.getLogger("webhook_outbox").addHandler(logging.NullHandler())  # the story itself tells what fails
-    _say("A shop with an orders table, its outbox in the same file, and three receivers on this machine.\n")
+    logging.getLogger("webhook_outbox").addHandler(
+        logging.NullHandler()
+    )  # the story itself tells what fails
+    _say(
+        "A shop with an orders table, its outbox in the same file, and three receivers on this machine.\n"
+    )
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             demo = _Demo(folder, stack)
@@ -7313,8 +8356,8 @@ def _demo(_: None, options: Any) -> int:
 
 
 def _load_app(name: str) -> Outbox:
-    """Return the host's own Outbox, MODULE:NAME. The module may be this file under another name (vendored, or run
-    with -m), so the object is known by what it can do."""
+    """Return the host's own Outbox, MODULE:NAME. The module may be this file under another name
+    (vendored, or run with -m), so the object is known by what it can do."""
     import importlib
 
     module, _, attribute = name.partition(":")
@@ -7322,7 +8365,9 @@ def _load_app(name: str) -> Outbox:
     try:
         found = getattr(importlib.import_module(module), attribute or "outbox")
     except Exception as error:  # whatever the app's module raises
-        raise OutboxError(f"--app {name}: {type(error).__name__}: {error}; write MODULE:NAME of your Outbox") from None
+        raise OutboxError(
+            f"--app {name}: {type(error).__name__}: {error}; write MODULE:NAME of your Outbox"
+        ) from None
     if not all(callable(getattr(found, verb, None)) for verb in ("emit", "drain", "add_endpoint")):
         raise OutboxError(f"--app {name} is no Outbox; write MODULE:NAME of your Outbox")
     return found  # type: ignore[no-any-return]
@@ -7342,8 +8387,8 @@ def _when(text: str) -> float:
 
 
 _FLAG = {"action": "store_true"}
-# The arguments of all commands. One that differs in a command stands under that command's words too; one that is a
-# plain text and says enough by its name is left out.
+# The arguments of all commands. One that differs in a command stands under that command's words
+# too; one that is a plain text and says enough by its name is left out.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--json": _FLAG,
     "--dry-run": dict(_FLAG, help="only count"),
@@ -7369,9 +8414,13 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--until-empty": dict(_FLAG, help="until nothing is pending, retries included"),
     "--workers": dict(type=int, help="attempts under way at once"),
     "--watch": dict(_FLAG, help="again every two seconds"),
-    "--max-age": dict(type=float, default=300.0, metavar="S", help="seconds that a due delivery may wait (300)"),
+    "--max-age": dict(
+        type=float, default=300.0, metavar="S", help="seconds that a due delivery may wait (300)"
+    ),
     "--max-failed": dict(type=int, default=0, metavar="N", help="failed rows allowed (0)"),
-    "--max-failing-endpoints": dict(type=int, default=0, metavar="N", help="failing or disabled ones allowed (0)"),
+    "--max-failing-endpoints": dict(
+        type=int, default=0, metavar="N", help="failing or disabled ones allowed (0)"
+    ),
     "--after": dict(metavar="ID"),
     "failed list --after": dict(type=int, metavar="ID"),
     "ids": dict(nargs="*", type=int, metavar="ID"),
@@ -7382,17 +8431,25 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "resend --endpoint": dict(help="only to this one, which need not have had it"),
     "--older-than": dict(type=float, metavar="SECONDS"),
     "dashboard --port": dict(type=int, default=8001),
-    "--host": dict(default="127.0.0.1", help="the address to listen on (127.0.0.1); there is no login"),
+    "--host": dict(
+        default="127.0.0.1", help="the address to listen on (127.0.0.1); there is no login"
+    ),
     "--port": dict(type=int, default=8000),
     "listen --secret": dict(help="whsec_...: verify with it"),
     "--status": dict(type=int, default=200, metavar="N", help="what to answer (200)"),
 }
 _ADDING = " ".join(f"--{name.replace('_', '-')}" for name in _OPTIONS if name != "url")
-_UPDATING = " ".join(f"--{name.replace('_', '-')}" for name, option in _OPTIONS.items() if not option.fixed)
+_UPDATING = " ".join(
+    f"--{name.replace('_', '-')}" for name, option in _OPTIONS.items() if not option.fixed
+)
 _LIMITS = "--max-age --max-failed --max-failing-endpoints"
 _DRAINING = "--once --until-empty --workers"
 _CHOOSING = "ids --ids --endpoint --tenant --type --reason --since --until"
-_GROUPS = {"endpoint": "where events go", "events": "the record of events", "failed": "deliveries that were given up"}
+_GROUPS = {
+    "endpoint": "where events go",
+    "events": "the record of events",
+    "failed": "deliveries that were given up",
+}
 # Each command: its words, what runs it with (outbox, options), its help, its arguments.
 _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
     ("demo", _demo, "show the whole story on temporary files", ""),
@@ -7401,7 +8458,12 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
     ("doctor", _doctor, "say what is wrong with this file and machine", "--json"),
     ("endpoint add", _endpoint_add, "register an endpoint", f"url --id --secret {_ADDING}"),
     ("endpoint list", _endpoint_list, "list endpoints", "--tenant --json"),
-    ("endpoint show", lambda o, a: _show_one(o.endpoint(a.id), a.json), "show one endpoint", "id --json"),
+    (
+        "endpoint show",
+        lambda o, a: _show_one(o.endpoint(a.id), a.json),
+        "show one endpoint",
+        "id --json",
+    ),
     ("endpoint update", _endpoint_update, "change options", f"id {_UPDATING}"),
     ("endpoint disable", _endpoint_set, "hold its deliveries", "id --reason"),
     ("endpoint enable", _endpoint_set, "resume its deliveries", "id"),
@@ -7409,12 +8471,27 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
     ("endpoint rotate", _endpoint_rotate, "give it a new secret", "id --secret --grace"),
     ("endpoint secret", lambda o, a: _say(o._secret(a.id)), "print its secret", "id"),
     ("endpoint ping", _endpoint_ping, "send it a webhook.ping now", "id"),
-    ("endpoint backfill", _backfill, "deliver recorded events that it missed", "id --since --until --type --dry-run"),
-    ("emit", _emit_by_hand, "record an event by hand", "type data --tenant --key --idempotency-key --delay --headers"),
+    (
+        "endpoint backfill",
+        _backfill,
+        "deliver recorded events that it missed",
+        "id --since --until --type --dry-run",
+    ),
+    (
+        "emit",
+        _emit_by_hand,
+        "record an event by hand",
+        "type data --tenant --key --idempotency-key --delay --headers",
+    ),
     ("drain", _drain_here, "deliver what is due; for ever unless told otherwise", _DRAINING),
     ("status", _status, "show endpoints and what waits", "--json --watch"),
     ("metrics", lambda o, a: _say(o.metrics().rstrip()), "print the numbers for Prometheus", ""),
-    ("check", _check, "one line, and exit code 1 if something is wrong: for cron and monitoring", _LIMITS),
+    (
+        "check",
+        _check,
+        "one line, and exit code 1 if something is wrong: for cron and monitoring",
+        _LIMITS,
+    ),
     (
         "events list",
         _events_list,
@@ -7422,14 +8499,34 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
         "--tenant --type --since --until --limit --after --json",
     ),
     ("events show", _events_show, "show an event, its deliveries and attempts", "id --json"),
-    ("failed list", _failed_list, "list failed rows, oldest first", f"{_CHOOSING} --limit --after --json"),
+    (
+        "failed list",
+        _failed_list,
+        "list failed rows, oldest first",
+        f"{_CHOOSING} --limit --after --json",
+    ),
     ("failed show", _failed_show, "show one failed row", "id --json"),
     ("failed replay", _failed_act, "deliver failed rows again", f"{_CHOOSING} --all --dry-run"),
     ("failed discard", _failed_act, "delete failed rows", f"{_CHOOSING} --all --dry-run"),
     ("resend", _resend, "deliver a recorded event again", "id --endpoint"),
-    ("prune", lambda o, a: _say(f"{o.prune(a.older_than)} events pruned"), "delete old events", "--older-than"),
-    ("dashboard", _dashboard, "a page in the browser: what failed and why, replay, disable", "--port --host"),
-    ("listen", _listen, "a local receiver that verifies and prints what arrives", "--port --secret --status"),
+    (
+        "prune",
+        lambda o, a: _say(f"{o.prune(a.older_than)} events pruned"),
+        "delete old events",
+        "--older-than",
+    ),
+    (
+        "dashboard",
+        _dashboard,
+        "a page in the browser: what failed and why, replay, disable",
+        "--port --host",
+    ),
+    (
+        "listen",
+        _listen,
+        "a local receiver that verifies and prints what arrives",
+        "--port --secret --status",
+    ),
 )
 
 
@@ -7439,7 +8536,9 @@ def _parser() -> Any:
     class Parser(argparse.ArgumentParser):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
-            self.register("action", "switch", argparse.BooleanOptionalAction)  # --name and --no-name
+            self.register(
+                "action", "switch", argparse.BooleanOptionalAction
+            )  # --name and --no-name
 
         def error(self, message: str) -> NoReturn:
             message = re.sub(r"whsec_\S+", "whsec_...", message)  # a secret without its --secret
@@ -7450,9 +8549,19 @@ def _parser() -> Any:
         description="Webhooks from your SQLite transaction, signed, retried, delivered. `demo` shows the whole story.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--db", metavar="PATH", help="the app's file; else the variable WEBHOOK_OUTBOX_DB")
-    parser.add_argument("--app", metavar="MODULE:NAME", help="use the app's own Outbox instead of --db")
-    parser.add_argument("--allow-network", action="append", default=[], metavar="CIDR", help="admit a private network")
+    parser.add_argument(
+        "--db", metavar="PATH", help="the app's file; else the variable WEBHOOK_OUTBOX_DB"
+    )
+    parser.add_argument(
+        "--app", metavar="MODULE:NAME", help="use the app's own Outbox instead of --db"
+    )
+    parser.add_argument(
+        "--allow-network",
+        action="append",
+        default=[],
+        metavar="CIDR",
+        help="admit a private network",
+    )
     places = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
     for words, run, help, arguments in _COMMANDS:
         group, _, name = words.rpartition(" ")
@@ -7462,7 +8571,9 @@ def _parser() -> Any:
         made = places[group].add_parser(name, help=help, description=help)
         made.set_defaults(run=run)
         for argument in arguments.split():
-            made.add_argument(argument, **_ARGUMENTS.get(f"{words} {argument}", _ARGUMENTS.get(argument, {})))
+            made.add_argument(
+                argument, **_ARGUMENTS.get(f"{words} {argument}", _ARGUMENTS.get(argument, {}))
+            )
     return parser
 
 
@@ -7471,7 +8582,9 @@ def _open_outbox(options: Any) -> Outbox:
     if options.app:
         outbox = _load_app(options.app)
         if options.allow_network or (options.db and os.path.realpath(options.db) != outbox.path):
-            _parser().error(f"--app has its own networks and file, {outbox.path}: leave out --db and --allow-network")
+            _parser().error(
+                f"--app has its own networks and file, {outbox.path}: leave out --db and --allow-network"
+            )
     elif path := options.db or os.environ.get("WEBHOOK_OUTBOX_DB"):
         outbox = Outbox(path, create=making, allow_networks=options.allow_network)
     else:
@@ -7503,7 +8616,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if __spec__ is not None:  # python -m: run the module as the app imports it, so that --app has the same classes
+    if (
+        __spec__ is not None
+    ):  # python -m: run the module as the app imports it, so that --app has the same classes
         import importlib
 
         main = importlib.import_module(__spec__.name).main

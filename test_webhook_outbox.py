@@ -2959,6 +2959,144 @@ def test_every_statement_of_a_turn_finds_its_rows_through_an_index(wal, serve, a
                         assert re.search(TURN_WAYS, step), (name, step, sql)
 
 
+def copy_of(path: str, to: pathlib.Path) -> str:
+    """Copy a database as people do, with what waits in it."""
+    with contextlib.closing(sqlite3.connect(path)) as source:
+        source.execute("VACUUM INTO ?", (str(to),))
+    return str(to)
+
+
+def copy_made(path: str, to: pathlib.Path, url: str) -> str:
+    """A file of home production that has drained once, copied with what waits: for a URL, in a queue,
+    and for an endpoint that was disabled already."""
+    outbox = make_outbox(path, home="production")
+    for id, options in (("crm", {}), ("line", {"ordered": True}), ("off", {})):
+        outbox.add_endpoint(url, id=id, **options)
+    outbox.drain(once=True)
+    for n in range(3):
+        emit(outbox, data=n)
+    outbox.disable_endpoint("off", "maintenance")
+    return copy_of(path, to)
+
+
+@pytest.mark.parametrize("home", [None, "staging"])
+def test_a_copied_file_sends_nothing_whichever_way_it_is_drained(
+    wal, tmp_path, serve, cli, caplog, monkeypatch, home
+):
+    receiver = serve()
+    copy = copy_made(wal, tmp_path / "copy.db", receiver.url())
+    monkeypatch.setenv("WEBHOOK_OUTBOX_HOME", home or "")
+    outbox = make_outbox(copy)
+    refusal = rf"^nothing is sent: the home of {re.escape(copy)} is 'production', and this .*`adopt"
+    for way in (
+        lambda: outbox.drain(once=True),
+        lambda: outbox.drain(until_empty=True),
+        lambda: outbox.ping("crm"),
+    ):
+        with pytest.raises(OutboxError, match=refusal):
+            way()
+    with outbox:  # the thread has the lock, says it once and waits
+        eventually(lambda: [r for r in caplog.records if re.search(refusal, r.getMessage())])
+        assert webhook_outbox._drainer(copy) == os.getpid()
+        id = emit(outbox)  # emit goes on
+        with pytest.raises(OutboxError, match=refusal):  # and one beside it does not wait for ever
+            outbox.drain(once=True)
+    assert [r.levelname for r in caplog.records if "nothing is sent" in r.getMessage()] == ["ERROR"]
+    allow = ("--allow-network", "127.0.0.0/8")
+    with run_python("import webhook_outbox, sys; sys.exit(webhook_outbox.main(sys.argv[1:]))", "--db", copy,
+                    *allow, "drain") as process:  # fmt: skip
+        assert "ERROR nothing is sent" in process.stderr.readline()
+        process.terminate()
+        assert process.wait(30) == 0
+    for words in ("drain --once", "drain --until-empty", "endpoint ping crm", "check", "doctor"):
+        assert "nothing is sent: " in cli(*words.split(), db=copy, code=1)
+    assert cli("status", db=copy).startswith("nothing is sent: the home of")
+    assert json.loads(cli("status", "--json", db=copy))["refusal"] == outbox.stats().refusal
+    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
+        assert str(outbox.stats().refusal) in visitor.get().text
+    assert receiver.connections == 0 and set(statuses(outbox, id).values()) == {"pending"}
+    (report,) = [make_outbox(wal, home="production").drain(until_empty=True)]
+    assert (report.delivered, len(receiver.requests)) == (6, 6)  # the original goes on
+
+
+@pytest.mark.parametrize("word", ["adopt", "neutralize"])
+def test_adopt_makes_a_copy_harmless_and_its_own_and_neutralize_nobodys(
+    wal, tmp_path, serve, cli, monkeypatch, word
+):
+    """Processes that have the copy open take its new identity over; the original's connection is
+    another file's from then on."""
+    receiver = serve()
+    copy = copy_made(wal, tmp_path / "copy.db", receiver.url())
+    production = make_outbox(wal, home="production")
+    elsewhere, inbox = make_outbox(copy, home="staging"), Inbox(copy)
+    monkeypatch.setenv("WEBHOOK_OUTBOX_HOME", "staging")
+    said = cli(word, db=copy)
+    assert "9 deliveries cancelled, all endpoints disabled" in said
+    assert query(copy, "SELECT value FROM webhook_meta WHERE key = 'home'") == [("staging",)] * (
+        word == "adopt"
+    )
+    assert query(copy, "SELECT DISTINCT status FROM webhook_deliveries") == [("cancelled",)]
+    assert {(e.enabled, e.disabled_reason) for e in elsewhere.endpoints()} == {
+        (False, "copied from production")
+    }
+    for conn in (sqlite3.connect(copy), sqlite3.connect(copy)):
+        with contextlib.closing(conn), conn:
+            assert elsewhere.emit(conn, "order.created", {}) and inbox.accept(conn, str(id(conn)))
+            elsewhere.enable_endpoint("crm", conn=conn)
+    with contextlib.closing(sqlite3.connect(copy)) as conn, conn:
+        for refused in (
+            lambda: production.emit(conn, "order.created", {}),
+            lambda: production.disable_endpoint("crm", conn=conn),
+            lambda: Inbox(wal).accept(conn, "x"),
+        ):
+            with pytest.raises(SchemaError, match="another file"):
+                refused()
+    id_ = emit(elsewhere)
+    assert elsewhere.drain(until_empty=True).delivered == 2 == len(receiver.requests)
+    assert statuses(elsewhere, id_) == {"crm": "delivered"} and elsewhere.stats().refusal is None
+    assert query(copy, "SELECT value FROM webhook_meta WHERE key = 'home'") == [("staging",)]
+    assert "'staging' already: nothing was changed" in cli("adopt", db=copy)
+    assert elsewhere.adopt() == 0 and elsewhere.endpoint("crm").enabled
+
+
+def test_a_drain_that_waits_goes_on_by_itself_after_adopt_keep(wal, tmp_path, serve, caplog):
+    receiver = serve()
+    copy = copy_made(wal, tmp_path / "moved.db", receiver.url())
+    outbox = make_outbox(copy, home="new machine")
+    with outbox:
+        eventually(lambda: "nothing is sent" in caplog.text)
+        assert make_outbox(copy, home="new machine").adopt(keep=True) == 0
+        eventually(lambda: len(receiver.requests) == 6)
+        assert (
+            make_outbox(copy, home="old machine").adopt(keep=True) == 0
+        )  # under a drain that runs
+        eventually(lambda: "is 'old machine', and this is 'new machine'" in caplog.text)
+        id = emit(outbox)
+        outbox.adopt(keep=True)
+        eventually(lambda: statuses(outbox, id)["crm"] == "delivered")
+    assert {e.id: e.enabled for e in outbox.endpoints()} == {
+        "crm": True,
+        "line": True,
+        "off": False,
+    }
+
+
+def test_a_file_without_a_home_is_everybodys_until_the_first_drain_that_has_one(wal, monkeypatch):
+    home = functools.partial(query, wal, "SELECT value FROM webhook_meta WHERE key = 'home'")
+    make_outbox(wal).drain(once=True)
+    monkeypatch.setenv("WEBHOOK_OUTBOX_HOME", "variable")
+    assert home() == [] and make_outbox(wal).home == "variable"
+    make_outbox(wal, home="argument").drain(once=True)
+    assert home() == [("argument",)]
+    make_outbox(wal, home="argument").drain(once=True)
+    monkeypatch.delenv("WEBHOOK_OUTBOX_HOME")
+    with pytest.raises(PayloadError, match="say home= or set WEBHOOK_OUTBOX_HOME"):
+        make_outbox(wal).adopt()
+    for wrong in ("", "a\nb", 5):
+        with pytest.raises(PayloadError, match="home must be one line"):
+            make_outbox(wal, home=wrong)
+
+
 # ── signing ───────────────────────────────────────────────────────────────────────────────────────
 
 SIGNED_BODY = '{"type":"order.created","data":{"name":"Žofie ✓"}}'.encode()

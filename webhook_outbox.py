@@ -840,6 +840,7 @@ class Stats:
     failed: int
     oldest_due_age: float | None  # seconds
     endpoints: tuple[EndpointStats, ...]
+    refusal: str | None = None  # why nothing is sent from here, and what to do; None: it is
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1406,6 +1407,7 @@ class _Settings:
     retention: float  # seconds
     proxy: str | None
     app_name: str
+    home: str | None
     transforms: Mapping[str, Callable[[Event], Any]]
     observer: Callable[[Notice], Any] | None
     clock: Callable[[], float]
@@ -2848,6 +2850,40 @@ def _check_identity(cursor: sqlite3.Cursor, identity: str, path: str) -> None:
     cursor.execute("SELECT value = ? FROM main.webhook_meta WHERE key = 'outbox'", (identity,))
     if cursor.fetchone() != (1,):
         raise SchemaError(f"this connection is open on another file than the outbox's, {path}")
+
+
+def _renewed(path: str, identity: str) -> str | None:
+    """Return the identity that the file at a path has by now; None where it is the one that we know.
+
+    `adopt` and `neutralize` give a file a new identity while other processes have an Outbox of it.
+    Those look here when a connection does not fit, so that one to this file is taken as before, and
+    one to another file, the original of this copy for one, is refused as before. Rejected: to keep
+    the old identities in the file; the original's is among them."""
+    with contextlib.suppress(sqlite3.Error, SchemaError), _session(path) as db:
+        found = str(_meta(db, "outbox"))
+        return found if found != identity else None
+    return None
+
+
+def _note_home(db: sqlite3.Connection, home: str) -> None:
+    """Write the name of the place into a file that has none yet."""
+    db.execute("INSERT OR IGNORE INTO webhook_meta VALUES ('home', ?)", (home,))
+
+
+def _refusal(db: sqlite3.Connection, path: str, home: str | None) -> str | None:
+    """Return why nothing may be sent from a file, and what to do; None when it may. A file that was
+    copied from another home holds deliveries that the original sends as well."""
+    theirs = _meta(db, "home")
+    if theirs is None or theirs == home:
+        return None
+    if home is None:
+        cure = f"if it is that place, say home={theirs!r} or set WEBHOOK_OUTBOX_HOME={theirs}; if it is a copy, "
+        cure += "give this place a name of its own in the same way and run `adopt`"
+        return (
+            f"nothing is sent: the home of {path} is {theirs!r}, and this place has no name; {cure}"
+        )
+    cure = "if it is a copy, run `adopt`, which cancels what waits; if it was moved, `adopt --keep`"
+    return f"nothing is sent: the home of {path} is {theirs!r}, and this is {home!r}; {cure}"
 
 
 def _file_id(path: str) -> tuple[int, int] | None:
@@ -5251,6 +5287,8 @@ class _Finder:
         db, news = self._file.db, self.news
         version, removed, work = news.counters(db)
         if version != news.version:
+            if refusal := _refusal(db, self._settings.path, self._settings.home):
+                raise OutboxError(refusal)  # adopted meanwhile, by another place
             self._reconfigure(version, now, mono)
         if removed != news.removed:
             self._drop_removed()
@@ -5542,7 +5580,7 @@ class _Drain:
             with _PROCESS.forking:
                 _PROCESS.drains.add(self.file)
                 self.file.open()
-            if self._await_lock():
+            if self._await_lock() and self._await_home():
                 if warning := _warn_of_links(self.settings.path):
                     _log.warning("%s", warning)
                 self._check_writable()
@@ -5568,6 +5606,7 @@ class _Drain:
             if not told:
                 _log.info("another drain has %s; standing by", self.settings.path)
                 told = True
+            self._refused()
             until = math.inf if self.mode == "until_empty" else self.settings.clock()
             if self.mode != "forever" and not self.file.patiently(
                 functools.partial(_work_left, self.file.db, until)
@@ -5577,11 +5616,47 @@ class _Drain:
             self.file.let_fork()
         return False
 
+    def _await_home(self) -> bool:
+        """Stand still while the file is another home's: a copy of it would send once more what the
+        original sends. It goes on by itself when somebody adopts the file; False when told to stop.
+        The lock is kept meanwhile, so that of all processes one says so, and says it once."""
+        told = False
+        while not self.stopping:
+            refusal = self._refused()
+            if refusal is None:
+                return True
+            if not told:
+                _log.error("%s", refusal)
+                told = True
+            self.sender.wait(_TAKEOVER_POLL)
+            self.file.let_fork()
+            self._check_place()
+        return False
+
+    def _refused(self) -> str | None:
+        """Return why nothing may be sent. A drain that ends by itself raises it: it would never
+        come to its end."""
+        look = functools.partial(_refusal, self.file.db, self.settings.path, self.settings.home)
+        refusal: str | None = self.file.patiently(look)
+        if refusal is not None and self.mode != "forever":
+            raise OutboxError(refusal)
+        return refusal
+
+    def _check_place(self) -> None:
+        """Raise where the file or its lock is not the one that this drain took."""
+        if self.file.replaced():  # what we know is not about the file there now
+            self.ledger.forget()
+            raise OutboxError(f"{self.settings.path} was deleted or replaced while it was drained")
+        if self.lock.lost():
+            raise OutboxError(f"the lock file {self.lock.path} was deleted; leave it to the drain")
+
     def _check_writable(self) -> None:
         """Find out before anything is sent whether outcomes can be recorded: a drain that cron
         starts every minute would otherwise send the same rows every minute while the disk is
         full."""
         try:  # what changes no page, BEGIN IMMEDIATE or setting a value to itself, does not tell
+            if self.settings.home is not None:
+                self.file.patiently(functools.partial(_note_home, self.file.db, self.settings.home))
             self.file.db.execute("UPDATE webhook_meta SET value = value + 1 WHERE key = 'drains'")
         except sqlite3.OperationalError as error:
             if not _is_busy(error):
@@ -5951,11 +6026,7 @@ class _Drain:
 
     def _chores(self, now: float, mono: float) -> None:
         self.chores_at = mono + (0.025 if self.sender.attempts else 0.25)
-        if self.file.replaced():  # what we know is not about the file there now
-            self.ledger.forget()
-            raise OutboxError(f"{self.settings.path} was deleted or replaced while it was drained")
-        if self.lock.lost():
-            raise OutboxError(f"the lock file {self.lock.path} was deleted; leave it to the drain")
+        self._check_place()
         self.sender.look(mono)
         self.sender.chores(mono)
         self._show_progress(mono)
@@ -6276,7 +6347,9 @@ class Outbox:
     that may be reached although private, also over http. max_body: bytes. retention: seconds that
     delivered events are kept. proxy: http://host:port; the network guard then is the proxy's duty.
     app_name: put into User-Agent. transforms: name -> callable(Event) -> bytes or (bytes, content
-    type), a pure function, for endpoints whose `body` names it. observer: called with each Notice,
+    type), a pure function, for endpoints whose `body` names it. home: the name of this place
+    (production, say), else the variable WEBHOOK_OUTBOX_HOME: the first drain writes it into the file,
+    and no drain of another place sends from a copy until `adopt`. observer: called with each Notice,
     in order, after it was recorded, in a thread of its own; one that falls 1,000 notices behind
     misses some. clock, rng, resolver: seams for tests.
 
@@ -6299,6 +6372,7 @@ class Outbox:
         proxy: str | None = None,
         app_name: str = "",
         transforms: Mapping[str, Callable[[Event], Any]] | None = None,
+        home: str | None = None,
         observer: Callable[[Notice], Any] | None = None,
         clock: Callable[[], float] = time.time,
         rng: Callable[[], float] = random.random,
@@ -6314,6 +6388,9 @@ class Outbox:
         self.max_body = int(_number("max_body", max_body, 1, 1 << 30))
         self.retention = _number("retention", retention, 0, 1e11)
         self.app_name = _line("app_name", app_name, 100)
+        self.home = os.environ.get("WEBHOOK_OUTBOX_HOME") or None if home is None else home
+        if self.home is not None:
+            _line("home", self.home, 100, 1)
         self.proxy, self.transforms, self.observer = (
             proxy,
             {**_TRANSFORMS, **(transforms or {})},
@@ -6428,10 +6505,21 @@ class Outbox:
     def _insert(self, row: tuple[Any, ...], now: float, conn: Any) -> str:
         db = _host(conn)
         cursor = _cursor(db)
-        with _host_errors(db, self.path):
-            seq = _insert_event(db, cursor, row, self._keys, now)
+        try:
+            with _host_errors(db, self.path):
+                seq = _insert_event(db, cursor, row, self._keys, now)
+        except SchemaError:
+            if not self._renew():
+                raise
+            return self._insert((*row[:-1], self._identity), now, conn)
         self._wake()
         return _event_id(seq)
+
+    def _renew(self) -> bool:
+        """Say whether the file has got a new identity since we read it, and take it over."""
+        found = _renewed(self.path, self._identity)
+        self._identity = found or self._identity
+        return found is not None
 
     async def aemit(self, conn: Any, type: str, data: Any, **options: Unpack[EmitOptions]) -> str:
         """Emit on an aiosqlite Connection, or a SQLAlchemy AsyncSession or AsyncConnection on
@@ -6460,9 +6548,18 @@ class Outbox:
             db = _host(conn)
             with _host_errors(db, self.path), _plain_text(db):
                 cursor = _cursor(db)
-                _check_identity(cursor, self._identity, self.path)
+                self._check_file(cursor)
                 yield cursor
         self._wake()
+
+    def _check_file(self, cursor: sqlite3.Cursor) -> None:
+        """Refuse a host's connection to another file than ours."""
+        try:
+            _check_identity(cursor, self._identity, self.path)
+        except SchemaError:
+            if not self._renew():
+                raise
+            _check_identity(cursor, self._identity, self.path)
 
     @contextlib.contextmanager
     def _reading(self, conn: Any = None) -> Iterator[sqlite3.Cursor]:
@@ -6691,7 +6788,9 @@ class Outbox:
 
     def ping(self, id: str) -> Attempt:
         """Send a signed webhook.ping to an endpoint at once, enabled or not, and return what
-        happened."""
+        happened. From a file of another home it raises OutboxError and sends nothing."""
+        if refusal := self._refusal():
+            raise OutboxError(refusal)
         with self._reading() as cursor:
             endpoint, endpoint_secrets = self._endpoint_on(cursor, id), self._secrets_on(cursor, id)
         now, started = self.clock(), time.monotonic()
@@ -6793,6 +6892,78 @@ class Outbox:
     def _wake(self) -> None:
         for drain in tuple(self._drains):
             drain.wake()
+
+    # A copied file.
+
+    def _home(self) -> str | None:
+        """Return whose file it is, by the file."""
+        with _session(self.path) as db:
+            return _meta(db, "home")  # type: ignore[no-any-return]
+
+    def _refusal(self) -> str | None:
+        with _session(self.path) as db:
+            return _refusal(db, self.path, self.home)
+
+    def adopt(self, *, keep: bool = False) -> int:
+        """Make a file that was copied here this home's own, so that it may send: cancel what waits,
+        which the original sends, disable all endpoints ("copied from production") and take a new
+        identity. Secrets derived from a master key change with it. Returns how many deliveries were
+        cancelled.
+
+        keep: the file was moved, not copied. Everything stays, and drains that wait go on. A file that
+        is this home's already is left alone. Needs a `home`; `neutralize` does without.
+        """
+        if self.home is None:
+            raise PayloadError(
+                "adopt gives the file the name of this place: say home= or set WEBHOOK_OUTBOX_HOME; "
+                "`neutralize` makes a copy harmless without a name"
+            )
+        if self._home() == self.home:
+            return 0
+        if not keep:
+            return self._disarm(self.home)
+        with self._writing(None) as cursor:
+            self._move_in(cursor, self.home)
+        return 0
+
+    def neutralize(self) -> int:
+        """Do what adopt does, without a name: for scripts that sanitise a copy. The file belongs to no
+        place afterwards; the first drain with a `home` writes its own into it. Returns how many
+        deliveries were cancelled."""
+        return self._disarm(None)
+
+    def _disarm(self, home: str | None) -> int:
+        """Cancel what waits, disable all endpoints, take a new identity. Endpoints come first, so that
+        nothing goes out and nothing new waits; what waits is cancelled in batches, for an app that
+        writes; the name comes last. Cut off between, it sends nothing, and is run again."""
+        with self._writing(None) as cursor:
+            cursor.execute(
+                """UPDATE main.webhook_endpoints
+                      SET enabled = 0, disabled_reason = 'copied from production'"""
+            )
+        count = 0
+        for waiting in ("queue IS NOT NULL AND status = 'queued'", "status = 'pending'"):
+            batch = f"""UPDATE main.webhook_deliveries SET status = 'cancelled'
+                         WHERE (event, endpoint_id) IN (
+                           SELECT event, endpoint_id FROM main.webhook_deliveries
+                            WHERE {waiting} LIMIT 1000)"""
+            count += self._in_batches(batch, ())
+        with self._writing(None) as cursor:
+            cursor.execute(
+                "UPDATE main.webhook_meta SET value = lower(hex(randomblob(8))) WHERE key = 'outbox'"
+            )
+            self._move_in(cursor, home)
+        self._renew()
+        return count
+
+    def _move_in(self, cursor: sqlite3.Cursor, home: str | None) -> None:
+        """Write whose file it is, and have a drain that runs look at that."""
+        cursor.execute("DELETE FROM main.webhook_meta WHERE key = 'home'")
+        if home is not None:
+            cursor.execute("INSERT INTO main.webhook_meta VALUES ('home', ?)", (home,))
+        cursor.execute(
+            "UPDATE main.webhook_meta SET value = value + 1 WHERE key = 'endpoints_version'"
+        )
 
     # Failed rows.
 
@@ -7066,6 +7237,7 @@ class Outbox:
                 (e.oldest_due_age for e in enabled if e.oldest_due_age is not None), default=None
             ),
             endpoints=endpoints,
+            refusal=self._refusal(),
         )
 
     def metrics(self) -> str:
@@ -7153,6 +7325,15 @@ class Inbox:
         commit, and a warning says so.
         """
         _line("event_id", event_id, 256, 1)
+        try:
+            return self._accept(conn, event_id)
+        except SchemaError:
+            if not (found := _renewed(self._path, self._identity)):
+                raise
+            self._identity = found
+            return self._accept(conn, event_id)
+
+    def _accept(self, conn: Any, event_id: str) -> bool:
         db = _host(conn)
         cursor = _cursor(db)
         with _host_errors(db, self._path):
@@ -7356,6 +7537,8 @@ def _findings(outbox: Outbox) -> Iterator[_Finding]:
             yield from _look_at_owners(outbox.path)
             yield from _look_at_clock(outbox.clock(), db)
             stats = outbox.stats()
+            if stats.refusal:
+                yield _problem(stats.refusal)
             yield from _look_at_drain(outbox, stats)
             yield from _look_at_endpoints(outbox, stats, db)
         except (sqlite3.Error, ValueError) as error:
@@ -7560,6 +7743,7 @@ class _Pages:
             f"Webhooks: {stats.failed} failed",
             _fill('<header class="row ends"><h1>Webhooks</h1><p class="soft">{} {}</p></header>', _moment(now),
                   self.link("Refresh", **self.filters)),
+            _fill('<p class="card bad" role="alert">{}</p>', stats.refusal) if stats.refusal else _Html(""),
             _fill('<dl class="tiles">{}</dl>', [_fill("<div><dt>{}</dt><dd>{}</dd></div>", *t) for t in tiles.items()]),
             _fill("<h2>Endpoints</h2>{}{}", endpoints, self.failed(now)),
             _fill("<h2>Latest events</h2>{}", _table(("Event", "Type", "Tenant", "Key", "Emitted"), events)),
@@ -7861,7 +8045,8 @@ def _status_text(stats: Stats) -> str:
     import shutil
 
     oldest = f", oldest {_age(stats.oldest_due_age)}" if stats.due else ""
-    first = f"{stats.pending} pending ({stats.due} due now{oldest}), {stats.held} held, {stats.failed} failed"
+    first = f"{stats.refusal}\n" if stats.refusal else ""
+    first += f"{stats.pending} pending ({stats.due} due now{oldest}), {stats.held} held, {stats.failed} failed"
     if not stats.endpoints:
         return first + "\nno endpoints yet: `endpoint add URL` makes one"
     columns = shutil.get_terminal_size((200, 0)).columns
@@ -7920,7 +8105,7 @@ def _doctor(outbox: Outbox, options: Any) -> int:
 def _check(outbox: Outbox, options: Any) -> int:
     stats = outbox.stats()
     failing = [e.id for e in stats.endpoints if e.failing_since is not None or not e.enabled]
-    wrong = []
+    wrong = [stats.refusal] if stats.refusal else []
     if (stats.oldest_due_age or 0) > options.max_age:
         wrong.append(f"the oldest due delivery has waited {_age(stats.oldest_due_age)}")
     if stats.failed > options.max_failed:
@@ -8129,6 +8314,21 @@ def _failed_act(outbox: Outbox, options: Any) -> None:
     if not count and (options.ids or options.more_ids):
         raise NotFound("there are no such failed rows; `failed list` shows those there are")
     _say(f"{count} failed rows {'would be ' if options.dry_run else ''}{options.verb}ed")
+
+
+def _adopt(outbox: Outbox, options: Any) -> None:
+    """adopt and neutralize."""
+    adopts, was = options.command == "adopt", outbox._home()
+    if adopts and outbox.home == was is not None:
+        return _say(f"the home of {outbox.path} is {was!r} already: nothing was changed")
+    count = outbox.adopt(keep=options.keep) if adopts else outbox.neutralize()
+    whose = f"the home of {outbox.path} is {outbox.home!r} now"
+    if adopts and options.keep:
+        return _say(f"{whose}; what waits will be sent")
+    whose = whose if adopts else f"{outbox.path} belongs to no place now"
+    _say(
+        f"{whose}: {count} deliveries cancelled, all endpoints disabled; `endpoint enable ID` ends that"
+    )
 
 
 def _resend(outbox: Outbox, options: Any) -> None:
@@ -8430,6 +8630,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "failed show id": dict(type=int),
     "resend --endpoint": dict(help="only to this one, which need not have had it"),
     "--older-than": dict(type=float, metavar="SECONDS"),
+    "--keep": dict(_FLAG, help="it was moved here: what waits is to be sent"),
     "dashboard --port": dict(type=int, default=8001),
     "--host": dict(
         default="127.0.0.1", help="the address to listen on (127.0.0.1); there is no login"
@@ -8515,6 +8716,8 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
         "delete old events",
         "--older-than",
     ),
+    ("adopt", _adopt, "make a file that was copied here this home's own", "--keep"),
+    ("neutralize", _adopt, "make a copied file harmless, without a name", ""),
     (
         "dashboard",
         _dashboard,

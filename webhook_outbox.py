@@ -83,7 +83,7 @@ import time
 import urllib.parse
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict
 
 import requests
 import requests.adapters
@@ -108,6 +108,7 @@ __all__ = [
     "EndpointOptions",
     "EndpointStats",
     "Event",
+    "EventType",
     "FailedDelivery",
     "Filters",
     "Inbox",
@@ -122,6 +123,8 @@ __all__ = [
     "SchemaError",
     "SignatureError",
     "Stats",
+    "Tenant",
+    "TenantOptions",
     "TimestampError",
     "TransactionLost",
     "UnsafeURL",
@@ -267,7 +270,8 @@ _EMIT_CHECKS = "".join(
     )
 )
 
-# The deliveries of a new event to endpoints of a tenant. It is the newest of its queue, so it is
+# The deliveries of a new event to endpoints of a tenant. Of an internal type (only the library knows
+# these) a customer gets it only where the operator subscribed by its name. It is the newest of its queue, so it is
 # the head if nobody else is in it; a trigger that looked at each new row would cost an eighth of an
 # emit, in no queue too. Two selects and not IN: that builds a table for its two values.
 _MATCH = """
@@ -323,6 +327,8 @@ _FIRST_SCHEMA = (
   CHECK (typeof(paused_until) = 'real' AND typeof(failing_since) IN ('real', 'null'))
 )""",
     """CREATE INDEX webhook_endpoints_version ON webhook_endpoints (version)""",
+    # What a customer looks at costs what that customer has, however much the others have.
+    """CREATE INDEX webhook_endpoints_of ON webhook_endpoints (tenant) WHERE tenant IS NOT NULL""",
     # An event looks up its own tenant and '*': what other tenants registered costs it nothing.
     """CREATE TABLE webhook_patterns (          -- kept by triggers: what emit matches against
   tenant TEXT NOT NULL,                        -- '' for none
@@ -347,6 +353,7 @@ _FIRST_SCHEMA = (
   headers TEXT,                                -- JSON object
   created_at REAL NOT NULL
 )""",
+    """CREATE INDEX webhook_events_of ON webhook_events (tenant, seq) WHERE tenant IS NOT NULL""",
     """CREATE UNIQUE INDEX webhook_events_once ON webhook_events (idempotency_key, coalesce(tenant, ''))
  WHERE idempotency_key IS NOT NULL""",
     """CREATE TABLE webhook_deliveries (
@@ -406,8 +413,8 @@ _FIRST_SCHEMA = (
     # The library's own way in: it checked the row already, so its trigger needs no JSON function,
     # which hosts with PRAGMA trusted_schema = OFF refuse in some versions of SQLite.
     """CREATE VIEW webhook_accept AS
-SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, 0.0 AS due_at, NULL AS outbox
-  FROM webhook_events""",
+SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, 0.0 AS due_at, NULL AS outbox,
+       NULL AS internal FROM webhook_events""",
     f"""CREATE TRIGGER webhook_accept_insert INSTEAD OF INSERT ON webhook_accept BEGIN
   SELECT CASE
     WHEN NEW.outbox <> (SELECT value FROM webhook_meta WHERE key = 'outbox')
@@ -427,6 +434,7 @@ SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, 0.0 A
   INSERT INTO webhook_events (seq, type, tenant, data, key, idempotency_key, headers, created_at)
   VALUES (NEW.seq, NEW.type, NEW.tenant, NEW.data, NEW.key, NEW.idempotency_key, NEW.headers, NEW.created_at);
   INSERT INTO webhook_deliveries (event, endpoint_id, due_at, queue, status){_MATCH.format("coalesce(NEW.tenant, '')")}
+     AND (NEW.internal IS NULL OR pattern = NEW.type)
    UNION ALL{_MATCH.format("'*'")};
 END""",
     """CREATE VIEW webhook_emit AS
@@ -721,6 +729,13 @@ class Endpoint:
         return f"Endpoint(id={self.id!r}, url={_masked(self.url)!r}, events={list(self.events)!r}{tenant}{state})"
 
 
+class TenantOptions(TypedDict, total=False):
+    """What a customer may say of an endpoint: Tenant.add_endpoint and update_endpoint take it."""
+
+    events: Sequence[str]
+    description: str
+
+
 class EndpointOptions(TypedDict, total=False):
     """What add_endpoint and, but for tenant, update_endpoint take; the defaults are those of
     Endpoint."""
@@ -766,6 +781,19 @@ class Event:
     key: str | None
     created_at: float
     deliveries: tuple[Delivery, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EventType:
+    """A type in the host's catalogue. `example`: data that such an event may carry, sent by
+    ping(type=) and shown to customers. internal: never for customers. deprecated: on its way
+    out."""
+
+    description: str = ""
+    example: Any = dataclasses.field(default_factory=dict)
+    group: str = ""
+    internal: bool = False
+    deprecated: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1220,7 +1248,9 @@ _DENIED = tuple(
     ).split()
 )
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_NO_HTTP = "plain http is refused; use https, or admit it with allow_networks (--allow-network) or allow_http"
+_NO_HTTP = (
+    "plain http is refused, use https; allow_networks (--allow-network) or allow_http can admit it"
+)
 _BAD_PORTS = frozenset(
     (
         1719,
@@ -1274,7 +1304,9 @@ class _Guard:
         ):  # never where one is IPv4 and the other IPv6
             return None
         if any(address in network for network in _DENIED):
-            return f"{address} is a private or special-purpose address; allow_networks (--allow-network) can admit it"
+            return (
+                f"{address} is not a public address; allow_networks (--allow-network) can admit it"
+            )
         return None if scheme == "https" or self.allow_http else _NO_HTTP
 
 
@@ -1531,7 +1563,7 @@ def _connect(address: str, port: int, patience: float) -> socket.socket:
         sock.connect((address, port))
         peer = sock.getpeername()[0]
         if peer != address and ipaddress.ip_address(peer) != ipaddress.ip_address(address):
-            raise _Blocked(f"connected to another address than {address}")
+            raise _Blocked("connected to another address than the one that was dialled")
     except BaseException:
         sock.close()
         raise
@@ -1546,9 +1578,11 @@ def _dial(guard: _Guard, lookups: _Lookups, place: _Place, until: float) -> sock
     addresses = [literal] if literal else lookups.find(place.host, place.port, until)
     for address in addresses:
         if why := guard.refusal(address, place.scheme):
-            raise _Blocked(
-                why if address == place.host else f"{place.host} resolves to {address}: {why}"
-            )
+            if address == place.host or why == _NO_HTTP:
+                raise _Blocked(why)
+            # A customer reads the error, and must not learn from it what is inside our network.
+            _log.warning("%s resolves to %s: %s", place.host, address, why)
+            raise _Blocked(f"{place.host} is not a public address")
     failure: OSError = TimeoutError("no time left to connect")
     for tried, address in enumerate(addresses):
         patience = (until - time.monotonic()) / (len(addresses) - tried)
@@ -2291,6 +2325,161 @@ def _failure(error: BaseException, hidden: Iterable[str] = ()) -> _Outcome:
     return _Outcome(reason=reason, error=_redacted(text, hidden))
 
 
+# ── catalogue ─────────────────────────────────────────────────────────────────────────────────────
+# Promises: says which event types there are, where the host named them, and prints them. Values in,
+# values out. Data is never validated: an example is what a receiver may expect, not a schema.
+
+
+def _covers(pattern: str, type: str) -> bool:
+    """Say whether a pattern matches a type; GLOB in the trigger says the same."""
+    if pattern == "*":
+        return not type.startswith("webhook.")
+    return type == pattern or (pattern.endswith(".*") and type.startswith(pattern[:-1]))
+
+
+def _checked_event_type(name: Any, given: Any) -> EventType:
+    """Return one entry of the catalogue; raise PayloadError where it is none."""
+    if not isinstance(name, str) or len(name) > 256 or not _TYPE.fullmatch(name):
+        raise PayloadError(
+            f"event_types: {_one_line(str(name), 60)!r} is no type; write order.created"
+        )
+    if name.startswith("webhook."):
+        raise PayloadError(f"event_types: {name} is the outbox's own; leave it out")
+    if not isinstance(given, EventType):
+        raise PayloadError(f"event_types: {name} must be described by an EventType")
+    if not isinstance(given.description, str) or not isinstance(given.group, str):
+        raise PayloadError(f"event_types: description and group of {name} must be text")
+    try:
+        _dumps(given.example)
+    except (TypeError, ValueError, RecursionError):
+        raise PayloadError(f"event_types: the example of {name} is not plain JSON") from None
+    return given
+
+
+class _Catalogue:
+    """The event types that the host named. Where it named none, every type and pattern is good."""
+
+    __slots__ = ("internal", "types")
+
+    def __init__(self, given: Any) -> None:
+        self.types: dict[str, EventType] | None = None
+        self.internal: frozenset[str] = frozenset()  # types that are not for customers
+        if given is None:
+            return
+        if not isinstance(given, Mapping):
+            if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+                raise PayloadError("event_types must be names, or a mapping of names to EventType")
+            given = dict.fromkeys(given, EventType())
+        self.types = {name: _checked_event_type(name, of) for name, of in given.items()}
+        if not self.types:
+            raise PayloadError("event_types names no type; leave it out to allow every type")
+        self.internal = frozenset(name for name, of in self.types.items() if of.internal)
+
+    def public(self) -> _Catalogue:
+        """Return the catalogue as customers see it."""
+        seen = _Catalogue(None)
+        if self.types is not None:
+            seen.types = {name: of for name, of in self.types.items() if not of.internal}
+        return seen
+
+    def check(self, type: str) -> None:
+        """Refuse a type that is not in the catalogue; the outbox's own ones need not be."""
+        if self.types is None or type in self.types or type.startswith("webhook."):
+            return
+        import difflib
+
+        near = difflib.get_close_matches(type, self.types, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "`types` lists those there are"
+        raise PayloadError(
+            f"there is no event type {_one_line(type, 256)} in the catalogue; {hint}"
+        )
+
+    def check_patterns(self, patterns: Iterable[str]) -> None:
+        """Refuse a pattern that matches no type there is: nothing would ever come."""
+        for pattern in patterns:
+            if self.types is None or pattern.startswith("webhook."):
+                continue
+            if not pattern.endswith("*"):
+                self.check(pattern)
+            elif not any(_covers(pattern, type) for type in self.types):
+                raise PayloadError(
+                    f"the pattern {pattern} matches no event type of the catalogue; "
+                    "`types` lists those there are"
+                )
+
+    def example(self, type: Any) -> Any:
+        """Return the example of a type; raise PayloadError where there is none."""
+        if self.types is None:
+            raise PayloadError("there are no examples to send: the outbox has no event_types")
+        self.check(str(type))
+        if type not in self.types:
+            raise PayloadError(f"there is no example of {_one_line(str(type), 256)}")
+        return self.types[type].example
+
+
+_OPENAPI_HEADERS = {
+    "webhook-id": "The event's id, the same at each attempt: what was seen before is a duplicate.",
+    "webhook-timestamp": "When this attempt was signed, in seconds since 1970.",
+    "webhook-signature": "v1, and the base64 HMAC-SHA256 of `id.timestamp.body`; several while "
+    "a secret is rotated, with spaces between them.",
+}
+
+
+def _openapi_of(name: str, of: EventType) -> dict[str, Any]:
+    """Return what OpenAPI 3.1 calls a Path Item Object: the request that a receiver of this type
+    gets."""
+    envelope = {
+        "type": "object",
+        "required": ["type", "timestamp", "data"],
+        "properties": {
+            "type": {"const": name},
+            "timestamp": {"type": "string", "format": "date-time"},
+            "data": {"examples": [of.example]},
+        },
+    }
+    example = {"type": name, "timestamp": _iso(1_767_225_600.0), "data": of.example}
+    request = {
+        "operationId": name,
+        "summary": name,
+        "description": of.description,
+        **({"tags": [of.group]} if of.group else {}),
+        **({"deprecated": True} if of.deprecated else {}),
+        "parameters": [
+            {"$ref": f"#/components/parameters/{header}"} for header in _OPENAPI_HEADERS
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": envelope, "example": example}},
+        },
+        "responses": {
+            "2XX": {"description": "It was taken. Any other answer: the event comes again."},
+            "410": {"description": "This endpoint is gone: it is disabled."},
+        },
+    }
+    return {"post": request}
+
+
+def _openapi(catalogue: _Catalogue, title: str) -> dict[str, Any]:
+    """Return the types that customers may have as an OpenAPI 3.1 document with `webhooks`."""
+    types = sorted((catalogue.public().types or {}).items())
+    parameters = {
+        name: {
+            "name": name,
+            "in": "header",
+            "required": True,
+            "description": text,
+            "schema": {"type": "string"},
+        }
+        for name, text in _OPENAPI_HEADERS.items()
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": title or "Webhooks", "version": "1"},
+        "webhooks": {name: _openapi_of(name, of) for name, of in types},
+        "components": {"parameters": parameters},
+    }
+
+
 # ── endpoint options ──────────────────────────────────────────────────────────────────────────────
 # Promises: one row of _OPTIONS for each option of an endpoint. It is a field of Endpoint, a column,
 # a keyword of add_endpoint and an argument of the command line of the same name. Knows nothing of
@@ -2399,11 +2588,18 @@ class _Known(NamedTuple):
 
     guard: _Guard
     bodies: tuple[str, ...]
+    catalogue: _Catalogue
 
 
 def _checked_url(url: Any, known: _Known) -> str:
     _prepare_url(url, known.guard)
     return str(url)
+
+
+def _checked_events(events: Any, known: _Known) -> str:
+    patterns = _checked_patterns(events)
+    known.catalogue.check_patterns(patterns)
+    return _dumps(patterns)
 
 
 def _checked_signing(signing: Any) -> str:
@@ -2452,7 +2648,7 @@ class _Option(NamedTuple):
 _OPTIONS: dict[str, _Option] = {
     "url": _Option(_checked_url, {}),
     "events": _Option(
-        lambda v, known: _dumps(_checked_patterns(v)),
+        _checked_events,
         dict(nargs="+", metavar="PATTERN", help="order.created, 'order.*' or '*'"),
         _loaded_patterns,
     ),
@@ -6080,8 +6276,8 @@ class _Drain:
 # of sockets.
 
 _EMIT = """INSERT INTO main.webhook_accept
-       (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, outbox)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+       (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, internal, outbox)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _NEWEST = "SELECT max(seq) FROM main.webhook_events"
 _EMITTED_ONCE = """SELECT seq FROM main.webhook_events
  WHERE idempotency_key = ? AND coalesce(tenant, '') = coalesce(?, '')"""
@@ -6170,6 +6366,21 @@ def _checked_data(data: Any) -> tuple[str, int]:
     return text, size
 
 
+class _Unparsed(str):
+    """The text of data that Python cannot parse: an integer of 4,301 digits, a thousand levels."""
+
+    __slots__ = ()
+
+
+def _data_of(text: str) -> Any:
+    """Return the value of stored data. Plain SQL can write what SQLite takes for JSON and Python
+    does not; nobody who only looks at an event should fail over it."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return _Unparsed(text)
+
+
 def _path(database: str | os.PathLike[str]) -> str:
     path = os.fsdecode(os.fspath(database))
     if path in ("", ":memory:") or path.startswith("file:"):
@@ -6239,6 +6450,9 @@ _FILTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     ),
     "since": ("{} >= ?", lambda since: _number("since", since, -1e12, 1e12)),
     "until": ("{} < ?", lambda until: _number("until", until, -1e12, 1e12)),
+    # What a customer's door adds: endpoints of this tenant, and not these types.
+    "_of": ("{} IN (SELECT id FROM main.webhook_endpoints WHERE tenant = ?)", str),
+    "_but": ("{} NOT IN (SELECT value FROM json_each(?))", _dumps),
 }
 _OF_FAILED = {name: name for name in ("type", "reason")} | {
     "ids": "webhook_failed.id",
@@ -6246,6 +6460,8 @@ _OF_FAILED = {name: name for name in ("type", "reason")} | {
     "tenant": "(SELECT tenant FROM main.webhook_events WHERE seq = webhook_failed.event)",
     "since": "failed_at",
     "until": "failed_at",
+    "_of": "endpoint_id",
+    "_but": "type",
 }
 # For batches by id: the index by endpoint would be read from its beginning for each of them.
 _FAILED = "main.webhook_failed NOT INDEXED"
@@ -6255,6 +6471,7 @@ _OF_EVENT = {
     "type": "e.type",
     "since": "e.created_at",
     "until": "e.created_at",
+    "_but": "e.type",
 }
 _PUBLIC_STATUS = """CASE WHEN d.status IN ('pending', 'queued')
        THEN CASE WHEN p.enabled = 0 THEN 'held' ELSE 'pending' END
@@ -6265,6 +6482,27 @@ _OF_DELIVERY = {
     "endpoint": "d.endpoint_id",
     "status": _PUBLIC_STATUS,
 }
+_NUMBERS = """SELECT p.id, (SELECT count(*) FROM webhook_failed WHERE endpoint_id = p.id),
+       p.enabled, p.failing_since,
+       (SELECT count(*) FROM webhook_deliveries
+         WHERE endpoint_id = p.id AND status = 'pending' AND due_at > :now) +
+       (SELECT count(*) FROM webhook_deliveries
+         WHERE endpoint_id = p.id AND queue IS NOT NULL AND status = 'queued'),
+       (SELECT count(*) FROM webhook_deliveries
+         WHERE endpoint_id = p.id AND status = 'pending' AND due_at <= :now),
+       (SELECT due_at FROM webhook_deliveries
+         WHERE endpoint_id = p.id AND status = 'pending' ORDER BY due_at LIMIT 1)
+  FROM webhook_endpoints AS p"""
+# The latest attempts, for the numbers of the last hour; for a tenant those of its latest events.
+_TRIED = "(SELECT * FROM webhook_attempts ORDER BY id DESC LIMIT 20000) AS a"
+_TRIED_OF_TENANT = """(SELECT seq FROM webhook_events WHERE tenant = :tenant ORDER BY seq DESC LIMIT 5000) AS latest
+                      CROSS JOIN webhook_attempts AS a ON a.event = latest.seq"""
+_DELIVERIES = """webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event
+                    LEFT JOIN webhook_endpoints AS p ON p.id = d.endpoint_id"""
+# A tenant's own: CROSS JOIN has SQLite begin with the tenant's events, whatever it counted of the
+# others'. What '*' endpoints got of them, and what removed endpoints had, is not among these.
+_DELIVERIES_OF_TENANT = """webhook_events AS e CROSS JOIN webhook_deliveries AS d ON d.event = e.seq
+                    CROSS JOIN webhook_endpoints AS p ON p.id = d.endpoint_id AND p.tenant = e.tenant"""
 
 
 def _chosen(columns: Mapping[str, str], filters: Mapping[str, Any]) -> tuple[str, list[Any]]:
@@ -6274,7 +6512,8 @@ def _chosen(columns: Mapping[str, str], filters: Mapping[str, Any]) -> tuple[str
     terms, values = list[str](), list[Any]()
     for name, value in filters.items():
         if name not in columns:
-            raise TypeError(f"there is no filter {name}; there are {', '.join(columns)}")
+            public = ", ".join(column for column in columns if column[0] != "_")
+            raise TypeError(f"there is no filter {name}; there are {public}")
         if value is not None:
             condition, check = _FILTERS[name]
             terms.append(condition.format(columns[name]))
@@ -6347,11 +6586,12 @@ class Outbox:
     that may be reached although private, also over http. max_body: bytes. retention: seconds that
     delivered events are kept. proxy: http://host:port; the network guard then is the proxy's duty.
     app_name: put into User-Agent. transforms: name -> callable(Event) -> bytes or (bytes, content
-    type), a pure function, for endpoints whose `body` names it. home: the name of this place
-    (production, say), else the variable WEBHOOK_OUTBOX_HOME: the first drain writes it into the file,
-    and no drain of another place sends from a copy until `adopt`. observer: called with each Notice,
-    in order, after it was recorded, in a thread of its own; one that falls 1,000 notices behind
-    misses some. clock, rng, resolver: seams for tests.
+    type), a pure function, for endpoints whose `body` names it. event_types: the catalogue, names or
+    name -> EventType: emit refuses others, an endpoint's patterns must match one. home: the name of
+    this place (production, say), else the variable WEBHOOK_OUTBOX_HOME: the first drain writes it
+    into the file, and no drain of another place sends from a copy until `adopt`. observer: called
+    with each Notice, in order, after it was recorded, in a thread of its own; one that falls 1,000
+    notices behind misses some. clock, rng, resolver: seams for tests.
 
     Safe to share between threads. Holds no connection, but for a drain that runs.
     """
@@ -6372,6 +6612,7 @@ class Outbox:
         proxy: str | None = None,
         app_name: str = "",
         transforms: Mapping[str, Callable[[Event], Any]] | None = None,
+        event_types: Mapping[str, EventType] | Iterable[str] | None = None,
         home: str | None = None,
         observer: Callable[[Notice], Any] | None = None,
         clock: Callable[[], float] = time.time,
@@ -6398,6 +6639,7 @@ class Outbox:
         )
         self.clock, self.rng, self.resolver = clock, rng, resolver
         self._guard = _Guard(_networks(allow_networks), allow_http)
+        self._catalogue = _Catalogue(event_types)
         self._identity = _prepare_file(self.path, create)
         self._forget_drains()
         _PROCESS.outboxes.add(self)
@@ -6464,7 +6706,7 @@ class Outbox:
         file), TransactionLost when SQLite itself rolled your transaction back; sqlite3 errors such
         as "database is locked" pass through.
         """
-        _checked_type(type)
+        self._catalogue.check(_checked_type(type))
         text, size = _checked_data(data)
         if size > self.max_body:
             raise PayloadError(
@@ -6486,18 +6728,9 @@ class Outbox:
         header_text = _dumps(_checked_headers(headers)) if headers else None
         now = self.clock()
         due_at = now + delay + self.retry.delays[0]
-        row = (
-            self._keys.new(now),
-            type,
-            tenant,
-            text,
-            key,
-            idempotency_key,
-            header_text,
-            now,
-            due_at,
-            self._identity,
-        )
+        internal = 1 if tenant is not None and type in self._catalogue.internal else None
+        kept = (key, idempotency_key, header_text, now, due_at, internal, self._identity)
+        row = (self._keys.new(now), type, tenant, text, *kept)
         if isinstance(conn, sqlite3.Connection):
             return self._insert(row, now, conn)
         return _in_its_thread(conn, functools.partial(self._insert, row, now))
@@ -6577,7 +6810,8 @@ class Outbox:
 
     def _columns(self, options: Mapping[str, Any], update: bool = False) -> dict[str, Any]:
         """Return checked column values for endpoint options."""
-        return _checked_options(options, _Known(self._guard, (*_BODIES, *self.transforms)), update)
+        known = _Known(self._guard, (*_BODIES, *self.transforms), self._catalogue)
+        return _checked_options(options, known, update)
 
     def add_endpoint(
         self,
@@ -6625,10 +6859,13 @@ class Outbox:
         )
         rows = cursor.fetchall()
         if not rows:
-            raise NotFound(
-                f"there is no endpoint {_one_line(str(id), 64)}; `endpoint list` shows those there are"
-            )
+            raise self._no_endpoint(id)
         return _endpoint(rows[0])
+
+    def _no_endpoint(self, id: object) -> NotFound:
+        return NotFound(
+            f"there is no endpoint {_one_line(str(id), 64)}; `endpoint list` shows those there are"
+        )
 
     def endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
         """Return an endpoint; raise NotFound."""
@@ -6639,11 +6876,12 @@ class Outbox:
         """Return all endpoints, or those of a tenant, oldest first. '*' is the tenant of those that
         see all."""
         of = _checked_tenant(tenant, or_all=True)
+        where, values = ("1", ()) if of is None else ("tenant = ?", (of,))
         with self._reading(conn) as cursor:
             cursor.execute(
                 f"""SELECT {_ENDPOINT_COLUMNS} FROM main.webhook_endpoints
-                     WHERE ? IS NULL OR tenant = ? ORDER BY created_at, id""",
-                (of, of),
+                     WHERE {where} ORDER BY created_at, id""",
+                values,
             )
             return [_endpoint(row) for row in cursor.fetchall()]
 
@@ -6786,9 +7024,16 @@ class Outbox:
             self._endpoint_on(cursor, id)
             return self._secrets_on(cursor, id)[0][0]
 
-    def ping(self, id: str) -> Attempt:
-        """Send a signed webhook.ping to an endpoint at once, enabled or not, and return what
-        happened. From a file of another home it raises OutboxError and sends nothing."""
+    @property
+    def event_types(self) -> Mapping[str, EventType] | None:
+        """The catalogue; None: there is none, and every type is good."""
+        return self._catalogue.types
+
+    def ping(self, id: str, *, type: str | None = None) -> Attempt:
+        """Send a signed webhook.ping, or the catalogue's example of `type`, to an endpoint at
+        once, enabled or not, and return what happened. From a file of another home it raises
+        OutboxError and sends nothing."""
+        data = "{}" if type is None else _dumps(self._catalogue.example(type))
         if refusal := self._refusal():
             raise OutboxError(refusal)
         with self._reading() as cursor:
@@ -6796,13 +7041,33 @@ class Outbox:
         now, started = self.clock(), time.monotonic()
         key = self._keys.new(now)
         picked = _Picked(
-            key, now, 0, None, None, "webhook.ping", "{}", 1, None, None, now, endpoint.tenant
+            key,
+            now,
+            0,
+            None,
+            None,
+            type or "webhook.ping",
+            data,
+            1,
+            None,
+            None,
+            now,
+            endpoint.tenant,
         )
         outcome = _send_once(self._settings(), endpoint, endpoint_secrets, picked)
         status, seconds = outcome.status_code, time.monotonic() - started
         return Attempt(
             picked.id, id, now, status, outcome.reason, outcome.error, seconds, outcome.response
         )
+
+    # Customers.
+
+    _door: ClassVar[type[Tenant]]  # set under Tenant, which stands below because it uses all verbs
+
+    def tenant(self, id: str, *, max_endpoints: int = 20) -> Tenant:
+        """Return the door of a customer, whose verbs know only what is that customer's. id: yours,
+        1 to 64 letters, digits, _ and -. max_endpoints: how many it may add through the door."""
+        return self._door(self, id, max_endpoints)
 
     # Draining.
 
@@ -6973,9 +7238,16 @@ class Outbox:
         """Return failed rows, oldest first. after: the id of the last row of the page before.
         Filters: ids, endpoint, tenant (of the event), type (or a group: order.*), reason, since and
         until (of failed_at)."""
+        return self._failed("webhook_failed", filters, limit, after)
+
+    def _failed(
+        self, source: str, filters: Mapping[str, Any], limit: int, after: int | None
+    ) -> list[FailedDelivery]:
+        """Read failed rows; source: what stands after FROM."""
         where, values = _chosen(_OF_FAILED, filters)
-        names = ", ".join(field.name for field in dataclasses.fields(FailedDelivery))
-        sql = f"SELECT {names} FROM webhook_failed WHERE id > ? AND {where} ORDER BY id LIMIT ?"
+        names = ", webhook_failed.".join(f.name for f in dataclasses.fields(FailedDelivery))
+        sql = f"""SELECT webhook_failed.{names} FROM {source}
+                   WHERE webhook_failed.id > ? AND {where} ORDER BY webhook_failed.id LIMIT ?"""
         rows = self._select(sql, after or 0, *values, _whole("limit", limit, 0, 10**9))
         return [FailedDelivery(*row) for row in rows]
 
@@ -6993,13 +7265,24 @@ class Outbox:
         Filters as in failed(); all=True says that you mean every row. dry_run only counts. Without
         conn it works in batches, so that no commit of the host waits long. Returns how many.
         """
+        return self._replay(all, dry_run, conn, filters, {})
+
+    def _replay(
+        self,
+        all: bool,
+        dry_run: bool,
+        conn: Any,
+        filters: Mapping[str, Any],
+        scope: Mapping[str, Any],
+    ) -> int:
+        """Replay of what filters choose in a scope, which is no filter: it chooses nothing."""
         now = float(self.clock())
         return self._act_on_failed(
             f"""UPDATE main.webhook_deliveries
                    SET status = 'pending', attempts = 0, first_attempt_at = NULL, due_at = {now!r}
                  WHERE status = 'failed' AND (event, endpoint_id) IN (
                    SELECT event, endpoint_id FROM {_FAILED} WHERE id BETWEEN ? AND ? AND {{where}})""",
-            all, dry_run, conn, filters,
+            all, dry_run, conn, filters, scope,
         )  # fmt: skip
 
     def discard(
@@ -7016,13 +7299,19 @@ class Outbox:
         return self._act_on_failed(statement, all, dry_run, conn, filters)
 
     def _act_on_failed(
-        self, statement: str, all: bool, dry_run: bool, conn: Any, filters: Filters
+        self,
+        statement: str,
+        all: bool,
+        dry_run: bool,
+        conn: Any,
+        filters: Mapping[str, Any],
+        scope: Mapping[str, Any] | None = None,
     ) -> int:
-        where, values = _chosen(_OF_FAILED, filters)
-        if where == "1" and not all:
+        if _chosen(_OF_FAILED, filters)[0] == "1" and not all:
             raise PayloadError(
                 "say which failed rows: ids, endpoint, tenant, type, reason, since, until or --all (all=True)"
             )
+        where, values = _chosen(_OF_FAILED, {**filters, **(scope or {})})
         if dry_run:
             with self._reading(conn) as cursor:
                 cursor.execute(f"SELECT count(*) FROM main.webhook_failed WHERE {where}", values)
@@ -7034,24 +7323,30 @@ class Outbox:
         """Deliver a recorded event again, delivered or not: to each endpoint that had it, or to
         `endpoint`, which need not have had it but must be of its tenant. Returns to how many.
         Raises NotFound."""
-        now = self.clock()
         with self._writing(conn) as cursor:
-            seq = self._seq_on(cursor, event_id)
-            if endpoint is not None:
-                self._give(cursor, seq, endpoint, now)
-            cursor.execute(
-                f"""UPDATE main.webhook_deliveries
-                       SET status = CASE WHEN status = 'queued' THEN status ELSE 'pending' END,
-                           attempts = 0, first_attempt_at = NULL, due_at = ?, delivered_at = NULL,
-                           queue = {_QUEUE_OF}
-                     WHERE event = ? AND endpoint_id IN (
-                       SELECT p.id FROM main.webhook_events AS e, main.webhook_endpoints AS p
-                        WHERE e.seq = ? AND ? IN ('', p.id) AND {_MAY_HAVE})""",
-                (now, seq, seq, endpoint or ""),
-            )
-            count = cursor.rowcount
-            cursor.execute(_SAY_WORK)
-            return count
+            return self._resend_on(cursor, event_id, endpoint)
+
+    def _resend_on(
+        self, cursor: sqlite3.Cursor, event_id: str, endpoint: str | None, of: str | None = None
+    ) -> int:
+        """Resend in a transaction; of: only to endpoints of this tenant, and not to those of
+        '*'."""
+        now, seq = self.clock(), self._seq_on(cursor, event_id)
+        if endpoint is not None:
+            self._give(cursor, seq, endpoint, now)
+        cursor.execute(
+            f"""UPDATE main.webhook_deliveries
+                   SET status = CASE WHEN status = 'queued' THEN status ELSE 'pending' END,
+                       attempts = 0, first_attempt_at = NULL, due_at = ?, delivered_at = NULL,
+                       queue = {_QUEUE_OF}
+                 WHERE event = ? AND ? IN ('', endpoint_id) AND EXISTS (
+                   SELECT 1 FROM main.webhook_events AS e, main.webhook_endpoints AS p
+                    WHERE e.seq = event AND p.id = endpoint_id AND ? IN ('', p.tenant) AND {_MAY_HAVE})""",
+            (now, seq, endpoint or "", of or ""),
+        )
+        count = cursor.rowcount
+        cursor.execute(_SAY_WORK)
+        return count
 
     def _give(self, cursor: sqlite3.Cursor, seq: int, endpoint: str, now: float) -> None:
         """Have a delivery of an event to an endpoint, in no queue yet; raise NotFound where there
@@ -7082,14 +7377,22 @@ class Outbox:
         for: a new endpoint, or one that was disabled. Events of other tenants are not for it.
         since, until: UTC seconds of emission. Returns how many."""
         since = _number("since", since, -1e12, 1e12)
-        where, values = _chosen(_OF_EVENT, {"since": since, "until": until, "type": type})
-        rows = "main.webhook_endpoints AS p, main.webhook_events AS e"
-        missed = f"""p.id = ? AND {where} AND {_MAY_HAVE}
-          AND EXISTS (SELECT 1 FROM json_each(p.events) AS one
-                       WHERE e.type GLOB one.value AND (one.value <> '*' OR e.type NOT GLOB 'webhook.*'))
-          AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries WHERE event = e.seq AND endpoint_id = p.id)"""
+        where, chosen = _chosen(_OF_EVENT, {"since": since, "until": until, "type": type})
+        values = list(chosen)
         with self._reading(conn) as cursor:
-            self._endpoint_on(cursor, endpoint)
+            tenant = self._endpoint_on(cursor, endpoint).tenant
+            events = self._events_for(tenant)
+            rows = f"main.webhook_endpoints AS p, {events}"
+            missed = f"""p.id = ? AND {where} AND {_MAY_HAVE}
+              AND EXISTS (SELECT 1 FROM json_each(p.events) AS one
+                           WHERE e.type GLOB one.value AND (one.value <> '*' OR e.type NOT GLOB 'webhook.*'))
+              AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries WHERE event = e.seq AND endpoint_id = p.id)"""
+            if self._catalogue.internal and tenant not in (
+                None,
+                "*",
+            ):  # only what the operator named
+                missed += " AND (e.type NOT IN (SELECT value FROM json_each(?)) OR e.type IN (SELECT value FROM json_each(p.events)))"
+                values.append(_dumps(sorted(self._catalogue.internal)))
             if dry_run:
                 cursor.execute(f"SELECT count(*) FROM {rows} WHERE {missed}", (endpoint, *values))
                 return int(cursor.fetchone()[0])
@@ -7099,9 +7402,18 @@ class Outbox:
         line_up = f"""UPDATE main.webhook_deliveries SET queue = {_QUEUE_OF}
                        WHERE event BETWEEN ? AND ? AND endpoint_id = ? AND queue IS NULL
                          AND status = 'pending' AND {_QUEUE_OF} IS NOT NULL"""
-        ranges = self._ranges("main.webhook_events AS e", "e.seq", where, values, 2_000, conn)
+        ranges = self._ranges(events, "e.seq", where, chosen, 2_000, conn)
         return self._in_batches(
             statement, (endpoint, *values), ranges, conn, {line_up: (endpoint,), _SAY_WORK: None}
+        )
+
+    def _events_for(self, tenant: str | None) -> str:
+        """Return what stands after FROM for the events that an endpoint of this tenant may have. A
+        customer's are looked up by the tenant: the others' would cost as much as they are."""
+        if tenant in (None, "*"):
+            return "main.webhook_events AS e"
+        return (
+            f"(SELECT * FROM main.webhook_events WHERE tenant = '{_checked_tenant(tenant)}') AS e"
         )
 
     # The record.
@@ -7140,13 +7452,16 @@ class Outbox:
         """Return events without their deliveries, newest first. after: the id of the last one of
         the page before."""
         chosen = {"events": ids, "tenant": tenant, "type": type, "since": since, "until": until}
+        return self._events(chosen, limit, after)
+
+    def _events(self, chosen: Mapping[str, Any], limit: int, after: str | None) -> list[Event]:
         where, values = _chosen(_OF_EVENT, chosen)
         if after is not None:
             where, values = f"{where} AND e.seq < ?", [*values, self._after(after)]
         sql = f"""SELECT e.id, e.type, e.data, e.tenant, e.key, e.created_at FROM webhook_events AS e
                    WHERE {where} ORDER BY e.seq DESC LIMIT ?"""
         rows = self._select(sql, *values, _whole("limit", limit, 0, 10**9))
-        return [Event(id, type, json.loads(data), *rest) for id, type, data, *rest in rows]
+        return [Event(id, type, _data_of(data), *rest) for id, type, data, *rest in rows]
 
     def _after(self, event_id: Any) -> int:
         """Return the key that a page goes on behind; the event itself may be pruned by now."""
@@ -7170,10 +7485,6 @@ class Outbox:
         """Return deliveries, newest event first. status: pending, held, delivered or failed.
         tenant, type, since, until: of the event. after: (event_id, endpoint_id) of the last one of
         the page before."""
-        if after is not None and not (isinstance(after, tuple) and len(after) == 2):
-            raise PayloadError(
-                "after must be (event_id, endpoint_id) of the last delivery of the page before"
-            )
         chosen = {
             "event_id": event_id,
             "endpoint": endpoint,
@@ -7181,51 +7492,62 @@ class Outbox:
             "type": type,
             "status": status,
         }
-        where, values = _chosen(_OF_DELIVERY, {**chosen, "since": since, "until": until})
+        chosen |= {"since": since, "until": until}  # type: ignore[dict-item]
+        return self._deliveries(_DELIVERIES, chosen, limit, after)
+
+    def _deliveries(
+        self, source: str, chosen: Mapping[str, Any], limit: int, after: tuple[str, str] | None
+    ) -> list[Delivery]:
+        """Read deliveries; source: what stands after FROM."""
+        if after is not None and not (isinstance(after, tuple) and len(after) == 2):
+            raise PayloadError(
+                "after must be (event_id, endpoint_id) of the last delivery of the page before"
+            )
+        where, values = _chosen(_OF_DELIVERY, chosen)
         if after is not None:
-            where += " AND (d.event, d.endpoint_id) < (?, ?)"
-            values += [self._after(after[0]), after[1]]
+            where += " AND e.seq <= ? AND (e.seq, d.endpoint_id) < (?, ?)"
+            values += [self._after(after[0]), self._after(after[0]), after[1]]
         sql = f"""SELECT e.id, d.endpoint_id, {_PUBLIC_STATUS}, d.attempts, d.due_at, d.delivered_at
-                    FROM webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event
-                    LEFT JOIN webhook_endpoints AS p ON p.id = d.endpoint_id
-                   WHERE {where} ORDER BY d.event DESC, d.endpoint_id DESC LIMIT ?"""
+                    FROM {source}
+                   WHERE {where} ORDER BY e.seq DESC, d.endpoint_id DESC LIMIT ?"""
         return [
             Delivery(*row) for row in self._select(sql, *values, _whole("limit", limit, 0, 10**9))
         ]
 
     def attempts(self, event_id: str, endpoint: str | None = None) -> list[Attempt]:
         """Return what was tried for an event, oldest first."""
+        return self._attempts(event_id, endpoint)
+
+    def _attempts(self, event_id: str, endpoint: str | None, scope: str = "1") -> list[Attempt]:
         with self._reading() as cursor:
             seq = self._seq_on(cursor, event_id)
-        sql = """SELECT ?, endpoint_id, at, status_code, reason, error, duration, response FROM webhook_attempts
-                  WHERE event = ? AND ? IN ('', endpoint_id) ORDER BY id"""
+        sql = f"""SELECT ?, endpoint_id, at, status_code, reason, error, duration, response FROM webhook_attempts
+                  WHERE event = ? AND ? IN ('', endpoint_id) AND {scope} ORDER BY id"""
         return [Attempt(*row) for row in self._select(sql, event_id, seq, endpoint or "")]
 
     def stats(self) -> Stats:
         """Return the outbox's numbers. Reads indexes, so it is quick beside a large backlog."""
-        now = self.clock()
+        return self._stats()
+
+    def _stats(self, tenant: str | None = None) -> Stats:
+        """Return the numbers of all endpoints, or of a tenant's."""
+        of, now = "1" if tenant is None else "p.tenant = :tenant", self.clock()
+        values = {"now": now, "since": now - 3600.0, "tenant": tenant}
         tried: dict[str, list[Any]] = collections.defaultdict(list)
         with self._reading() as cursor:
-            cursor.execute(
-                """SELECT p.id, (SELECT count(*) FROM webhook_failed WHERE endpoint_id = p.id),
-                          p.enabled, p.failing_since,
-                          (SELECT count(*) FROM webhook_deliveries
-                            WHERE endpoint_id = p.id AND status = 'pending' AND due_at > :now) +
-                          (SELECT count(*) FROM webhook_deliveries
-                            WHERE endpoint_id = p.id AND queue IS NOT NULL AND status = 'queued'),
-                          (SELECT count(*) FROM webhook_deliveries
-                            WHERE endpoint_id = p.id AND status = 'pending' AND due_at <= :now),
-                          (SELECT due_at FROM webhook_deliveries
-                            WHERE endpoint_id = p.id AND status = 'pending' ORDER BY due_at LIMIT 1)
-                     FROM webhook_endpoints AS p ORDER BY p.created_at, p.id""",
-                {"now": now},
-            )
+            cursor.execute(f"{_NUMBERS} WHERE {of} ORDER BY p.created_at, p.id", values)
             rows = cursor.fetchall()
-            attempts = """SELECT endpoint_id, at, duration, reason, error FROM
-                            (SELECT * FROM webhook_attempts ORDER BY id DESC LIMIT 20000) WHERE at >= ? ORDER BY id"""
-            for id, *attempt in cursor.execute(attempts, (now - 3600.0,)):
+            source = _TRIED if tenant is None else _TRIED_OF_TENANT
+            cursor.execute(
+                f"""SELECT a.endpoint_id, a.at, a.duration, a.reason, a.error FROM {source}
+                     WHERE a.at >= :since ORDER BY a.id""",
+                values,
+            )
+            for id, *attempt in cursor.fetchall():
                 tried[id].append(attempt)
-            (failed,) = cursor.execute("SELECT count(*) FROM webhook_failed").fetchone()
+            failed = sum(row[1] for row in rows)
+            if tenant is None:
+                (failed,) = cursor.execute("SELECT count(*) FROM webhook_failed").fetchone()
         endpoints = tuple(_endpoint_stats(row, tried[row[0]], now) for row in rows)
         enabled = [e for e in endpoints if e.enabled]
         return Stats(
@@ -7237,7 +7559,7 @@ class Outbox:
                 (e.oldest_due_age for e in enabled if e.oldest_due_age is not None), default=None
             ),
             endpoints=endpoints,
-            refusal=self._refusal(),
+            refusal=self._refusal() if tenant is None else None,  # it names paths
         )
 
     def metrics(self) -> str:
@@ -7292,6 +7614,304 @@ class Outbox:
                     yield found
 
         return self._in_batches(_PRUNE, (cutoff, cutoff), ranges())
+
+
+# ── tenant ────────────────────────────────────────────────────────────────────────────────────────
+# Promises: whoever holds a customer's door reaches nothing of anybody else. Each verb looks in one
+# transaction whose it is, then does what the outbox's verb of that name does. Knows no SQL but its
+# own scope.
+
+
+class Tenant:
+    """The door of one customer: the outbox's verbs, in the scope of that tenant.
+
+    What belongs to somebody else is NotFound, in the words for what does not exist; that holds for
+    each id that a verb is given, also as a filter. What a customer chose is never a reference: no
+    env:, no file:, no headers, only http addresses, and no event types that are the operator's.
+    What endpoints of tenant '*' got of the customer's events is neither shown nor touched.
+    """
+
+    __slots__ = ("_outbox", "id", "max_endpoints")
+
+    def __init__(self, outbox: Outbox, id: str, max_endpoints: int = 20) -> None:
+        if id is None or _checked_tenant(id) is None:
+            raise PayloadError("tenant must be the id of a customer: 1 to 64 letters, digits, _, -")
+        self._outbox, self.id = outbox, id
+        self.max_endpoints = _whole("max_endpoints", max_endpoints, 0, 10**9)
+
+    def __repr__(self) -> str:
+        return f"Tenant({self.id!r} of {self._outbox.path!r})"
+
+    # Endpoints.
+
+    @contextlib.contextmanager
+    def _at(self, id: str, conn: Any) -> Iterator[tuple[Any, Endpoint]]:
+        """Yield a connection in the caller's transaction, or in one of our own, and an endpoint of
+        this tenant; raise NotFound."""
+        with self._outbox._writing(conn) as cursor:
+            yield cursor if conn is None else conn, self._own(cursor, id)
+
+    def _own(self, cursor: sqlite3.Cursor, id: str) -> Endpoint:
+        endpoint = self._outbox._endpoint_on(cursor, id)
+        if endpoint.tenant != self.id:
+            raise self._outbox._no_endpoint(id)
+        return endpoint
+
+    def _checked(
+        self, url: str | None, options: Mapping[str, Any], secret: str | None = None
+    ) -> Any:
+        """Return the options of an endpoint that a customer chose; raise what is wrong with them.
+        Forms and APIs of the host hand on what came from outside, so the list is of what is
+        allowed."""
+        allowed = TenantOptions.__annotations__
+        if unknown := sorted(set(options) - set(allowed)):
+            raise PayloadError(
+                f"a customer's endpoint has no option {', '.join(unknown)}; "
+                f"there are url, {', '.join(allowed)}"
+            )
+        if url is not None and not (isinstance(url, str) and re.match("https?://", url, re.I)):
+            _refuse_url("write https://host/path")
+        if secret is not None and not (isinstance(secret, str) and secret.startswith("whsec_")):
+            raise PayloadError("secret must start with whsec_; leave it out to get a good one")
+        if "events" not in options:
+            return dict(options)
+        patterns = _checked_patterns(options["events"])
+        if own := [pattern for pattern in patterns if pattern.startswith("webhook.")]:
+            raise PayloadError(f"events: there is no event type {own[0]} for customers")
+        self._outbox._catalogue.public().check_patterns(patterns)
+        return {**options, "events": patterns}
+
+    @contextlib.contextmanager
+    def _customers_words(self) -> Iterator[None]:
+        """Leave out of an error what only the operator can do."""
+        try:
+            yield
+        except UnsafeURL as error:
+            raise UnsafeURL(str(error).partition("; allow_networks")[0]) from None
+
+    def add_endpoint(
+        self,
+        url: str,
+        *,
+        id: str | None = None,
+        secret: str | None = None,
+        conn: Any = None,
+        **options: Unpack[TenantOptions],
+    ) -> Endpoint:
+        """Register where this customer's events go, as Outbox.add_endpoint, up to max_endpoints.
+        Options: events, description. The Endpoint that it returns shows the secret."""
+        checked = self._checked(url, options, secret)
+        outbox = self._outbox
+        with self._customers_words(), outbox._writing(conn) as cursor:
+            of = "SELECT count(*) FROM main.webhook_endpoints WHERE tenant = ?"
+            if cursor.execute(of, (self.id,)).fetchone()[0] >= self.max_endpoints:
+                raise PayloadError(
+                    f"there are {self.max_endpoints} endpoints, as many as may be; remove one first"
+                )
+            own = cursor if conn is None else conn
+            return outbox.add_endpoint(
+                url, id=id, secret=secret, tenant=self.id, conn=own, **checked
+            )
+
+    def update_endpoint(
+        self, id: str, *, url: str | None = None, conn: Any = None, **changes: Unpack[TenantOptions]
+    ) -> Endpoint:
+        """Change an endpoint's url, events or description. Where the operator gave an endpoint
+        headers or a certificate, its url stays: another receiver would get them."""
+        checked = self._checked(url, changes)
+        with self._customers_words(), self._at(id, conn) as (own, endpoint):
+            if url not in (None, endpoint.url) and (endpoint.headers or endpoint.cert):
+                raise PayloadError(
+                    "the url of this endpoint cannot be changed here: credentials were set for it"
+                )
+            return self._outbox.update_endpoint(id, url=url, conn=own, **checked)
+
+    def endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
+        """Return an endpoint of this customer; raise NotFound."""
+        with self._outbox._reading(conn) as cursor:
+            return self._own(cursor, id)
+
+    def endpoints(self, *, conn: Any = None) -> list[Endpoint]:
+        """Return the customer's endpoints, oldest first."""
+        return self._outbox.endpoints(tenant=self.id, conn=conn)
+
+    def enable_endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
+        """Resume an endpoint's held deliveries, with its failures forgotten."""
+        with self._at(id, conn) as (own, _):
+            return self._outbox.enable_endpoint(id, conn=own)
+
+    def disable_endpoint(self, id: str, reason: str = "", *, conn: Any = None) -> Endpoint:
+        """Hold an endpoint's deliveries."""
+        with self._at(id, conn) as (own, _):
+            return self._outbox.disable_endpoint(id, reason, conn=own)
+
+    def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
+        """Delete an endpoint with its waiting and failed deliveries."""
+        self.endpoint(id, conn=conn)
+        self._outbox.remove_endpoint(id, conn=conn)
+
+    def rotate_secret(
+        self, id: str, *, secret: str | None = None, grace: float = 86_400.0, conn: Any = None
+    ) -> Endpoint:
+        """Give an endpoint a new secret; the old one signs too for `grace` seconds."""
+        self._checked(None, {}, secret)
+        with self._at(id, conn) as (own, _):
+            return self._outbox.rotate_secret(id, secret=secret, grace=grace, conn=own)
+
+    def ping(self, id: str, *, type: str | None = None) -> Attempt:
+        """Send a webhook.ping, or the catalogue's example of a type, at once."""
+        self.endpoint(id)
+        if type is not None:
+            self._outbox._catalogue.public().example(type)
+        if self._outbox._refusal():  # it names the file
+            raise OutboxError("nothing is sent from here now; ask who runs this")
+        return self._outbox.ping(id, type=type)
+
+    # Events.
+
+    def emit(self, conn: Any, type: str, data: Any, **options: Unpack[EmitOptions]) -> str:
+        """Record an event of this customer in conn's open transaction, as Outbox.emit."""
+        if options.setdefault("tenant", self.id) != self.id:
+            raise PayloadError(f"this is the door of {self.id}; leave the tenant out")
+        self._outbox._catalogue.public().check(_checked_type(type))
+        return self._outbox.emit(conn, type, data, **options)
+
+    def _scope(self, filters: Mapping[str, Any]) -> dict[str, Any]:
+        """Return filters in the scope of this tenant; an id in them that is not the customer's is
+        NotFound."""
+        if filters.get("endpoint") is not None:
+            self.endpoint(filters["endpoint"])
+        if filters.get("event_id") is not None:
+            with self._outbox._reading() as cursor:
+                self._seen(cursor, filters["event_id"])
+        internal = self._outbox._catalogue.internal
+        return {**filters, "_but": sorted(internal) if internal else None}
+
+    def _seen(self, cursor: sqlite3.Cursor, event_id: str) -> None:
+        """Raise NotFound where an event is not this customer's, or of an internal type."""
+        seq = self._outbox._seq_on(cursor, event_id)
+        cursor.execute("SELECT tenant, type FROM main.webhook_events WHERE seq = ?", (seq,))
+        tenant, type = cursor.fetchone()
+        if tenant != self.id or type in self._outbox._catalogue.internal:
+            raise self._outbox._no_event(event_id)
+
+    def event(self, id: str) -> Event:
+        """Return an event with its deliveries to the customer's endpoints; raise NotFound."""
+        deliveries = tuple(self.deliveries(event_id=id, limit=10_000))
+        found = self._outbox._events({"events": [id], "tenant": self.id}, 1, None)
+        if not found:
+            raise self._outbox._no_event(id)
+        return dataclasses.replace(found[0], deliveries=deliveries)
+
+    def events(
+        self,
+        *,
+        type: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        limit: int = 100,
+        after: str | None = None,
+    ) -> list[Event]:
+        """Return the customer's events without their deliveries, newest first."""
+        chosen = self._scope({"tenant": self.id, "type": type, "since": since, "until": until})
+        return self._outbox._events(chosen, limit, after)
+
+    def deliveries(
+        self,
+        *,
+        event_id: str | None = None,
+        endpoint: str | None = None,
+        type: str | None = None,
+        status: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        limit: int = 100,
+        after: tuple[str, str] | None = None,
+    ) -> list[Delivery]:
+        """Return deliveries to the customer's endpoints, newest event first, as
+        Outbox.deliveries."""
+        chosen: dict[str, Any] = {"event_id": event_id, "endpoint": endpoint, "tenant": self.id}
+        chosen |= {"type": type, "status": status, "since": since, "until": until}
+        return self._outbox._deliveries(_DELIVERIES_OF_TENANT, self._scope(chosen), limit, after)
+
+    def attempts(self, event_id: str, endpoint: str | None = None) -> list[Attempt]:
+        """Return what was tried for an event at the customer's endpoints, oldest first."""
+        self._scope({"event_id": event_id, "endpoint": endpoint})
+        scope = f"""endpoint_id IN (SELECT id FROM webhook_endpoints WHERE tenant = '{self.id}')"""
+        return self._outbox._attempts(event_id, endpoint, scope)
+
+    def failed(
+        self, *, limit: int = 100, after: int | None = None, **filters: Unpack[Filters]
+    ) -> list[FailedDelivery]:
+        """Return failed rows of the customer's endpoints, oldest first, as Outbox.failed."""
+        chosen = self._scope({**filters, "tenant": None})
+        source = f"""(SELECT id AS of FROM webhook_endpoints WHERE tenant = '{self.id}')
+                      CROSS JOIN webhook_failed INDEXED BY webhook_failed_endpoint ON endpoint_id = of"""
+        return self._outbox._failed(source, chosen, limit, after)
+
+    def replay(
+        self,
+        *,
+        all: bool = False,
+        dry_run: bool = False,
+        conn: Any = None,
+        **filters: Unpack[Filters],
+    ) -> int:
+        """Make failed rows of the customer's endpoints pending again, as Outbox.replay."""
+        chosen = {name: value for name, value in filters.items() if name != "tenant"}
+        scope = {**self._scope(chosen), "_of": self.id}
+        return self._outbox._replay(all, dry_run, conn, chosen, scope)
+
+    def resend(self, event_id: str, *, endpoint: str | None = None, conn: Any = None) -> int:
+        """Deliver a recorded event again to the customer's endpoints that had it, or to one of
+        them. Raises NotFound."""
+        with self._outbox._writing(conn) as cursor:
+            self._seen(cursor, event_id)
+            if endpoint is not None:
+                self._own(cursor, endpoint)
+            return self._outbox._resend_on(cursor, event_id, endpoint, self.id)
+
+    def backfill(
+        self,
+        endpoint: str,
+        *,
+        since: float,
+        until: float | None = None,
+        type: str | None = None,
+        dry_run: bool = False,
+    ) -> int:
+        """Give an endpoint the customer's recorded events of a time that match it and that it has
+        no delivery for. Returns how many."""
+        self.endpoint(endpoint)
+        return self._outbox.backfill(endpoint, since=since, until=until, type=type, dry_run=dry_run)
+
+    def stats(self) -> Stats:
+        """Return the numbers of the customer's endpoints."""
+        return self._outbox._stats(self.id)
+
+    def forget(self) -> int:
+        """Delete all that is the customer's: endpoints, events with what '*' endpoints got of
+        them, attempts, failed rows. In batches, so that no commit of the host waits long; run again
+        where it was cut off. Returns how many events."""
+        outbox, of = self._outbox, "tenant = ? AND seq BETWEEN ? AND ?"
+        for endpoint in self.endpoints():
+            outbox.remove_endpoint(endpoint.id)
+        count = 0
+        for ends in outbox._ranges(outbox._events_for(self.id), "e.seq", "1", (), 200, None):
+            started = time.monotonic()
+            with outbox._writing(None) as cursor:
+                cursor.execute(
+                    f"""DELETE FROM main.webhook_failed
+                         WHERE event IN (SELECT seq FROM main.webhook_events WHERE {of})""",
+                    (self.id, *ends),
+                )
+                cursor.execute(f"DELETE FROM main.webhook_events WHERE {of}", (self.id, *ends))
+                count += cursor.rowcount
+            time.sleep(time.monotonic() - started)
+        return count
+
+
+Outbox._door = Tenant
 
 
 # ── receiving ─────────────────────────────────────────────────────────────────────────────────────

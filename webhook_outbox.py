@@ -1468,6 +1468,11 @@ class _NoAddress(Exception):
     """The name did not resolve in time."""
 
 
+class _NoRoom(_NoAddress):
+    """The name was not looked up, because too many lookups are stuck. That is a lack of room on our
+    side, so it counts as no attempt."""
+
+
 class _Place(NamedTuple):
     """What a connection belongs to: every endpoint of the same place may use it."""
 
@@ -1509,49 +1514,95 @@ def _is_exhaustion(error: BaseException) -> bool:
 
 
 class _Lookups:
-    """Name lookups with a time limit. They cannot be interrupted, so a stuck one keeps a thread of
-    its own: at most one a host (who else asks for it waits for the same answer) and 32 in all."""
+    """Name lookups with a time limit, shared by the threads that open connections.
+
+    A lookup cannot be interrupted, so one that is stuck keeps a thread of its own. There is at most
+    one a host (who else asks for it waits for the same answer) and 32 in all, of which half are for
+    hosts that resolved before: strangers whose names hang cannot use them up. A host whose lookup
+    hung rests for a minute, in which asking for it costs nothing.
+
+    Where a lookup hangs, finds no room, or the resolver says that it cannot answer now, the
+    addresses that the host had last serve again; whoever dials judges them again. Where the
+    resolver says that there is no such name, they do not.
+    """
+
+    _REMEMBERED = 4_096  # hosts
+    _RESTS = 60.0  # seconds
+    _PATIENCE = 1.0  # seconds for a host whose last addresses can serve
 
     def __init__(self, resolver: _Resolver | None) -> None:
         self._resolver = resolver or _getaddrinfo
-        self._lock = threading.Lock()  # guards _running; held for dictionary work only
-        self._running: dict[tuple[str, int], concurrent.futures.Future[list[str]]] = {}
+        self._lock = threading.Lock()  # guards the three below; held for dictionary work only
+        self._running: dict[str, concurrent.futures.Future[list[str]]] = {}
+        self._last: dict[str, list[str]] = {}  # addresses of hosts, the one found last at the end
+        self._rests: dict[str, float] = {}  # hosts whose lookup hung; monotonic, until when
 
     def find(self, host: str, port: int, deadline: float) -> list[str]:
-        """Return the host's addresses; raise _NoAddress."""
-        with self._lock:
-            answer = self._running.get((host, port))
-            if answer is None:
-                if len(self._running) >= _MAX_LOOKUPS:
-                    raise _NoAddress(
-                        f"{_MAX_LOOKUPS} name lookups are stuck; is the resolver down?"
-                    )
-                answer = concurrent.futures.Future()
-                _start_thread(self._look_up, host, port, answer)
-                self._running[host, port] = answer
+        """Return the host's addresses; raise _NoAddress, or _NoRoom."""
+        host = host.lower()
         try:
-            addresses = answer.result(max(0.0, min(_LOOKUP_TIMEOUT, deadline - time.monotonic())))
+            answer = self._ask(host, port)
+            patience = self._PATIENCE if host in self._last else _LOOKUP_TIMEOUT
+            addresses = answer.result(max(0.0, min(patience, deadline - time.monotonic())))
         except concurrent.futures.TimeoutError:
-            raise _NoAddress(f"looking up {host} took too long") from None
-        except (
-            Exception
-        ) as error:  # OSError by contract; UnicodeError from names that cannot be encoded
+            with self._lock:
+                self._rests[host] = time.monotonic() + self._RESTS
+            return self._again(host, _NoAddress(f"looking up {host} took too long"))
+        except _NoAddress as error:
+            return self._again(host, error)
+        except Exception as error:  # OSError by contract; UnicodeError where a name is none
             if _is_exhaustion(error):
                 raise
             why = getattr(error, "strerror", None) or type(error).__name__
-            raise _NoAddress(f"{host} does not resolve: {why}") from None
+            failure = _NoAddress(f"{host} does not resolve: {why}")
+            if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
+                return self._again(host, failure)
+            raise failure from None
         if not addresses:
             raise _NoAddress(f"{host} has no address")
-        return list(dict.fromkeys(addresses))
+        return addresses
+
+    def _ask(self, host: str, port: int) -> concurrent.futures.Future[list[str]]:
+        """Return the answer to come to a lookup, begun now unless one is under way."""
+        with self._lock:
+            if time.monotonic() < self._rests.get(host, 0.0):
+                raise _NoAddress(f"looking up {host} took too long lately; it rests for a minute")
+            answer = self._running.get(host)
+            if answer is None:
+                room = _MAX_LOOKUPS if host in self._last else _MAX_LOOKUPS // 2
+                if len(self._running) >= room:
+                    stuck = f"{len(self._running)} name lookups are stuck; is the resolver down?"
+                    raise _NoRoom(stuck)
+                answer = concurrent.futures.Future()
+                _start_thread(self._look_up, host, port, answer)
+                self._running[host] = answer
+            return answer
+
+    def _again(self, host: str, failure: _NoAddress) -> list[str]:
+        """Return the addresses that a host had last; raise the failure where it had none."""
+        addresses = self._last.get(host)
+        if addresses is None:
+            raise failure from None
+        return addresses
 
     def _look_up(self, host: str, port: int, answer: concurrent.futures.Future[list[str]]) -> None:
+        addresses, failure = list[str](), None
         try:
-            answer.set_result(self._resolver(host, port))
+            addresses = list(dict.fromkeys(self._resolver(host, port)))
         except BaseException as error:
-            answer.set_exception(error)
-        finally:
-            with self._lock:
-                self._running.pop((host, port), None)
+            failure = error
+        with self._lock:
+            self._running.pop(host, None)
+            self._rests.pop(host, None)
+            if addresses:
+                self._last.pop(host, None)
+                self._last[host] = addresses
+                if len(self._last) > self._REMEMBERED:
+                    del self._last[next(iter(self._last))]
+        if failure is None:
+            answer.set_result(addresses)
+        else:
+            answer.set_exception(failure)
 
 
 def _connect(address: str, port: int, patience: float) -> socket.socket:
@@ -3944,12 +3995,9 @@ _OPENERS_EACH = (
     2  # and for one origin or endpoint, so that those which cannot be reached do not fill the pool
 )
 _OPENER_RESTS = 0.5  # seconds that a thread waits for more work before it ends
-_PROVEN = 600.0  # seconds since its last success in which an endpoint may use all places
-_SHARES = (
-    1.0,
-    0.5,
-    0.375,
-)  # of places and openers that endpoints of each rank may fill, and of the ranks after it
+_PROVEN = 600.0  # seconds since its last success in which an endpoint counts as one that answers
+_QUICK = 1.0  # seconds that attempts of a quick endpoint hold their place at the most, on average
+_STEADY = 3, 10.0  # quick answers in a row, and the most seconds from each to the next, and to now
 _FIRST_LIMIT = 8  # exchanges at once with an endpoint that nothing is known about
 _UNOBSERVED = 1_000  # notices that may wait for the observer; more are dropped
 _UNRECORDED = 2_000  # outcomes that may wait for the write lock before sending pauses
@@ -4204,7 +4252,7 @@ class _Lane:
 
     __slots__ = (
         "active", "backlog", "broken", "disable", "enabled", "endpoint", "health", "id", "limit", "line", "lost",
-        "making", "next_slot", "proven_until", "usual", "wire",
+        "answered_at", "holds", "making", "next_slot", "proven_until", "streak", "usual", "wire",
     )  # fmt: skip
 
     def __init__(self, id: str) -> None:
@@ -4223,7 +4271,10 @@ class _Lane:
         self.limit = float(_FIRST_LIMIT)
         self.line: int | None = None  # the rank in whose line it stands
         self.next_slot = 0.0  # monotonic: the rate limit's next place
-        self.proven_until = 0.0  # monotonic
+        self.proven_until = 0.0  # monotonic: until then it is known to answer; a timeout ends it
+        self.holds = 0.0  # seconds that its attempts lately held their place, on average
+        self.answered_at = -math.inf  # monotonic: the last success
+        self.streak = 0  # quick answers in a row that came within ten seconds of each other
         self.usual = 0.0  # seconds that an answer takes
         self.disable: str | None = None  # why, until that is recorded
 
@@ -4258,12 +4309,33 @@ class _Lane:
             and self.next_slot <= mono
         )
 
+    def quick(self, mono: float) -> bool:
+        """Say whether it answered lately, and its attempts hold their places for a second at most."""
+        return self.proven_until > mono and self.holds <= _QUICK
+
+    def steady(self, mono: float) -> bool:
+        """Say whether it is quick right now: it answered several times in a row, a moment ago."""
+        answers, seconds = _STEADY
+        return self.streak >= answers and mono - self.answered_at <= seconds
+
     def rank(self, mono: float) -> int:
-        """Return 0 for an endpoint that answered lately, 1 where nothing is known and the first
-        attempt will find out, 2 for one that failed, or has not answered yet."""
-        if self.proven_until > mono:
+        """Return 0 for a quick endpoint, 1 where nothing is known and the first attempt will find
+        out, 2 for one that is slow, that failed, or that has not answered yet."""
+        if self.quick(mono):
             return 0
-        return 1 if self.health.failing_since is None and not self.active else 2
+        untried = self.health.failing_since is None and self.holds <= _QUICK and not self.active
+        return 1 if untried else 2
+
+    def held(self, seconds: float, ended: bool = True) -> None:
+        """Note how long an attempt has held its place; it may be still under way. The average rises
+        by a quarter and falls by half, so that a receiver that hangs at every second request
+        stays slow, and one that hung once is quick again after two or three answers."""
+        if seconds > _QUICK:
+            self.streak = 0
+        if not ended:
+            self.holds = max(self.holds, seconds)
+        else:
+            self.holds += (seconds - self.holds) / (4 if seconds > self.holds else 2)
 
     def take_slot(self, mono: float) -> None:
         if self.endpoint.rate:  # a late loop may catch up on 50 ms, so that the average is exact
@@ -4279,11 +4351,16 @@ class _Lane:
             after = before.after(outcome, now, policy)
             self.health = _WELL if after == _WELL else after
         if outcome.reason is None:
-            self.proven_until = mono + _PROVEN
+            self.streak = self.streak + 1 if mono - self.answered_at <= _STEADY[1] else 1
+            self.answered_at, self.proven_until = mono, mono + _PROVEN
             if self.limit < self.endpoint.max_in_flight:
                 self.limit = min(self.limit + 1, self.endpoint.max_in_flight)
         elif outcome.overloaded or (outcome.status_code or 0) >= 500:
             self.limit = max(1.0, self.limit / 2)
+        if outcome.reason is not None:
+            self.streak = 0
+        if outcome.reason == "timeout":
+            self.proven_until = 0.0
         return None if after is before else after.change(before)
 
 
@@ -4299,7 +4376,7 @@ class _Turns:
 
     def __init__(self) -> None:
         self.lines: tuple[collections.OrderedDict[_Lane, None], ...] = tuple(
-            collections.OrderedDict() for _ in _SHARES
+            collections.OrderedDict() for _ in range(3)
         )
 
     def __bool__(self) -> bool:
@@ -4322,6 +4399,7 @@ _ORDER_KNOWN = (
     0.1  # seconds: of connections opened so soon after another nobody knows which one came first
 )
 _CROWDED = 1.0  # seconds that the first answer of a connection may take before others make room for it, and then
+_ROOM_MAY_COME = 0.5  # seconds that an endpoint rests whose name found no room to be looked up
 _ROOM_HELPS = 0.25  # seconds after room was made within which an answer proves that this helped
 _CROWDED_FOR = 30.0  # seconds in which an origin then gets no more connections than brought answers
 
@@ -4406,9 +4484,8 @@ class _Origin:
         self.idle: list[_Connection] = []  # the one that was used last is used next
         self.open = self.proven = self.hanging = self.opening = 0
         self.waiting: dict[_Attempt, None] = {}  # in the step placing, oldest first
-        self.parked: dict[
-            _Lane, None
-        ] = {}  # lanes that could start an attempt if there were a connection
+        # Lanes that could start an attempt if there were a connection, by rank.
+        self.parked: tuple[dict[_Lane, None], ...] = ({}, {}, {})
         self.pressing: dict[
             _Attempt, float | None
         ] = {}  # when room was made for each (monotonic), if it was
@@ -4437,7 +4514,7 @@ class _Origin:
         return None not in self.pressing.values() and self.open - self.hanging <= self._most(mono)
 
     def unused(self) -> bool:
-        return not (self.open or self.opening or self.waiting or self.parked)
+        return not (self.open or self.opening or self.waiting or any(self.parked))
 
     def press(self, connection: _Connection, attempt: _Attempt, mono: float) -> bool:
         """Have another connection make room for an attempt that takes long; False where that does
@@ -5055,7 +5132,7 @@ class _Sender:
             if origin.idle:
                 return True
             if not origin.has_room(mono):
-                origin.parked[lane] = None
+                origin.parked[lane.line or 0][lane] = None
                 self.crowded[origin] = None
                 return None
         return self.openers.free(share, proven, mono)
@@ -5064,9 +5141,10 @@ class _Sender:
         mono, wire = time.monotonic(), lane.wire
         deadline = mono + (lane.endpoint.timeout or self.settings.timeout)
         origin = None if wire is None else self.origin(wire)
-        attempt = _Attempt(lane, wire, origin, picked, now, mono, deadline, look_at=deadline)
+        attempt = _Attempt(lane, wire, origin, picked, now, mono, deadline)
+        attempt.look_at = min(deadline, mono + _QUICK)
         self.attempts.add(attempt)
-        self._look_at = min(self._look_at, deadline)
+        self._look_at = min(self._look_at, attempt.look_at)
         lane.active += 1
         try:
             if wire is None:
@@ -5135,10 +5213,13 @@ class _Sender:
             if not self._submit(_Job(attempt, False, [])):
                 attempt.opening = False
                 origin.opening -= 1
-        if origin.parked and not origin.waiting and origin.has_room(mono):
-            lane = next(iter(origin.parked))
-            del origin.parked[lane]
-            self.freed.append(lane)
+        if origin in self.crowded and not origin.waiting and origin.has_room(mono):
+            # One of each rank: one that gets no place now, because its rank has its share, must not
+            # keep the others from the connection.
+            for parked in filter(None, origin.parked):
+                lane = next(iter(parked))
+                del parked[lane]
+                self.freed.append(lane)
 
     def _carry(self, connection: _Connection, mono: float, attempt: _Attempt | None = None) -> None:
         """Have a connection carry an attempt that waits at its origin, the first one or a certain
@@ -5203,7 +5284,7 @@ class _Sender:
         else:
             self.exchanges.shut(connection)
         self._finish(attempt, outcome)
-        if origin.waiting or origin.parked:
+        if origin.waiting or origin in self.crowded:
             self._serve(origin, mono)
 
     def _keep(self, connection: _Connection, mono: float) -> None:
@@ -5246,6 +5327,9 @@ class _Sender:
         if isinstance(result, BaseException):
             if waits and _is_exhaustion(result):
                 self._starve(attempt, result)
+            elif waits and isinstance(result, _NoRoom):
+                attempt.lane.next_slot = max(attempt.lane.next_slot, mono + _ROOM_MAY_COME)
+                self._finish(attempt, None)
             elif waits:
                 self._finish(attempt, _failure(result, attempt.hidden))
         else:
@@ -5254,7 +5338,9 @@ class _Sender:
                 self._carry(connection, mono, attempt)
             elif origin.waiting and not self.stopping:
                 self._carry(connection, mono)
-            elif not self.stopping and (origin.parked or (origin.proven and origin.keeps(mono))):
+            elif not self.stopping and (
+                any(origin.parked) or (origin.proven and origin.keeps(mono))
+            ):
                 self._keep(connection, mono)  # thrown away, it would be opened again in a moment
             else:
                 self.exchanges.shut(connection)
@@ -5272,12 +5358,12 @@ class _Sender:
         for attempt in sorted(
             (a for a in self.attempts if a.look_at <= mono), key=lambda a: a.started
         ):
+            attempt.lane.held(mono - attempt.started, ended=False)
             if mono < attempt.deadline:
                 self._press(attempt, mono)
             elif attempt.connection is None and mono < attempt.deadline + 0.25:
-                attempt.look_at = (
-                    attempt.deadline + 0.25
-                )  # who opens a connection ends by then, and knows more
+                # Who opens a connection for it ends by then, and knows more.
+                attempt.look_at = attempt.deadline + 0.25
             else:
                 self._expire(attempt, mono)
         self._look_at = min((attempt.look_at for attempt in self.attempts), default=math.inf)
@@ -5316,7 +5402,7 @@ class _Sender:
         room."""
         self._shut_idle(mono - _IDLE_CONNECTION, mono)
         for origin in list(self.crowded):
-            if origin.parked:
+            if any(origin.parked):
                 self._serve(origin, mono)
             else:
                 del self.crowded[origin]
@@ -5407,6 +5493,126 @@ class _Schedule:
     def next(self, now: float, mono: float) -> float:
         """Return the seconds until a lane is due."""
         return max(0.0, min(self.due.next() - now, self.slots.next() - mono))
+
+
+_KEPT = 8  # one in so many places is kept for the quick, and is what one endpoint may hold
+# By rank: of places and openers, what endpoints may fill that are not quick.
+_SHARES = (1.0, 0.5, 0.375)
+
+
+def _no_place(
+    rank: int, idle: bool, under_way: int, slow: int, workers: int, alone: bool
+) -> str | None:
+    """Return why an endpoint may not have one more place, or None.
+
+    rank, idle: the endpoint's rank; whether it is steady and has nothing under way. under_way,
+    slow: all attempts that are, and those of endpoints that are not quick. alone: no other endpoint
+    began an attempt lately.
+    """
+    if under_way >= workers:
+        return "full"
+    if rank and slow >= max(1, int(workers * _SHARES[rank])):
+        return "share"
+    if not (alone or idle) and under_way >= workers - workers // _KEPT:
+        return "kept"
+    return None
+
+
+class _Places:
+    """Who may begin an attempt, and in which order. A place is one attempt under way; there are
+    `workers` of them.
+
+    A place is lost to the others for as long as an attempt holds it, whatever comes of it. So places
+    are given by time and not by outcome:
+
+    1. Endpoints that are not quick (see _Lane) share a part of the places: half for those that nothing
+       is known about, whose first attempt will find out, three eighths for the rest. Those that hang,
+       drip, or answer after fourteen seconds cannot fill more, however many they are.
+    2. The last eighth is kept for endpoints that have nothing under way and are steady: quick several
+       times in a row, and just now. When many that were quick begin to hang at the same moment, the
+       others still get through.
+    3. Who has an eighth of the places already comes after those who have less.
+    4. An endpoint that is alone, because no other began an attempt within a minute, gets them all.
+
+    Endpoints that are quick are served last: served first, they would take every place that becomes
+    free and leave none to the others.
+    """
+
+    __slots__ = ("_last", "_mixed_until", "workers")
+    _LATELY = 60.0  # seconds
+    _TRIES = 32  # endpoints in a row that are passed over in a turn
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._last: _Lane | None = None  # that began the latest attempt
+        self._mixed_until = 0.0  # monotonic: until then more than one endpoint counts as at work
+
+    def serve(
+        self,
+        schedule: _Schedule,
+        sender: _Sender,
+        now: float,
+        mono: float,
+        start: Callable[[_Lane], bool],
+    ) -> None:
+        """Start attempts of the lanes that stand in lines, one a turn, until places, work or threads
+        run out, or `start` says to stop."""
+        for rank in (1, 2, 0):
+            line = schedule.turns.lines[rank]
+            if line and not self._serve(rank, len(line) > 1, schedule, sender, now, mono, start):
+                return
+
+    def _serve(
+        self,
+        rank: int,
+        lean: bool,
+        schedule: _Schedule,
+        sender: _Sender,
+        now: float,
+        mono: float,
+        start: Callable[[_Lane], bool],
+    ) -> bool:
+        """Serve the line of a rank; lean: those that hold little first. False: stop altogether."""
+        turns, line = schedule.turns, schedule.turns.lines[rank]
+        quick = [attempt for attempt in sender.attempts if attempt.lane.quick(mono)] if rank else ()
+        openings = sum(attempt.connection is None for attempt in quick)
+        passed, fat = 0, False  # lanes passed over in a row; one of them for what it holds
+        while passed < min(len(line), self._TRIES):
+            lane = next(iter(line))
+            # Either may have changed since it joined.
+            if not lane.may_start(now, mono) or (rank == 0 and lane.holds > _QUICK):
+                turns.leave(lane)
+                schedule.place(lane, now, mono)
+                continue
+            under_way = len(sender.attempts)
+            idle = not lane.active and lane.steady(mono)
+            slow = under_way - len(quick) if rank else 0
+            why = _no_place(rank, idle, under_way, slow, self.workers, mono >= self._mixed_until)
+            if why in ("full", "share"):  # for the whole line
+                break
+            may_begin: bool | None = False
+            if why is None and lean and lane.active >= max(1, self.workers // _KEPT):
+                fat = True
+            elif why is None:
+                may_begin = sender.may_begin(lane, _SHARES[rank], openings, mono)
+            if may_begin is False:
+                line.move_to_end(lane)
+                passed += 1
+                continue
+            if may_begin:
+                passed = 0
+                if lane is not self._last:
+                    self._mixed_until = mono + self._LATELY if self._last else 0.0
+                    self._last = lane
+                if not start(lane):
+                    return False
+                if rank == lane.line == 0 and lane.may_start(now, mono):  # to the end of its line
+                    line.move_to_end(lane)
+                    continue
+            turns.leave(lane)
+            if may_begin:
+                schedule.place(lane, now, mono)
+        return not fat or self._serve(rank, False, schedule, sender, now, mono, start)
 
 
 class _Finder:
@@ -5740,6 +5946,7 @@ class _Drain:
         self.ledger, self.budget, self.teller = _Ledger(), _Budget(), _Teller(settings.observer)
         self.sender = _Sender(settings, self.bell.ring)
         self.finder = _Finder(settings, self.file, self.ledger)
+        self.places = _Places(settings.workers)
         self.record_at = 0.0  # monotonic: not before
         self.storing = True  # False: the last write failed for another reason than a lock; send nothing until one works
         self.counts, self.pruning = _Counts(), _Pruning()
@@ -5968,58 +6175,13 @@ class _Drain:
             self.finder.orphans.pop()
 
     def _start_attempts(self, now: float, mono: float) -> None:
-        """Give each endpoint one attempt a turn until places, work or openers run out. Endpoints
-        that have not answered lately get a share of places and openers only: those that hang would
-        fill them all. Endpoints that answered lately are served last: served first, they would
-        leave nothing to the others."""
-        if self.storing:
-            for rank in (1, 2, 0):
-                if self.finder.schedule.turns.lines[rank]:
-                    self._serve(rank, now, mono)
+        if self.storing and len(self.ledger.rows) < _UNRECORDED:
+            start = functools.partial(self._start, now)
+            self.places.serve(self.finder.schedule, self.sender, now, mono, start)
 
-    def _serve(self, rank: int, now: float, mono: float) -> None:
-        """Start attempts of the endpoints in the line of a rank, as far as its share goes."""
-        schedule, share, sender = self.finder.schedule, _SHARES[rank], self.sender
-        turns, line = schedule.turns, schedule.turns.lines[rank]
-        # What proven ones hold takes nothing from the share of the others, who would wait for the
-        # end of a backlog.
-        proven = (
-            [attempt for attempt in sender.attempts if attempt.lane.proven_until > mono]
-            if rank
-            else []
-        )
-        most = min(self.settings.workers, max(1, int(self.settings.workers * share)) + len(proven))
-        openings = sum(attempt.connection is None for attempt in proven)
-        stuck = 0  # endpoints in a row that found no thread
-        while (
-            stuck < min(len(line), 8)
-            and len(sender.attempts) < most
-            and len(self.ledger.rows) < _UNRECORDED
-        ):
-            lane = next(iter(line))
-            if not lane.may_start(now, mono):  # that changed since it joined
-                turns.leave(lane)
-                schedule.place(lane, now, mono)
-                continue
-            may_begin = sender.may_begin(lane, share, openings, mono)
-            if may_begin is False:
-                line.move_to_end(lane)
-                stuck += 1
-                continue
-            if may_begin:
-                stuck = 0
-                self._start(lane, now)
-                if rank == lane.line == 0 and lane.may_start(
-                    now, mono
-                ):  # its rank stays: to the end of its line
-                    line.move_to_end(lane)
-                    continue
-            turns.leave(lane)
-            if may_begin:
-                schedule.place(lane, now, mono)
-
-    def _start(self, lane: _Lane, now: float) -> None:
-        """Start the endpoint's next attempt, if it has something due."""
+    def _start(self, now: float, lane: _Lane) -> bool:
+        """Start the endpoint's next attempt, if it has something due. False: no more for now, since
+        too many outcomes wait to be recorded."""
         try:
             picked = lane.backlog.take(self.file.db, now)
         except sqlite3.Error as error:
@@ -6029,12 +6191,13 @@ class _Drain:
             # A damaged page is not the others' fault.
             lane.health = lane.health._replace(paused_until=now + _LONGEST_PROBE)
             _log.error("deliveries of endpoint %s cannot be read (%s)", lane.id, error)
-            return
+            return True
         if picked is not None:
             lane.take_slot(time.monotonic())
             self.sender.begin(lane, picked, now)
             if self.sender.done:  # it failed at once: to be learned before the next is tried
                 self._take_ended(now, time.monotonic())
+        return len(self.ledger.rows) < _UNRECORDED
 
     # Outcomes.
 
@@ -6055,6 +6218,7 @@ class _Drain:
         """Decide what an attempt's outcome means for its delivery and its endpoint."""
         lane, picked, policy = attempt.lane, attempt.picked, self.settings.retry
         was_enabled, health = lane.enabled, lane.health
+        lane.held(mono - attempt.started)
         change = lane.learn(outcome, now, mono, policy)
         first_at = attempt.wall if picked.first_attempt_at is None else picked.first_attempt_at
         status, due_at, reason = _verdict(

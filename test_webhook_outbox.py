@@ -2634,6 +2634,319 @@ def test_resend_delivers_again_whatever_became_of_it(database, serve):
     )
 
 
+def what_waits(path: str) -> dict[tuple[str, str], str]:
+    """Return the stored status of each delivery, by endpoint and event."""
+    rows = query(
+        path,
+        """SELECT d.endpoint_id, e.id, d.status
+             FROM webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event""",
+    )
+    return {(endpoint, event): status for endpoint, event, status in rows}
+
+
+CANCEL_FILTERS: list[dict[str, Any]] = [
+    {"all": True},
+    {"key": "k1"},
+    {"key": "nobody's"},
+    {"key": "k1", "tenant": "c42"},
+    {"key": "k2", "endpoint": "line"},
+    {"endpoint": "line"},
+    {"endpoint": "off"},
+    {"endpoint": "line", "type": "order.*"},
+    {"tenant": "c42"},
+    {"tenant": "c42", "type": "user.made"},
+    {"tenant": "c43"},
+    {"type": "order.paid"},
+    {"since": 1_700_000_002.0},
+    {"until": 1_700_000_003.0, "type": "order.*"},
+    {"since": 1_700_000_001.0, "until": 1_700_000_004.0, "endpoint": "all"},
+]
+
+
+@pytest.mark.parametrize("filters", CANCEL_FILTERS, ids=str)
+def test_cancel_takes_exactly_what_waits_and_the_filter_says(wal, serve, filters):
+    clock = Clock()
+    outbox = make_outbox(wal, clock=clock)
+    receiver = serve([OK, answer(500), OK])
+    outbox.add_endpoint(receiver.url(), id="all", tenant="*")
+    outbox.add_endpoint(receiver.url(), id="line", tenant="c42", ordered=True)
+    outbox.add_endpoint(receiver.url(), id="off")
+    emit(outbox, key="k1", tenant="c42")
+    outbox.drain(once=True)  # one is delivered, one waits for its next try
+    kinds = itertools.product(["order.paid", "user.made"], [None, "k1", "k2"], [None, "c42", "c43"])
+    events: dict[str, tuple[str, str | None, str | None, float]] = {}
+    with outbox.transaction() as conn:
+        for type, key, tenant in kinds:
+            id = outbox.emit(conn, type, {}, key=key, tenant=tenant)
+            events[id] = type, key, tenant, clock.now
+            clock.advance(0.5)
+        outbox.disable_endpoint("off", conn=conn)
+    was = what_waits(wal)
+    (tried,) = {event for _, event in was} - set(events)
+    events[tried] = "order.created", "k1", "c42", Clock().now
+
+    def chosen(endpoint: str, event: str) -> bool:
+        type, key, tenant, at = events[event]
+        return (
+            was[endpoint, event] in ("pending", "queued")
+            and filters.get("endpoint") in (None, endpoint)
+            and filters.get("tenant") in (None, tenant)
+            and filters.get("key") in (None, key)
+            and type.startswith(filters.get("type", "").removesuffix("*"))
+            and filters.get("since", 0.0) <= at < filters.get("until", math.inf)
+        )
+
+    expected = {pair for pair in was if chosen(*pair)}
+    assert outbox.cancel(**filters, dry_run=True) == len(expected) and what_waits(wal) == was
+    with emit_host(wal) as conn:
+        conn.execute("BEGIN")
+        assert outbox.cancel(**filters, conn=conn) == len(expected)
+        conn.execute("ROLLBACK")
+    assert what_waits(wal) == was
+    assert outbox.cancel(**filters) == len(expected)
+    now = what_waits(wal)
+    assert {pair for pair in now if now[pair] == "cancelled"} == expected
+    kept = {pair: status for pair, status in was.items() if pair not in expected}
+    open_as_one = {"queued": "pending"}  # the next one of a queue has become its head
+    assert {pair: open_as_one.get(now[pair], now[pair]) for pair in kept} == {
+        pair: open_as_one.get(status, status) for pair, status in kept.items()
+    }
+    assert {(d.endpoint_id, d.event_id) for d in outbox.deliveries(status="cancelled")} == expected
+    outbox.enable_endpoint("off")
+    clock.advance(10)
+    outbox.drain(until_empty=True)
+    assert set(what_waits(wal).values()) <= {"delivered", "cancelled"}
+    assert {p for p, status in what_waits(wal).items() if status == "cancelled"} == expected
+    if expected:
+        again = min(event for _, event in expected)
+        assert outbox.resend(again) and outbox.drain(once=True).delivered
+
+
+def test_what_cannot_be_meant_is_not_cancelled_retried_or_erased(wal):
+    outbox = make_outbox(wal)
+    id = emit(outbox)
+    dump = emit_dump(wal)
+    wrong: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+        ("cancel", {}, PayloadError, "all=True"),
+        ("cancel", {"dry_run": True}, PayloadError, "all=True"),
+        ("cancel", {"event_id": "msg_none"}, NotFound, "msg_none"),
+        ("cancel", {"event_id": id, "endpoint": "nobody"}, NotFound, "nobody"),
+        ("cancel", {"endpoint": "nobody"}, NotFound, "nobody"),
+        ("cancel", {"until": "2026"}, PayloadError, "until"),
+        ("cancel", {"key": ""}, PayloadError, "key"),
+        ("retry_now", {}, PayloadError, "say what"),
+        ("retry_now", {"endpoint": "nobody"}, NotFound, "nobody"),
+        ("retry_now", {"event_id": "msg_none"}, NotFound, "msg_none"),
+        ("retry_now", {"tenant": "not one!"}, PayloadError, "tenant"),
+        ("erase", {"event_id": "msg_none"}, NotFound, "msg_none"),
+        ("erase", {"event_id": None}, NotFound, "None"),
+    ]
+    for verb, options, error, words in wrong:
+        with pytest.raises(error, match=words):
+            getattr(outbox, verb)(**options)
+    assert emit_dump(wal) == dump
+
+
+def test_a_reminder_is_cancelled_by_its_key_in_the_transaction_that_pays_the_order(database, serve):
+    outbox, receiver = make_outbox(database, clock=(clock := Clock())), serve()
+    outbox.add_endpoint(receiver.url(), id="crm")
+    for order in ("17", "18"):
+        emit(outbox, "order.reminder", {"order": order}, key=order, delay=3600)
+    for end in ("ROLLBACK", "COMMIT"):
+        with emit_host(database) as conn:
+            conn.execute("BEGIN")
+            conn.execute("INSERT INTO orders (total) VALUES (1)")
+            assert outbox.cancel(key="17", type="order.reminder", conn=conn) == 1
+            conn.execute(end)
+    clock.advance(3601)
+    assert outbox.drain(until_empty=True).delivered == 1
+    assert json.loads(receiver.requests[0].body)["data"] == {"order": "18"}
+
+
+def test_cancel_by_event_key_or_endpoint_reads_no_more_the_more_was_delivered(wal):
+    outbox = make_outbox(wal)
+    for id in ("a", "b"):
+        outbox.add_endpoint(URL, id=id)
+    outbox.add_endpoint(URL, id="line", ordered=True)
+    keyed, plain = emit(outbox, key="k"), emit(outbox)
+
+    def steps() -> list[int]:
+        counts = []
+        for filters in ({"key": "k"}, {"event_id": plain}, {"endpoint": "a"}, {"endpoint": "line"}):
+            with emit_host(wal) as conn:
+                conn.execute("BEGIN")
+                count = itertools.count(1)
+                conn.set_progress_handler(lambda count=count: next(count) and None, 1)
+                assert outbox.cancel(**filters, conn=conn) == (2 if "endpoint" in filters else 3)
+                conn.set_progress_handler(None, 0)
+                conn.execute("ROLLBACK")
+            counts.append(next(count))
+        return counts
+
+    few = steps()
+    with outbox.transaction() as conn:
+        for n in range(600):
+            outbox.emit(conn, "order.created", n, key=None if n % 2 else f"other {n}")
+        conn.execute(
+            """UPDATE webhook_deliveries SET status = 'delivered'
+                WHERE event NOT IN (SELECT seq FROM webhook_events WHERE id IN (?, ?))""",
+            (keyed, plain),
+        )
+    assert all(now <= 2 * then for now, then in zip(steps(), few, strict=True))
+
+
+def test_a_large_cancel_goes_in_batches_and_leaves_what_is_emitted_meanwhile(wal):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(URL, id="a")
+    outbox.add_endpoint(URL, id="line", ordered=True)
+    with outbox.transaction() as conn:
+        for n in range(2_300):
+            outbox.emit(conn, "order.created", n, key="k" if n % 3 == 0 else None)
+        conn.execute(  # an app that tells of each tenth one, through the outbox
+            """CREATE TRIGGER app AFTER UPDATE OF status ON webhook_deliveries
+               WHEN NEW.status = 'cancelled' AND NEW.event % 10 = 0 BEGIN
+                 INSERT INTO webhook_emit (type, data) VALUES ('order.cancelled', '1'); END"""
+        )
+    assert outbox.cancel(all=True) == 4_600
+    told = {event.id for event in outbox.events(type="order.cancelled", limit=9_999)}
+    waiting = {pair for pair, status in what_waits(wal).items() if status != "cancelled"}
+    assert told and waiting == {(id, event) for id in ("a", "line") for event in told}
+    assert outbox.stats().pending == len(waiting)
+
+
+def test_retry_now_makes_due_what_waits_for_its_next_try_and_ends_the_hold(database, serve):
+    """What waits for a delay is not in a hurry, unless somebody names it."""
+    receiver, clock = serve(answer(429, b"", "Retry-After: 7200")), Clock()
+    outbox = make_outbox(database, clock=clock, retry=RetryPolicy((0, 3600, 3600), jitter=0.0))
+    outbox.add_endpoint(receiver.url("/a"), id="a", tenant="c42")
+    outbox.add_endpoint(receiver.url("/b"), id="b")
+    tried = emit(outbox, "order.paid", tenant="c42")
+    outbox.drain(once=True)
+    other = emit(outbox)
+    outbox.drain(once=True)
+    late = emit(outbox, tenant="c42", delay=86_400)
+    held = emit(outbox, tenant="c42")  # due, but its endpoint is held
+    assert outbox.drain(once=True).pending == 4
+    receiver.play = OK
+
+    def due() -> set[str]:
+        sql = "SELECT event_id FROM (SELECT e.id AS event_id, d.due_at FROM webhook_deliveries AS d"
+        sql += " JOIN webhook_events AS e ON e.seq = d.event WHERE d.status = 'pending') WHERE due_at <= ?"
+        return {id for (id,) in query(database, sql, clock.now)}
+
+    assert outbox.retry_now(endpoint="a", dry_run=True) == 1 and due() == {held}
+    for filters in (
+        {"endpoint": "a"},
+        {"tenant": "c42"},
+        {"type": "order.paid"},
+        {"event_id": tried},
+    ):
+        with emit_host(database) as conn:
+            conn.execute("BEGIN")
+            assert outbox.retry_now(**filters, conn=conn) == 1
+            state = "SELECT id FROM webhook_endpoints WHERE failures + paused_until > 0"
+            assert conn.execute(state).fetchall() == [("b",)]
+            conn.execute("ROLLBACK")
+    assert outbox.retry_now(endpoint="a") == 1 and due() == {tried, held}
+    report = outbox.drain(once=True)
+    assert (report.delivered, statuses(outbox, late)) == (2, {"a": "pending"})
+    assert outbox.retry_now(event_id=late) == 1 and outbox.drain(once=True).delivered == 1
+    assert [attempt.reason for attempt in outbox.attempts(tried)] == ["status", None]
+    assert outbox.deliveries(event_id=tried)[0].attempts == 2  # they count on
+    assert statuses(outbox, other) == {"b": "pending"}
+
+
+def test_a_ping_that_is_answered_ends_the_hold(wal, serve):
+    receiver, clock = serve(answer(429, b"", "Retry-After: 7200")), Clock()
+    outbox = make_outbox(wal, clock=clock)
+    outbox.add_endpoint(receiver.url(), id="a")
+    emit(outbox)
+    outbox.drain(once=True)
+    clock.advance(2)
+    for play, sent in ((answer(500), 0), (OK, 1)):
+        receiver.play = play
+        outbox.ping("a")
+        assert outbox.endpoint("a").failing_since == (None if sent else Clock().now)
+        assert outbox.drain(once=True).delivered == 0  # its own time has not come
+    emit(outbox)
+    assert outbox.drain(once=True).delivered == 1
+
+
+ERASE_CANARY = "canary5e41"
+
+
+def erase_traces(path: str) -> list[str]:
+    return [line for line in emit_dump(path) if ERASE_CANARY in line]
+
+
+@pytest.mark.parametrize("on_dead", ["skip", "hold"])
+def test_an_event_that_is_erased_leaves_no_trace_of_its_data_and_is_never_delivered_again(
+    database, serve, on_dead
+):
+    """Delivered, failed and waiting at once; what its receivers answered goes too."""
+    quoting = answer(302, ERASE_CANARY.encode(), f"Location: https://example.com/{ERASE_CANARY}")
+    receiver = serve([answer(200, ERASE_CANARY.encode()), quoting])
+    outbox = make_outbox(database, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(receiver.url(), id="done")
+    outbox.drain(once=True)
+    private = {
+        "key": ERASE_CANARY,
+        "idempotency_key": ERASE_CANARY,
+        "headers": {"x-who": ERASE_CANARY},
+    }
+    id = emit(outbox, data={"name": ERASE_CANARY}, **private)
+    outbox.drain(once=True)
+    for name, options in {
+        "dead": {"on_dead": on_dead},
+        "line": {"ordered": True, "on_dead": on_dead},
+    }.items():
+        outbox.add_endpoint(receiver.url(), id=name, **options)
+        outbox.resend(id, endpoint=name)
+    outbox.drain(once=True)
+    outbox.add_endpoint(receiver.url(), id="late")
+    outbox.resend(id, endpoint="late")
+    assert statuses(outbox, id) == {
+        "done": "delivered",
+        "dead": "failed",
+        "line": "failed",
+        "late": "pending",
+    }
+    behind = emit(outbox, key=ERASE_CANARY[:-1])
+    with emit_host(database) as conn:
+        conn.execute("BEGIN")
+        assert outbox.erase(id, conn=conn) == 1
+        conn.execute("ROLLBACK")
+        assert erase_traces(database)
+    assert outbox.erase(id) == outbox.erase(id) == 1
+    assert erase_traces(database) == []
+    event = outbox.event(id)
+    assert (event.data, event.key) == (None, None) and event.erased_at is not None
+    assert statuses(outbox, id) == {
+        "done": "delivered",
+        "dead": "failed",
+        "line": "failed",
+        "late": "cancelled",
+    }
+    assert {a.response or a.error for a in outbox.attempts(id)} == {None}
+    failed = outbox.failed(type="order.created")
+    assert {(f.key, f.error, f.response) for f in failed} == {(None, None, None)} and len(
+        failed
+    ) == 2
+    before = len(receiver.requests)
+    receiver.play = OK
+    with pytest.raises(NotFound, match="erased"):
+        outbox.resend(id)
+    assert outbox.replay(all=True) == outbox.replay(all=True, dry_run=True) == 0
+    outbox.add_endpoint(receiver.url(), id="new")
+    assert outbox.backfill("new", since=0.0) == 1  # the one behind it
+    outbox.drain(until_empty=True)
+    assert len(receiver.requests) - before == 5 and set(statuses(outbox, behind).values()) == {
+        "delivered"
+    }
+    assert outbox.discard(all=True) == 2
+    assert outbox.prune(older_than=0) == 2 and query(database, "SELECT * FROM webhook_erased") == []
+
+
 def test_admin_calls_join_the_callers_transaction(database, serve):
     outbox, _, _, rows = failing_outbox(database, serve)
     dump = emit_dump(database)
@@ -11522,6 +11835,24 @@ NEWS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # what it is; what moves,
         "work",
         lambda s: query(s.path, "DELETE FROM webhook_events WHERE id = ?", s.ids["newest"]),
     ),
+    "cancel": ("cancelled", lambda s: s.outbox.cancel(event_id=s.ids["newest"])),
+    "cancel the head of a queue": (
+        "work cancelled",
+        lambda s: s.outbox.cancel(event_id=s.ids["head"]),
+    ),
+    "erase": ("cancelled", lambda s: s.outbox.erase(s.ids["newest"])),
+    "cancel nothing": ("", lambda s: s.outbox.cancel(key="nobody's")),
+    "try now": ("version work", lambda s: s.outbox.retry_now(event_id=s.ids["newest"])),
+    "end a hold": (
+        "version",
+        lambda s: (
+            query(
+                s.path,
+                "UPDATE webhook_endpoints SET failures = 1, failing_since = 1.0 WHERE id = 'late'",
+            ),
+            s.outbox.retry_now(endpoint="late"),
+        ),
+    ),
     "describe": ("", lambda s: s.outbox.update_endpoint("a", description="new")),
     "prune": ("", lambda s: s.outbox.prune(1.0)),
     "a retry": ("", lambda s: s.write("pending")),
@@ -11564,7 +11895,7 @@ def test_what_makes_an_old_delivery_due_is_counted_and_what_does_not_is_not(wal,
         changed = [
             name
             for name, was, now in zip(
-                ("version", "removed", "work"), before, news.counters(db), strict=True
+                ("version", "removed", "work", "cancelled"), before, news.counters(db), strict=True
             )
             if was != now
         ]
@@ -13439,7 +13770,7 @@ def test_deliveries_come_up_at_their_time_although_the_clock_jumps(wal, serve):
 
 # What makes an old delivery due, and which events (by number) are sent then. Before, a held queue
 # has its head 0 failed and 1 behind it; endpoint b is disabled; 2 failed at c, 3 was delivered
-# there, 4 is due tomorrow.
+# there, 4 is due tomorrow, as is 6, which has 7 behind it in its queue.
 DRAIN_WORK: dict[str, tuple[Callable[[Outbox, dict[int, str]], Any], set[int]]] = {
     "replay the head": (lambda o, ids: o.replay(endpoint="a"), {0, 1}),
     "discard the head": (lambda o, ids: o.discard(endpoint="a"), {1}),
@@ -13450,6 +13781,9 @@ DRAIN_WORK: dict[str, tuple[Callable[[Outbox, dict[int, str]], Any], set[int]]] 
     "resend what was delivered": (lambda o, ids: o.resend(ids[3]), {3}),
     "backfill": (lambda o, ids: o.backfill("d", since=0.0), {0, 1, 2, 3, 4}),
     "enable": (lambda o, ids: o.enable_endpoint("b"), {5}),
+    "retry a delayed one": (lambda o, ids: o.retry_now(event_id=ids[4]), {4}),
+    "cancel the head": (lambda o, ids: o.cancel(event_id=ids[6]), {7}),
+    "erase the head": (lambda o, ids: o.erase(ids[6]), {7}),
     "SQL on a failed row": (
         lambda o, ids: query(o.path, "UPDATE webhook_deliveries SET status = 'pending' WHERE status = 'failed'"),
         {0, 1, 2},
@@ -13472,10 +13806,12 @@ DRAIN_WORK: dict[str, tuple[Callable[[Outbox, dict[int, str]], Any], set[int]]] 
 def test_whatever_makes_an_old_delivery_due_has_a_running_drain_send_it_soon(wal, serve, word, by):
     receiver, outbox = serve(answer(400)), make_outbox(wal, retry=RetryPolicy((0,)))
     outbox.add_endpoint(receiver.url("/a"), id="a", events=["a"], on_dead="hold")
-    for name in "bc":
+    for name in "bce":
         outbox.add_endpoint(receiver.url(f"/{name}"), id=name, events=[name])
     ids = (
         drain_emit_as(outbox, [0, 1], "a", key="k")
+        | drain_emit_as(outbox, [6], "e", key="q", delay=86_400)
+        | drain_emit_as(outbox, [7], "e", key="q")
         | drain_emit_as(outbox, [2], "c")
         | drain_emit_as(outbox, [5], "b")
     )
@@ -13496,6 +13832,153 @@ def test_whatever_makes_an_old_delivery_due_has_a_running_drain_send_it_soon(wal
         eventually(lambda: set(drain_sent(receiver)) == sent, within=3)
         time.sleep(0.05)
     assert sorted(drain_sent(receiver)) == sorted(sent)
+
+
+# What ends it that a delivery waits, however it was read ahead; and whether what was read goes out
+# after all where that is undone.
+DRAIN_RECALLS: dict[str, Callable[[Outbox, Any], Any]] = {
+    "cancel": lambda o, conn: o.cancel(endpoint="a", conn=conn),
+    "disable": lambda o, conn: o.disable_endpoint("a", conn=conn),
+    "remove": lambda o, conn: o.remove_endpoint("a", conn=conn),
+    "erase": lambda o, conn: [
+        o.erase(event.id, conn=conn) for event in o.events(type="order.created")
+    ],
+    "SQL": lambda o, conn: query(o.path, "UPDATE webhook_deliveries SET status = 'cancelled'"),
+}
+
+
+@pytest.mark.parametrize("word", DRAIN_RECALLS)
+@pytest.mark.parametrize("key", [None, "k"])
+@pytest.mark.parametrize("by", ["this process", "another"])
+def test_what_was_read_ahead_is_not_sent_once_it_was_cancelled(wal, serve, word, key, by):
+    """What is under way ends as it ends; the next event goes out at once."""
+    gate = DrainGate()
+    receiver, outbox = serve(gate), make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=2)
+    outbox.add_endpoint(receiver.url("/other"), id="b", events=["other"])
+    with outbox:
+        ids = drain_emit(outbox, range(50), key=key)
+        eventually(lambda: gate.inside == (1 if key else 2))
+        under_way = set(drain_sent(receiver))
+        if by == "another":
+            fork_and_exit(lambda: DRAIN_RECALLS[word](Outbox(wal), None))
+        else:
+            DRAIN_RECALLS[word](outbox, None)
+        gate.opened.set()
+        emit(outbox, "other", {"n": 99})
+        eventually(lambda: 99 in drain_sent(receiver))
+        eventually(lambda: not gate.inside)
+        time.sleep(0.05)
+        assert set(drain_sent(receiver)) == under_way | {99}
+    found = {n: statuses(outbox, id).get("a") for n, id in ids.items() if word != "remove"}
+    rest = "held" if word == "disable" else "cancelled"
+    assert {n for n, status in found.items() if status == "delivered"} <= under_way
+    assert all(found[n] == rest for n in found if n not in under_way)
+
+
+@pytest.mark.parametrize(
+    ("plays", "status", "failed"),
+    [
+        (OK, "delivered", 0),
+        (answer(500), "cancelled", 0),
+        (answer(400, b"", "webhook-delivery: abort-message"), "cancelled", 0),
+    ],
+)
+@pytest.mark.parametrize("key", [None, "k"])
+def test_an_attempt_under_way_when_it_is_cancelled_is_recorded_and_not_followed_by_another(
+    database, serve, plays, status, failed, key
+):
+    gate = DrainGate()
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        gate.opened.wait(20)
+        sock.sendall(plays)
+        return True
+
+    receiver, outbox = serve(play), make_outbox(database, retry=RetryPolicy((0, 0), jitter=0.0))
+    outbox.add_endpoint(receiver.url(), id="a")
+    with outbox:
+        id = emit(outbox, key=key)
+        eventually(lambda: receiver.requests)
+        assert outbox.cancel(event_id=id) == 1
+        behind = emit(outbox, key=key)
+        gate.opened.set()
+        eventually(lambda: outbox.attempts(id))
+        eventually(lambda: outbox.attempts(behind))
+        time.sleep(0.05)
+    (attempt,) = outbox.attempts(id)
+    assert (attempt.reason is None) == (plays == OK) and statuses(outbox, id) == {"a": status}
+    assert outbox.event(id).deliveries[0].attempts == 1
+    assert [row for row in outbox.failed() if row.event_id == id] == []
+
+
+def test_the_answer_to_an_event_that_was_erased_under_way_is_not_kept(database, serve):
+    gate = DrainGate()
+    receiver, outbox = serve(gate), make_outbox(database)
+    outbox.add_endpoint(receiver.url(), id="a")
+    with outbox:
+        ids = drain_emit(outbox, range(2), key="k")
+        eventually(lambda: gate.inside == 1)
+        outbox.erase(ids[0])
+        gate.opened.set()
+        eventually(lambda: outbox.attempts(ids[1]))
+    assert [outbox.attempts(ids[n])[0].response for n in range(2)] == [None, "ok"]
+    assert [statuses(outbox, ids[n]) for n in range(2)] == [{"a": "delivered"}] * 2
+
+
+@pytest.mark.parametrize("rounds", [10, pytest.param(300, marks=pytest.mark.long)])
+def test_no_attempt_begins_after_its_cancellation_has_committed(wal, serve, rounds):
+    """The commit falls where a turn of the loop begins, when it asks for the time. Times are those
+    of the attempts on record."""
+    receiver, committed, committed_at = serve(), dict[str, float](), list[float]()
+    armed, done = list[int](), threading.Event()
+
+    def clock() -> float:
+        if armed and threading.current_thread().name == "webhook_outbox" and not armed.pop():
+            armed.clear()
+            conn.execute("COMMIT")
+            committed_at.append(time.time())
+            done.set()
+        return time.time()
+
+    outbox = make_outbox(wal, clock=clock)
+    outbox.add_endpoint(receiver.url("/a"), id="a", max_in_flight=4)
+    outbox.add_endpoint(receiver.url("/b"), id="b", ordered=True)
+    with (
+        contextlib.closing(
+            sqlite3.connect(wal, isolation_level=None, check_same_thread=False)
+        ) as conn,
+        outbox,
+    ):
+        conn.execute("PRAGMA synchronous = OFF")
+        for _ in range(rounds):
+            ids = drain_emit(outbox, range(200))
+            conn.execute("BEGIN IMMEDIATE")
+            outbox.cancel(type="order.*", conn=conn)
+            done.clear()
+            armed += [0, *[1] * random.randrange(6)]
+            assert done.wait(10)
+            committed |= dict.fromkeys(ids.values(), committed_at[-1])
+            eventually(lambda: outbox.stats().pending == 0)
+    begun = {id: [a.at for a in outbox.attempts(id)] for id in committed}
+    assert [id for id, at in committed.items() if max(begun[id], default=0.0) > at] == []
+    assert {len(times) for times in begun.values()} >= {0}
+
+
+@pytest.mark.parametrize("verb", ["retry_now", "ping", "enable_endpoint"])
+def test_a_running_drain_hears_of_the_end_of_a_hold(wal, serve, verb):
+    receiver = serve([answer(429, b"", "Retry-After: 3600"), OK])
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), id="a")
+    with outbox:
+        first = emit(outbox)
+        eventually(lambda: outbox.attempts(first))
+        held = emit(outbox)
+        time.sleep(0.1)
+        assert len(receiver.requests) == 1
+        getattr(outbox, verb)(**{"endpoint" if verb == "retry_now" else "id": "a"})
+        drain_delivered(outbox, held)
+        eventually(lambda: statuses(outbox, first) == {"a": "delivered"} or verb != "retry_now")
 
 
 def drain_emit_as(
@@ -16146,7 +16629,11 @@ class OutboxMachine(RuleBasedStateMachine):
                 self.deliver(["ok"])
                 self.clock.advance(DAY)
                 self.deliver(["ok"])
-                assert {d.status for d in self.deliveries.values()} <= {"delivered", "discarded"}
+                assert {
+                    d.status
+                    for (_, id), d in self.deliveries.items()
+                    if "erased" not in self.events[id][1]
+                } <= {"delivered", "discarded", "cancelled"}
                 assert query(self.path, "PRAGMA integrity_check") == [("ok",)]
         finally:
             self.receiver.close()
@@ -16486,7 +16973,11 @@ class OutboxMachine(RuleBasedStateMachine):
     @rule(verb=st.sampled_from(["replay", "replay", "discard"]), slot=st.none() | model_slots)
     def act_on_failed(self, verb: str, slot: str | None) -> None:
         mine = [
-            d for (s, _), d in self.deliveries.items() if slot in (None, s) and d.status == "failed"
+            d
+            for (s, id), d in self.deliveries.items()
+            if slot in (None, s)
+            and d.status == "failed"
+            and (verb == "discard" or "erased" not in self.events[id][1])
         ]
         assert getattr(self.outbox, verb)(**({"endpoint": slot} if slot else {"all": True})) == len(
             mine
@@ -16502,7 +16993,7 @@ class OutboxMachine(RuleBasedStateMachine):
         if not self.events or slot and slot not in self.endpoints:
             return
         id = list(self.events)[number % len(self.events)]
-        if slot and not self.may_have(slot, id):
+        if "erased" in self.events[id][1] or slot and not self.may_have(slot, id):
             with pytest.raises(NotFound):
                 self.outbox.resend(id, endpoint=slot)
             return
@@ -16517,12 +17008,62 @@ class OutboxMachine(RuleBasedStateMachine):
         for d in mine:
             d.again(self.clock.now)
 
+    @rule(
+        slot=st.none() | model_slots,
+        key=st.sampled_from([None, None, "k1", "k2"]),
+        tenant=st.sampled_from([None, "c42", "c43"]),
+    )
+    def cancel(self, slot: str | None, key: str | None, tenant: str | None) -> None:
+        filters = {"endpoint": slot, "key": key, "tenant": tenant}
+        if slot and slot not in self.endpoints:
+            with pytest.raises(NotFound):
+                self.outbox.cancel(**filters)
+            return
+        mine = [
+            d
+            for (s, id), d in self.deliveries.items()
+            if d.status == "pending"
+            and slot in (None, s)
+            and all(filters[name] in (None, self.events[id][1][name]) for name in ("key", "tenant"))
+        ]
+        assert self.outbox.cancel(**filters, all=True) == len(mine)
+        for d in mine:
+            d.status = "cancelled"
+
+    @rule(slot=model_slots)
+    def retry_now(self, slot: str) -> None:
+        if slot in self.endpoints:
+            mine = [
+                d
+                for (s, _), d in self.deliveries.items()
+                if s == slot and d.status == "pending" and d.attempts and d.due > self.clock.now
+            ]
+            assert self.outbox.retry_now(endpoint=slot) == len(mine)
+            for d in mine:
+                d.due = self.clock.now
+            p = self.endpoints[slot]
+            p.failures, p.since, p.paused = 0, None, 0.0
+
+    @rule(number=st.integers(0, 99))
+    def erase(self, number: int) -> None:
+        if self.events:
+            id = list(self.events)[number % len(self.events)]
+            assert self.outbox.erase(id) == 1
+            options = self.events[id][1]
+            options |= {"erased": True, "key": None}
+            options.pop("idempotency_key", None)
+            for (_, event), d in self.deliveries.items():
+                if event == id:
+                    d.queue = None
+                    d.status = "cancelled" if d.status == "pending" else d.status
+
     @rule(slot=model_slots, age=st.sampled_from([50.0, 1e9]))
     def backfill(self, slot: str, age: float) -> None:
         if slot in self.endpoints:
             since = self.clock.now - age
             new = [id for id, (_, o) in self.events.items()
-                   if o["at"] >= since and self.matches(slot, id) and (slot, id) not in self.deliveries]  # fmt: skip
+                   if o["at"] >= since and self.matches(slot, id) and (slot, id) not in self.deliveries
+                   and "erased" not in o]  # fmt: skip
             assert self.outbox.backfill(slot, since=since) == len(new)
             for id in new:
                 self.add_delivery(slot, id, self.clock.now)
@@ -17083,6 +17624,25 @@ def test_a_success_rate_of_100_percent_means_that_nothing_failed(wal, cli):
     assert " 99 % " in cli("status")
 
 
+def test_what_waits_is_cancelled_tried_now_or_erased_by_its_command(cli, wal, serve):
+    receiver = serve([answer(500), OK])
+    cli("endpoint", "add", receiver.url(), "--id", "crm")
+    make_outbox(wal, retry=RetryPolicy((0, 3600))).drain(once=True)
+    first, second, third = (cli("emit", "a.b", "1", "--key", key).strip() for key in "xyy")
+    outbox = make_outbox(wal, retry=RetryPolicy((0, 3600)))
+    assert cli("events", "cancel", "--key", "y", "--dry-run") == "2 deliveries would be cancelled\n"
+    assert cli("events", "cancel", second) == "1 deliveries cancelled\n"
+    assert cli("events", "cancel", "--event-id", third, "--endpoint", "crm").startswith("1 ")
+    assert outbox.drain(once=True).retried == 1
+    assert cli("endpoint", "retry", "crm", "--dry-run") == "1 deliveries would be due now\n"
+    assert cli("endpoint", "retry", "crm") == "1 deliveries are due now\n"
+    assert outbox.drain(once=True).delivered == 1
+    assert cli("events", "erase", first) == f"erased {first}\n"
+    shown = cli("events", "show", second) + cli("events", "show", first)
+    assert "cancelled" in shown and "erased" in shown
+    assert cli("events", "cancel", "--all") == "0 deliveries cancelled\n"
+
+
 def test_only_three_commands_show_a_secret_and_none_a_query_or_a_header(cli, wal, serve):
     """The receiver answers with all that it got, signature and header included, and the answer is
     on record."""
@@ -17186,6 +17746,13 @@ CLI_ERRORS = [  # command line, exit code (None: whether the parser or the libra
     ("emit order..created 1", 1, "type"),
     ("emit order.created 1 --delay -1", 1, "delay"),
     ("events show msg_none", 1, "msg_none"),
+    ("events cancel", 1, "--all"),
+    ("events cancel msg_none", 1, "msg_none"),
+    ("events cancel msg_a --event-id msg_b", 1, "two events"),
+    ("events cancel --endpoint nobody", 1, "nobody"),
+    ("events cancel --since yesterday", 2, "--since"),
+    ("events erase msg_none", 1, "msg_none"),
+    ("endpoint retry nobody", 1, "nobody"),
     ("events list --limit -1", 1, "limit"),
     ("resend msg_none", 1, "msg_none"),
     ("failed show 77", 1, "77"),

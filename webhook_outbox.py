@@ -286,14 +286,21 @@ _MATCH = """
               THEN 'queued' ELSE 'pending' END
     FROM webhook_patterns AS p
    WHERE tenant = {} AND NEW.type GLOB pattern AND (pattern <> '*' OR NEW.type NOT GLOB 'webhook.*')"""
+# What receivers answer to an event that was erased is not kept.
+_ERASED = "EXISTS (SELECT 1 FROM webhook_erased WHERE event = NEW.event)"
+# What was cancelled while an attempt of it was under way is not tried again; a 2xx that comes all
+# the same makes it delivered, because that is what happened.
 _AFTER_TRY = """
   UPDATE webhook_deliveries
-     SET status = CASE WHEN NEW.status = 'pending' THEN status ELSE NEW.status END,
+     SET status = CASE WHEN NEW.status = 'pending' THEN status
+                       WHEN NEW.status = 'failed' AND status = 'cancelled' THEN status
+                       ELSE NEW.status END,
          due_at = NEW.due_at,
          attempts = attempts + 1,
          first_attempt_at = coalesce(first_attempt_at, NEW.at),
          delivered_at = CASE WHEN NEW.status = 'delivered' THEN NEW.at + NEW.duration ELSE delivered_at END
-   WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND status IN ('pending', 'queued');"""
+   WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id
+     AND (status = 'pending' OR status = 'queued'{});"""
 
 _FIRST_SCHEMA = (
     """CREATE TABLE webhook_meta (key TEXT PRIMARY KEY NOT NULL, value) WITHOUT ROWID""",
@@ -354,12 +361,19 @@ _FIRST_SCHEMA = (
   created_at REAL NOT NULL
 )""",
     """CREATE INDEX webhook_events_of ON webhook_events (tenant, seq) WHERE tenant IS NOT NULL""",
+    """CREATE INDEX webhook_events_key ON webhook_events (key) WHERE key IS NOT NULL""",
+    # A table and no column: it is looked into for each answer, and mostly empty, which is a third of the
+    # cost of the event's row.
+    """CREATE TABLE webhook_erased (            -- events whose data was erased: never delivered again
+  event INTEGER PRIMARY KEY,                   -- webhook_events.seq
+  erased_at REAL NOT NULL
+)""",
     """CREATE UNIQUE INDEX webhook_events_once ON webhook_events (idempotency_key, coalesce(tenant, ''))
  WHERE idempotency_key IS NOT NULL""",
     """CREATE TABLE webhook_deliveries (
   event INTEGER NOT NULL,                      -- webhook_events.seq
   endpoint_id TEXT NOT NULL,
-  status TEXT NOT NULL DEFAULT 'pending',      -- pending, queued, delivered, failed, discarded
+  status TEXT NOT NULL DEFAULT 'pending',      -- pending, queued, delivered, failed, discarded, cancelled
   attempts INTEGER NOT NULL DEFAULT 0,
   due_at REAL NOT NULL,
   first_attempt_at REAL,
@@ -498,9 +512,13 @@ END""",
 WHEN OLD.queue IS NOT NULL AND OLD.status IN ('pending', 'failed') BEGIN{_settle("OLD")}
   {_WORK};
 END""",
-    f"""CREATE TRIGGER webhook_deliveries_reopen AFTER UPDATE OF status ON webhook_deliveries
-WHEN OLD.status NOT IN ('pending', 'queued') BEGIN
-  {_WORK};
+    # A drain looks over all that wait where something became due again, the next one of a queue say,
+    # and forgets what it read ahead where something was cancelled.
+    """CREATE TRIGGER webhook_deliveries_tell AFTER UPDATE OF status ON webhook_deliveries
+WHEN OLD.status <> 'pending' AND OLD.status <> 'queued' OR NEW.status = 'cancelled' BEGIN
+  UPDATE webhook_meta SET value = value + 1
+   WHERE key IN (CASE WHEN NEW.status = 'cancelled' THEN 'cancelled' END,
+                 CASE WHEN NEW.status <> 'cancelled' OR NEW.queue IS NOT NULL THEN 'work' END);
   DELETE FROM webhook_failed
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND OLD.status = 'failed' AND NEW.status = 'pending';
 END""",
@@ -513,6 +531,7 @@ END""",
     f"""CREATE TRIGGER webhook_events_delete AFTER DELETE ON webhook_events BEGIN
   DELETE FROM webhook_deliveries WHERE event = OLD.seq;
   DELETE FROM webhook_attempts WHERE event = OLD.seq;
+  DELETE FROM webhook_erased WHERE event = OLD.seq;
   {_WORK} AND NOT EXISTS (SELECT 1 FROM webhook_events WHERE seq > OLD.seq);
 END""",
     # What the drain writes, in one statement a batch. `kind` says how the columns are to be read;
@@ -521,9 +540,11 @@ END""",
 SELECT '' AS kind, event, endpoint_id, status, due_at, 0.0 AS at, 0.0 AS duration, NULL AS status_code,
        NULL AS reason, NULL AS error, NULL AS response FROM webhook_deliveries""",
     f"""CREATE TRIGGER webhook_record_outcome INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'outcome'
-BEGIN{_AFTER_TRY}
+BEGIN
   INSERT INTO webhook_attempts (event, endpoint_id, at, duration, status_code, reason, error, response)
-  VALUES (NEW.event, NEW.endpoint_id, NEW.at, NEW.duration, NEW.status_code, NEW.reason, NEW.error, NEW.response);
+  VALUES (NEW.event, NEW.endpoint_id, NEW.at, NEW.duration, NEW.status_code, NEW.reason,
+          CASE WHEN NEW.error IS NULL OR {_ERASED} THEN NULL ELSE NEW.error END,
+          CASE WHEN NEW.response IS NULL OR {_ERASED} THEN NULL ELSE NEW.response END);{_AFTER_TRY.format(" OR status = 'cancelled'")}
   INSERT OR IGNORE INTO webhook_failed
          (event, endpoint_id, type, key, attempts, reason, status_code, error, response, first_attempt_at, failed_at)
   SELECT d.event, d.endpoint_id, coalesce(e.type, ''), e.key, d.attempts,
@@ -535,7 +556,7 @@ END""",
     # on from memory the last success is marked first: each one that is recorded as the head of its
     # queue makes the next one the head, a write that is wasted when that one is delivered too.
     f"""CREATE TRIGGER webhook_record_mark INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'mark'
-BEGIN{_AFTER_TRY}
+BEGIN{_AFTER_TRY.format("")}
 END""",
     # An endpoint's state: due_at is paused_until, at is failing_since, duration is failures, and
     # error is why it is to be disabled, or NULL.
@@ -560,7 +581,7 @@ END""",
 END""",
     """INSERT INTO webhook_meta VALUES
   ('outbox', lower(hex(randomblob(8)))), ('endpoints_version', 1), ('endpoints_removed', 0), ('work', 0),
-  ('drains', 0), ('schema_version', 1)""",
+  ('cancelled', 0), ('drains', 0), ('schema_version', 1)""",
 )
 
 # One entry a version, in one transaction each, only additions: a drain of an older copy goes on
@@ -762,9 +783,7 @@ class Delivery:
 
     event_id: str
     endpoint_id: str
-    status: (
-        str  # pending; held (its endpoint is disabled); delivered; failed (also after a discard)
-    )
+    status: str  # pending; held: its endpoint is disabled; delivered; failed, also once discarded; cancelled
     attempts: int  # since it was emitted or last replayed
     due_at: float
     delivered_at: float | None
@@ -781,6 +800,7 @@ class Event:
     key: str | None
     created_at: float
     deliveries: tuple[Delivery, ...] = ()
+    erased_at: float | None = None  # then its data is None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -3503,15 +3523,16 @@ class _News:
     due (a replay, a resend, a backfill, the head of a queue deleted) counts up `work` in
     webhook_meta; then all that wait are looked at, 256 endpoints at a time, `at` being the last of
     those looked at. A look that is under way is never begun anew, or a host that replays row by row
-    would let it end never: all are looked at once more after it.
+    would let it end never: all are looked at once more after it. What makes a delivery not wait any
+    more counts up `cancelled`; then what was read ahead is read once more.
     """
 
-    __slots__ = ("_again", "at", "removed", "seen", "stale", "version", "work")
+    __slots__ = ("_again", "at", "cancelled", "removed", "seen", "stale", "version", "work")
 
     def __init__(self) -> None:
         self.stale = True  # somebody committed: read again
         self.seen: tuple[int, str] = (0, "")  # event and endpoint of the newest delivery read
-        self.version = self.removed = self.work = -1
+        self.version = self.removed = self.work = self.cancelled = -1
         self.at: str | None = ""  # None: not looking at all that wait
         self._again = False
 
@@ -3519,25 +3540,30 @@ class _News:
         """Take the baseline: what is newer is news, what is older is found by looking at all that
         wait."""
         self.seen, self.at, self.stale = self._newest(db), "", True
-        self.version, self.removed, self.work = self.counters(db)
+        self.version, self.removed, self.work, self.cancelled = self.counters(db)
 
     def mark(self) -> tuple[Any, ...]:
         """Return how far was read, for turn_back."""
-        return self.seen, self.version, self.removed, self.work, self.at, self._again
+        counters = self.version, self.removed, self.work, self.cancelled
+        return self.seen, *counters, self.at, self._again
 
     def turn_back(self, mark: tuple[Any, ...]) -> None:
         """Read again what was read since a mark: it did not get to where it belongs."""
-        self.seen, self.version, self.removed, self.work, self.at, self._again = mark
+        self.seen, self.version, self.removed, self.work, self.cancelled, self.at, self._again = (
+            mark
+        )
         self.stale = True
 
-    def counters(self, db: sqlite3.Connection) -> tuple[int, int, int]:
-        """Return what counts up when endpoints change, when one is removed, and when an old
-        delivery becomes due."""
+    def counters(self, db: sqlite3.Connection) -> tuple[int, int, int, int]:
+        """Return what counts up when endpoints change, when one is removed, when an old delivery
+        becomes due, and when one is cancelled."""
         rows = db.execute(
-            "SELECT key, value FROM webhook_meta WHERE key IN ('endpoints_version', 'endpoints_removed', 'work')"
+            """SELECT key, value FROM webhook_meta
+                WHERE key IN ('endpoints_version', 'endpoints_removed', 'work', 'cancelled')"""
         )
         found = dict(rows.fetchall())
-        return found["endpoints_version"], found["endpoints_removed"], found["work"]
+        changes = found["endpoints_version"], found["endpoints_removed"]
+        return *changes, found["work"], found["cancelled"]
 
     def look_at_all(self, db: sqlite3.Connection) -> None:
         """Have all that wait looked at. Without the newest event, lower keys may be issued
@@ -3844,13 +3870,17 @@ class _Watch:
             self._nap = max(self._nap, 0.0016)
             self._poll_at = min(self._poll_at, mono + self._nap)
 
-    def poll(self, db: sqlite3.Connection, mono: float, sending: bool) -> str | None:
+    def poll(
+        self, db: sqlite3.Connection, mono: float, sending: bool, at_once: bool = False
+    ) -> str | None:
         """Return who committed since the last poll: host, "first" for the first look at all, or
-        None."""
-        if mono < self._poll_at:
+        None. at_once: whether it is time for a poll or not."""
+        if mono < self._poll_at and not at_once:
             return None
         (version,) = db.execute("PRAGMA data_version").fetchone()
         if version == self._version:
+            if mono < self._poll_at:
+                return None
             self._nap = 0.0 if self._nap >= self._last_nap else 2 * self._nap
             self._poll_at = mono + (0.001 if sending else self._pause(mono))
             return None
@@ -4240,6 +4270,12 @@ class _Backlog:
         self.known.update([row.event for row in kept])
         self.read = collections.deque(kept)
         self.after = self._START
+
+    def recalled(self) -> None:
+        """Read again what was read and not tried: some of it may be cancelled."""
+        if self.read or self.queues or self.ends:
+            self.reread()
+            self.appeared(-math.inf)
 
 
 class _Lane:
@@ -5685,9 +5721,10 @@ class _Finder:
                 schedule.due.at_latest(id, now)
             raise
 
-    def _read_news(self, now: float, mono: float) -> None:
+    def _read_changes(self, now: float, mono: float) -> None:
+        """Take in what counters tell of."""
         db, news = self._file.db, self.news
-        version, removed, work = news.counters(db)
+        version, removed, work, cancelled = news.counters(db)
         if version != news.version:
             if refusal := _refusal(db, self._settings.path, self._settings.home):
                 raise OutboxError(refusal)  # adopted meanwhile, by another place
@@ -5700,6 +5737,14 @@ class _Finder:
                 lane.backlog.reread(queues_only=True)
             news.look_at_all(db)
             news.work = work
+        if cancelled != news.cancelled:
+            for lane in self.lanes.values():
+                lane.backlog.recalled()
+            news.cancelled = cancelled
+
+    def _read_news(self, now: float, mono: float) -> None:
+        db, news = self._file.db, self.news
+        self._read_changes(now, mono)
         rows = news.new(db)
         news.stale |= len(rows) == _NEW_ROWS
         due: dict[str, float] = {}
@@ -6073,6 +6118,7 @@ class _Drain:
             try:
                 self._wait()
                 mono, now = time.monotonic(), self.settings.clock()
+                self._poll(at_once=True)  # so that no attempt of this turn was cancelled before it
                 self._take_ended(now, mono)
                 if self.sender.shutdown and not self.stopping:
                     self.stop(10.0)
@@ -6136,7 +6182,7 @@ class _Drain:
                 time.sleep(pause)
                 pause = 0.0
             if self.sender.wait(pause) or until <= pause or self.stopping:
-                return self._poll()
+                return
             self._poll()
             if self.finder.news.stale:
                 return
@@ -6150,10 +6196,10 @@ class _Drain:
             until = min(until, self.record_at - mono)
         return max(0.0, until)
 
-    def _poll(self) -> None:
+    def _poll(self, at_once: bool = False) -> None:
         """See whether somebody committed."""
         mono = time.monotonic()
-        who = self.file.watch.poll(self.file.db, mono, bool(self.sender.attempts))
+        who = self.file.watch.poll(self.file.db, mono, bool(self.sender.attempts), at_once)
         if who is not None:
             self.finder.news.stale = True
         if who == "host":
@@ -6598,6 +6644,7 @@ def _event_keys(ids: Iterable[str]) -> str:
     return _dumps([_event_seq(id) for id in ids])
 
 
+_STATUSES = ("pending", "held", "delivered", "failed", "cancelled")
 # What a filter asks of its column, and the check of its value. A time that is text would compare
 # greater than every number in SQLite, so `until` would mean everything.
 _FILTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -6608,10 +6655,8 @@ _FILTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "tenant": ("{} = ?", _checked_tenant),
     "type": ("{} GLOB ?", str),
     "reason": ("{} = ?", lambda reason: _choice("reason", reason, _REASONS)),
-    "status": (
-        "{} = ?",
-        lambda status: _choice("status", status, ("pending", "held", "delivered", "failed")),
-    ),
+    "status": ("{} = ?", lambda status: _choice("status", status, _STATUSES)),
+    "key": ("{} = ?", lambda key: _line("key", key, 256, 1)),
     "since": ("{} >= ?", lambda since: _number("since", since, -1e12, 1e12)),
     "until": ("{} < ?", lambda until: _number("until", until, -1e12, 1e12)),
     # What a customer's door adds: endpoints of this tenant, and not these types.
@@ -6627,6 +6672,7 @@ _OF_FAILED = {name: name for name in ("type", "reason")} | {
     "_of": "endpoint_id",
     "_but": "type",
 }
+_WAS_ERASED = "EXISTS (SELECT 1 FROM main.webhook_erased WHERE event = {})"
 # For batches by id: the index by endpoint would be read from its beginning for each of them.
 _FAILED = "main.webhook_failed NOT INDEXED"
 _OF_EVENT = {
@@ -6667,6 +6713,34 @@ _DELIVERIES = """webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.e
 # others'. What '*' endpoints got of them, and what removed endpoints had, is not among these.
 _DELIVERIES_OF_TENANT = """webhook_events AS e CROSS JOIN webhook_deliveries AS d ON d.event = e.seq
                     CROSS JOIN webhook_endpoints AS p ON p.id = d.endpoint_id AND p.tenant = e.tenant"""
+_OF_WAITING = {**_OF_EVENT, "event_id": "e.seq", "endpoint": "d.endpoint_id", "key": "e.key"}
+# What erase does to an event. A failed row that holds its queue lets it go on: it can never be
+# replayed. The key goes from the queue's name too.
+_ERASE = (
+    """UPDATE main.webhook_deliveries SET status = 'cancelled'
+        WHERE event = :seq AND status IN ('pending', 'queued')""",
+    """UPDATE main.webhook_deliveries SET status = 'discarded'
+        WHERE event = :seq AND status = 'failed' AND queue IS NOT NULL""",
+    """UPDATE main.webhook_deliveries
+          SET queue = NULL,
+              status = CASE WHEN EXISTS (SELECT 1 FROM main.webhook_failed AS f
+                                          WHERE f.event = :seq AND f.endpoint_id = webhook_deliveries.endpoint_id)
+                            THEN 'failed' ELSE status END
+        WHERE event = :seq AND queue IS NOT NULL""",
+    """UPDATE main.webhook_attempts SET error = NULL, response = NULL WHERE event = :seq""",
+    """UPDATE main.webhook_failed SET key = NULL, error = NULL, response = NULL WHERE event = :seq""",
+    """UPDATE main.webhook_events
+          SET data = 'null', headers = NULL, key = NULL, idempotency_key = NULL
+        WHERE seq = :seq""",
+    "INSERT OR IGNORE INTO main.webhook_erased VALUES (:seq, :now)",
+)
+# How what waits is found, some rows at a time: what the rows are, what orders them before the
+# event, and where that begins. Queued rows come first: one that the end of its head makes pending
+# meanwhile is met among those.
+_WAITING_ROWS = (
+    ("d.queue IS NOT NULL AND d.status = 'queued'", "d.queue", ""),
+    ("d.status = 'pending'", "d.due_at", -math.inf),
+)
 
 
 def _chosen(columns: Mapping[str, str], filters: Mapping[str, Any]) -> tuple[str, list[Any]]:
@@ -7103,7 +7177,7 @@ class Outbox:
         self,
         statement: str,
         values: Sequence[Any],
-        ranges: Iterable[tuple[int, int]] | None = None,
+        ranges: Iterable[Sequence[Any]] | None = None,
         conn: Any = None,
         also: Mapping[str, Sequence[Any] | None] | None = None,
     ) -> int:
@@ -7195,8 +7269,8 @@ class Outbox:
 
     def ping(self, id: str, *, type: str | None = None) -> Attempt:
         """Send a signed webhook.ping, or the catalogue's example of `type`, to an endpoint at
-        once, enabled or not, and return what happened. From a file of another home it raises
-        OutboxError and sends nothing."""
+        once, enabled or not, and return what happened. A 2xx ends the endpoint's hold. From a
+        file of another home it raises OutboxError and sends nothing."""
         data = "{}" if type is None else _dumps(self._catalogue.example(type))
         if refusal := self._refusal():
             raise OutboxError(refusal)
@@ -7220,6 +7294,8 @@ class Outbox:
         )
         outcome = _send_once(self._settings(), endpoint, endpoint_secrets, picked)
         status, seconds = outcome.status_code, time.monotonic() - started
+        if outcome.reason is None:
+            self._end_hold({"endpoint": id})
         return Attempt(
             picked.id, id, now, status, outcome.reason, outcome.error, seconds, outcome.response
         )
@@ -7370,13 +7446,7 @@ class Outbox:
                 """UPDATE main.webhook_endpoints
                       SET enabled = 0, disabled_reason = 'copied from production'"""
             )
-        count = 0
-        for waiting in ("queue IS NOT NULL AND status = 'queued'", "status = 'pending'"):
-            batch = f"""UPDATE main.webhook_deliveries SET status = 'cancelled'
-                         WHERE (event, endpoint_id) IN (
-                           SELECT event, endpoint_id FROM main.webhook_deliveries
-                            WHERE {waiting} LIMIT 1000)"""
-            count += self._in_batches(batch, ())
+        count = self.cancel(all=True)
         with self._writing(None) as cursor:
             cursor.execute(
                 "UPDATE main.webhook_meta SET value = lower(hex(randomblob(8))) WHERE key = 'outbox'"
@@ -7446,7 +7516,7 @@ class Outbox:
                    SET status = 'pending', attempts = 0, first_attempt_at = NULL, due_at = {now!r}
                  WHERE status = 'failed' AND (event, endpoint_id) IN (
                    SELECT event, endpoint_id FROM {_FAILED} WHERE id BETWEEN ? AND ? AND {{where}})""",
-            all, dry_run, conn, filters, scope,
+            all, dry_run, conn, filters, scope, but=_WAS_ERASED.format("webhook_failed.event"),
         )  # fmt: skip
 
     def discard(
@@ -7470,18 +7540,211 @@ class Outbox:
         conn: Any,
         filters: Mapping[str, Any],
         scope: Mapping[str, Any] | None = None,
+        but: str = "0",
     ) -> int:
+        """Run a statement for the failed rows that filters choose. but: a condition of those that
+        are left as they are."""
         if _chosen(_OF_FAILED, filters)[0] == "1" and not all:
             raise PayloadError(
                 "say which failed rows: ids, endpoint, tenant, type, reason, since, until or --all (all=True)"
             )
         where, values = _chosen(_OF_FAILED, {**filters, **(scope or {})})
+        where = f"{where} AND NOT {but}"
         if dry_run:
             with self._reading(conn) as cursor:
                 cursor.execute(f"SELECT count(*) FROM main.webhook_failed WHERE {where}", values)
                 return int(cursor.fetchone()[0])
         ranges = self._ranges(_FAILED, "id", where, values, 1000, conn)
         return self._in_batches(statement.format(where=where), values, ranges, conn)
+
+    # What waits.
+
+    def cancel(
+        self,
+        *,
+        event_id: str | None = None,
+        endpoint: str | None = None,
+        tenant: str | None = None,
+        key: str | None = None,
+        type: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        all: bool = False,
+        dry_run: bool = False,
+        conn: Any = None,
+    ) -> int:
+        """Have deliveries that wait not be sent: they end as cancelled, and stay on record.
+
+        tenant, key, type (or a group: order.*), since and until (of emission): of the event.
+        all=True says that you mean everything that waits. dry_run only counts. With conn it is part
+        of your transaction: a reminder that was emitted with a delay is cancelled by its key when
+        the order is paid. Without, it works in batches, so that no commit of the host waits long.
+
+        What is on the wire is not recalled, but not tried again; if a 2xx comes, it is delivered,
+        because that is what happened. resend() sends it after all. Returns how many. Raises
+        NotFound where there is no such event or endpoint.
+        """
+        filters = {
+            "event_id": event_id,
+            "endpoint": endpoint,
+            "tenant": tenant,
+            "key": key,
+            "type": type,
+            "since": since,
+            "until": until,
+        }
+        if not all and set(filters.values()) == {None}:
+            raise PayloadError(
+                "say which deliveries: event_id, endpoint, tenant, key, type, since, until or --all (all=True)"
+            )
+        return self._change_waiting("status = 'cancelled'", filters, "1", dry_run, conn)
+
+    def _change_waiting(
+        self,
+        change: str,
+        filters: Mapping[str, Any],
+        which: str,
+        dry_run: bool,
+        conn: Any,
+        also: Mapping[str, Sequence[Any] | None] | None = None,
+    ) -> int:
+        """Change those deliveries that wait which filters, and a condition, choose; return how
+        many."""
+        with self._reading(conn) as cursor:
+            if filters.get("event_id") is not None:
+                self._seq_on(cursor, filters["event_id"])
+            if filters.get("endpoint") is not None:
+                self._endpoint_on(cursor, filters["endpoint"])
+        rows = self._waiting(filters, which, conn)
+        if dry_run:
+            return sum(len(some) for some in rows)
+        statement = f"""UPDATE main.webhook_deliveries SET {change}
+                         WHERE status IN ('pending', 'queued') AND (event, endpoint_id) IN (
+                           SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))"""
+        batches = ((_dumps(some),) for some in rows)
+        return self._in_batches(statement, (), batches, conn, also)
+
+    def _waiting(
+        self, filters: Mapping[str, Any], which: str, conn: Any
+    ) -> Iterator[list[tuple[int, str]]]:
+        """Yield the deliveries that wait and are chosen, as (event, endpoint), a thousand at a time.
+
+        By the event or its key they are found from the event, else from each endpoint in question,
+        through the indexes of what waits: however much was delivered, it is not read. Rows are read
+        outside any write lock, so who changes them looks at their status once more.
+        """
+        where, values = _chosen(_OF_WAITING, filters)
+        tables = (
+            "main.webhook_events AS e CROSS JOIN main.webhook_deliveries AS d ON d.event = e.seq"
+        )
+        if filters.get("event_id") is not None or filters.get("key") is not None:
+            with self._reading(conn) as cursor:
+                cursor.execute(
+                    f"""SELECT d.event, d.endpoint_id FROM {tables}
+                         WHERE {where} AND {which} AND d.status IN ('pending', 'queued')""",
+                    values,
+                )
+                rows = cursor.fetchall()
+            yield from (rows[n : n + 1_000] for n in range(0, len(rows), 1_000))
+            return
+        with self._reading(conn) as cursor:
+            (newest,) = cursor.execute(_NEWEST).fetchone()
+            for kind, column, start in _WAITING_ROWS:
+                sql = f"""SELECT d.event, d.endpoint_id, {column}
+                            FROM main.webhook_deliveries AS d
+                            LEFT JOIN main.webhook_events AS e ON e.seq = d.event
+                           WHERE d.endpoint_id = ? AND {kind} AND ({column}, d.event) > (?, ?)
+                             AND d.event <= ? AND {where} AND {which}
+                           ORDER BY {column}, d.event LIMIT 1000"""
+                for id in self._who_waits(cursor, kind, filters):
+                    last: tuple[Any, int] = (start, 0)
+                    while found := cursor.execute(sql, (id, *last, newest, *values)).fetchall():
+                        yield [row[:2] for row in found]
+                        last = found[-1][2], found[-1][0]
+
+    def _who_waits(
+        self, cursor: sqlite3.Cursor, kind: str, filters: Mapping[str, Any]
+    ) -> list[str]:
+        """Return the endpoints that have rows of a kind and may have some that filters choose."""
+        if filters.get("endpoint") is not None:
+            return [filters["endpoint"]]
+        first = f"SELECT min(d.endpoint_id) FROM main.webhook_deliveries AS d WHERE {kind}"
+        cursor.execute(
+            f"""WITH RECURSIVE waiting(id) AS (
+                  {first} UNION ALL
+                  SELECT ({first} AND d.endpoint_id > waiting.id) FROM waiting WHERE waiting.id IS NOT NULL)
+                SELECT waiting.id FROM waiting LEFT JOIN main.webhook_endpoints AS p ON p.id = waiting.id
+                 WHERE waiting.id IS NOT NULL AND (? IS NULL OR p.tenant IN (?, '*'))""",
+            (filters.get("tenant"),) * 2,
+        )
+        return [
+            id for (id,) in cursor.fetchall() if id.isprintable()
+        ]  # else written in SQL, no UTF-8
+
+    def retry_now(
+        self,
+        *,
+        endpoint: str | None = None,
+        tenant: str | None = None,
+        event_id: str | None = None,
+        type: str | None = None,
+        dry_run: bool = False,
+        conn: Any = None,
+    ) -> int:
+        """Make deliveries that wait for their next try due now, and end the hold of their
+        endpoints: for a receiver that was mended.
+
+        tenant, type (or a group: order.*): of the event. What was emitted with a delay and was
+        never tried becomes due only where its event is named. Attempts that were made still count.
+        dry_run only counts. Returns how many become due. Raises NotFound.
+        """
+        filters = {"endpoint": endpoint, "tenant": tenant, "event_id": event_id, "type": type}
+        if set(filters.values()) == {None}:
+            raise PayloadError("say what to retry: endpoint, tenant, event_id or type")
+        now = float(self.clock())
+        which = f"d.due_at > {now!r}" + ("" if event_id is not None else " AND d.attempts > 0")
+        count = self._change_waiting(
+            f"due_at = {now!r}", filters, which, dry_run, conn, {_SAY_WORK: None}
+        )
+        if not dry_run:
+            self._end_hold(filters, conn)
+        return count
+
+    def _end_hold(self, filters: Mapping[str, Any], conn: Any = None) -> None:
+        """Forget the failures of endpoints: of a named one, or of those for which something waits
+        that filters choose. `enabled` is among the columns so that a drain reads the row again."""
+        where, values = _chosen(_OF_WAITING, filters)
+        waits = f"""EXISTS (SELECT 1 FROM main.webhook_deliveries AS d
+                              JOIN main.webhook_events AS e ON e.seq = d.event
+                             WHERE d.endpoint_id = p.id AND d.status = 'pending' AND {where})"""
+        if filters.get("endpoint") is not None:
+            waits, values = "p.id = ?", [filters["endpoint"]]
+        with self._reading(conn) as cursor:
+            cursor.execute(
+                f"""SELECT p.id FROM main.webhook_endpoints AS p
+                     WHERE (p.failures > 0 OR p.paused_until > ?) AND {waits}""",
+                (self.clock(), *values),
+            )
+            held = _dumps([id for (id,) in cursor.fetchall()])
+        if held != "[]":
+            with self._writing(conn) as cursor:
+                cursor.execute(
+                    """UPDATE main.webhook_endpoints
+                          SET failures = 0, failing_since = NULL, paused_until = 0.0, enabled = enabled
+                        WHERE id IN (SELECT value FROM json_each(?))""",
+                    (held,),
+                )
+
+    def erase(self, event_id: str, *, conn: Any = None) -> int:
+        """Empty an event, for privacy law: its data, headers and keys, and what receivers answered
+        to it. What waits is cancelled. An attempt under way is not recalled, but its answer is not
+        kept. The event stays on record, empty, and is never delivered again. Returns 1. Raises
+        NotFound."""
+        with self._writing(conn) as cursor:
+            seq = self._seq_on(cursor, event_id)
+            for statement in _ERASE:
+                cursor.execute(statement, {"seq": seq, "now": self.clock()})
+        return 1
 
     def resend(self, event_id: str, *, endpoint: str | None = None, conn: Any = None) -> int:
         """Deliver a recorded event again, delivered or not: to each endpoint that had it, or to
@@ -7495,7 +7758,7 @@ class Outbox:
     ) -> int:
         """Resend in a transaction; of: only to endpoints of this tenant, and not to those of
         '*'."""
-        now, seq = self.clock(), self._seq_on(cursor, event_id)
+        now, seq = self.clock(), self._seq_on(cursor, event_id, whole=True)
         if endpoint is not None:
             self._give(cursor, seq, endpoint, now)
         cursor.execute(
@@ -7547,7 +7810,7 @@ class Outbox:
             tenant = self._endpoint_on(cursor, endpoint).tenant
             events = self._events_for(tenant)
             rows = f"main.webhook_endpoints AS p, {events}"
-            missed = f"""p.id = ? AND {where} AND {_MAY_HAVE}
+            missed = f"""p.id = ? AND {where} AND NOT {_WAS_ERASED.format("e.seq")} AND {_MAY_HAVE}
               AND EXISTS (SELECT 1 FROM json_each(p.events) AS one
                            WHERE e.type GLOB one.value AND (one.value <> '*' OR e.type NOT GLOB 'webhook.*'))
               AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries WHERE event = e.seq AND endpoint_id = p.id)"""
@@ -7582,12 +7845,17 @@ class Outbox:
 
     # The record.
 
-    def _seq_on(self, cursor: sqlite3.Cursor, event_id: str) -> int:
-        """Return the key of an event that is there; raise NotFound."""
+    def _seq_on(self, cursor: sqlite3.Cursor, event_id: str, whole: bool = False) -> int:
+        """Return the key of an event that is there, and was not erased where it must be whole;
+        raise NotFound."""
         seq = _event_seq(event_id)
-        cursor.execute("SELECT seq FROM main.webhook_events WHERE seq = ?", (seq,))
-        if seq is None or cursor.fetchone() is None:
+        erased = _WAS_ERASED.format("seq")
+        cursor.execute(f"SELECT {erased} FROM main.webhook_events WHERE seq = ?", (seq,))
+        found = cursor.fetchone()
+        if seq is None or found is None:
             raise self._no_event(event_id)
+        if whole and found[0]:
+            raise NotFound(f"event {event_id} was erased; there is nothing left of it to deliver")
         return seq
 
     def _no_event(self, id: object) -> NotFound:
@@ -7622,10 +7890,14 @@ class Outbox:
         where, values = _chosen(_OF_EVENT, chosen)
         if after is not None:
             where, values = f"{where} AND e.seq < ?", [*values, self._after(after)]
-        sql = f"""SELECT e.id, e.type, e.data, e.tenant, e.key, e.created_at FROM webhook_events AS e
+        sql = f"""SELECT e.id, e.type, e.data, e.tenant, e.key, e.created_at, x.erased_at
+                    FROM webhook_events AS e LEFT JOIN webhook_erased AS x ON x.event = e.seq
                    WHERE {where} ORDER BY e.seq DESC LIMIT ?"""
         rows = self._select(sql, *values, _whole("limit", limit, 0, 10**9))
-        return [Event(id, type, _data_of(data), *rest) for id, type, data, *rest in rows]
+        return [
+            Event(id, type, _data_of(data), tenant, key, created_at, (), erased_at)
+            for id, type, data, tenant, key, created_at, erased_at in rows
+        ]
 
     def _after(self, event_id: Any) -> int:
         """Return the key that a page goes on behind; the event itself may be pruned by now."""
@@ -9052,7 +9324,9 @@ def _events_show(outbox: Outbox, options: Any) -> None:
         record = _record(event) | {"attempts": [_record(attempt) for attempt in attempts]}
         return _say(json.dumps(record, indent=2))
     tenant = f"  tenant {event.tenant}" if event.tenant else ""
-    _say(f"{event.id}  {event.type}  {_moment(event.created_at)}{tenant}\n{_dumps(event.data)}\n")
+    erased = event.erased_at is not None and f"erased {_moment(event.erased_at)}"
+    _say(f"{event.id}  {event.type}  {_moment(event.created_at)}{tenant}")
+    _say(f"{erased or _dumps(event.data)}\n")
     _show(
         event.deliveries, "endpoint_id status attempts due_at delivered_at", False, "no deliveries"
     )
@@ -9117,6 +9391,29 @@ def _adopt(outbox: Outbox, options: Any) -> None:
 
 def _resend(outbox: Outbox, options: Any) -> None:
     _say(f"{outbox.resend(options.id, endpoint=options.endpoint)} deliveries are pending again")
+
+
+def _events_cancel(outbox: Outbox, options: Any) -> None:
+    filters = _given(options, "event_id endpoint tenant key type since until")
+    if options.id is not None and filters.setdefault("event_id", options.id) != options.id:
+        raise PayloadError("two events are named; cancel one after the other")
+    count = outbox.cancel(all=options.all, dry_run=options.dry_run, **filters)
+    _say(f"{count} deliveries {'would be ' if options.dry_run else ''}cancelled")
+
+
+def _events_erase(outbox: Outbox, options: Any) -> None:
+    outbox.erase(options.id)
+    _say(f"erased {options.id}")
+
+
+def _endpoint_retry(outbox: Outbox, options: Any) -> None:
+    count = outbox.retry_now(endpoint=options.id, **_given(options, "type dry_run"))
+    _say(f"{count} deliveries {'would be' if options.dry_run else 'are'} due now")
+    if not outbox.endpoint(options.id).enabled:
+        print(
+            f"{options.id} is disabled, so they are held; `endpoint enable {options.id}` resumes them",
+            file=sys.stderr,
+        )
 
 
 def _local_server(app: WSGIApplication, port: int, host: str = "127.0.0.1") -> Any:
@@ -9412,6 +9709,9 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--endpoint": dict(metavar="ID"),
     "--reason": dict(help=", ".join(_REASONS)),
     "failed show id": dict(type=int),
+    "events cancel id": dict(nargs="?", metavar="ID"),
+    "events cancel --key": dict(help="of events with this key"),
+    "--event-id": dict(metavar="ID"),
     "resend --endpoint": dict(help="only to this one, which need not have had it"),
     "--older-than": dict(type=float, metavar="SECONDS"),
     "--keep": dict(_FLAG, help="it was moved here: what waits is to be sent"),
@@ -9457,6 +9757,12 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
     ("endpoint secret", lambda o, a: _say(o._secret(a.id)), "print its secret", "id"),
     ("endpoint ping", _endpoint_ping, "send it a webhook.ping now", "id"),
     (
+        "endpoint retry",
+        _endpoint_retry,
+        "have its deliveries that wait tried now, and end its hold",
+        "id --type --dry-run",
+    ),
+    (
         "endpoint backfill",
         _backfill,
         "deliver recorded events that it missed",
@@ -9484,6 +9790,13 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
         "--tenant --type --since --until --limit --after --json",
     ),
     ("events show", _events_show, "show an event, its deliveries and attempts", "id --json"),
+    (
+        "events cancel",
+        _events_cancel,
+        "have what waits not be sent",
+        "id --event-id --endpoint --tenant --key --type --since --until --all --dry-run",
+    ),
+    ("events erase", _events_erase, "empty an event, for privacy law, and cancel what waits", "id"),
     (
         "failed list",
         _failed_list,

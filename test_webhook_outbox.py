@@ -3157,7 +3157,7 @@ TURN_TRIGGERS = (  # by what a turn writes, or emit
     *("webhook_record_outcome", "webhook_record_mark", "webhook_record_endpoint"),
     *(
         "webhook_deliveries_finish",
-        "webhook_deliveries_reopen",
+        "webhook_deliveries_tell",
         "webhook_failed_discard",
         "webhook_events_delete",
     ),
@@ -3174,6 +3174,7 @@ TURN_STATEMENTS = {
     "who committed": "PRAGMA data_version",
     "newest": "SELECT max(seq) FROM webhook_events",
     "counters": "SELECT key, value FROM webhook_meta",
+    "home": "SELECT value FROM webhook_meta WHERE key = 'home'",
     "news": "SELECT event, endpoint_id, due_at, status, queue FROM webhook_deliveries",
     "waiting": "WITH RECURSIVE waiting(id)",
     "endpoints by id": "CROSS JOIN webhook_endpoints ON id = listed",

@@ -2160,6 +2160,82 @@ def test_an_endpoint_may_be_added_disabled_and_updated_to_be_enabled(database):
     assert statuses(outbox, missed) == {"crm": "held"}
 
 
+def test_ensure_adds_an_endpoint_once_and_then_writes_only_what_differs(database):
+    outbox = make_outbox(database)
+    options: dict[str, Any] = {"events": ["order.*"], "rate": 5, "headers": {"X-A": "1"}}
+    made = outbox.ensure_endpoint(URL, id="crm", secret=SECRET, **options)
+    assert made.secret == SECRET == outbox._secret("crm")
+    assert dataclasses.replace(made, secret=None) == outbox.endpoint("crm")
+
+    def ensured(url: str = URL, **changes: Any) -> webhook_outbox.Endpoint:
+        found = outbox.ensure_endpoint(url, id="crm", **{**options, **changes})
+        assert found == outbox.endpoint("crm") and outbox._secret("crm") == SECRET
+        return found
+
+    dump = emit_dump(database)
+    assert ensured() == ensured(secret="whsec_" + "A" * 44) == outbox.endpoint("crm")
+    outbox.ensure_endpoint(URL, id="crm")
+    with emit_host(database) as conn:
+        conn.execute("BEGIN")
+        assert outbox.ensure_endpoint(URL, id="crm", conn=conn, **options) == outbox.endpoint("crm")
+        assert conn.total_changes == 0
+        outbox.ensure_endpoint(URL + "x", id="crm", conn=conn)
+        outbox.ensure_endpoint(URL, id="other", conn=conn)
+        conn.execute("ROLLBACK")
+    assert emit_dump(database) == dump
+    assert ensured(url=URL + "2").url == URL + "2"
+    changed = ensured(events="*", headers={}, rate=None)
+    assert (changed.events, changed.headers, changed.rate) == (("*",), {}, None)
+    outbox.disable_endpoint("crm", "by hand")
+    query(database, "UPDATE webhook_endpoints SET failures = 3, failing_since = 1.0")
+    held = ensured()
+    assert (held.enabled, held.disabled_reason, held.failing_since) == (False, "by hand", 1.0)
+    assert ensured(enabled=False) == held
+    again = ensured(enabled=True)
+    assert (again.enabled, again.disabled_reason, again.failing_since) == (True, "", None)
+
+
+def test_ensure_takes_no_endpoint_of_another_tenant_and_refuses_what_add_refuses(wal):
+    outbox = make_outbox(wal)
+    for tenant in (None, "c42", "*"):
+        id = f"of_{tenant}".replace("*", "all")
+        outbox.ensure_endpoint(URL, id=id, tenant=tenant)
+        for other in {None, "c42", "c43", "*"} - {tenant}:
+            with pytest.raises(PayloadError, match="another tenant"):
+                outbox.ensure_endpoint(URL, id=id, tenant=other, rate=1)
+        assert outbox.ensure_endpoint(URL, id=id, tenant=tenant).tenant == tenant
+    dump = emit_dump(wal)
+    bad: list[dict[str, Any]] = [{"id": "a b"}, {"id": None}, {"id": ["x"]}, {"secret": "short"}]
+    bad += [{"colour": 1}, {"rate": 0}, {"url": "ftp://example.com"}, {"tenant": "no tenant"}]
+    for options in bad:
+        for id in ("of_None", "new"):
+            with pytest.raises((PayloadError, UnsafeURL)):
+                outbox.ensure_endpoint(**{"url": URL, "id": id, **options})
+    assert emit_dump(wal) == dump
+
+
+def test_eight_processes_that_ensure_an_endpoint_at_once_make_one(database, tmp_path):
+    make_outbox(database)
+    code = """
+        import os, sys, time
+        from webhook_outbox import Outbox
+        outbox = Outbox(sys.argv[1])
+        print("ready", flush=True)
+        while not os.path.exists(sys.argv[2]):
+            time.sleep(0.001)
+        found = outbox.ensure_endpoint("https://example.com/", id="crm", events=["order.*"], rate=5)
+        print(found.secret)
+        """
+    herd = [run_python(code, database, str(tmp_path / "go")) for _ in range(8)]
+    assert all(process.stdout.readline() == "ready\n" for process in herd)
+    (tmp_path / "go").touch()
+    said = [process.communicate(timeout=60) for process in herd]
+    assert [err for _, err in said] == [""] * 8
+    secrets = [out.strip() for out, _ in said]
+    assert sorted(secrets)[:7] == ["None"] * 7 and make_outbox(database)._secret("crm") in secrets
+    assert query(database, "SELECT count(*), max(version) FROM webhook_endpoints") == [(1, 2)]
+
+
 def test_the_tenant_of_an_endpoint_is_for_life(wal):
     outbox = make_outbox(wal)
     for id, tenant in (("own", None), ("c42", "c42"), ("all", "*")):

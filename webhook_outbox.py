@@ -2601,6 +2601,12 @@ def _checked_tenant(tenant: Any, or_all: bool = False) -> str | None:
     return tenant
 
 
+def _checked_id(id: Any) -> str:
+    if not isinstance(id, str) or not _TENANT.fullmatch(id):
+        raise PayloadError("id must be 1 to 64 letters, digits, _ and -")
+    return id
+
+
 def _checked_patterns(events: Any) -> list[str]:
     patterns = (
         [events]
@@ -7073,12 +7079,8 @@ class Outbox:
         private authority. Raises UnsafeURL, PayloadError.
         """
         columns = self._columns({**options, "url": url})
-        if id is not None and not (
-            isinstance(id, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", id)
-        ):
-            raise PayloadError("id must be 1 to 64 letters, digits, _ and -")
+        id = "ep_" + secrets.token_hex(8) if id is None else _checked_id(id)
         secret = _checked_secret(secret)
-        id = id or "ep_" + secrets.token_hex(8)
         columns |= {"id": id, "secrets": _dumps([[secret, None]]), "created_at": self.clock()}
         with self._writing(conn) as cursor:
             names, marks = ", ".join(columns), ", ".join("?" * len(columns))
@@ -7090,6 +7092,55 @@ class Outbox:
                     f"there is an endpoint {id} already; update it, or choose another id"
                 ) from None
             return dataclasses.replace(self._endpoint_on(cursor, id), secret=secret)
+
+    def ensure_endpoint(
+        self,
+        url: str,
+        *,
+        id: str,
+        secret: str | None = None,
+        conn: Any = None,
+        **options: Unpack[EndpointOptions],
+    ) -> Endpoint:
+        """Add an endpoint, or update what differs: for code that registers at every start, in
+        several processes. Where nothing differs nothing is written.
+
+        Options are those of add_endpoint. One that is left out keeps its value, so an endpoint that
+        was disabled stays so unless enabled=True is said. The secret is set when it is added, and
+        stays: rotate_secret changes it; only then is it on the returned Endpoint. An id of another
+        tenant is a PayloadError.
+        """
+        given: dict[str, Any] = dict(options)
+        tenant = _checked_tenant(given.pop("tenant", None), or_all=True)
+        columns = self._columns({**given, "url": url})
+        _checked_id(id)
+        if secret is not None:
+            _checked_secret(secret)
+        if conn is None:  # without the write lock, for which others may have to wait
+            with self._reading() as cursor:
+                if self._differing(cursor, id, tenant, columns) == {}:
+                    return self._endpoint_on(cursor, id)
+        with self._writing(conn) as cursor:
+            changes = self._differing(cursor, id, tenant, columns)
+            if changes is None:
+                return self.add_endpoint(url, id=id, secret=secret, conn=cursor, **options)
+            return self._set(cursor, id, changes)
+
+    def _differing(
+        self, cursor: sqlite3.Cursor, id: str, tenant: str | None, columns: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Return those of some columns that an endpoint has otherwise; None: there is no such
+        endpoint."""
+        cursor.execute(
+            f"SELECT tenant, {', '.join(columns)} FROM main.webhook_endpoints WHERE id = ?", (id,)
+        )
+        rows = cursor.fetchall()
+        if not rows:
+            return None
+        if rows[0][0] != tenant:
+            raise PayloadError(f"there is an endpoint {id} of another tenant; choose another id")
+        stored = dict(zip(columns, rows[0][1:], strict=True))
+        return {name: value for name, value in columns.items() if stored[name] != value}
 
     def _endpoint_on(self, cursor: sqlite3.Cursor, id: str) -> Endpoint:
         cursor.execute(
@@ -7126,6 +7177,7 @@ class Outbox:
     def _set(self, conn: Any, id: str, columns: Mapping[str, Any]) -> Endpoint:
         with self._writing(conn) as cursor:
             self._endpoint_on(cursor, id)
+            columns = {**columns, **(_FRESH if columns.get("enabled") else {})}
             if columns:
                 changes = ", ".join(f"{name} = ?" for name in columns)
                 cursor.execute(
@@ -7146,7 +7198,7 @@ class Outbox:
         follow them. Its tenant stays: add another endpoint. enabled: as enable_endpoint and
         disable_endpoint do."""
         columns = self._columns(changes if url is None else {**changes, "url": url}, update=True)
-        return self._set(conn, id, {**columns, **(_FRESH if columns.get("enabled") else {})})
+        return self._set(conn, id, columns)
 
     def disable_endpoint(self, id: str, reason: str = "", *, conn: Any = None) -> Endpoint:
         """Hold an endpoint's deliveries. Events emitted meanwhile are recorded, and backfill can

@@ -950,21 +950,29 @@ def test_a_refused_emit_opens_no_transaction_in_legacy_mode(wal):
 
 
 @pytest.mark.parametrize("wrap", [lambda data: data, lambda data: {"[": ['"{[', data, "\\"]}])
-def test_data_that_sqlite_could_not_read_back_is_refused(wal, wrap):
-    """SQLite's JSON stops at a depth of 1000 or 2000, Python's may go deeper: an error here beats a
-    failed row."""
+def test_data_that_is_nested_more_than_500_levels_is_refused_by_emit_and_by_plain_sql(wal, wrap):
+    """Python and SQLite give up at a thousand, and a page indents each level."""
     outbox, limit, extra = make_outbox(wal), sys.getrecursionlimit(), 0 if wrap(1) == 1 else 2
+    insert, refused = "INSERT INTO webhook_emit (type, data) VALUES ('a.b', ?)", 0
     sys.setrecursionlimit(20_000)
     try:
-        for depth in (1000, 1001, 2_500):
-            with pytest.raises(PayloadError, match="deep"):
-                emit(outbox, data=wrap(emit_nested(depth - extra)))
-        emit(outbox, data=wrap(emit_nested(999 - extra)))
+        for depth in (500, 501, 900, 1_001, 2_500):
+            data = wrap(emit_nested(depth - extra))
+            for write in (
+                lambda data=data: emit(outbox, data=data),
+                lambda data=data: query(wal, insert, json.dumps(data)),
+            ):
+                try:
+                    write()
+                except (PayloadError, sqlite3.IntegrityError, sqlite3.OperationalError) as error:
+                    assert depth > 500 and re.search("deep|must be JSON", str(error))
+                    refused += 1
     finally:
         sys.setrecursionlimit(limit)
-    emit(outbox, data=["[{"] * 2_000)
-    emit(outbox, data=[[]] * 2_000)
-    assert query(wal, "SELECT json_valid(data) FROM webhook_events") == [(1,)] * 3
+    assert refused == 8 and len(outbox.events()) == 2
+    for data in (["[{"] * 2_000, [[]] * 2_000):  # many brackets, and no depth
+        emit(outbox, data=data)
+        query(wal, insert, json.dumps(data))
 
 
 @pytest.mark.parametrize(
@@ -3299,7 +3307,7 @@ def turn_statements(outbox: Outbox, clock: Clock) -> list[str]:
         clock.advance(-1e8)
         drain.clock_seen = math.inf
         drain._chores(clock.now, time.monotonic())
-        drain.pruning.some(db, now + 1e9, 0.0)
+        drain.pruning.some(db, drain.settings, now + 1e10, 0.0)
         drain.counts.count(db)
     finally:
         db.set_trace_callback(None)
@@ -8373,20 +8381,22 @@ def test_an_endpoint_without_success_for_five_days_and_three_failed_rows_is_disa
 LEARNED: list[tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]] = [
     ((0, None, 0, 0), {"status_code": 200}, (0, None, 0, 0, 9, False, None)),
     ((1, None, 0, 0), {"status_code": 200}, (0, None, 0, 0, 9, True, None)),  # a row that was damaged
-    ((0, 900, 0, 0), {"status_code": 200}, (0, None, 0, 0, 9, True, "recovered")),
-    ((12, 900, 1100, 0), {"status_code": 200}, (0, None, 0, 0, 9, True, "recovered")),
-    ((12, 900, 1100, 1050), {"status_code": 200}, (0, None, 1050, 1050, 9, True, "recovered")),
-    ((0, None, 0, 0), {"status_code": 400, "reason": "status"}, (1, 1000, 0, 1000, 8, True, "failing")),
-    ((1, 900, 0, 0), {"status_code": 499, "reason": "status"}, (2, 900, 0, 1000, 8, True, None)),
+    ((0, 900, 0, 0), {"status_code": 200}, (0, None, 0, 0, 9, True, None)),
+    ((12, 900, 1100, 0), {"status_code": 200}, (0, None, 0, 0, 9, True, None)),
+    ((12, 900, 1100, 1050), {"status_code": 200}, (0, None, 1050, 1050, 9, True, None)),
+    ((0, None, 0, 0), {"status_code": 400, "reason": "status"}, (1, 1000, 0, 1000, 8, True, None)),
+    ((1, 950, 0, 0), {"status_code": 499, "reason": "status"}, (2, 950, 0, 1000, 8, True, None)),
+    ((1, 940, 0, 0), {"reason": "status"}, (2, 940, 0, 1000, 8, True, "failing")),  # for a minute
+    ((2, 999, 0, 0), {"reason": "status"}, (3, 999, 0, 1000, 8, True, "failing")),
     ((1, 1100, 0, 0), {"reason": "dns"}, (2, 1000, 0, 1000, 8, True, None)),  # the clock was ahead
-    ((1, 900, 0, 0), {"status_code": 500, "reason": "status"}, (2, 900, 0, 1000, 4, True, None)),
-    ((1, 900, 0, 0), {"status_code": 429, "reason": "status"}, (2, 900, 0, 1000, 4, True, None)),
-    ((1, 900, 0, 0), {"reason": "timeout"}, (2, 900, 0, 1000, 4, True, None)),
-    ((1, 900, 0, 0), {"status_code": 429, "reason": "status", "hint": 50.0}, (2, 900, 1050, 1050, 4, True, None)),
-    ((1, 900, 1200, 1300), {"status_code": 429, "reason": "status", "hint": 50.0}, (2, 900, 1200, 1300, 4, True, None)),
-    ((8, 900, 0, 0), {"reason": "connect"}, (9, 900, 0, 1000, 8, True, None)),
-    ((9, 900, 0, 0), {"reason": "connect"}, (10, 900, 1001, 1000, 8, True, None)),
-    ((9, 900, 0, 0), {"status_code": 503, "reason": "status", "hint": 0.5}, (10, 900, 1001, 1000.5, 4, True, None)),
+    ((1, 900, 0, 0), {"status_code": 500, "reason": "status"}, (2, 900, 0, 1000, 4, True, "failing")),
+    ((1, 900, 0, 0), {"status_code": 429, "reason": "status"}, (2, 900, 0, 1000, 4, True, "failing")),
+    ((1, 900, 0, 0), {"reason": "timeout"}, (2, 900, 0, 1000, 4, True, "failing")),
+    ((1, 900, 0, 0), {"status_code": 429, "reason": "status", "hint": 50.0}, (2, 900, 1050, 1050, 4, True, "failing")),
+    ((1, 900, 1200, 1300), {"status_code": 429, "reason": "status", "hint": 50.0}, (2, 900, 1200, 1300, 4, True, "failing")),
+    ((8, 900, 0, 0), {"reason": "connect"}, (9, 900, 0, 1000, 8, True, "failing")),
+    ((9, 900, 0, 0), {"reason": "connect"}, (10, 900, 1001, 1000, 8, True, "failing")),
+    ((9, 900, 0, 0), {"status_code": 503, "reason": "status", "hint": 0.5}, (10, 900, 1001, 1000.5, 4, True, "failing")),
 ]  # fmt: skip
 
 
@@ -8397,7 +8407,7 @@ def test_an_endpoint_learns_from_an_outcome_what_its_next_attempts_may_be() -> N
         lane.health = health if any(before) else webhook_outbox._WELL
         told = lane.learn(webhook_outbox._Outcome(**outcome), 1000.0, 50.0, policy)
         in_row = lane.health[:3] != health[:3]
-        assert (*lane.health, lane.limit, in_row, told) == expected, (before, outcome)
+        assert (*lane.health[:4], lane.limit, in_row, told) == expected, (before, outcome)
         assert (lane.health is webhook_outbox._WELL) is (lane.health == webhook_outbox._Health())
         assert (
             lane.proven_until == (0.0 if "reason" in outcome else 650.0)
@@ -8516,13 +8526,15 @@ def test_five_days_without_success_alone_disable_nothing(wal, serve):
 def test_who_subscribes_by_name_is_told_of_failing_recovery_disabling_and_failed_deliveries(
     database, serve
 ):
-    monitor, receiver = serve(), serve([answer(500), answer(500), OK, answer(410)])
-    outbox = make_outbox(database, retry=RetryPolicy((0, 0)))
+    monitor = serve()
+    receiver = serve([answer(500), answer(500), answer(500), OK, answer(410)])
+    outbox = make_outbox(database, retry=RetryPolicy((0, 0, 0)))
     outbox.add_endpoint(receiver.url(), id="crm", events=["order.*"])
     outbox.add_endpoint(serve().url(), id="all")
-    first = emit(outbox)
-    outbox.drain(until_empty=True)
-    assert [event.id for event in outbox.events()] == [first]  # nobody listens: no event
+    for _ in range(2):
+        emit(outbox)
+        outbox.drain(until_empty=True)
+    assert len(outbox.events()) == 2  # nobody listens: no event
     outbox.add_endpoint(monitor.url(), id="monitor", events=["webhook.*"])
     receiver.requests.clear()
     ids = []
@@ -8530,15 +8542,17 @@ def test_who_subscribes_by_name_is_told_of_failing_recovery_disabling_and_failed
         ids.append(emit(outbox))
         outbox.drain(until_empty=True)
     told = [json.loads(request.body) for request in monitor.requests]
+    told[:2] = sorted(told[:2], key=operator.itemgetter("type"), reverse=True)
     assert {(t["type"], t["data"]["event_id"]) for t in told} == {
+        ("webhook.endpoint.failing", ids[0]),
         ("webhook.delivery.failed", ids[0]),
         ("webhook.endpoint.recovered", ids[1]),
         ("webhook.delivery.failed", ids[2]),
-        ("webhook.endpoint.failing", ids[2]),
         ("webhook.endpoint.disabled", ids[2]),
     } and len(told) == 5
-    what = {"kind": "gave_up", "endpoint_id": "crm", "event_id": ids[0]}
-    assert told[0]["data"] == {**what, "reason": "status", "status_code": 500, "error": "HTTP 500"}
+    what = {"endpoint_id": "crm", "event_id": ids[0], "reason": "status", "status_code": 500}
+    for t, kind in zip(told[:2], ("failing", "gave_up"), strict=True):
+        assert t["data"] == {**what, "kind": kind, "error": "HTTP 500"}
     for event in outbox.events():
         if event.type.startswith("webhook."):
             assert set(statuses(outbox, event.id)) == {"monitor"}  # "*" does not match them
@@ -8554,7 +8568,7 @@ def test_two_monitors_that_fail_in_turn_do_not_talk_about_each_other_for_ever(wa
     emit(outbox)
     outbox.drain(until_empty=True)
     types = sorted(event.type for event in outbox.events())
-    assert types == ["order.created", "webhook.delivery.failed", "webhook.endpoint.failing"]
+    assert types == ["order.created", "webhook.delivery.failed"]
 
 
 @pytest.mark.parametrize("app_name", ["", "Müller & Söhne/shop #1"])
@@ -8650,7 +8664,7 @@ def test_slack_and_discord_get_messages_that_they_take_and_that_can_mention_nobo
 
 
 def test_slack_may_be_the_monitor(wal, serve):
-    outbox, slack = make_outbox(wal, retry=RetryPolicy((0,))), serve(as_slack)
+    outbox, slack = make_outbox(wal, retry=RetryPolicy((0, 0, 0))), serve(as_slack)
     outbox.add_endpoint(slack.url(), id="slack", events=["webhook.*"], body="slack")
     outbox.add_endpoint(serve(answer(500)).url(), id="crm")
     id = emit(outbox)
@@ -8952,26 +8966,21 @@ def test_an_observer_that_raises_is_logged_and_ignored(wal, serve, caplog, error
 
     seen: list[str] = []
     receiver, outbox = (
-        serve([answer(500), OK]),
-        make_outbox(wal, observer=observe, retry=RetryPolicy((0, 0), jitter=0.0)),
+        serve([answer(500), answer(500), answer(500), OK]),
+        make_outbox(wal, observer=observe, retry=RetryPolicy((0, 0, 0, 0), jitter=0.0)),
     )
     outbox.add_endpoint(receiver.url())
     with outbox:
         for number in range(3):
             drain_emit(outbox, [number])
             eventually(
-                lambda number=number: number in drain_sent(receiver) and len(seen) >= 2 + number
+                lambda number=number: number in drain_sent(receiver) and len(seen) >= 4 + number
             )
         eventually(lambda: seen.count("delivered") == 3)
         assert outbox.running
-    assert sorted(seen) == [
-        "attempt_failed",
-        "delivered",
-        "delivered",
-        "delivered",
-        "failing",
-        "recovered",
-    ]
+    assert collections.Counter(seen) == {
+        "attempt_failed": 3, "failing": 1, "recovered": 1, "delivered": 3
+    }  # fmt: skip
     assert "observer's own trouble" in caplog.text
 
 
@@ -10062,7 +10071,7 @@ def test_a_damaged_page_is_one_clear_line_and_costs_only_the_endpoint_whose_rows
         assert process.wait(60) == 0, process.stderr.read()
     pruning = webhook_outbox._Pruning()
     with contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as conn:
-        pruning.some(conn, clock.now, 0.0)
+        pruning.some(conn, make_outbox(wal, retention=0)._settings(), clock.now, 0.0)
     assert pruning.at == 60.0  # tried and failed: later again
     with outbox:
         clock.advance(61)
@@ -10609,22 +10618,58 @@ OUTCOMES = st.builds(
 )
 
 
-@given(st.lists(st.tuples(OUTCOMES, st.floats(-5.0, 90.0)), max_size=40))
-def test_an_endpoint_has_failures_exactly_since_it_is_failing(outcomes):
-    policy, health, now = RetryPolicy((0, 60, 60), jitter=0.0), webhook_outbox._Health(), 1000.0
-    told: list[str | None] = []
+@given(st.lists(st.tuples(OUTCOMES, st.floats(-5.0, 90.0)), max_size=60))
+def test_an_endpoint_has_failures_exactly_since_it_is_failing_and_is_told_of_in_pairs(outcomes):
+    policy, lane, now = RetryPolicy((0, 60, 60), jitter=0.0), webhook_outbox._Lane("a"), 1000.0
+    told: list[tuple[str, float]] = []
     for outcome, seconds in outcomes:
         now += seconds
-        after = health.after(outcome, now, policy)
-        told.append(after.change(health))
-        health = after
+        kind = lane.learn(outcome, now, now, policy)
+        told += [(kind, now)] if kind else []
+        health = lane.health
         assert (health.failures == 0) is (health.failing_since is None)
         assert outcome.reason is None or health.failing_since <= now
         assert outcome.hint is None or outcome.reason is None or health.paused_until >= now + 30
-    changes = list(filter(None, told))
-    assert changes == ["failing", "recovered"] * (len(changes) // 2) + ["failing"] * (
-        len(changes) % 2
-    )
+        assert health.unsteady_since is not None or (health.good, health.bad) == (0, 0)
+    kinds = [kind for kind, _ in told]
+    assert kinds == ["failing", "recovered"] * (len(kinds) // 2) + ["failing"] * (len(kinds) % 2)
+    failing = [at for kind, at in told if kind == "failing"]
+    assert all(later - earlier >= 600 for earlier, later in itertools.pairwise(failing))
+
+
+def test_notices_of_an_endpoint_that_fails_and_answers_in_turn_come_in_one_pair_in_ten_minutes():
+    policy, lane = RetryPolicy((0,)), webhook_outbox._Lane("a")
+    sick, well = webhook_outbox._Outcome(500, "status"), webhook_outbox._Outcome(200)
+    told = []
+    for second in range(0, 3_600, 2):
+        for outcome in [sick] * (4 if second % 100 == 0 else 1) + [well]:
+            told.append(lane.learn(outcome, 1000.0 + second, float(second), policy))
+    assert collections.Counter(filter(None, told)) == {"failing": 6, "recovered": 6}
+
+
+UNSTEADY = [  # outcomes of a day's attempts, over and over; when and why the endpoint is hopeless
+    ("x", 5, "no success for 5 days"),
+    ("x" * 8 + ".", 5, "three of four attempts failed for 5 days"),
+    ("xxx." * 3, 5, "three of four attempts failed for 5 days"),
+    ("xxxx.", 5, "three of four attempts failed for 5 days"),
+    ("xxx.", 6, "three of four attempts failed for 5 days"),  # of twenty failures at least
+    ("xx.", None, None),
+    ("x" * 30 + "." * 10, None, None),  # steady again each day
+    ("." * 50, None, None),
+]
+
+
+@pytest.mark.parametrize(("day", "when", "why"), UNSTEADY)
+def test_an_endpoint_that_hardly_ever_answers_is_hopeless_after_five_days(day, when, why):
+    policy, health, found = RetryPolicy((0,)), webhook_outbox._Health(), None
+    for n in range(9):
+        for number, letter in enumerate(day):
+            now = 1e9 + 86_400.0 * (n + number / len(day))
+            outcome = webhook_outbox._Outcome(reason=None if letter == "." else "status")
+            health = health.after(outcome, now, policy)
+            if letter == "x" and found is None and (hopeless := health.hopeless(now)):
+                found = round((now - 1e9) / 86_400.0), hopeless[1]
+    assert found == (None if when is None else (when, why))
 
 
 @contextlib.contextmanager
@@ -12603,7 +12648,7 @@ def test_what_is_left_is_reckoned_from_the_last_count(wal):
 
 
 def test_retention_deletes_a_few_at_a_time_and_then_rests(wal):
-    outbox, pruning, found = make_outbox(wal), webhook_outbox._Pruning(), []
+    outbox, pruning, found = make_outbox(wal, retention=0), webhook_outbox._Pruning(), []
     insert = "INSERT INTO webhook_events (seq, type, data, created_at) VALUES (?, 'a', '1', ?)"
     with outbox.transaction() as conn:
         conn.executemany(insert, [(n, 100.0 if n <= 1200 else 300.0) for n in range(1, 1301)])
@@ -12613,13 +12658,50 @@ def test_retention_deletes_a_few_at_a_time_and_then_rests(wal):
         )
     with contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as db:
         for mono in (10.0, 20.0, 30.0, 40.0):
-            pruning.some(db, 200.0, mono)
+            pruning.some(db, outbox._settings(), 200.0, mono)
             left = db.execute("SELECT count(*) FROM webhook_events").fetchone()[0]
             found.append((round(pruning.at - mono, 2), left))
         assert found == [(0.2, 800), (0.02, 800), (0.2, 600), (3600.0, 600)]
         db.execute("DROP TABLE webhook_attempts")
-        pruning.some(db, 400.0, 50.0)
+        pruning.some(db, outbox._settings(), 400.0, 50.0)
         assert pruning.at == 50.0 + 60.0  # it failed: later again
+
+
+def test_failed_rows_stay_for_their_retention_and_their_events_then_for_theirs(wal, serve):
+    clock = Clock()
+    outbox = make_outbox(
+        wal, clock=clock, retry=RetryPolicy((0,)), failed_retention=50.0, retention=100.0
+    )
+    outbox.add_endpoint(serve(answer(500)).url(), id="a")
+    old = emit(outbox)
+    outbox.drain(once=True)
+    clock.advance(40)
+    emit(outbox)
+    outbox.drain(once=True)
+    clock.advance(11)
+    with drain_by_hand(outbox) as drain:
+        drain._chores(clock.now, time.monotonic())
+    assert [row.failed_at > clock.now - 50 for row in outbox.failed()] == [True]
+    assert statuses(outbox, old) == {"a": "failed"} and outbox.prune() == 0
+    clock.advance(50)
+    assert outbox.prune() == 1 and outbox.failed() == [] and len(outbox.events()) == 1
+    for wrong in (-1.0, "a", math.nan):
+        with pytest.raises(PayloadError, match="failed_retention must be a number"):
+            make_outbox(wal, failed_retention=wrong)
+
+
+def test_of_a_deliverys_attempts_the_first_and_the_last_answer_are_kept(wal, serve):
+    answers = [answer(500, b"%d" % n) for n in range(6)]
+    receiver = serve([*answers, answer(200, b"well")])
+    outbox = make_outbox(wal, retry=RetryPolicy((0,) * 6))
+    outbox.add_endpoint(receiver.url(), id="a")
+    id = emit(outbox)
+    outbox.drain(until_empty=True)
+    assert [a.response for a in outbox.attempts(id)] == ["0", *[None] * 4, "5"]
+    assert outbox.failed()[0].response == "5"
+    outbox.replay(all=True)
+    outbox.drain(until_empty=True)
+    assert [a.response for a in outbox.attempts(id)] == ["0", *[None] * 4, "5", "well"]
 
 
 def test_only_failed_rows_of_the_endpoint_itself_speak_for_disabling_it(wal):
@@ -12640,7 +12722,7 @@ def test_only_failed_rows_of_the_endpoint_itself_speak_for_disabling_it(wal):
                 webhook_outbox._Row("outcome", event, id, status) for event, id, status in outcomes
             ]
             lane = lane_of(health=webhook_outbox._Health(int(since is not None), since))
-            assert drain._hopeless(lane, now) is expected, (since, now)
+            assert bool(drain._hopeless(lane, now)) is expected, (since, now)
         drain.ledger.rows = []
 
 

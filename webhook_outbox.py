@@ -183,6 +183,8 @@ def _settle(row: str) -> str:
 # most one row of an endpoint. GLOB is the matcher: '*' is everything except webhook.*, 'order.*'
 # everything below order.
 _SUBSCRIBE = """
+  SELECT RAISE(ABORT, 'webhook_endpoints: at most 100 patterns an endpoint')
+   WHERE json_array_length(NEW.events) > 100;
   DELETE FROM webhook_patterns WHERE endpoint_id = NEW.id;
   INSERT INTO webhook_patterns (tenant, pattern, endpoint_id, ordered)
   SELECT DISTINCT coalesce(NEW.tenant, ''), one.value, NEW.id, NEW.ordered FROM json_each(NEW.events) AS one
@@ -216,13 +218,25 @@ def _refuse(why: str, when: str) -> str:
     return f"\n  SELECT RAISE(ABORT, 'webhook_emit: {why}') WHERE {when};"
 
 
+_DEEPEST = 500  # levels of nested data; Python and SQLite give up at a thousand
+# Whether data is nested deeper: counted level by level, where there are brackets enough for that.
+_TOO_DEEP = f"""
+     CASE WHEN length(NEW.data) - length(replace(replace(NEW.data, '[', ''), '{{', '')) > {_DEEPEST}
+     THEN EXISTS (
+       WITH RECURSIVE level(part, depth) AS (
+         SELECT NEW.data, 1
+          UNION ALL
+         SELECT value, depth + 1 FROM level, json_each(part)
+          WHERE type IN ('array', 'object') AND depth <= {_DEEPEST})
+       SELECT 1 FROM level WHERE depth > {_DEEPEST}) END"""
 _EMIT_CHECKS = "".join(
     _refuse(why, when)
     for when, why in (
         (
             "coalesce(json_valid(NEW.data), 0) = 0 OR instr(NEW.data, char(0))",
-            "data must be JSON text, nested less than 1000 deep",
+            "data must be JSON text",
         ),
+        (_TOO_DEEP, f"data is nested too deeply, more than {_DEEPEST} levels"),
         (f"length(CAST(NEW.data AS BLOB)) > {_MAX_BODY}", "data is too large; send a link instead"),
         (
             "typeof(NEW.type) <> 'text' OR length(NEW.type) NOT BETWEEN 1 AND 256 OR instr(NEW.type, char(0))",
@@ -249,6 +263,7 @@ _EMIT_CHECKS = "".join(
             " AND coalesce(json_valid(NEW.headers) AND json_type(NEW.headers) = 'object', 0) = 0",
             "headers must be a JSON object",
         ),
+        ("length(CAST(NEW.headers AS BLOB)) > 20000", "headers must hold at most 16 KiB in all"),
         (
             "NEW.created_at IS NOT NULL AND (typeof(NEW.created_at) NOT IN ('real', 'integer')"
             " OR NEW.created_at NOT BETWEEN 0 AND 1e11)",
@@ -327,11 +342,15 @@ _FIRST_SCHEMA = (
   created_at REAL NOT NULL,
   failing_since REAL,                          -- first failure since the last success
   failures INTEGER NOT NULL DEFAULT 0,         -- failures in a row
+  unsteady_since REAL,                         -- first failure since ten successes in a row
+  good INTEGER NOT NULL DEFAULT 0,             -- attempts since then: successes
+  bad INTEGER NOT NULL DEFAULT 0,              -- and failures
   paused_until REAL NOT NULL DEFAULT 0,        -- Retry-After, or the pause before the next probe
   version INTEGER NOT NULL DEFAULT 0,          -- kept by triggers: of what the drain must know
   CHECK (typeof(rate) IN ('real', 'null') AND typeof(timeout) IN ('real', 'null')),
   CHECK (typeof(max_in_flight) = 'integer' AND max_in_flight > 0 AND typeof(failures) = 'integer'),
-  CHECK (typeof(paused_until) = 'real' AND typeof(failing_since) IN ('real', 'null'))
+  CHECK (typeof(paused_until) = 'real' AND typeof(failing_since) IN ('real', 'null')),
+  CHECK (typeof(good) = 'integer' AND typeof(bad) = 'integer' AND typeof(unsteady_since) IN ('real', 'null'))
 )""",
     """CREATE INDEX webhook_endpoints_version ON webhook_endpoints (version)""",
     # What a customer looks at costs what that customer has, however much the others have.
@@ -539,12 +558,22 @@ END""",
     """CREATE VIEW webhook_record AS
 SELECT '' AS kind, event, endpoint_id, status, due_at, 0.0 AS at, 0.0 AS duration, NULL AS status_code,
        NULL AS reason, NULL AS error, NULL AS response FROM webhook_deliveries""",
+    # Of a delivery's attempts the first and the last answer are kept: one endpoint that always fails
+    # with a long answer would fill the disk.
     f"""CREATE TRIGGER webhook_record_outcome INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'outcome'
 BEGIN
   INSERT INTO webhook_attempts (event, endpoint_id, at, duration, status_code, reason, error, response)
   VALUES (NEW.event, NEW.endpoint_id, NEW.at, NEW.duration, NEW.status_code, NEW.reason,
           CASE WHEN NEW.error IS NULL OR {_ERASED} THEN NULL ELSE NEW.error END,
           CASE WHEN NEW.response IS NULL OR {_ERASED} THEN NULL ELSE NEW.response END);{_AFTER_TRY.format(" OR status = 'cancelled'")}
+  UPDATE webhook_attempts SET response = NULL
+   WHERE (SELECT attempts FROM webhook_deliveries
+           WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id) > 2
+     AND event = NEW.event AND endpoint_id = NEW.endpoint_id AND response IS NOT NULL
+     AND id < (SELECT max(id) FROM webhook_attempts
+                WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id)
+     AND id > (SELECT min(id) FROM webhook_attempts
+                WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id);
   INSERT OR IGNORE INTO webhook_failed
          (event, endpoint_id, type, key, attempts, reason, status_code, error, response, first_attempt_at, failed_at)
   SELECT d.event, d.endpoint_id, coalesce(e.type, ''), e.key, d.attempts,
@@ -558,10 +587,12 @@ END""",
     f"""CREATE TRIGGER webhook_record_mark INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'mark'
 BEGIN{_AFTER_TRY.format("")}
 END""",
-    # An endpoint's state: due_at is paused_until, at is failing_since, duration is failures, and
-    # error is why it is to be disabled, or NULL.
+    # An endpoint's state: due_at is paused_until, at is failing_since, duration is failures, error is
+    # why it is to be disabled, or NULL; response is unsteady_since, event is good, status_code is bad.
     """CREATE TRIGGER webhook_record_endpoint INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'endpoint' BEGIN
-  UPDATE webhook_endpoints SET failures = NEW.duration, failing_since = NEW.at, paused_until = NEW.due_at
+  UPDATE webhook_endpoints
+     SET failures = NEW.duration, failing_since = NEW.at, paused_until = NEW.due_at,
+         unsteady_since = NEW.response, good = NEW.event, bad = NEW.status_code
    WHERE id = NEW.endpoint_id;
   UPDATE webhook_endpoints SET enabled = 0, disabled_reason = NEW.error
    WHERE id = NEW.endpoint_id AND NEW.error IS NOT NULL AND enabled;
@@ -1147,10 +1178,13 @@ _STANDARD_DELAYS = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 
 _LONGEST_HINT = 86_400.0  # seconds; a Retry-After beyond a day is cut
 _STRUGGLING = 10  # failures in a row
 _LONGEST_PROBE = 60.0  # seconds
-_HOPELESS = (
-    5 * 86_400.0,
-    3,
-)  # seconds without a success, and failed rows in that time: the endpoint is disabled
+# An endpoint is disabled after so many seconds without a success, or in which three of four attempts
+# failed, when so many deliveries were given up in that time.
+_HOPELESS = 5 * 86_400.0, 3
+_STEADY_AGAIN = 10  # successes in a row after which earlier failures are forgotten
+# An endpoint counts as failing after so many failures in a row, or so many seconds of them.
+_FAILING = 3, 60.0
+_TELL_AGAIN = 600.0  # seconds from one notice that an endpoint is failing to the next
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1457,6 +1491,7 @@ class _Settings:
     workers: int  # attempts under way at once
     guard: _Guard
     retention: float  # seconds
+    failed_retention: float | None  # seconds; None: failed rows stay until somebody acts
     proxy: str | None
     app_name: str
     home: str | None
@@ -1927,6 +1962,9 @@ _RESERVED_HEADER = re.compile(
 )
 
 
+_MOST_HEADERS = 16_384  # characters of custom headers in all; receivers refuse more
+
+
 def _checked_headers(headers: Any) -> dict[str, str]:
     """Return custom headers as a dict; raise PayloadError, which never quotes a value."""
     if headers is None:
@@ -1953,6 +1991,8 @@ def _checked_headers(headers: Any) -> dict[str, str]:
             )
     if len({name.lower() for name in headers}) != len(headers):
         raise PayloadError("a header is given twice, in different case")
+    if sum(map(len, itertools.chain(headers, headers.values()))) > _MOST_HEADERS:
+        raise PayloadError(f"headers hold more than {_MOST_HEADERS:,} characters in all")
     return dict(headers)
 
 
@@ -2556,6 +2596,7 @@ def _openapi(catalogue: _Catalogue, title: str) -> dict[str, Any]:
 # a keyword of add_endpoint and an argument of the command line of the same name. Knows nothing of
 # files and connections.
 
+_MOST_PATTERNS = 100  # of an endpoint; the schema says so too
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(\.\*)?")
 _TENANT = re.compile("[A-Za-z0-9_-]{1,64}")
 
@@ -2608,13 +2649,8 @@ def _checked_id(id: Any) -> str:
 
 
 def _checked_patterns(events: Any) -> list[str]:
-    patterns = (
-        [events]
-        if isinstance(events, str)
-        else list(events)
-        if isinstance(events, Iterable)
-        else []
-    )
+    patterns = [events] if isinstance(events, str) else events
+    patterns = list(patterns) if isinstance(patterns, Iterable) else []
     if not patterns:
         raise PayloadError("events must hold at least one pattern; '*' means all")
     for pattern in patterns:
@@ -2622,7 +2658,11 @@ def _checked_patterns(events: Any) -> list[str]:
             raise PayloadError(
                 "each of events must be a type (order.created), a group (order.*) or *"
             )
-    return list(dict.fromkeys(patterns))
+    if len(found := list(dict.fromkeys(patterns))) > _MOST_PATTERNS:
+        raise PayloadError(
+            f"events may hold {_MOST_PATTERNS} patterns; a group (order.*) holds many types"
+        )
+    return found
 
 
 def _checked_secret(secret: Any) -> str:
@@ -3363,6 +3403,9 @@ class _EndpointRow(NamedTuple):
     failures: int
     failing_since: float | None
     paused_until: float
+    unsteady_since: float | None
+    good: int
+    bad: int
 
     @property
     def id(self) -> str:
@@ -3377,21 +3420,15 @@ _LISTED = "(SELECT value AS listed FROM json_each(?)) CROSS JOIN webhook_endpoin
 def _load_endpoints(db: sqlite3.Connection, source: str, *values: Any) -> list[_EndpointRow]:
     """Return the rows of endpoints with their secrets and state; source: what stands after FROM."""
     rows = db.execute(
-        f"""SELECT {_ENDPOINT_COLUMNS}, secrets, enabled, version, failures, failing_since, paused_until
+        f"""SELECT {_ENDPOINT_COLUMNS}, secrets, enabled, version, failures, failing_since, paused_until,
+                   unsteady_since, good, bad
               FROM {source}""",
         values,
     )
-    found = []
-    for (
-        *columns,
-        stored,
-        enabled,
-        version,
-        failures,
-        failing_since,
-        paused_until,
-    ) in rows.fetchall():
-        state = bool(enabled), version, failures, failing_since, paused_until
+    found, fields = [], len(_ENDPOINT_FIELDS)
+    for row in rows.fetchall():
+        columns, (stored, enabled, *rest) = row[:fields], row[fields:]
+        state = bool(enabled), *rest
         try:
             pairs = [(secret, until) for secret, until in json.loads(stored)]
             found.append(_EndpointRow(_endpoint(columns), pairs, *state))
@@ -3712,6 +3749,18 @@ def _prune_some(db: sqlite3.Connection, after: int, cutoff: float) -> tuple[int,
     (None: the end)."""
     found = _prune_range(db.cursor(), after, cutoff)
     return (db.execute(_PRUNE, (*found, cutoff, cutoff)).rowcount, found[1]) if found else (0, None)
+
+
+def _discard_some(db: sqlite3.Connection, cutoff: float) -> int:
+    """Delete failed rows that are older than a time, 500 at most; return how many. They are looked
+    at in the order of their numbers, which follow the time."""
+    return db.execute(
+        """DELETE FROM webhook_failed WHERE id IN (
+             SELECT id FROM webhook_failed WHERE id <= (
+               SELECT max(id) FROM (SELECT id FROM webhook_failed ORDER BY id LIMIT ?))
+             AND failed_at < ?)""",
+        (_PRUNE_ROWS, cutoff),
+    ).rowcount
 
 
 class _Bell:
@@ -4119,33 +4168,65 @@ class _Agenda:
 
 
 class _Health(NamedTuple):
-    """What an endpoint's row remembers across restarts. failures is 0 exactly when failing_since is
-    None."""
+    """What is remembered of an endpoint's attempts; most of it is in its row and survives restarts.
+    failures is 0 exactly when failing_since is None.
+
+    An endpoint that answers one request of nine has never failed for long, and yet is of no use to
+    anybody. So it is counted what came of its attempts since it was steady for the last time."""
 
     failures: int = 0  # in a row
     failing_since: float | None = None  # wall clock: the first of them
     paused_until: float = 0.0  # wall clock
-    hinted_until: float = (
-        0.0  # wall clock: the part of it that Retry-After asked for; not in the row
+    hinted_until: float = 0.0  # wall clock: what of it Retry-After asked for; not in the row
+    unsteady_since: float | None = (
+        None  # wall clock: the first failure since ten successes in a row
     )
+    good: int = 0  # attempts since then: successes
+    bad: int = 0  # and failures
+    in_a_row: int = 0  # successes just now; not in the row
 
     def after(self, outcome: _Outcome, now: float, policy: RetryPolicy) -> _Health:
         """Return the health after one more outcome."""
         if outcome.reason is None:
             # This answer may be older than the hint, so the hint stays.
-            return _Health(0, None, min(self.paused_until, self.hinted_until), self.hinted_until)
+            well = _Health(0, None, min(self.paused_until, self.hinted_until), self.hinted_until)
+            if self.unsteady_since is None or self.in_a_row + 1 >= _STEADY_AGAIN:
+                return well
+            return well._replace(
+                unsteady_since=self.unsteady_since,
+                good=self.good + 1,
+                bad=self.bad,
+                in_a_row=self.in_a_row + 1,
+            )
         failures = self.failures + 1
         since = now if self.failing_since is None else min(self.failing_since, now)
         hinted = max(self.hinted_until, now + (outcome.hint or 0.0))
         pause = max(outcome.hint or 0.0, policy.probe_pause(failures))
         paused = max(self.paused_until, now + pause) if pause else self.paused_until
-        return _Health(failures, since, paused, hinted)
+        unsteady = now if self.unsteady_since is None else min(self.unsteady_since, now)
+        return _Health(failures, since, paused, hinted, unsteady, self.good, self.bad + 1)
 
-    def change(self, before: _Health) -> str | None:
-        """Return failing or recovered where that changed."""
-        if (self.failing_since is None) == (before.failing_since is None):
+    def failing(self, now: float) -> bool:
+        """Say whether it failed so often or for so long that people want to know."""
+        often, long = _FAILING
+        return self.failing_since is not None and (
+            self.failures >= often or now - self.failing_since >= long
+        )
+
+    def hopeless(self, now: float) -> tuple[float, str] | None:
+        """Return since when hardly anything came through, and why an endpoint is to be disabled
+        for that; None while five days have not passed."""
+        patience, _ = _HOPELESS
+        if self.failing_since is not None and now - self.failing_since >= patience:
+            return self.failing_since, "no success for 5 days"
+        if self.unsteady_since is None or now - self.unsteady_since < patience:
             return None
-        return "recovered" if self.failing_since is None else "failing"
+        why = "three of four attempts failed for 5 days"
+        return (self.unsteady_since, why) if self.bad >= max(20, 3 * self.good) else None
+
+    def stored(self) -> tuple[Any, ...]:
+        """Return what the row must hold at once; the counts follow with the next failure."""
+        return self.failures, self.failing_since, self.paused_until, self.unsteady_since
 
 
 _WELL = _Health()  # most endpoints' health at most times, and then this very object
@@ -4294,7 +4375,8 @@ class _Lane:
 
     __slots__ = (
         "active", "backlog", "broken", "disable", "enabled", "endpoint", "health", "id", "limit", "line", "lost",
-        "answered_at", "holds", "making", "next_slot", "proven_until", "streak", "usual", "wire",
+        "answered_at", "holds", "making", "next_slot", "proven_until", "streak", "tell_at",
+        "told", "usual", "wire",
     )  # fmt: skip
 
     def __init__(self, id: str) -> None:
@@ -4319,6 +4401,8 @@ class _Lane:
         self.streak = 0  # quick answers in a row that came within ten seconds of each other
         self.usual = 0.0  # seconds that an answer takes
         self.disable: str | None = None  # why, until that is recorded
+        self.told = False  # that it is failing; that it recovered is to be told then
+        self.tell_at = 0.0  # monotonic: not before
 
     def configure(self, row: _EndpointRow, settings: _Settings, mono: float) -> None:
         """Take over what the endpoint's row says."""
@@ -4384,13 +4468,12 @@ class _Lane:
             self.next_slot = max(self.next_slot, mono - 0.05) + 1 / self.endpoint.rate
 
     def learn(self, outcome: _Outcome, now: float, mono: float, policy: RetryPolicy) -> str | None:
-        """Adapt to an outcome; return failing or recovered when that changed."""
+        """Adapt to an outcome; return failing or recovered when that is to be told."""
         if outcome.disable:
             asked = "the receiver asked for it (webhook-delivery: disable)"
             self.disable, self.enabled = "410 Gone" if outcome.status_code == 410 else asked, False
-        before = after = self.health
-        if outcome.reason is not None or before is not _WELL:
-            after = before.after(outcome, now, policy)
+        if outcome.reason is not None or self.health is not _WELL:
+            after = self.health.after(outcome, now, policy)
             self.health = _WELL if after == _WELL else after
         if outcome.reason is None:
             self.streak = self.streak + 1 if mono - self.answered_at <= _STEADY[1] else 1
@@ -4403,7 +4486,19 @@ class _Lane:
             self.streak = 0
         if outcome.reason == "timeout":
             self.proven_until = 0.0
-        return None if after is before else after.change(before)
+        return self._news(now, mono)
+
+    def _news(self, now: float, mono: float) -> str | None:
+        """Return failing or recovered, where that is to be told. An endpoint that answers and fails
+        in turn would be told of with each answer: so it must have failed three times in a row or
+        for a minute, and there is one pair of notices in ten minutes at most."""
+        if self.told and self.health.failing_since is None:
+            self.told = False
+            return "recovered"
+        if self.told or mono < self.tell_at or not self.health.failing(now):
+            return None
+        self.told, self.tell_at = True, mono + _TELL_AGAIN
+        return "failing"
 
 
 class _Turns:
@@ -4908,14 +5003,15 @@ class _Row(NamedTuple):
     """A row of the view webhook_record, which the drain writes. What a column means depends on the
     kind:
 
-    kind      outcome, mark      endpoint        count               notice
-    event     of the delivery    -               -                   -
-    status    the delivery's     -               -                   type of the event
-    due_at    of the next try    paused_until    -                   -
-    at        of the attempt     failing_since   -                   now
-    duration  of the attempt     failures        -                   -
-    error     of the attempt     why disabled    -                   -
-    response  of the attempt     -               JSON of increments  JSON data of the event
+    kind         outcome, mark      endpoint        count               notice
+    event        of the delivery    good            -                   -
+    status       the delivery's     -               -                   type of the event
+    due_at       of the next try    paused_until    -                   -
+    at           of the attempt     failing_since   -                   now
+    duration     of the attempt     failures        -                   -
+    status_code  of the answer      bad             -                   -
+    error        of the attempt     why disabled    -                   -
+    response     of the attempt     unsteady_since  JSON of increments  JSON data of the event
     """
 
     kind: str | None = None  # None: filling
@@ -4928,7 +5024,7 @@ class _Row(NamedTuple):
     status_code: int | None = None
     reason: str | None = None
     error: str | None = None
-    response: str | None = None
+    response: str | float | None = None
 
 
 _BATCH, _MOST_ROWS = (
@@ -4977,8 +5073,8 @@ class _Ledger:
         lanes = list(self.states.values())[: _MOST_ROWS - _BATCH]
         states = [
             _Row(
-                "endpoint", None, lane.id, None, lane.health.paused_until, lane.health.failing_since,
-                lane.health.failures, error=lane.disable,
+                "endpoint", lane.health.good, lane.id, None, lane.health.paused_until,
+                lane.health.failing_since, lane.health.failures, lane.health.bad, error=lane.disable, response=lane.health.unsteady_since,
             )
             for lane in lanes
         ]  # fmt: skip
@@ -5818,7 +5914,9 @@ class _Finder:
         lane.configure(row, self._settings, mono)
         if lane.id not in self._ledger.states:
             health = _Health(row.failures, row.failing_since, row.paused_until)
+            health = health._replace(unsteady_since=row.unsteady_since, good=row.good, bad=row.bad)
             lane.health = _WELL if health == _WELL else health
+            lane.told |= health.failures >= _FAILING[0]  # by who drained before
         self.lanes[lane.id] = lane
 
     def _shed(self, mono: float) -> None:
@@ -5945,25 +6043,29 @@ class _Counts:
 
 
 class _Pruning:
-    """Retention: deletes old events a few at a time, and then rests for an hour."""
+    """Retention: deletes old failed rows and old events a few at a time, and then rests for an
+    hour."""
 
-    __slots__ = ("at", "_from")
+    __slots__ = ("_from", "at")
     _REST, _RETRY = 3_600.0, 60.0  # seconds
 
     def __init__(self) -> None:
         self.at = 0.0  # monotonic
         self._from: int | None = None
 
-    def some(self, db: sqlite3.Connection, cutoff: float, mono: float) -> None:
-        self.at = (
-            mono + self._RETRY
-        )  # should it fail: a full disk, a damaged page, which must not end the loop
+    def some(self, db: sqlite3.Connection, settings: _Settings, now: float, mono: float) -> None:
+        self.at = mono + self._RETRY  # should it fail: a full disk, say, must not end the loop
         try:
-            removed, self._from = _prune_some(db, self._from or 0, cutoff)
+            removed = 0
+            if settings.failed_retention is not None:
+                removed = _discard_some(db, now - settings.failed_retention)
+            if not removed:
+                removed, self._from = _prune_some(db, self._from or 0, now - settings.retention)
         except sqlite3.Error as error:
             _log.debug("pruning failed (%s), later again", error)
             return
-        self.at = mono + (self._REST if self._from is None else 0.2 if removed else 0.02)
+        done = self._from is None and not removed
+        self.at = mono + (self._REST if done else 0.2 if removed else 0.02)
 
 
 # ── drain: the loop ───────────────────────────────────────────────────────────────────────────────
@@ -6289,8 +6391,8 @@ class _Drain:
         self._add_row(
             picked, lane.id, status, due_at, attempt.wall, mono - attempt.started, outcome
         )
-        if status == "failed" and lane.enabled and self._hopeless(lane, now):
-            lane.disable, lane.enabled = "no success for 5 days", False
+        if status == "failed" and lane.enabled and (why := self._hopeless(lane, now)):
+            lane.disable, lane.enabled = why, False
         if picked.queue is not None:
             self._next_of_queue(lane, picked, picked.queue, status, now)
         elif lane.endpoint.ordered:  # it was not yet, when this delivery was read
@@ -6301,7 +6403,7 @@ class _Drain:
         if status != "delivered" or change or disabled or told:
             what = {"delivered": "delivered", "failed": "gave_up"}.get(status, "attempt_failed")
             self._tell([what, change, disabled], lane, picked, outcome, now)
-        if lane.disable or (lane.health is not health and lane.health[:3] != health[:3]):
+        if lane.disable or (lane.health is not health and lane.health.stored() != health.stored()):
             self.ledger.states[lane.id] = lane
         if not lane.enabled:
             self.finder.retire(lane.id)
@@ -6338,24 +6440,22 @@ class _Drain:
             )
         )  # fmt: skip
 
-    def _hopeless(self, lane: _Lane, now: float) -> bool:
-        """Say whether an endpoint has failed for so long and given up so much that it is to be
-        disabled (SPEC 4)."""
-        patience, most = _HOPELESS
-        since = lane.health.failing_since
-        if since is None or now - since < patience:
-            return False
+    def _hopeless(self, lane: _Lane, now: float) -> str | None:
+        """Return why an endpoint is to be disabled, because hardly anything came through for five
+        days and deliveries were given up in that time; None where it is not."""
+        hopeless = lane.health.hopeless(now)
+        if hopeless is None:
+            return None
+        since, why = hopeless
         count = sum(
             row.endpoint_id == lane.id and row.status == "failed" for row in self.ledger.rows
         )
-        with contextlib.suppress(
-            sqlite3.OperationalError
-        ):  # a host is committing: the next failed row asks again
+        with contextlib.suppress(sqlite3.OperationalError):  # a host commits: asked again later
             count += self.file.db.execute(
                 "SELECT count(*) FROM webhook_failed WHERE endpoint_id = ? AND failed_at >= ?",
                 (lane.id, since),
             ).fetchone()[0]
-        return bool(count >= most)
+        return why if count >= _HOPELESS[1] else None
 
     def _count(
         self, status: str, lane: _Lane, picked: _Picked, outcome: _Outcome, now: float
@@ -6443,14 +6543,19 @@ class _Drain:
         self.sender.chores(mono)
         self._show_progress(mono)
         if mono >= self.pruning.at and not self.ledger.rows and not self.budget.host_rate(mono):
-            self.pruning.some(self.file.db, now - self.settings.retention, mono)
+            self.pruning.some(self.file.db, self.settings, now, mono)
         if self.clock_seen > now + 1.0:
             if self.ledger.rows:  # whose due times may still be of the old time
                 self.chores_at = mono
                 return
             # It may have been years ahead: nothing is to wait until it gets there again.
             longest = self.settings.retry.longest
-            _pull_back(self.file.db, now, longest)
+            try:
+                _pull_back(self.file.db, now, longest)
+            except sqlite3.Error as error:
+                if _is_busy(error):
+                    raise
+                _log.error("times of before the clock was set back stay as they are (%s)", error)
             self.finder.turned_back(now + longest)
         self.clock_seen = now
 
@@ -6507,7 +6612,6 @@ _QUEUE_OF = """(SELECT CASE WHEN p.ordered THEN '' ELSE e.key END
                   FROM main.webhook_events AS e, main.webhook_endpoints AS p
                  WHERE e.seq = event AND p.id = endpoint_id)"""  # of a delivery
 _MAY_HAVE = "coalesce(p.tenant, '') IN (coalesce(e.tenant, ''), '*')"
-_DEEPEST = 999  # levels of nested data; SQLite's JSON functions stop at 1000
 _NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
 
 
@@ -6574,11 +6678,11 @@ def _checked_data(data: Any) -> tuple[str, int]:
     except UnicodeEncodeError:
         raise PayloadError("data holds half a surrogate pair, which is no Unicode text") from None
     except RecursionError:
-        raise PayloadError("data is nested too deeply") from None
+        raise PayloadError(f"data is nested too deeply, more than {_DEEPEST} levels") from None
     except (TypeError, ValueError) as error:
         raise PayloadError(f"data is not plain JSON: {_one_line(str(error), 120)}") from None
     if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
-        raise PayloadError("data is nested too deeply")
+        raise PayloadError(f"data is nested too deeply, more than {_DEEPEST} levels")
     return text, size
 
 
@@ -6818,7 +6922,15 @@ def _histogram(labels: str, counts: Mapping[str, float]) -> Iterator[tuple[str, 
 
 
 # What an endpoint's row holds when it is enabled by hand: its failures are forgotten.
-_FRESH = {"disabled_reason": "", "failures": 0, "failing_since": None, "paused_until": 0.0}
+_FRESH = {
+    "disabled_reason": "",
+    "failures": 0,
+    "failing_since": None,
+    "paused_until": 0.0,
+    "unsteady_since": None,
+    "good": 0,
+    "bad": 0,
+}
 
 
 class Outbox:
@@ -6828,7 +6940,8 @@ class Outbox:
     retry: RetryPolicy. timeout, connect_timeout: seconds of wall clock an attempt, or its lookup
     and connect, may last. workers: attempts under way at once, in all. allow_networks: CIDR texts
     that may be reached although private, also over http. max_body: bytes. retention: seconds that
-    delivered events are kept. proxy: http://host:port; the network guard then is the proxy's duty.
+    delivered events are kept. failed_retention: the same for failed rows; None: until somebody acts.
+    proxy: http://host:port; the network guard then is the proxy's duty.
     app_name: put into User-Agent. transforms: name -> callable(Event) -> bytes or (bytes, content
     type), a pure function, for endpoints whose `body` names it. event_types: the catalogue, names or
     name -> EventType: emit refuses others, an endpoint's patterns must match one. home: the name of
@@ -6853,6 +6966,7 @@ class Outbox:
         allow_http: bool = False,
         max_body: int = _MAX_BODY,
         retention: float = _RETENTION,
+        failed_retention: float | None = None,
         proxy: str | None = None,
         app_name: str = "",
         transforms: Mapping[str, Callable[[Event], Any]] | None = None,
@@ -6872,6 +6986,11 @@ class Outbox:
         self.workers = int(_number("workers", workers, 1, 10_000))
         self.max_body = int(_number("max_body", max_body, 1, 1 << 30))
         self.retention = _number("retention", retention, 0, 1e11)
+        self.failed_retention = (
+            None
+            if failed_retention is None
+            else _number("failed_retention", failed_retention, 0, 1e11)
+        )
         self.app_name = _line("app_name", app_name, 100)
         self.home = os.environ.get("WEBHOOK_OUTBOX_HOME") or None if home is None else home
         if self.home is not None:
@@ -8088,10 +8207,12 @@ class Outbox:
 
     def prune(self, older_than: float | None = None) -> int:
         """Delete events, with their deliveries and attempts, that were finished longer than
-        `older_than` seconds ago (None: the retention). Events with failed rows stay. A drain does
-        this by itself. Returns how many."""
+        `older_than` seconds ago (None: the retention). Events with failed rows stay, but for rows
+        older than failed_retention, which go first. A drain does this by itself. Returns how many."""
         age = self.retention if older_than is None else _number("older_than", older_than, 0, 1e11)
         cutoff = self.clock() - age
+        if self.failed_retention is not None:
+            self.discard(until=self.clock() - self.failed_retention)
 
         def ranges() -> Iterator[tuple[int, int]]:
             found: tuple[int, int] | None = (0, 0)

@@ -8810,6 +8810,198 @@ def test_transforms_that_never_end_cost_the_others_no_opener_and_their_rows_fail
     eventually(lambda: not any("_open_for" in thread.name for thread in threading.enumerate()))
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def fails_with(error: BaseException) -> Callable[[Any], None]:
+    def sender(event: Any) -> None:
+        raise error
+
+    return sender
+
+
+async def too_late(event: Any) -> None: ...
+
+
+class TooLate:
+    async def __call__(self, event: Any) -> None: ...
+
+
+SENDERS_FAIL: dict[str, tuple[Callable[[Any], Any], str, str]] = {
+    "raises": (fails_with(OSError(111, "refused\nby them")), "sender", r"^ConnectionRefusedError: \[Errno 111\] refused by them$"),
+    "leaves": (fails_with(SystemExit(3)), "sender", "^SystemExit: 3$"),
+    "tells": (fails_with(ValueError(SECRET)), "sender", r"^ValueError: whsec_\[redacted\]$"),
+    "talks": (fails_with(ValueError("x" * 9_999)), "sender", "^ValueError: x{288}$"),
+    "mute": (fails_with(Mute()), "internal", "^ValueError: no text$"),
+    "is async": (lambda event: too_late(event), "sender", "^call:is-async is async, and nobody awaits it; call asyncio.run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SENDERS_FAIL)
+def test_a_sender_that_fails_in_any_way_is_retried_and_ends_in_the_failed_table(wal, what):
+    sender, reason, error = SENDERS_FAIL[what]
+    name, mended = what.replace(" ", "-"), list[Any]()
+    outbox = make_outbox(
+        wal,
+        retry=RetryPolicy((0, 0), jitter=0.0),
+        senders={name: lambda event: mended.append(event) if mended else sender(event)},
+    )
+    outbox.add_endpoint(f"call:{name}", id="audit", secret=SECRET)
+    id = emit(outbox, data={"n": 1}, key="k")
+    assert outbox.drain(until_empty=True).failed == 1
+    (row,) = outbox.failed(endpoint="audit", reason=reason)
+    assert row.attempts == 2 and re.search(error, row.error or ""), row.error
+    assert [attempt.reason for attempt in outbox.attempts(id)] == [reason] * 2
+    assert (pinged := outbox.ping("audit")).reason == reason and re.search(
+        error, pinged.error or ""
+    )
+    assert f'attempts_total{{endpoint="audit",result="{reason}"}} 2' in outbox.metrics()
+    mended.append(None)
+    assert outbox.replay(all=True) == 1 and outbox.drain(once=True).delivered == 1
+    assert (
+        outbox.event(id).deliveries[0].status == "delivered" and outbox.ping("audit").reason is None
+    )
+    _, event, ping = mended
+    assert (
+        event == dataclasses.replace(outbox.event(id), deliveries=())
+        and ping.type == "webhook.ping"
+    )
+
+
+def test_a_sender_gets_events_in_order_at_its_rate_and_no_more_at_once_than_it_may(wal):
+    """As a URL does: the same places, queues and rates. Threads are used again."""
+    seen, at_once, most, threads = list[Any](), 0, 0, set[int]()
+    lock = threading.Lock()
+
+    def sender(event: Any) -> None:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+            threads.add(threading.get_ident())
+        time.sleep(0.001)
+        with lock:
+            at_once -= 1
+            seen.append((event.key, event.data))
+        if event.data == 50 and seen.count((event.key, event.data)) == 1:
+            raise ValueError("the first time")
+
+    outbox = make_outbox(wal, retry=RetryPolicy((0, 0), jitter=0.0), senders={"f": sender})
+    outbox.add_endpoint("call:f", id="f", max_in_flight=3)
+    with outbox.transaction() as conn:
+        for n in range(200):
+            outbox.emit(conn, "order.created", n, key=f"k{n % 5}")
+    assert outbox.drain(until_empty=True).delivered == 200
+    for key in range(5):
+        of_key = [n for k, n in seen if k == f"k{key}"]
+        assert of_key == sorted([*range(key, 200, 5), *[50] * (key == 0)])
+    assert 1 < most <= 3 and len(threads) <= 6
+    outbox.update_endpoint("f", rate=50)
+    begun = time.monotonic()
+    for n in range(12):
+        emit(outbox, data=n)
+    outbox.drain(until_empty=True)
+    assert 0.15 < time.monotonic() - begun < 2
+
+
+def test_a_sender_that_never_returns_costs_the_others_nothing(wal, serve):
+    held, good = threading.Event(), list[Any]()
+    senders = {"stuck": lambda event: held.wait(60), "good": good.append}
+    outbox = make_outbox(wal, senders=senders, retry=RetryPolicy((0, 0), jitter=0.0))
+    for number in range(4):
+        outbox.add_endpoint("call:stuck", id=f"s{number}", timeout=0.2)
+    outbox.add_endpoint("call:good", id="good")
+    outbox.add_endpoint(serve().url(), id="url")
+    ids = [emit(outbox, data=n) for n in range(20)]
+    try:
+        report = outbox.drain(until_empty=True)
+        assert (report.delivered, report.failed, report.pending) == (40, 80, 0) and len(good) == 20
+        tried = [(a.reason, a.error) for id in ids for a in outbox.attempts(id, "s0")]
+        assert {reason for reason, _ in tried} == {"timeout", "sender"}
+        assert all(re.search("waiting for its sender|calls of it never end", e) for _, e in tried)
+        assert all(
+            max(a.duration for a in outbox.attempts(id, to)) < 0.2
+            for id in ids
+            for to in ("good", "url")
+        )
+        assert outbox.ping("s0").reason == "timeout"
+    finally:
+        held.set()
+    eventually(lambda: not any("opener" in thread.name for thread in threading.enumerate()))
+
+
+def test_a_sender_unknown_here_is_no_endpoint_and_a_drain_without_it_leaves_its_rows_waiting(
+    wal, serve, cli, caplog, tmp_path
+):
+    got = list[Any]()
+    outbox, bare = make_outbox(wal, senders={"audit": got.append}), make_outbox(wal)
+    for refused in (
+        lambda: bare.add_endpoint("call:audit"),
+        lambda: outbox.add_endpoint("call:none"),
+    ):
+        with pytest.raises(
+            PayloadError, match=r"^no sender has the name in call:.*senders=.*--app$"
+        ):
+            refused()
+    assert "no sender has the name" in cli("endpoint", "add", "call:audit", code=1)
+    outbox.add_endpoint("call:audit", id="audit")
+    outbox.add_endpoint(serve().url(), id="url")
+    ids = [emit(outbox, data=n) for n in range(3)]
+    assert bare.drain(until_empty=True) == webhook_outbox.DrainReport(3, 0, 0, 3)
+    assert "still pending 3" in cli("drain", "--once")
+    with bare:
+        ids.append(emit(bare))
+        eventually(lambda: statuses(outbox, ids[-1])["url"] == "delivered")
+        bare.drain(once=True)  # beside it: nothing to wait for
+    waits = [
+        r
+        for r in caplog.records
+        if "deliveries wait for a drain of the app's own" in r.getMessage()
+    ]
+    assert len(waits) == 3 and not [a for id in ids for a in outbox.attempts(id, "audit")]
+    assert "audit cannot be sent to from here: no sender is called 'audit'" in cli("doctor", code=1)
+    assert outbox.drain(once=True).delivered == 4 == len(got)
+    (tmp_path / "shop.py").write_text(
+        "from webhook_outbox import Outbox\noutbox = Outbox('app.db', senders={'audit': print})\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT)}
+    added = command(
+        "--app",
+        "shop:outbox",
+        "endpoint",
+        "add",
+        "call:audit",
+        "--id",
+        "more",
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert added.stdout == "more\n"  # no receiver: no secret to hand over
+    ended = command(
+        "--app", "shop:outbox", "endpoint", "ping", "more", cwd=tmp_path, env=environment
+    )
+    assert ended.returncode == 0 and "webhook.ping" in ended.stdout and "delivered" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("senders", "error"),
+    [
+        ({"audit": too_late}, r"^the sender audit is async; .*asyncio.run\(audit\(event\)\)$"),
+        ({"audit": functools.partial(too_late)}, "is async"),
+        ({"audit": TooLate()}, "is async"),
+        ({"audit": 5}, "must be a function"),
+        ({"a b": print}, "the name of a sender"),
+        ({5: print}, "the name of a sender"),
+    ],
+)
+def test_a_sender_that_cannot_be_called_is_refused_by_the_constructor(tmp_path, senders, error):
+    with pytest.raises(PayloadError, match=error):
+        Outbox(tmp_path / "app.db", senders=senders)
+    assert not (tmp_path / "app.db").exists()
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 def test_removing_and_backfilling_a_large_backlog_lets_the_host_commit_in_between(wal, ordered):
     outbox = make_outbox(wal)

@@ -29,7 +29,7 @@ Words
     event     what happened: a type and JSON data, written once, never changed
     endpoint  where to: a URL with its secret and its patterns of event types
     delivery  one event to one endpoint, the unit of state: pending, delivered or failed
-    attempt   one HTTP try of a delivery; its result is an outcome
+    attempt   one HTTP try of a delivery, or one call of a sender; its result is an outcome
     failed row  a delivery that was given up, in webhook_failed, until somebody replays or discards it
     queue     deliveries of one endpoint that go out strictly one after the other
     host      the app whose file and process we live in; receiver: the server at the other end
@@ -59,6 +59,7 @@ import hashlib
 import heapq
 import hmac
 import html
+import inspect
 import ipaddress
 import itertools
 import json
@@ -151,7 +152,10 @@ _READ_HEAD = 16_384  # bytes of status line and headers that are read
 _IDLE_CONNECTION = (
     60.0  # seconds until an idle connection is closed, so that DNS changes are followed
 )
-_REASONS = "dns blocked connect tls timeout protocol status gone aborted expired internal".split()
+_REASONS = (
+    "dns blocked connect tls timeout protocol status gone aborted expired sender internal".split()
+)
+_CALL = "call:"  # begins the url of an endpoint that is a function of the host's, a sender
 
 # In a queue (one key of one endpoint, or an ordered endpoint) only the oldest unfinished delivery
 # is 'pending'; those behind it are 'queued' and not in the index that the drain reads, so a long
@@ -669,6 +673,10 @@ class TimestampError(SignatureError):
     """The signature's time is too far from now: a replay, or a clock that is wrong."""
 
 
+class _SenderFailed(Exception):
+    """A sender of the host's raised; the text says what."""
+
+
 class _Unready(Exception):
     """The attempt cannot be made: a secret is not where it should be, a transform misbehaved, a row
     is damaged."""
@@ -849,9 +857,9 @@ class EventType:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Attempt:
-    """One HTTP try. `reason` is None on success, else one of: dns blocked connect tls timeout
-    protocol status gone aborted expired internal. `response` is the start of the answer's body, at
-    most 4 KiB, undecoded but for UTF-8."""
+    """One HTTP try, or one call of a sender. `reason` is None on success, else one of: dns blocked
+    connect tls timeout protocol status gone aborted expired sender internal. `response` is the start
+    of the answer's body, at most 4 KiB, undecoded but for UTF-8."""
 
     event_id: str
     endpoint_id: str
@@ -1496,6 +1504,7 @@ class _Settings:
     app_name: str
     home: str | None
     transforms: Mapping[str, Callable[[Event], Any]]
+    senders: Mapping[str, Callable[[Event], Any]]
     observer: Callable[[Notice], Any] | None
     clock: Callable[[], float]
     rng: Callable[[], float]
@@ -1828,6 +1837,8 @@ def _explain(error: BaseException) -> tuple[str, str]:
     """Return the reason (SPEC 5) and one line for an exception of an attempt. The one place that
     maps them."""
     text = _one_line(getattr(error, "strerror", None) or str(error)) or type(error).__name__
+    if isinstance(error, _SenderFailed):
+        return "sender", text
     if isinstance(error, (_Blocked, UnsafeURL)):
         return "blocked", text
     if isinstance(error, _NoAddress):
@@ -1890,6 +1901,20 @@ class _Picked(NamedTuple):
     @property
     def id(self) -> str:
         return _event_id(self.event)
+
+    def check(self) -> None:
+        """Raise what makes the event's row useless."""
+        if self.type is None:
+            raise _Unready("the event's row is missing")
+        if self.valid != 1:
+            raise _Unready("the event's data is not JSON")
+        if not _TYPE.fullmatch(self.type):
+            raise _Unready("the event's row is damaged")
+
+    def as_event(self) -> Event:
+        """Return the event as transforms and senders get it."""
+        data, type = json.loads(self.data), self.type or ""
+        return Event(self.id, type, data, self.tenant, self.key, self.created_at)
 
 
 def _standard_body(picked: _Picked, sees_all: bool) -> bytes:
@@ -2051,11 +2076,14 @@ class _Wire:
     source: str
     hidden: list[str]  # of the URL and the secrets: what an echo must not carry into the tables
     slow: bool  # building a request may block or run the host's code: the loop hands it to a thread
+    call: Callable[[Event], Any] | None = None  # the sender that is called instead of a request
     origin: _Origin | None = None  # kept here by who sends, so that it is looked up once
 
     @classmethod
     def make(cls, endpoint: Endpoint, secrets: _Secrets, settings: _Settings) -> _Wire:
         """Return the wire of an endpoint; raise what makes it unusable."""
+        if endpoint.url.startswith(_CALL):
+            return cls._of_sender(endpoint, secrets, settings)
         target = _prepare_url(endpoint.url, settings.guard)
         cert = (endpoint.cert,) if isinstance(endpoint.cert, str) else tuple(endpoint.cert or ())
         place = _Place(target.scheme, target.host, target.port, endpoint.ca, cert)
@@ -2088,20 +2116,37 @@ class _Wire:
             slow=transform is not None or any(secret.startswith("file:") for secret, _ in secrets),
         )
 
+    @classmethod
+    def _of_sender(cls, endpoint: Endpoint, secrets: _Secrets, settings: _Settings) -> _Wire:
+        """Return the wire of an endpoint that is a sender: nothing of HTTP plays a part."""
+        name = endpoint.url.removeprefix(_CALL)
+        if name not in settings.senders:
+            raise _Unready(f"no sender is called {name!r} here; run the drain with --app")
+        place = _Place("call", name, 0, None, ())
+        hidden = [secret for secret, _ in secrets]
+        call = settings.senders[name]
+        return cls(endpoint, secrets, place, b"", (), None, "", hidden, slow=True, call=call)
+
+    def deliver(self, picked: _Picked) -> None:
+        """Have the sender deliver an event: to return is success."""
+        picked.check()
+        event = picked.as_event()
+        try:
+            returned = self.call(event)  # type: ignore[misc]
+        except BaseException as error:  # its SystemExit is a failed attempt like any other
+            raise _SenderFailed(f"{type(error).__name__}: {error}") from None
+        if inspect.isawaitable(returned):  # a lambda around an async function
+            if inspect.iscoroutine(returned):
+                returned.close()  # else Python warns that nobody awaited it
+            raise _SenderFailed(
+                f"{self.endpoint.url} is async, and nobody awaits it; call asyncio.run in it"
+            )
+
     def body(self, picked: _Picked) -> tuple[bytes, str]:
         """Return the body bytes and their content type."""
         sees_all = self.endpoint.tenant == "*"
         if self.transform is not None:
-            data = json.loads(picked.data)
-            event = Event(
-                picked.id,
-                picked.type or "",
-                data,
-                tenant=picked.tenant,
-                key=picked.key,
-                created_at=picked.created_at,
-            )
-            made = self.transform(event)
+            made = self.transform(picked.as_event())
             body, content_type = (
                 made if isinstance(made, tuple) and len(made) == 2 else (made, "application/json")
             )
@@ -2152,14 +2197,7 @@ class _Wire:
     def request(self, picked: _Picked, now: float) -> tuple[bytes, list[str]]:
         """Return the bytes of one attempt, and what must not be stored if the receiver echoes
         it."""
-        if picked.type is None or picked.valid != 1:
-            raise _Unready(
-                "the event's row is missing"
-                if picked.type is None
-                else "the event's data is not JSON"
-            )
-        if not _TYPE.fullmatch(picked.type):
-            raise _Unready("the event's row is damaged")
+        picked.check()
         id = picked.id
         body, content_type = self.body(picked)
         valid = self.keys(now)
@@ -2706,9 +2744,18 @@ class _Known(NamedTuple):
     guard: _Guard
     bodies: tuple[str, ...]
     catalogue: _Catalogue
+    senders: tuple[str, ...] = ()
 
 
 def _checked_url(url: Any, known: _Known) -> str:
+    if isinstance(url, str) and url.startswith(_CALL):
+        if url.removeprefix(_CALL) not in known.senders:
+            there = f"there are {', '.join(known.senders)}" if known.senders else "there is none"
+            raise PayloadError(
+                f"no sender has the name in {_line('url', url, 200)}: {there}; name it in "
+                "Outbox(senders={...}), and on the command line use --app"
+            )
+        return url
     _prepare_url(url, known.guard)
     return str(url)
 
@@ -2717,6 +2764,22 @@ def _checked_events(events: Any, known: _Known) -> str:
     patterns = _checked_patterns(events)
     known.catalogue.check_patterns(patterns)
     return _dumps(patterns)
+
+
+def _checked_senders(senders: Any) -> dict[str, Callable[[Event], Any]]:
+    """Return senders as a dict. One that is async is refused: to call it does nothing yet, and the
+    drain would take that for success."""
+    for name, call in dict(senders or {}).items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+            raise PayloadError("the name of a sender must be 1 to 64 letters, digits, _, . and -")
+        if not callable(call):
+            raise PayloadError(f"the sender {name} must be a function that takes an Event")
+        if any(map(inspect.iscoroutinefunction, (call, type(call).__call__))):
+            raise PayloadError(
+                f"the sender {name} is async; give a function that runs it: "
+                f"lambda event: asyncio.run({name}(event))"
+            )
+    return dict(senders or {})
 
 
 def _checked_signing(signing: Any) -> str:
@@ -3543,16 +3606,17 @@ def _waiting(db: sqlite3.Connection, after: str = "") -> list[_Waiting]:
     return [_Waiting._make(row) for row in rows.fetchall()]
 
 
-def _work_left(db: sqlite3.Connection, until: float) -> bool:
-    """Say whether an enabled endpoint that does not pause has a delivery due by `until`."""
+def _work_left(db: sqlite3.Connection, until: float, senders: Iterable[str]) -> bool:
+    """Say whether an enabled endpoint that does not pause has a delivery due by `until`. Those of
+    senders that are not known here are not for us."""
     rows = _waiting(db)
     while rows:
         ids = [
             row.id for row in rows if row.enabled and row.due_at <= until and row.id.isprintable()
         ]
-        if _load_endpoints(
-            db, f"{_LISTED} WHERE paused_until <= ? LIMIT 1", json.dumps(ids), until
-        ):
+        ours = f"(url NOT GLOB '{_CALL}*' OR substr(url, 6) IN (SELECT value FROM json_each(?)))"
+        found = f"{_LISTED} WHERE paused_until <= ? AND {ours} LIMIT 1"
+        if _load_endpoints(db, found, json.dumps(ids), until, json.dumps(list(senders))):
             return True
         rows = _waiting(db, rows[-1].id)
     return False
@@ -4389,9 +4453,7 @@ class _Lane:
         self.health = _Health()
         self.active = 0
         self.making = 0  # of these: whose request a thread makes
-        self.lost = (
-            0  # threads in a transform, or at a secret's file, that did not come back in time
-        )
+        self.lost = 0  # threads in the host's code, or at a secret's file, that are past their time
         self.limit = float(_FIRST_LIMIT)
         self.line: int | None = None  # the rank in whose line it stands
         self.next_slot = 0.0  # monotonic: the rate limit's next place
@@ -4565,13 +4627,15 @@ class _Attempt:
     """One try under way. Its steps:
 
         making ──> placing ──> exchanging ──> ended
-                      ^             │
-                      └─────────────┘  the kept-alive connection was dead: once more, on another
+                      ^             │           ^
+                      └─────────────┘           │  the kept-alive connection was dead: once more
+        calling ────────────────────────────────┘
 
-    making      a thread makes the request; the loop touches nothing of it but `step` placing     it
-    waits for a connection: one that becomes idle at its origin, or one that is opened for it
-    exchanging  a connection carries it ended       it has an outcome, or was handed back untried;
-    what still comes of it is thrown away
+    making      a thread makes the request; the loop touches nothing of it but `step`
+    placing     it waits for a connection: one that becomes idle at its origin, or is opened for it
+    exchanging  a connection carries it
+    calling     a thread calls a sender of the host's, instead of all this
+    ended       it has an outcome, or was handed back untried; what still comes of it is thrown away
     """
 
     lane: _Lane
@@ -4707,24 +4771,24 @@ class _Origin:
 
 
 class _Job(NamedTuple):
-    """What a thread does for an attempt: make its request, or open a connection to its place."""
+    """What a thread does for an attempt: make its request, open a connection to its place, or call
+    its sender."""
 
     attempt: _Attempt
-    makes: bool
-    result: list[
-        Any
-    ]  # what came of it: [(request, hidden)], [socket] or [exception]; filled by the thread
+    does: str  # make, open or call
+    result: list[Any]  # filled by the thread: [(request, hidden)], [socket], [None] or [exception]
 
 
 class _Openers:
-    """Threads that do what may block: open a connection (lookup, connect, TLS), or make a request
-    with the host's transform or a secret's file.
+    """Threads that do what may block: open a connection (lookup, connect, TLS), make a request with
+    the host's transform or a secret's file, or call a sender.
 
     A thread owns a job until it hands it over under the lock and rings; the loop takes it with
     take(). `spare` counts threads that wait for a job less the jobs that are on their way to them:
     the loop gives a job to a spare thread, else starts one; a thread that has waited long enough
     ends if it can take itself off that count. busy is the number of jobs that are out, but for
-    those that the loop gave up.
+    those that the loop gave up, and for calls: a call is the whole attempt, so it is bounded as the
+    exchanges are, by the places there are.
     """
 
     __slots__ = (
@@ -4767,7 +4831,7 @@ class _Openers:
             self._jobs.put(job)
         else:
             _start_thread(self._work, job, name="webhook_outbox opener")
-        self.busy += 1
+        self.busy += job.does != "call"
 
     def _work(self, job: _Job | None) -> None:
         while job is not None:
@@ -4793,8 +4857,11 @@ class _Openers:
         attempt, wire = job.attempt, job.attempt.wire
         try:
             assert wire is not None
-            if job.makes:
-                result: Any = wire.request(attempt.picked, attempt.wall)
+            result: Any = None
+            if job.does == "call":
+                wire.deliver(attempt.picked)
+            elif job.does == "make":
+                result = wire.request(attempt.picked, attempt.wall)
             else:
                 result = self._open(wire.place, attempt.deadline)
         except BaseException as error:
@@ -5219,8 +5286,8 @@ class _Sender:
     with its outcome, or with None when it was not tried, through no fault of the receiver.
 
     attempts are those under way. freed are lanes that were parked at an origin which has room
-    again; the loop takes them from there. A destination that is not HTTP would stand beside this
-    class.
+    again; the loop takes them from there. A sender of the host's is called by a thread, and that is
+    the whole attempt.
     """
 
     __slots__ = (
@@ -5265,6 +5332,8 @@ class _Sender:
         no thread is free."""
         if lane.wire is None:
             return True
+        if lane.wire.call is not None:
+            return self.openers.starved_until <= mono
         if not lane.wire.slow:
             origin = self.origin(lane.wire)
             if origin.idle:
@@ -5278,7 +5347,7 @@ class _Sender:
     def begin(self, lane: _Lane, picked: _Picked, now: float) -> None:
         mono, wire = time.monotonic(), lane.wire
         deadline = mono + (lane.endpoint.timeout or self.settings.timeout)
-        origin = None if wire is None else self.origin(wire)
+        origin = None if wire is None or wire.call is not None else self.origin(wire)
         attempt = _Attempt(lane, wire, origin, picked, now, mono, deadline)
         attempt.look_at = min(deadline, mono + _QUICK)
         self.attempts.add(attempt)
@@ -5290,15 +5359,21 @@ class _Sender:
             if not wire.slow:
                 attempt.request, attempt.hidden = wire.request(picked, now)
                 return self._place(attempt, mono)
+            if lane.lost >= _OPENERS_EACH and wire.call is not None:
+                raise _SenderFailed("calls of it never end; mend it, restart the drain")
             if lane.lost >= _OPENERS_EACH:
                 raise _Unready(
                     "its transform, or reading its secret, never ends; mend it, restart the drain"
                 )
         except Exception as error:
             return self._finish(attempt, _failure(error))
+        if wire.call is not None:
+            attempt.step, attempt.hidden = "calling", wire.hidden
+            self._submit(_Job(attempt, "call", []))
+            return
         attempt.step = "making"
         lane.making += 1
-        if not self._submit(_Job(attempt, True, [])):
+        if not self._submit(_Job(attempt, "make", [])):
             lane.making -= 1
 
     def _submit(self, job: _Job) -> bool:
@@ -5348,7 +5423,7 @@ class _Sender:
                 break
             attempt.opening = True
             origin.opening += 1
-            if not self._submit(_Job(attempt, False, [])):
+            if not self._submit(_Job(attempt, "open", [])):
                 attempt.opening = False
                 origin.opening -= 1
         if origin in self.crowded and not origin.waiting and origin.has_room(mono):
@@ -5380,7 +5455,11 @@ class _Sender:
             self._carried(connection, attempt, result, mono)
         jobs = self.openers.take()
         for job in jobs:
-            (self._made if job.makes else self._opened)(job.attempt, job.result[0], mono)
+            if job.does == "call":
+                self._called(job.attempt, job.result[0])
+            else:
+                done = self._made if job.does == "make" else self._opened
+                done(job.attempt, job.result[0], mono)
         return bool(ended or jobs)
 
     def ended(self) -> list[tuple[_Attempt, _Outcome | None]]:
@@ -5452,6 +5531,15 @@ class _Sender:
         else:
             attempt.request, attempt.hidden = result
             self._place(attempt, mono)
+
+    def _called(self, attempt: _Attempt, result: Any) -> None:
+        """A sender has returned, or raised."""
+        if attempt.step == "ended":  # its time was over before
+            attempt.lane.lost -= 1
+        elif isinstance(result, BaseException):
+            self._finish(attempt, _failure(result, attempt.hidden))
+        else:
+            self._finish(attempt, _Outcome())
 
     def _opened(self, attempt: _Attempt, result: Any, mono: float) -> None:
         """A thread has opened a connection, or could not. The attempt may have found another one
@@ -5529,7 +5617,10 @@ class _Sender:
             self.openers.busy -= 1
             attempt.lane.making -= 1
             attempt.lane.lost += 1
+        elif attempt.step == "calling":
+            attempt.lane.lost += 1
         waited = "for a connection" if attempt.connection is None else "for the answer"
+        waited = "for its sender" if attempt.step == "calling" else waited
         error = f"no time left after {mono - attempt.started:.1f} s, waiting {waited}"
         self._finish(attempt, _Outcome(reason="timeout", error=error))
         if attempt.origin is not None:
@@ -5560,6 +5651,25 @@ class _Sender:
         self._opener.close()
 
 
+def _call_once(wire: _Wire, picked: _Picked, deadline: float) -> _Outcome:
+    """Call a sender in a thread of its own, and wait for it until the deadline (monotonic)."""
+    done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def call() -> None:
+        try:
+            wire.deliver(picked)
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+
+    _start_thread(call, name="webhook_outbox ping")
+    try:
+        done.result(deadline - time.monotonic())
+    except concurrent.futures.TimeoutError:
+        return _Outcome(reason="timeout", error="no time left, waiting for its sender")
+    return _Outcome()
+
+
 def _send_once(
     settings: _Settings, endpoint: Endpoint, secrets: _Secrets, picked: _Picked
 ) -> _Outcome:
@@ -5574,6 +5684,9 @@ def _send_once(
     hidden: Sequence[str] = ()
     try:
         wire = _Wire.make(endpoint, secrets, settings)
+        if wire.call is not None:
+            hidden = wire.hidden
+            return _call_once(wire, picked, deadline)
         attempt = _Attempt(_Lane(endpoint.id), wire, None, picked, now, mono, deadline)
         attempt.request, hidden = wire.request(picked, now)
         connection = exchanges.add(opener.open(wire.place, deadline), _Origin(wire.place))
@@ -5713,7 +5826,7 @@ class _Places:
         """Serve the line of a rank; lean: those that hold little first. False: stop altogether."""
         turns, line = schedule.turns, schedule.turns.lines[rank]
         quick = [attempt for attempt in sender.attempts if attempt.lane.quick(mono)] if rank else ()
-        openings = sum(attempt.connection is None for attempt in quick)
+        openings = sum(a.connection is None and a.step != "calling" for a in quick)
         passed, fat = 0, False  # lanes passed over in a row; one of them for what it holds
         while passed < min(len(line), self._TRIES):
             lane = next(iter(line))
@@ -5763,7 +5876,8 @@ class _Finder:
     """
 
     __slots__ = (
-        "_file", "_ledger", "_looking", "_net", "_settings", "lanes", "monitored", "news", "orphans", "schedule",
+        "_elsewhere", "_file", "_ledger", "_looking", "_net", "_settings", "lanes", "monitored", "news",
+        "orphans", "schedule",
     )  # fmt: skip
     _LANES = 2_048  # lanes without work that are remembered
     _LOOK_AGAIN = (
@@ -5776,6 +5890,9 @@ class _Finder:
         self._net = _Paced(1_000, self._LOOK_AGAIN)
         self.lanes: dict[str, _Lane] = {}
         self.schedule, self.news = _Schedule(), _News()
+        self._elsewhere: set[str] = (
+            set()
+        )  # endpoints whose sender is not known here, which was said
         self.monitored = False  # an endpoint subscribes to webhook.*
         self.orphans: list[
             str
@@ -5902,13 +6019,27 @@ class _Finder:
         missing = [id for id in ids if id not in self.lanes]
         if missing:
             for row in _load_endpoints(self._file.db, _LISTED, json.dumps(missing)):
-                if row.enabled:
+                if row.enabled and self._ours(row):
                     lane = _Lane(row.id)
                     lane.backlog.due = -math.inf
                     self._configure(lane, row, mono)
             if len(self.lanes) > self._LANES:
                 self._shed(mono)
         return [self.lanes[id] for id in ids if id in self.lanes]
+
+    def _ours(self, row: _EndpointRow) -> bool:
+        """Say whether this drain can send to an endpoint: a sender may be known to the app's own
+        drain only. Then its rows wait for that, and no attempt is lost; it is said once."""
+        url = "" if isinstance(row.endpoint, str) else row.endpoint.url
+        if not url.startswith(_CALL) or url.removeprefix(_CALL) in self._settings.senders:
+            return True
+        if row.id not in self._elsewhere:
+            self._elsewhere.add(row.id)
+            _log.warning(
+                "endpoint %s is %s, a sender that is not known here: its deliveries wait for a "
+                "drain of the app's own Outbox (outbox.start(), or drain with --app)", row.id, url,
+            )  # fmt: skip
+        return False
 
     def _configure(self, lane: _Lane, row: _EndpointRow, mono: float) -> None:
         lane.configure(row, self._settings, mono)
@@ -5940,9 +6071,8 @@ class _Finder:
         due: dict[str, float] = {}
         for row in rows:
             lane = self.lanes.get(row.id)
-            if not row.enabled or (
-                lane is not None and lane.disable
-            ):  # our word is not in the row yet
+            # Our word of disabling may not be in the row yet.
+            if not row.enabled or (lane is not None and lane.disable) or not self._ours(row):
                 self.retire(row.id)
                 continue
             due[row.id] = _first_due(self._file.db, row.id)
@@ -6165,7 +6295,7 @@ class _Drain:
             self._refused()
             until = math.inf if self.mode == "until_empty" else self.settings.clock()
             if self.mode != "forever" and not self.file.patiently(
-                functools.partial(_work_left, self.file.db, until)
+                functools.partial(_work_left, self.file.db, until, self.settings.senders)
             ):
                 return False  # whoever drains has done it
             self.sender.wait(_TAKEOVER_POLL)
@@ -6943,7 +7073,8 @@ class Outbox:
     delivered events are kept. failed_retention: the same for failed rows; None: until somebody acts.
     proxy: http://host:port; the network guard then is the proxy's duty.
     app_name: put into User-Agent. transforms: name -> callable(Event) -> bytes or (bytes, content
-    type), a pure function, for endpoints whose `body` names it. event_types: the catalogue, names or
+    type), a pure function, for endpoints whose `body` names it. senders: name -> callable(Event), for
+    endpoints whose url is call:NAME: to return is success, to raise a failed attempt. event_types: the catalogue, names or
     name -> EventType: emit refuses others, an endpoint's patterns must match one. home: the name of
     this place (production, say), else the variable WEBHOOK_OUTBOX_HOME: the first drain writes it
     into the file, and no drain of another place sends from a copy until `adopt`. observer: called
@@ -6971,6 +7102,7 @@ class Outbox:
         app_name: str = "",
         transforms: Mapping[str, Callable[[Event], Any]] | None = None,
         event_types: Mapping[str, EventType] | Iterable[str] | None = None,
+        senders: Mapping[str, Callable[[Event], Any]] | None = None,
         home: str | None = None,
         observer: Callable[[Notice], Any] | None = None,
         clock: Callable[[], float] = time.time,
@@ -6995,11 +7127,9 @@ class Outbox:
         self.home = os.environ.get("WEBHOOK_OUTBOX_HOME") or None if home is None else home
         if self.home is not None:
             _line("home", self.home, 100, 1)
-        self.proxy, self.transforms, self.observer = (
-            proxy,
-            {**_TRANSFORMS, **(transforms or {})},
-            observer,
-        )
+        self.proxy, self.observer = proxy, observer
+        self.transforms = {**_TRANSFORMS, **(transforms or {})}
+        self.senders = _checked_senders(senders)
         self.clock, self.rng, self.resolver = clock, rng, resolver
         self._guard = _Guard(_networks(allow_networks), allow_http)
         self._catalogue = _Catalogue(event_types)
@@ -7173,7 +7303,9 @@ class Outbox:
 
     def _columns(self, options: Mapping[str, Any], update: bool = False) -> dict[str, Any]:
         """Return checked column values for endpoint options."""
-        known = _Known(self._guard, (*_BODIES, *self.transforms), self._catalogue)
+        known = _Known(
+            self._guard, (*_BODIES, *self.transforms), self._catalogue, tuple(self.senders)
+        )
         return _checked_options(options, known, update)
 
     def add_endpoint(
@@ -7186,7 +7318,8 @@ class Outbox:
         **options: Unpack[EndpointOptions],
     ) -> Endpoint:
         """Register where events go; the returned Endpoint is one of two places that show the
-        secret.
+        secret. url: where they are sent, or call:NAME, a function of Outbox(senders=...) that is called
+        with each Event; what shapes a request (body, signing, headers, cert, ca) plays no part then.
 
         events: types (order.created), groups (order.*) or *. tenant: your customer whose events it
         gets, for life; None gets those without one, '*' all. enabled: False registers it without
@@ -8750,8 +8883,9 @@ def _look_at_endpoints(outbox: Outbox, stats: Stats, db: sqlite3.Connection) -> 
             if isinstance(row.endpoint, str):
                 raise _Unready("its row is damaged; update or remove it")
             wire = _Wire.make(row.endpoint, row.secrets, settings)
-            wire.keys(outbox.clock())
-            wire.own_headers()
+            if wire.call is None:
+                wire.keys(outbox.clock())
+                wire.own_headers()
             if wire.place.scheme == "https":
                 contexts.get(wire.place.ca, wire.place.cert)
         except Exception as error:
@@ -9434,6 +9568,8 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
 def _endpoint_add(outbox: Outbox, options: Any) -> None:
     given = _given(options, " ".join(("id", "secret", *_OPTIONS)))
     endpoint = outbox.add_endpoint(given.pop("url"), **given)
+    if endpoint.url.startswith(_CALL):
+        return _say(endpoint.id)
     _say(
         f"{endpoint.id}\nsecret {endpoint.secret}\nGive the secret to the receiver; `endpoint secret` shows it again."
     )

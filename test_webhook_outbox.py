@@ -3376,6 +3376,148 @@ def test_every_statement_of_a_turn_finds_its_rows_through_an_index(wal, serve, a
                         assert re.search(TURN_WAYS, step), (name, step, sql)
 
 
+MASTER = "correct horse battery staple, twice over"
+
+
+def in_the_file(path: str, *texts: str) -> list[str]:
+    """Return those of some texts that stand anywhere in a database or its journal."""
+    there = b"".join(p.read_bytes() for p in pathlib.Path(path).parent.glob("*.db*"))
+    return [text for text in texts if text.removeprefix("whsec_").encode() in there]
+
+
+@pytest.mark.parametrize("kind", ["env", "file"])
+def test_a_secret_derived_from_the_master_key_signs_and_stands_nowhere_in_the_file(
+    wal, tmp_path, serve, cli, monkeypatch, kind
+):
+    receiver, source = serve(), "env:OUR_KEY" if kind == "env" else f"file:{tmp_path / 'key'}"
+    monkeypatch.setenv("OUR_KEY", MASTER)
+    (tmp_path / "key").write_text(MASTER + "\n")
+    outbox = make_outbox(wal, master_key=source)
+    first = outbox.add_endpoint(receiver.url(), id="a").secret
+    outbox.add_endpoint(receiver.url(), id="own", secret=SECRET)
+    other = outbox.add_endpoint(receiver.url(), id="b").secret
+    second = outbox.rotate_secret("a").secret
+    assert (
+        len({first, second, other}) == 3
+        and make_outbox(wal, master_key=source)._secret("a") == second
+    )
+    emit(outbox, data={"n": 1})
+    assert outbox.drain(once=True).delivered == 3
+    for secret, count in ((first, 1), (second, 1), (other, 1), (SECRET, 1)):
+        good = [r for r in receiver.requests if accepted(r, secret)]
+        assert len(good) == count
+    assert outbox.rotate_secret("a", secret=first).secret == first  # back: by its number
+    assert in_the_file(wal, first, second, other, MASTER) == [] and in_the_file(wal, SECRET)
+    assert cli("doctor", code=(0, 1)).count("cannot be sent to") == 1
+    monkeypatch.setenv("WEBHOOK_OUTBOX_MASTER_KEY", MASTER)
+    assert cli("endpoint", "secret", "a") == f"{first}\n"
+    assert cli("endpoint", "secret", "own") == f"{SECRET}\n"
+    shown = cli("endpoint", "rotate", "b").split()[-1]
+    assert shown == outbox._secret("b") != other
+    emit(outbox)
+    assert cli("drain", "--once").startswith("delivered 3,")
+    assert in_the_file(wal, shown) == []
+
+
+def accepted(request: Request, secret: str | None) -> bool:
+    with contextlib.suppress(SignatureError):
+        return bool(verify(request.body, request.headers, str(secret)).id)
+    return False
+
+
+def test_the_number_behind_a_derived_secret_never_comes_again(wal, monkeypatch):
+    monkeypatch.setenv("OUR_KEY", MASTER)
+    outbox, seen = make_outbox(wal, master_key="env:OUR_KEY"), list[Any]()
+    for _ in range(3):
+        seen.append(outbox.add_endpoint(URL, id="a").secret)
+        seen.append(outbox.rotate_secret("a", grace=0).secret)
+        assert outbox.rotate_secret("a", secret=SECRET, grace=0).secret == SECRET
+        seen.append(outbox.rotate_secret("a", grace=0).secret)
+        with contextlib.suppress(ZeroDivisionError), outbox.transaction() as conn:
+            outbox.add_endpoint(URL, id="x", conn=conn)
+            raise ZeroDivisionError
+        outbox.remove_endpoint("a")
+    assert len(set(seen)) == len(seen) == 9
+    assert query(wal, "SELECT value FROM webhook_meta WHERE key = 'last_secret'") == [(9,)]
+
+
+@pytest.mark.parametrize(
+    ("key", "error"),
+    [
+        (None, "the master key is not here: the file .* cannot be read"),
+        (
+            "another key, which is as long as that one",
+            "is not the one that this file's secrets were made with",
+        ),
+        ("short", "the master key must have 32 characters at least"),
+    ],
+)
+def test_without_the_right_master_key_nothing_is_signed_and_mending_it_is_enough(
+    wal, tmp_path, serve, cli, key, error
+):
+    receiver, path = serve(), tmp_path / "key"
+    path.write_text(MASTER)
+    whole = make_outbox(wal, master_key=f"file:{path}")
+    for n in range(3):
+        whole.add_endpoint(receiver.url(), id=f"e{n}")
+    whole.add_endpoint(receiver.url(), id="own", secret=SECRET)
+    if key == "short":
+        path.write_text(key)
+        with pytest.raises(PayloadError, match=error):
+            make_outbox(wal, master_key=f"file:{path}")
+        key = None
+        error = "is not here"
+    path.unlink() if key is None else path.write_text(key)
+    quick = RetryPolicy((0, 0.1, 0.1, 0.1, 0.1))
+    outbox = make_outbox(wal, master_key=f"file:{path}", retry=quick)
+    id = emit(outbox)
+    for refused in (
+        lambda: outbox.add_endpoint(URL),
+        lambda: outbox.rotate_secret("e0"),
+        lambda: outbox._secret("e0"),
+    ):
+        with pytest.raises(PayloadError, match=error):
+            refused()
+    assert (
+        len(outbox.endpoints()) == 4 and outbox.rotate_secret("own", secret=SECRET).secret == SECRET
+    )
+    with outbox:
+        eventually(lambda: len({a.endpoint_id for a in outbox.attempts(id)}) == 4)
+        assert {a.endpoint_id: a.reason for a in outbox.attempts(id)} == dict.fromkeys(
+            ("e0", "e1", "e2"), "internal"
+        ) | {"own": None}
+        assert all(re.search(error, a.error or "") for a in outbox.attempts(id) if a.reason)
+        assert len(receiver.requests) == 1 and outbox.ping("e0").reason == "internal"
+        path.write_text(MASTER)
+        eventually(lambda: set(statuses(outbox, id).values()) == {"delivered"})
+    assert (
+        "3 endpoints cannot be sent to from here: the secret is derived from a master key, which is not here"
+        in cli("doctor", code=1)
+    )
+    assert "WEBHOOK_OUTBOX_MASTER_KEY" in cli("endpoint", "secret", "e0", code=1)
+
+
+@pytest.mark.parametrize("wrong", [MASTER, "env:", "env:a b", 5, "file:", ""])
+def test_a_master_key_is_named_and_never_given(tmp_path, wrong):
+    with pytest.raises(
+        PayloadError,
+        match=r"^master_key must be env:NAME or file:PATH, where the key itself stands$",
+    ):
+        Outbox(tmp_path / "app.db", master_key=wrong)
+
+
+def test_a_copy_that_is_adopted_has_other_derived_secrets_and_says_so(
+    wal, tmp_path, cli, monkeypatch
+):
+    monkeypatch.setenv("WEBHOOK_OUTBOX_MASTER_KEY", MASTER)
+    outbox = make_outbox(wal, master_key="env:WEBHOOK_OUTBOX_MASTER_KEY", home="production")
+    secret = outbox.add_endpoint(URL, id="a").secret
+    copy = copy_of(wal, tmp_path / "copy.db")
+    assert cli("endpoint", "secret", "a", db=copy).strip() == secret
+    assert "secrets derived from the master key are new ones now" in cli("neutralize", db=copy)
+    assert cli("endpoint", "secret", "a", db=copy).strip() != secret == outbox._secret("a")
+
+
 def copy_of(path: str, to: pathlib.Path) -> str:
     """Copy a database as people do, with what waits in it."""
     with contextlib.closing(sqlite3.connect(path)) as source:

@@ -682,6 +682,10 @@ class _Unready(Exception):
     is damaged."""
 
 
+class _NoMasterKey(_Unready):
+    """The master key is missing, or is another one than the file's secrets were made with."""
+
+
 # ── types ─────────────────────────────────────────────────────────────────────────────────────────
 # Promises: frozen values. Times (*_at, at, since) are UTC seconds since 1970, durations are
 # seconds.
@@ -1503,6 +1507,7 @@ class _Settings:
     proxy: str | None
     app_name: str
     home: str | None
+    master: _MasterKey
     transforms: Mapping[str, Callable[[Event], Any]]
     senders: Mapping[str, Callable[[Event], Any]]
     observer: Callable[[Notice], Any] | None
@@ -1980,6 +1985,70 @@ def _resolve_value(value: str) -> str:
     return found
 
 
+_DERIVED = "master:"  # begins a secret of which the file holds the number only
+
+
+class _MasterKey:
+    """The key from which secrets are derived, where the host gives one: then the file, a backup or a
+    copy holds nothing that could sign.
+
+    A secret is HMAC-SHA256 of the key over the outbox's identity, the endpoint's id and a number.
+    The file holds `master:NUMBER`, and a check value of the key; who loads an endpoint completes it
+    to `master:NUMBER:IDENTITY:CHECK`. The key is read when it is first needed and kept, unless it
+    turns out to be a wrong one: then it is read again each time, so that mending a file is enough.
+    """
+
+    __slots__ = ("_key", "source")
+
+    def __init__(self, source: Any) -> None:
+        if source is not None and not (
+            isinstance(source, str) and re.fullmatch(r"env:[A-Za-z_]\w*|file:[^\x00-\x1f]+", source)
+        ):
+            raise PayloadError(
+                "master_key must be env:NAME or file:PATH, where the key itself stands"
+            )
+        self.source: str | None = source
+        self._key: bytes | None = None
+        with contextlib.suppress(_NoMasterKey):  # a process that only emits may be without it
+            self.check()
+
+    @property
+    def slow(self) -> bool:
+        """True where the next look reads a file."""
+        return self._key is None and (self.source or "").startswith("file:")
+
+    def _sign(self, text: str) -> bytes:
+        if self._key is None:
+            if self.source is None:
+                raise _NoMasterKey(
+                    "the secret is derived from a master key, which is not here: give master_key= or "
+                    "set WEBHOOK_OUTBOX_MASTER_KEY"
+                )
+            try:
+                key = _resolve_value(self.source).strip()
+            except _Unready as error:
+                raise _NoMasterKey(f"the master key is not here: {error}") from None
+            if len(key) < 32:
+                raise PayloadError("the master key must have 32 characters at least")
+            self._key = key.encode("utf-8", "surrogateescape")
+        return hmac.digest(self._key, text.encode(), "sha256")
+
+    def check(self) -> str:
+        """Return what tells this key from another one, and tells nothing of it."""
+        return self._sign("check").hex()[:16]
+
+    def secret(self, derived: str, endpoint_id: str) -> str:
+        """Return a derived secret of an endpoint."""
+        number, identity, check = derived.removeprefix(_DERIVED).split(":")
+        if self.check() != check:
+            self._key = None
+            raise _NoMasterKey(
+                "the master key is not the one that this file's secrets were made with"
+            )
+        made = self._sign(f"secret\0{identity}\0{endpoint_id}\0{number}")
+        return "whsec_" + base64.b64encode(made).decode("ascii")
+
+
 _RESERVED_HEADER = re.compile(
     r"(connection|keep-alive|te|trailer|transfer-encoding|upgrade|expect|host|accept-encoding|user-agent"
     r"|stripe-signature|x-hub-signature-256|proxy-.*|content-.*|webhook-.*)",
@@ -2063,6 +2132,13 @@ def _hidden_of(target: _Target, secrets: _Secrets, login: Mapping[str, str]) -> 
     return [value for value in hidden if len(value) >= _LEAST_HIDDEN]
 
 
+def _reads_files(secrets: _Secrets, master: _MasterKey) -> bool:
+    """Say whether to get at secrets may read a file, which is nothing for the loop."""
+    return any(
+        s.startswith("file:") or (master.slow and s.startswith(_DERIVED)) for s, _ in secrets
+    )
+
+
 @dataclasses.dataclass(slots=True)
 class _Wire:
     """How requests for one endpoint are written; made once for each version of its row."""
@@ -2078,6 +2154,8 @@ class _Wire:
     slow: bool  # building a request may block or run the host's code: the loop hands it to a thread
     call: Callable[[Event], Any] | None = None  # the sender that is called instead of a request
     origin: _Origin | None = None  # kept here by who sends, so that it is looked up once
+    master: _MasterKey | None = None
+    derived: dict[str, str] = dataclasses.field(default_factory=dict)  # secrets made of it so far
 
     @classmethod
     def make(cls, endpoint: Endpoint, secrets: _Secrets, settings: _Settings) -> _Wire:
@@ -2113,7 +2191,8 @@ class _Wire:
             transform=transform,
             source=settings.app_name,
             hidden=_hidden_of(target, secrets, login),
-            slow=transform is not None or any(secret.startswith("file:") for secret, _ in secrets),
+            slow=transform is not None or _reads_files(secrets, settings.master),
+            master=settings.master,
         )
 
     @classmethod
@@ -2168,13 +2247,21 @@ class _Wire:
     def keys(self, now: float) -> list[str]:
         """Return the secrets that sign now, current first."""
         valid = [
-            s if s.startswith("whsec_") else _resolve_value(s)
+            s if s.startswith("whsec_") else self._resolved(s)
             for s, until in self.secrets
             if until is None or until > now
         ]
         if not valid:
             raise _Unready("the endpoint has no valid secret; rotate it")
         return valid
+
+    def _resolved(self, secret: str) -> str:
+        """Return a secret that is not in the file."""
+        if not secret.startswith(_DERIVED) or self.master is None:
+            return _resolve_value(secret)
+        if secret not in self.derived:
+            self.derived[secret] = self.master.secret(secret, self.endpoint.id)
+        return self.derived[secret]
 
     def own_headers(self) -> dict[str, str]:
         """Return the endpoint's headers; only these may name the environment, an event's may
@@ -3480,6 +3567,18 @@ class _EndpointRow(NamedTuple):
 _LISTED = "(SELECT value AS listed FROM json_each(?)) CROSS JOIN webhook_endpoints ON id = listed"
 
 
+def _read_secrets(cursor: sqlite3.Cursor, stored: str) -> _Secrets:
+    """Return the secrets of a row; derived ones with what they are derived from beside the key."""
+    pairs = [(secret, until) for secret, until in json.loads(stored)]
+    if _DERIVED not in stored:
+        return pairs
+    cursor.execute(
+        "SELECT value FROM main.webhook_meta WHERE key IN ('outbox', 'master_check') ORDER BY key DESC"
+    )
+    of = ":".join(str(row[0]) for row in cursor.fetchall())
+    return [(f"{s}:{of}" if s.startswith(_DERIVED) else s, until) for s, until in pairs]
+
+
 def _load_endpoints(db: sqlite3.Connection, source: str, *values: Any) -> list[_EndpointRow]:
     """Return the rows of endpoints with their secrets and state; source: what stands after FROM."""
     rows = db.execute(
@@ -3493,7 +3592,7 @@ def _load_endpoints(db: sqlite3.Connection, source: str, *values: Any) -> list[_
         columns, (stored, enabled, *rest) = row[:fields], row[fields:]
         state = bool(enabled), *rest
         try:
-            pairs = [(secret, until) for secret, until in json.loads(stored)]
+            pairs = _read_secrets(db.cursor(), stored)
             found.append(_EndpointRow(_endpoint(columns), pairs, *state))
         except (ValueError, TypeError):
             found.append(_EndpointRow(columns[0], [], *state))
@@ -7074,12 +7173,14 @@ class Outbox:
     proxy: http://host:port; the network guard then is the proxy's duty.
     app_name: put into User-Agent. transforms: name -> callable(Event) -> bytes or (bytes, content
     type), a pure function, for endpoints whose `body` names it. senders: name -> callable(Event), for
-    endpoints whose url is call:NAME: to return is success, to raise a failed attempt. event_types: the catalogue, names or
-    name -> EventType: emit refuses others, an endpoint's patterns must match one. home: the name of
-    this place (production, say), else the variable WEBHOOK_OUTBOX_HOME: the first drain writes it
-    into the file, and no drain of another place sends from a copy until `adopt`. observer: called
-    with each Notice, in order, after it was recorded, in a thread of its own; one that falls 1,000
-    notices behind misses some. clock, rng, resolver: seams for tests.
+    endpoints whose url is call:NAME: to return is success, to raise a failed attempt. event_types:
+    the catalogue, names or name -> EventType: emit refuses others, an endpoint's patterns must match
+    one. home: the name of this place (production, say), else the variable WEBHOOK_OUTBOX_HOME: the
+    first drain writes it into the file, and no drain of another place sends from a copy until
+    `adopt`. master_key: env:NAME or file:PATH of a key (32 characters at least) from which secrets
+    are derived, so that the file holds none. observer: called with each Notice, in order, after it
+    was recorded, in a thread of its own; one that falls 1,000 notices behind misses some. clock,
+    rng, resolver: seams for tests.
 
     Safe to share between threads. Holds no connection, but for a drain that runs.
     """
@@ -7104,6 +7205,7 @@ class Outbox:
         event_types: Mapping[str, EventType] | Iterable[str] | None = None,
         senders: Mapping[str, Callable[[Event], Any]] | None = None,
         home: str | None = None,
+        master_key: str | None = None,
         observer: Callable[[Notice], Any] | None = None,
         clock: Callable[[], float] = time.time,
         rng: Callable[[], float] = random.random,
@@ -7131,6 +7233,7 @@ class Outbox:
         self.transforms = {**_TRANSFORMS, **(transforms or {})}
         self.senders = _checked_senders(senders)
         self.clock, self.rng, self.resolver = clock, rng, resolver
+        self.master = _MasterKey(master_key)
         self._guard = _Guard(_networks(allow_networks), allow_http)
         self._catalogue = _Catalogue(event_types)
         self._identity = _prepare_file(self.path, create)
@@ -7332,9 +7435,11 @@ class Outbox:
         """
         columns = self._columns({**options, "url": url})
         id = "ep_" + secrets.token_hex(8) if id is None else _checked_id(id)
-        secret = _checked_secret(secret)
-        columns |= {"id": id, "secrets": _dumps([[secret, None]]), "created_at": self.clock()}
+        secret = self._given_secret(secret)
+        columns |= {"id": id, "created_at": self.clock()}
         with self._writing(conn) as cursor:
+            stored, secret = self._new_secret(cursor, id, secret)
+            columns["secrets"] = _dumps([[stored, None]])
             names, marks = ", ".join(columns), ", ".join("?" * len(columns))
             try:
                 statement = f"INSERT INTO main.webhook_endpoints ({names}) VALUES ({marks})"
@@ -7541,30 +7646,81 @@ class Outbox:
     ) -> Endpoint:
         """Give an endpoint a new secret; for `grace` seconds requests carry signatures of the old
         ones too."""
-        secret = _checked_secret(secret)
+        secret = self._given_secret(secret)
         until = self.clock() + _number("grace", grace, 0, 1e9)
         with self._writing(conn) as cursor:
             self._endpoint_on(cursor, id)
+            stored, secret = self._new_secret(cursor, id, secret)
             old = [
                 (s, min(end or until, until))
-                for s, end in self._secrets_on(cursor, id)
-                if s != secret
+                for s, end in self._stored_secrets(cursor, id)
+                if s != stored
             ]
-            valid = [(secret, None), *(pair for pair in old if pair[1] > self.clock())]
+            valid = [(stored, None), *(pair for pair in old if pair[1] > self.clock())]
             cursor.execute(
                 "UPDATE main.webhook_endpoints SET secrets = ? WHERE id = ?", (_dumps(valid), id)
             )
             return dataclasses.replace(self._endpoint_on(cursor, id), secret=secret)
 
-    def _secrets_on(self, cursor: sqlite3.Cursor, id: str) -> _Secrets:
+    def _given_secret(self, secret: str | None) -> str | None:
+        """Return a checked secret; a random one where none is given; None where it is to be derived,
+        once it is clear that the key is here."""
+        if secret is not None or self.master.source is None:
+            return _checked_secret(secret)
+        try:
+            self.master.check()
+        except _NoMasterKey as error:
+            raise PayloadError(str(error)) from None
+        return None
+
+    def _new_secret(self, cursor: sqlite3.Cursor, id: str, given: str | None) -> tuple[str, str]:
+        """Return a secret as it is stored, and as it is shown. Where a derived one is given back
+        (rotating back, say), its number is stored, and not its text."""
+        if given is None:
+            return self._derive(cursor, id)
+        pairs = zip(self._stored_secrets(cursor, id), self._secrets_on(cursor, id), strict=True)
+        for (stored, _), (secret, _) in pairs:
+            with contextlib.suppress(PayloadError):  # without the key nobody can tell
+                if stored.startswith(_DERIVED) and self._shown(id, secret) == given:
+                    return stored, given
+        return given, given
+
+    def _derive(self, cursor: sqlite3.Cursor, id: str) -> tuple[str, str]:
+        """Return a new derived secret. Its number is the next one of a counter that only grows, for
+        all endpoints: neither rotating nor an id that is added again brings an old secret back."""
+        cursor.execute(
+            "INSERT OR IGNORE INTO main.webhook_meta VALUES ('master_check', ?)",
+            (self.master.check(),),
+        )
+        cursor.execute(
+            """INSERT INTO main.webhook_meta VALUES ('last_secret', 1)
+                   ON CONFLICT (key) DO UPDATE SET value = value + 1"""
+        )
+        cursor.execute("SELECT value FROM main.webhook_meta WHERE key = 'last_secret'")
+        stored = f"{_DERIVED}{cursor.fetchall()[0][0]}"
+        ((secret, _),) = _read_secrets(cursor, _dumps([[stored, None]]))
+        return stored, self._shown(id, secret)
+
+    def _stored_secrets(self, cursor: sqlite3.Cursor, id: str) -> _Secrets:
+        """Return the secrets of an endpoint as its row holds them; none where there is no row yet."""
         cursor.execute("SELECT secrets FROM main.webhook_endpoints WHERE id = ?", (id,))
-        return [(secret, until) for secret, until in json.loads(cursor.fetchall()[0][0])]
+        return [(s, until) for (stored,) in cursor.fetchall() for s, until in json.loads(stored)]
+
+    def _secrets_on(self, cursor: sqlite3.Cursor, id: str) -> _Secrets:
+        return _read_secrets(cursor, _dumps(self._stored_secrets(cursor, id)))
+
+    def _shown(self, id: str, secret: str) -> str:
+        """Return a secret of an endpoint in words that sign, if it is derived."""
+        try:
+            return self.master.secret(secret, id) if secret.startswith(_DERIVED) else secret
+        except _NoMasterKey as error:
+            raise PayloadError(str(error)) from None
 
     def _secret(self, id: str) -> str:
         """Return an endpoint's current secret, for the command `endpoint secret`."""
         with self._reading() as cursor:
             self._endpoint_on(cursor, id)
-            return self._secrets_on(cursor, id)[0][0]
+            return self._shown(id, self._secrets_on(cursor, id)[0][0])
 
     @property
     def event_types(self) -> Mapping[str, EventType] | None:
@@ -8857,7 +9013,7 @@ def _look_at_clock(now: float, db: sqlite3.Connection) -> Iterator[_Finding]:
         )
 
 
-def _look_at_endpoints(outbox: Outbox, stats: Stats, db: sqlite3.Connection) -> Iterator[_Finding]:
+def _look_at_endpoints(outbox: Outbox, stats: Stats) -> Iterator[_Finding]:
     rows = {e.id: e for e in outbox.endpoints()}
     for e in stats.endpoints:
         if not e.enabled and e.pending:
@@ -8877,7 +9033,12 @@ def _look_at_endpoints(outbox: Outbox, stats: Stats, db: sqlite3.Connection) -> 
         yield _note(
             "there are no endpoints: events are recorded and go nowhere; `endpoint add URL`"
         )
-    settings, contexts = outbox._settings(), _Contexts()
+
+
+def _look_at_wires(outbox: Outbox, db: sqlite3.Connection) -> Iterator[_Finding]:
+    """Name the endpoints that cannot be sent to from here; those that lack the master key together:
+    they are all or none."""
+    settings, contexts, unsigned = outbox._settings(), _Contexts(), list[str]()
     for row in _load_endpoints(db, "webhook_endpoints WHERE enabled"):
         try:
             if isinstance(row.endpoint, str):
@@ -8888,8 +9049,12 @@ def _look_at_endpoints(outbox: Outbox, stats: Stats, db: sqlite3.Connection) -> 
                 wire.own_headers()
             if wire.place.scheme == "https":
                 contexts.get(wire.place.ca, wire.place.cert)
+        except _NoMasterKey as error:
+            unsigned.append(str(error))
         except Exception as error:
             yield _problem(f"{row.id} cannot be sent to from here: {_one_line(str(error))}")
+    if unsigned:
+        yield _problem(f"{len(unsigned)} endpoints cannot be sent to from here: {unsigned[0]}")
 
 
 def _findings(outbox: Outbox) -> Iterator[_Finding]:
@@ -8903,7 +9068,8 @@ def _findings(outbox: Outbox) -> Iterator[_Finding]:
             if stats.refusal:
                 yield _problem(stats.refusal)
             yield from _look_at_drain(outbox, stats)
-            yield from _look_at_endpoints(outbox, stats, db)
+            yield from _look_at_endpoints(outbox, stats)
+            yield from _look_at_wires(outbox, db)
         except (sqlite3.Error, ValueError) as error:
             yield _problem(
                 f"the file cannot be read to the end: {_one_line(str(error))}; restore a backup"
@@ -9696,6 +9862,10 @@ def _adopt(outbox: Outbox, options: Any) -> None:
     _say(
         f"{whose}: {count} deliveries cancelled, all endpoints disabled; `endpoint enable ID` ends that"
     )
+    if any(_DERIVED in row[0] for row in outbox._select("SELECT secrets FROM webhook_endpoints")):
+        _say(
+            "secrets derived from the master key are new ones now; `endpoint secret ID` shows them"
+        )
 
 
 def _resend(outbox: Outbox, options: Any) -> None:
@@ -10195,7 +10365,13 @@ def _open_outbox(options: Any) -> Outbox:
                 f"--app has its own networks and file, {outbox.path}: leave out --db and --allow-network"
             )
     elif path := options.db or os.environ.get("WEBHOOK_OUTBOX_DB"):
-        outbox = Outbox(path, create=making, allow_networks=options.allow_network)
+        key = "WEBHOOK_OUTBOX_MASTER_KEY"
+        outbox = Outbox(
+            path,
+            create=making,
+            allow_networks=options.allow_network,
+            master_key=f"env:{key}" if os.environ.get(key) else None,
+        )
     else:
         _parser().error("which file? say --db PATH before the command, or set WEBHOOK_OUTBOX_DB")
     if getattr(options, "workers", None) is not None:

@@ -3255,6 +3255,7 @@ TURN_TRIGGERS = (  # by what a turn writes, or emit
 # How each statement of the loop begins, or what only it says.
 TURN_STATEMENTS = {
     "drains": "UPDATE webhook_meta",
+    "whose file": "SELECT value FROM webhook_meta WHERE key = 'home'",
     "who committed": "PRAGMA data_version",
     "newest": "SELECT max(seq) FROM webhook_events",
     "counters": "SELECT key, value FROM webhook_meta",
@@ -11681,20 +11682,25 @@ def test_an_opener_hands_over_what_it_made_and_serves_again_until_it_rested_long
     def request(picked: Any, wall: float) -> tuple[bytes, list[str]]:
         return b"%d" % picked.event, []
 
-    wire = types.SimpleNamespace(place=PLACE, request=request)
+    def deliver(picked: Any) -> None:
+        threads.add(threading.get_ident())
+
+    wire = types.SimpleNamespace(place=PLACE, request=request, deliver=deliver)
     openers = webhook_outbox._Openers(open, rung.release)  # type: ignore[arg-type]
-    for makes, deadline, expected in (
-        (False, 9.0, (PLACE, 9.0)),
-        (False, 1.0, "refused"),
-        (True, 9.0, (b"1", [])),
+    for does, deadline, expected in (
+        ("open", 9.0, (PLACE, 9.0)),
+        ("open", 1.0, "refused"),
+        ("make", 9.0, (b"1", [])),
+        ("call", 9.0, None),
     ):
-        job = webhook_outbox._Job(attempt_of(wire=wire, deadline=deadline), makes, [])
+        job = webhook_outbox._Job(attempt_of(wire=wire, deadline=deadline), does, [])
         openers.submit(job)
         assert rung.acquire(timeout=10)
         assert openers.take() == [job] and openers.take() == []
         assert (str(job.result[0]) if expected == "refused" else job.result[0]) == expected
         eventually(lambda: openers.spare == 1)
-    assert openers.busy == 3 and len(threads) == 1  # the loop takes them off, as it takes them back
+    assert len(threads) == 1
+    assert openers.busy == 3  # without the call; the loop takes them off, as it takes them back
     eventually(lambda: threading.active_count() == before)
     assert openers.spare == 0
 
@@ -11703,7 +11709,7 @@ def test_an_opener_hands_over_what_it_made_and_serves_again_until_it_rested_long
 def test_connections_that_are_opened_when_the_drain_has_left_are_closed(taken):
     go, ours = threading.Event(), socket.socket()
     openers = webhook_outbox._Openers(lambda place, until: go.wait(10) and ours, lambda: None)  # type: ignore
-    job = webhook_outbox._Job(attempt_of(wire=types.SimpleNamespace(place=PLACE)), False, [])
+    job = webhook_outbox._Job(attempt_of(wire=types.SimpleNamespace(place=PLACE)), "open", [])
     openers.submit(job)
     if taken == "before":
         go.set()

@@ -3705,7 +3705,7 @@ def _waiting(db: sqlite3.Connection, after: str = "") -> list[_Waiting]:
     return [_Waiting._make(row) for row in rows.fetchall()]
 
 
-def _work_left(db: sqlite3.Connection, until: float, senders: Iterable[str]) -> bool:
+def _work_left(db: sqlite3.Connection, until: float, senders: Iterable[str] = ()) -> bool:
     """Say whether an enabled endpoint that does not pause has a delivery due by `until`. Those of
     senders that are not known here are not for us."""
     rows = _waiting(db)

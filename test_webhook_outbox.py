@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import email
 import errno
 import functools
 import gc
@@ -18444,12 +18445,13 @@ def test_the_demo_shows_every_step_and_leaves_nothing(tmp_path):
         "one invoice",
         "arrived twice",
         "still one invoice",
+        "one e-mail",
         "no request",
         "503, 503, 200",
     ):
         assert words in ended.stdout
     assert "webhook_failed" in ended.stdout and "replay delivered it" in ended.stdout
-    assert "8 of 8 checks seen" in ended.stdout and "NOT SEEN" not in ended.stdout
+    assert "11 of 11 checks seen" in ended.stdout and "NOT SEEN" not in ended.stdout
     assert os.listdir(tmp_path) == []
 
 
@@ -18787,6 +18789,219 @@ def readme_server(
                 process.wait()
 
 
+class Broker:
+    """A real server of somebody else's, in a folder and on ports of its own."""
+
+    program, module, variable = "", "", ""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder, self.process = folder, None
+        with contextlib.ExitStack() as stack:
+            taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+            self.port, *self.more = (sock.getsockname()[1] for sock in taken)
+        folder.mkdir()
+
+    def run(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+        with (self.folder / "out").open("a") as out:
+            return subprocess.Popen(
+                words, cwd=self.folder, env={**os.environ, "HOME": str(self.folder), **environment},
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, text=True,
+            )  # fmt: skip
+
+    def start(self) -> None:
+        self.process = self.begin()
+
+        def listens() -> bool:
+            assert self.process.poll() is None, (self.folder / "out").read_text()[-2_000:]
+            with contextlib.suppress(Exception):
+                return self.left() is not None
+            return False
+
+        eventually(listens, within=90)
+
+    def begin(self) -> subprocess.Popen[str]:
+        raise NotImplementedError
+
+    def left(self) -> int:
+        """Return how many messages nobody has acknowledged."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.process = None
+
+
+class RabbitMQ(Broker):
+    program, module, variable = "/usr/lib/rabbitmq/bin/rabbitmq-server", "kombu", "AMQP_URL"
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__(folder)
+        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
+        (folder / "plugins").write_text("[].\n")
+        self.epmd = self.run("epmd", "-port", str(self.more[0]), "-address", "127.0.0.1")
+
+    def begin(self) -> subprocess.Popen[str]:
+        port, (epmd, dist) = str(self.port), map(str, self.more)
+        mine = {
+            name: str(self.folder / name.lower())
+            for name in ("MNESIA_BASE", "LOG_BASE", "CONFIG_FILE", "CONF_ENV_FILE")
+        }
+        mine |= {
+            "NODENAME": f"test{port}@localhost",
+            "NODE_IP_ADDRESS": "127.0.0.1",
+            "NODE_PORT": port,
+            "DIST_PORT": dist,
+        }
+        mine |= {
+            "LOGS": "-",
+            "ENABLED_PLUGINS_FILE": str(self.folder / "plugins"),
+            "PID_FILE": str(self.folder / "pid"),
+        }
+        named = {f"RABBITMQ_{name}": value for name, value in mine.items()}
+        return self.run(self.program, ERL_EPMD_PORT=epmd, ERL_EPMD_ADDRESS="127.0.0.1", **named)
+
+    def messages(self) -> list[tuple[str, Any]]:
+        """Return what is in the queue, and leave it there."""
+        import kombu
+
+        with kombu.Connection(self.url) as connection, connection.channel() as channel:
+            found = iter(lambda: channel.basic_get("events", no_ack=False), None)
+            return [(m.properties["message_id"], json.loads(m.body)["data"]) for m in found]
+
+    def left(self) -> int:
+        import kombu
+
+        with (
+            kombu.Connection(self.url, connect_timeout=2) as connection,
+            connection.channel() as channel,
+        ):
+            return int(
+                channel.queue_declare("events", durable=True, auto_delete=False).message_count
+            )
+
+    def close(self) -> None:
+        self.kill()
+        self.epmd.kill()
+        self.epmd.wait()
+
+
+class Redis(Broker):
+    program, module, variable = "redis-server", "redis", "REDIS_URL"
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__(folder)
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+
+    def begin(self) -> subprocess.Popen[str]:
+        always = ("--appendonly", "yes", "--appendfsync", "always", "--dir", str(self.folder))
+        return self.run(self.program, "--bind", "127.0.0.1", "--port", str(self.port), *always)
+
+    def client(self) -> Any:
+        import redis
+
+        return contextlib.closing(redis.Redis.from_url(self.url, decode_responses=True))
+
+    def messages(self) -> list[tuple[str, Any]]:
+        with self.client() as client:
+            return [(f["id"], json.loads(f["data"])) for _, f in client.xrange("events")]
+
+    def left(self) -> int:
+        with self.client() as client:
+            client.ping()
+            groups = client.xinfo_groups("events") if client.exists("events") else []
+            return sum(group["pending"] + (group["lag"] or 0) for group in groups)
+
+    def close(self) -> None:
+        self.kill()
+
+
+@pytest.fixture(params=[RabbitMQ, Redis])
+def broker(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[Any]:
+    kind = request.param
+    if shutil.which(kind.program) is None:
+        pytest.skip(f"there is no {kind.program} here")
+    pytest.importorskip(kind.module)
+    made = kind(tmp_path / "broker")
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+
+
+HANDED_OVER = 2_000
+HANDS_OVER = """
+import importlib, signal, sys, webhook_outbox
+outbox = importlib.import_module(sys.argv[1]).outbox
+outbox.retry = webhook_outbox.RetryPolicy((0, *[0.3] * 500), jitter=0.0)
+signal.signal(signal.SIGTERM, lambda *_: outbox.stop())
+outbox.drain()
+"""
+
+
+@readme
+@pytest.mark.long
+def test_a_broker_that_is_killed_loses_nothing_that_the_readmes_sender_hands_over_and_the_way_in_neither(
+    tmp_path, broker
+):
+    """Out: 2,000 events while the broker is killed and started again; order by key, and duplicates
+    only of what was tried twice. In: their consumer is killed four times; nothing is doubled."""
+    name = type(broker).__name__.lower()
+    for side in ("out", "in"):
+        (tmp_path / side).mkdir()
+        readme_files(tmp_path / side)
+        Outbox(make_database(tmp_path / side / "app.db"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), broker.variable: broker.url}
+
+    def started(side: str, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *words], cwd=tmp_path / side, env=environment, stdin=subprocess.DEVNULL
+        )
+
+    outbox = make_outbox(str(tmp_path / "out" / "app.db"), senders={name: print})
+    outbox.add_endpoint(f"call:{name}", id=name)
+    with outbox.transaction() as conn:
+        ids = [outbox.emit(conn, "order.created", n, key=f"k{n % 7}") for n in range(HANDED_OVER)]
+    drain = started("out", "-c", HANDS_OVER, f"to_{name}")
+    try:
+        done = functools.partial(
+            query, outbox.path, "SELECT count(*) FROM webhook_deliveries WHERE status = 'delivered'"
+        )
+        eventually(lambda: done()[0][0] > HANDED_OVER / 10, within=60)
+        broker.kill()
+        between = done()[0][0]
+        eventually(lambda: outbox.stats().endpoints[0].failing_since, within=30)
+        broker.start()
+        eventually(lambda: done()[0][0] == HANDED_OVER, within=120)
+        assert between < HANDED_OVER
+    finally:
+        drain.terminate()
+        assert drain.wait(30) == 0
+    messages = broker.messages()
+    assert {id for id, _ in messages} == set(ids) and outbox.stats().failed == 0
+    twice = {id for id, count in collections.Counter(id for id, _ in messages).items() if count > 1}
+    assert all(any(a.reason for a in outbox.attempts(id)) for id in twice)
+    first = list(dict.fromkeys(n for _, n in messages))
+    for key in range(7):
+        assert [n for n in first if n % 7 == key] == list(range(key, HANDED_OVER, 7))
+    came = functools.partial(
+        query, str(tmp_path / "in" / "app.db"), "SELECT data FROM webhook_events"
+    )
+    for count in (300, 700, 1_100, 1_500, HANDED_OVER):
+        consumer = started("in", f"from_{name}.py")
+        try:
+            eventually(lambda count=count: len(came()) >= count, within=60)
+            if count == HANDED_OVER:
+                eventually(lambda: broker.left() == 0)
+        finally:
+            consumer.kill()
+            consumer.wait()
+    assert sorted(int(data) for (data,) in came()) == list(range(HANDED_OVER))
+
+
 README_DJANGO = {
     "__init__.py": "",
     "models.py": """if True:
@@ -18842,11 +19057,97 @@ def readme_billing(folder: pathlib.Path, server: str, *options: str) -> Iterator
         yield where
 
 
+class Accounting:
+    """A real mail server, and what came: the Message-ID and the subject of each e-mail."""
+
+    def __init__(self, port: int = 0) -> None:
+        from aiosmtpd.controller import UnthreadedController
+
+        self.taken: list[tuple[str, str]] = []
+        self.loop = asyncio.new_event_loop()
+        self.server = UnthreadedController(self, hostname="127.0.0.1", port=port, loop=self.loop)
+        self.server.begin()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.port = self.server.server.sockets[0].getsockname()[1]
+
+    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
+        message = email.message_from_bytes(envelope.content)
+        assert envelope.rcpt_tos == ["accounting@example.com"]
+        self.taken.append((message["Message-ID"], message["Subject"]))
+        return "250 taken"
+
+    def close(self) -> None:
+        async def end() -> None:
+            self.server.server.close()
+            await self.server.server.wait_closed()
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+            await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result(10)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(10)
+        self.loop.close()
+
+
+@pytest.fixture
+def accounting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accounting]:
+    made = Accounting()
+    monkeypatch.setenv("SMTP_SERVER", f"127.0.0.1:{made.port}")
+    yield made
+    made.close()
+
+
+RECEIVES = """
+import sys, billing, webhook_outbox
+event = webhook_outbox.ReceivedEvent("msg_1", 1, "order.created", {"order_id": "1", "total": 49.99}, b"")
+billing.make_invoice(event)
+billing.make_invoice(event)
+print("made", flush=True)
+sys.stdin.read()
+"""
+
+
+@readme
+def test_the_readmes_invoice_sends_one_email_though_it_comes_twice_and_the_process_dies_before_it(
+    tmp_path, accounting, monkeypatch
+):
+    """Killed while its mail server says nothing; then again with the real one, and the duplicate."""
+    readme_files(tmp_path)
+
+    monkeypatch.setenv("BILLING_SECRET", SECRET)
+
+    def received(port: int) -> subprocess.Popen[str]:
+        monkeypatch.setenv("SMTP_SERVER", f"127.0.0.1:{port}")
+        process = run_python(RECEIVES, cwd=tmp_path, stdin=subprocess.PIPE)
+        assert process.stdout.readline() == "made\n", process.stderr.read()
+        return process
+
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        received(silent.getsockname()[1]) as process,
+        silent.accept()[0],  # it waits for a word of the mail server's
+    ):
+        process.kill()
+    with received(accounting.port) as process:
+        eventually(lambda: accounting.taken)
+        process.stdin.close()
+        assert process.wait(30) == 0, process.stderr.read()
+    billing = str(tmp_path / "billing.db")
+    assert query(billing, "SELECT * FROM invoices") == [("1", 49.99)]
+    (event,) = query(billing, "SELECT id FROM webhook_events")
+    assert accounting.taken == [(f"<{event[0]}@billing.example.com>", "Invoice for order 1")]
+    assert query(billing, "SELECT status FROM webhook_deliveries") == [("delivered",)]
+
+
 @readme
 @pytest.mark.parametrize("server", README_SERVERS)
-def test_the_readmes_receivers_make_one_invoice_of_an_order_whatever_comes(wal, tmp_path, server):
-    """A real outbox delivers, forges and replays; the handler fails while its table refuses
-    rows."""
+def test_the_readmes_receivers_make_one_invoice_of_an_order_whatever_comes(
+    wal, tmp_path, accounting, server
+):
+    """A real outbox delivers, forges and replays; the handler fails while its table refuses rows.
+    Accounting gets one e-mail of each invoice."""
     clock, billing = Clock(time.time()), str(tmp_path / "billing.db")
     outbox = make_outbox(wal, clock=clock, timeout=15.0)
 
@@ -18906,7 +19207,13 @@ def test_the_readmes_receivers_make_one_invoice_of_an_order_whatever_comes(wal, 
         }
         for body, headers in ((b"1", {}), (b"2", signed), (b"1", {**signed, "webhook-id": "y"})):
             assert requests.post(url, data=body, headers=headers, timeout=10).status_code == 400
+        if server != "django":  # which has its own way to send e-mail
+            eventually(lambda: len(accounting.taken) >= 4)
     assert left()[1] == [(4,)]
+    wanted = [] if server == "django" else ["1", "3", "4", "5"]
+    assert [subject for _, subject in accounting.taken] == [
+        f"Invoice for order {n}" for n in wanted
+    ]
 
 
 @pytest.fixture

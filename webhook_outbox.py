@@ -9989,9 +9989,50 @@ def _dashboard(outbox: Outbox, options: Any) -> None:
         server.serve_forever()
 
 
+class _Mailbox:
+    """A mail server as small as can be (RFC 5321), for the demo: it takes what comes, but refuses
+    the first message for now. `taken` are the messages."""
+
+    def __init__(self) -> None:
+        self.taken, self.refused = list[str](), 0
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.place = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                sock, _ = self._socket.accept()
+                with sock, sock.makefile("rwb") as lines, contextlib.suppress(OSError):
+                    self._talk(lines)
+
+    def _talk(self, lines: Any) -> None:
+        def say(text: str) -> None:
+            lines.write(text.encode() + b"\r\n")
+            lines.flush()
+
+        say("220 mailbox")
+        for line in lines:
+            word = line[:4].strip().upper()
+            if word == b"DATA" and not self.refused:
+                self.refused = 1
+                say("451 later, please")
+            elif word == b"DATA":
+                say("354 go on")
+                self.taken.append(b"".join(iter(lines.readline, b".\r\n")).decode())
+                say("250 taken")
+            else:
+                say("221 bye" if word == b"QUIT" else "250 fine")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
 class _Demo:
-    """The invoice story on temporary files: a shop with its outbox, and three real receivers on
-    this machine."""
+    """The invoice story on temporary files: a shop with its outbox, three real receivers and a mail
+    server on this machine."""
 
     def __init__(self, folder: str, stack: contextlib.ExitStack) -> None:
         self.stack, self.seen, self.received = stack, list[bool](), list[str]()
@@ -10001,7 +10042,9 @@ class _Demo:
         )
         self.run_sql(self.shop, "CREATE TABLE orders (id INTEGER PRIMARY KEY, total REAL)")
         self.run_sql(self.billing, "CREATE TABLE invoices (order_id INTEGER, total REAL)")
-        self.inbox = Inbox(self.billing)
+        self.inbox, self.mailbox = Inbox(self.billing), _Mailbox()
+        stack.callback(self.mailbox.close)
+        self.mails().add_endpoint("call:mail", id="mail", events=["invoice.*"])
         quick = RetryPolicy((0, 0.2, 0.2))
         self.outbox = Outbox(
             self.shop, allow_networks=["127.0.0.0/8"], retry=quick, app_name="demo"
@@ -10024,8 +10067,25 @@ class _Demo:
         with contextlib.closing(sqlite3.connect(path)) as conn:
             return conn.execute(sql).fetchone()
 
+    def mails(self) -> Outbox:
+        """The receiver's own outbox, for its e-mails, as a process that starts opens it."""
+        return Outbox(self.billing, senders={"mail": self.mail}, retry=RetryPolicy((0, 0.2, 0.2)))
+
+    def mail(self, event: Event) -> None:
+        """Send an e-mail to accounting; to return is success."""
+        import smtplib
+        from email.message import EmailMessage
+
+        message = EmailMessage()
+        message["From"], message["To"] = "billing@example.com", "accounting@example.com"
+        message["Subject"] = f"Invoice for order {event.data['order_id']}"
+        message["Message-ID"] = f"<{event.id}@billing.example.com>"  # the same at each try
+        with smtplib.SMTP(self.mailbox.place, local_hostname="demo", timeout=10) as server:
+            server.send_message(message)
+
     def invoice(self, headers: Mapping[str, str], body: bytes) -> int:
-        """The receiver's side: verify, then the invoice and the event's id in one transaction."""
+        """The receiver's side: verify, then the invoice, the e-mail that it means and the event's id
+        in one transaction."""
         try:
             event = verify(body, headers, self.secret)
         except SignatureError:
@@ -10037,6 +10097,7 @@ class _Demo:
                     "INSERT INTO invoices VALUES (?, ?)",
                     (event.data["order_id"], event.data["total"]),
                 )
+                self.mails().emit(conn, "invoice.created", event.data)
         return 200
 
     def order(self, total: float, refused: bool = False) -> str:
@@ -10066,6 +10127,14 @@ class _Demo:
         self.outbox.drain(once=True)
         self.step("it arrived twice", self.received == [id, id])
         self.step("there is still one invoice", self.invoices() == 1)
+        self.step("no e-mail yet: billing stopped after its commit", not self.mailbox.taken)
+        mails = self.mails()
+        mails.drain(until_empty=True)
+        tries = [attempt.reason for attempt in mails.attempts(mails.events()[0].id)]
+        self.step(
+            "billing starts; the mail server refuses, then takes it", tries == ["sender", None]
+        )
+        self.step("accounting has one e-mail", len(self.mailbox.taken) == 1)
         _say("3. An order that is rolled back sends nothing.")
         with contextlib.suppress(ValueError):
             self.order(13.37, refused=True)
@@ -10103,7 +10172,7 @@ def _demo(_: None, options: Any) -> int:
         logging.NullHandler()
     )  # the story itself tells what fails
     _say(
-        "A shop with an orders table, its outbox in the same file, and three receivers on this machine.\n"
+        "A shop with an orders table, its outbox in the same file, three receivers and a mail server here.\n"
     )
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

@@ -2853,6 +2853,19 @@ def _checked_events(events: Any, known: _Known) -> str:
     return _dumps(patterns)
 
 
+def _checked_proxy(proxy: Any) -> str | None:
+    if proxy is not None and not re.fullmatch(r"http://[^/\s]+/?", proxy):
+        raise PayloadError("proxy must be http://host:port")
+    return proxy  # type: ignore[no-any-return]
+
+
+def _checked_home(home: Any) -> str | None:
+    """Return the name of this place: what was given, else the variable, else none."""
+    if home is None and (home := os.environ.get("WEBHOOK_OUTBOX_HOME") or None) is None:
+        return None
+    return _line("home", home, 100, 1)
+
+
 def _checked_senders(senders: Any) -> dict[str, Callable[[Event], Any]]:
     """Return senders as a dict. One that is async is refused: to call it does nothing yet, and the
     drain would take that for success."""
@@ -7211,8 +7224,6 @@ class Outbox:
         rng: Callable[[], float] = random.random,
         resolver: _Resolver | None = None,
     ) -> None:
-        if proxy is not None and not re.fullmatch(r"http://[^/\s]+/?", proxy):
-            raise PayloadError("proxy must be http://host:port")
         self.path = _path(database)
         self.retry = retry or RetryPolicy()
         self.timeout = _number("timeout", timeout, 0.01, 3600)
@@ -7226,10 +7237,8 @@ class Outbox:
             else _number("failed_retention", failed_retention, 0, 1e11)
         )
         self.app_name = _line("app_name", app_name, 100)
-        self.home = os.environ.get("WEBHOOK_OUTBOX_HOME") or None if home is None else home
-        if self.home is not None:
-            _line("home", self.home, 100, 1)
-        self.proxy, self.observer = proxy, observer
+        self.home = _checked_home(home)
+        self.proxy, self.observer = _checked_proxy(proxy), observer
         self.transforms = {**_TRANSFORMS, **(transforms or {})}
         self.senders = _checked_senders(senders)
         self.clock, self.rng, self.resolver = clock, rng, resolver
@@ -10117,6 +10126,11 @@ class _Demo:
         return int(self.run_sql(self.billing, "SELECT count(*) FROM invoices")[0])
 
     def play(self) -> None:
+        self.play_invoice()
+        self.play_failures()
+        _say("\n" + _status_text(self.outbox.stats()))
+
+    def play_invoice(self) -> None:
         _say("1. An order and its event commit together; the webhook arrives, signed.")
         id = self.order(49.99)
         self.outbox.drain(once=True)
@@ -10141,7 +10155,10 @@ class _Demo:
         self.outbox.drain(once=True)
         orders = self.run_sql(self.shop, "SELECT count(*) FROM orders")
         self.step("no order, no event, no request", orders == (1,) and len(self.received) == 2)
+
+    def play_failures(self) -> None:
         _say("4. A flaky receiver is retried; a dead one ends in the failed table.")
+        id = self.received[0]
         self.outbox.drain(until_empty=True)
         codes = [attempt.status_code for attempt in self.outbox.attempts(id, "flaky")]
         self.step(f"flaky answered {', '.join(map(str, codes))}", codes == [503, 503, 200])
@@ -10161,7 +10178,6 @@ class _Demo:
             "replay delivered it",
             replayed == 1 and ended["dead"] == "delivered" and not self.outbox.failed(),
         )
-        _say("\n" + _status_text(self.outbox.stats()))
 
 
 def _demo(_: None, options: Any) -> int:

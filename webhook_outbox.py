@@ -10053,7 +10053,7 @@ class _Demo:
         self.run_sql(self.billing, "CREATE TABLE invoices (order_id INTEGER, total REAL)")
         self.inbox, self.mailbox = Inbox(self.billing), _Mailbox()
         stack.callback(self.mailbox.close)
-        self.mails().add_endpoint("call:mail", id="mail", events=["invoice.*"])
+        self.mails().ensure_endpoint("call:mail", id="mail", events=["invoice.*"])
         quick = RetryPolicy((0, 0.2, 0.2))
         self.outbox = Outbox(
             self.shop, allow_networks=["127.0.0.0/8"], retry=quick, app_name="demo"

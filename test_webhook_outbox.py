@@ -2105,12 +2105,13 @@ def test_the_options_of_an_endpoint_are_the_same_everywhere(wal):
     command line."""
     options = list(webhook_outbox._OPTIONS)
     fields = [field.name for field in dataclasses.fields(webhook_outbox.Endpoint)]
-    state = {"id", "disabled_reason", "failing_since", "created_at"}
+    state = {"id", *webhook_outbox._STATE_FIELDS}
     assert set(fields) == {*options, *state, "secret"}
     assert ["url", *webhook_outbox.EndpointOptions.__annotations__] == options
     make_outbox(wal)
     columns = {row[1] for row in query(wal, "PRAGMA table_info(webhook_endpoints)")}
-    assert columns == {*options, *state, "secrets", "failures", "paused_until", "version"}
+    inside = {"secrets", "version", "unsteady_since", "good", "bad"}
+    assert columns == {*options, *state, *inside}
     ((trigger,),) = query(
         wal, "SELECT sql FROM sqlite_master WHERE name = 'webhook_endpoints_update'"
     )
@@ -3172,6 +3173,29 @@ def test_stats_count_what_waits(database, serve):
         None,
         3,
     ) and one.p50 <= one.p95
+
+
+def test_a_busy_endpoint_hides_none_of_the_others_in_the_stats(wal):
+    """25,000 attempts of one endpoint within the hour, later than those of a quiet and a dead one."""
+    outbox, now = make_outbox(wal), time.time()
+    for id in ("quiet", "dead", "long ago", "busy"):
+        outbox.add_endpoint("https://example.com/", id=id.replace(" ", "-"))
+    rows = [
+        ("quiet", now - 3000, None),
+        ("dead", now - 3000, "status"),
+        ("long-ago", now - 4000, None),
+    ]
+    rows += [("busy", now - 1000, None)] * 25_000
+    with contextlib.closing(sqlite3.connect(wal)) as conn, conn:
+        conn.executemany(
+            """INSERT INTO webhook_attempts (event, endpoint_id, at, duration, reason, error)
+               VALUES (1, ?, ?, 0.1, ?, 'HTTP 500')""",
+            rows,
+        )
+    seen = {e.id: (e.attempts, e.delivered, e.last_error, e.p50) for e in outbox.stats().endpoints}
+    assert seen["quiet"] == (1, 1, None, 0.1) and seen["dead"] == (1, 0, "HTTP 500", None)
+    assert seen["long-ago"] == (0, 0, None, None)
+    assert seen["busy"] == (5_000, 5_000, None, 0.1), "its newest ones"
 
 
 def test_a_replay_leaves_the_failed_rows_of_other_endpoints_alone(database, serve):
@@ -9244,22 +9268,6 @@ def test_metrics_of_an_empty_outbox_are_well_formed(wal, cli):
     assert cli("metrics").strip() == make_outbox(wal).metrics().strip()
 
 
-def test_check_says_in_one_line_what_is_wrong_and_exits_1(wal, serve, cli):
-    assert cli("check") == "ok: 0 pending, 0 failed rows\n"
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
-    outbox.add_endpoint(serve(answer(500)).url(), id="crm")
-    emit(make_outbox(wal, clock=lambda: time.time() - 1000))
-    assert cli("check", code=1) == "the oldest due delivery has waited 17 m\n"
-    assert cli("check", "--max-age", "2000").startswith("ok: 1 pending")
-    outbox.drain(once=True)
-    assert cli("check", code=1) == "1 failed rows; failing or disabled: crm\n"
-    assert cli("check", "--max-failed", "1", code=1) == "failing or disabled: crm\n"
-    assert (
-        cli("check", "--max-failed", "1", "--max-failing-endpoints", "1")
-        == "ok: 0 pending, 1 failed rows\n"
-    )
-
-
 def test_an_emit_on_apsw_shares_the_fate_of_the_rows_beside_it(database):
     outbox = make_outbox(database)
     outbox.add_endpoint("https://example.com/", id="crm")
@@ -13319,6 +13327,28 @@ def test_probes_of_a_struggling_endpoint_are_never_parallel(wal, serve):
         eventually(lambda: outbox.stats().due == 0)
 
 
+def test_a_ping_that_is_answered_ends_the_hold_also_in_a_drain_that_runs(either, serve):
+    receiver = serve(answer(500))
+    outbox = make_outbox(either, retry=RetryPolicy((0, 100, 100), jitter=0.0))
+    other = make_outbox(either)  # as another process has it
+    outbox.add_endpoint(receiver.url(), id="crm")
+    drain_emit(outbox, range(40))
+    with outbox:
+        eventually(lambda: other.endpoint("crm").paused_until > time.time() + 1.5)
+        assert other.ping("crm").reason == "status"
+        held, seen = other.endpoint("crm"), len(receiver.requests)
+        assert held.failures >= 10 and held.paused_until > time.time(), (
+            "a failed ping changes nothing"
+        )
+        receiver.play = OK
+        assert other.ping("crm").reason is None
+        now = other.stats().endpoints[0]
+        assert now.failures == 0 or now.delivered, "at once, or the drain was quicker"
+        eventually(lambda: len(receiver.requests) >= seen + 20, within=1)
+    endpoint = other.endpoint("crm")
+    assert (endpoint.failures, endpoint.failing_since, endpoint.paused_until) == (0, None, 0.0)
+
+
 def test_a_drain_prunes_by_itself_and_prune_beside_it_takes_nothing_that_waits(wal, serve):
     clock, receiver = Clock(), serve(DrainFails(n1=9))
     outbox = make_outbox(wal, clock=clock, retention=100, retry=RetryPolicy((0,), jitter=0.0))
@@ -16193,6 +16223,16 @@ def test_the_doctor_says_whether_the_file_is_in_wal_mode(database):
     assert all("not WAL" in text and "`init --wal`" in text for text in said)
 
 
+def test_the_doctor_has_one_advice_for_a_sqlite_with_the_wal_reset_bug(database, monkeypatch):
+    """Debian 12 has 3.40.1: WAL all the same, with its risk said, and no alarm for what is stock."""
+    outbox = make_outbox(database)
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 40, 1))
+    (note,) = (text for text in doctor_says(outbox, "note") if "WAL-reset bug" in text)
+    assert "use WAL all the same" in note and "so rarely" in note and "3.51.3" in note
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 51, 3))
+    assert not any("WAL-reset" in text for text in doctor_says(outbox, "note"))
+
+
 def test_the_doctor_sees_a_default_below_full_and_wrong_clocks(wal):
     with contextlib.closing(sqlite3.connect(wal)) as db:
         db.execute("PRAGMA synchronous = NORMAL")
@@ -16392,6 +16432,13 @@ def test_the_dashboard_shows_endpoints_failed_rows_and_the_timeline_of_an_event(
             assert text in shown.text, text
         assert shown.text.count("status · HTTP 503") == 2 and "failed" in shown.text
         assert visitor.get(f"/event/{outbox.events()[-1].id}").text.count("delivered") == 1
+        assert "held after" not in page.text
+        query(
+            wal, "UPDATE webhook_endpoints SET failures = 15, paused_until = ?", time.time() + 17.5
+        )
+        assert visitor.get().text.count("held after 15 failures, next probe in 18 s") == 1, (
+            "off is off"
+        )
 
 
 def test_the_dashboard_says_whose_endpoints_and_events_are(wal, visitor):
@@ -17832,16 +17879,25 @@ def test_the_endpoint_commands_do_what_the_library_does(cli, wal, serve, authori
         "endpoint", "list"
     )
     emit(outbox)
-    assert "1 " in cli("endpoint", "backfill", "crm", "--dry-run") and outbox.stats().held == 0
+    assert "say --since, or --all" in cli("endpoint", "backfill", "crm", "--dry-run", code=2)
+    assert "1 " in cli("endpoint", "backfill", "crm", "--dry-run", "--all")
+    assert outbox.stats().held == 0
     assert "1 " in cli("endpoint", "backfill", "crm", "--since", "2020-01-01", "--type", "order.*")
-    assert "0 " in cli("endpoint", "backfill", "crm", "--until", "2020-01-01T00:00:00Z")
+    assert "0 " in cli("endpoint", "backfill", "crm", "--all", "--until", "2020-01-01T00:00:00Z")
     assert outbox.stats().held == 1
+    assert cli("drain", "--once").endswith(
+        "pending 0; crm: 1 held, it is disabled; `endpoint enable crm` resumes it\n"
+    )
+    assert "enabled crm; 1 deliveries wait for it" in cli("endpoint", "enable", "crm")
+    assert "disabled crm; 1 deliveries are held" in cli("endpoint", "disable", "crm")
     cli("endpoint", "enable", "crm")
     assert outbox.endpoint("crm").enabled and outbox.stats().pending == 1
 
     assert cli("endpoint", "secret", "crm") == SECRET + "\n"
     fresh = "whsec_" + base64.b64encode(b"n" * 32).decode()
-    assert fresh in cli("endpoint", "rotate", "crm", "--secret", fresh, "--grace", "60")
+    said = cli("endpoint", "rotate", "crm", "--secret", fresh, "--grace", "60")
+    until = datetime.datetime.fromtimestamp(time.time() + 60, datetime.timezone.utc)
+    assert fresh in said and f"The old one signs too until {until:%Y-%m-%d %H:%M}" in said
     assert cli("endpoint", "secret", "crm") == fresh + "\n"
     rotated = re.search(r"whsec_\S+", cli("endpoint", "rotate", "crm"))
     assert rotated and cli("endpoint", "secret", "crm").strip() == rotated.group() not in (
@@ -17898,6 +17954,93 @@ def test_tenants_on_the_command_line(cli, wal):
         row["event_id"] for row in json.loads(cli("failed", "list", "--tenant", "c42", "--json"))
     } == {theirs}
     assert cli("failed", "replay", "--tenant", "c42").startswith("2 failed rows")
+
+
+def test_options_may_stand_before_and_after_what_they_belong_to(wal, tmp_path, capsys):
+    """A list of values leaves what is missing to the command; --db may come last."""
+    other = make_database(tmp_path / "other.db")
+    outbox, add = make_outbox(wal), "endpoint add --db {} --allow-network 10.0.0.0/8"
+    lines = [
+        f"{add} --events order.* user.created https://10.0.0.1/a --id a",
+        f"{add} --id b --events order.* https://10.0.0.1/b --rate 5 --headers X:1 Y:2",
+        f"{add} https://10.0.0.1/c --events order.* --id c",
+        f"--db {{}} --allow-network 11.0.0.0/8 {add} --headers X:1 Y:2 https://10.0.0.1/d --id d",
+        "endpoint update --events order.* user.* a --db {}",
+        "emit --headers X:1 order.paid {{}} --db {}",
+    ]
+    for line in lines:
+        words = line.replace("{}", wal).replace("{{}}", "{}").replace("{" + wal + "}", "{}").split()
+        assert webhook_outbox.main(words) == 0, capsys.readouterr().err
+    made = {e.id: e for e in outbox.endpoints()}
+    assert [made[id].events for id in "abcd"] == [
+        ("order.*", "user.*"), ("order.*",), ("order.*",), ("*",),
+    ]  # fmt: skip
+    assert made["b"].headers == made["d"].headers == {"X": "1", "Y": "2"}
+    assert [e.url for e in made.values()] == [f"https://10.0.0.1/{id}" for id in "abcd"]
+    assert outbox.events()[0].type == "order.paid"
+    assert webhook_outbox.main(["--db", other, "status", "--db", wal]) == 0
+
+
+def test_what_a_terminal_would_obey_is_printed_as_its_escape(cli, wal):
+    """A receiver, or an event, that moves the cursor, turns the direction of writing, or hides
+    itself; on its own line, in a table, and in JSON that stays JSON."""
+    bad = "\x1b[2J\x07\x7f\x9b2J\u202e\u2066\u200b\u2028\r\n\U000e0041\ud83d"
+    outbox = make_outbox(wal)
+    outbox.add_endpoint("https://example.com/", id="crm", description="a b", enabled=False)
+    id = emit(outbox, "a.b", {"text": bad[:-1]})
+    with contextlib.closing(sqlite3.connect(wal)) as conn, conn:
+        conn.execute("UPDATE webhook_endpoints SET description = ?, disabled_reason = ?",
+                     (bad[:-1], bad[:-1]))  # fmt: skip
+    lines = [["events", "show", id], ["events", "list"], ["endpoint", "show", "crm"],
+             ["endpoint", "list"], ["status"]]  # fmt: skip
+    for line in lines:
+        for json_too in ((), ("--json",)):
+            said = cli(*line, *json_too)
+            assert all(c.isprintable() or c == "\n" for c in said), (line, said)
+            assert json_too or line[0] == "status" or "\\u202e" in said, (line, said)
+    data = json.loads(cli("events", "show", id, "--json"))["data"]
+    assert data == {"text": bad[:-1]} and '"\\u001b[2J' in cli("events", "show", id)
+
+
+def test_json_holds_no_number_that_is_no_json(cli, wal):
+    def strict(name: str) -> None:
+        raise AssertionError(name)
+
+    outbox = make_outbox(wal)
+    query(wal, "INSERT INTO webhook_emit (type, data) VALUES ('a.b', ?)",
+          '[1e999, -1e999, "Infinity, NaN \\" -Infinity", 1]')  # fmt: skip
+    for line in (["events", "list"], ["events", "show", outbox.events()[0].id]):
+        event = json.loads(cli(*line, "--json"), parse_constant=strict)
+        data = (event[0] if isinstance(event, list) else event)["data"]
+        assert data == [math.inf, -math.inf, 'Infinity, NaN " -Infinity', 1]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://hooks.slack.com/services/T00000000/B00000000/aBcDeFgHiJkLmNoPqRsTuVwX",
+         "https://hooks.slack.com/services/T00.../B00.../aBc..."),
+        ("https://discord.com/api/webhooks/123456789012345678/a-Bc_d9?wait=true",
+         "https://discord.com/api/webhooks/123456789012345678/a-B...?..."),
+        ("https://hooks.zapier.com/hooks/catch/123456/b5x7y2z/",
+         "https://hooks.zapier.com/hooks/catch/123456/b5x.../"),
+        (f"https://a1b2c3d4.example.com:8443/v1/{CANARY}/in",
+         "https://a1b2c3d4.example.com:8443/v1/can.../in"),
+        ("https://example.com/api/v2/webhook-deliveries/order_created.php",
+         "https://example.com/api/v2/webhook-deliveries/order_created.php"),
+    ],
+)  # fmt: skip
+def test_a_token_in_the_path_of_a_url_is_not_shown(cli, wal, url, shown):
+    endpoint = make_outbox(wal).add_endpoint(url, id="x")
+    for line in (
+        "endpoint list",
+        "endpoint show x",
+        "endpoint list --json",
+        "endpoint show x --json",
+    ):
+        said = cli(*line.split())
+        assert shown in said and (url == shown or url not in said), said
+    assert shown in repr(endpoint) and endpoint.url == url
 
 
 def test_an_endpoint_is_added_disabled_and_switches_have_a_no(cli, wal):
@@ -18115,6 +18258,71 @@ def test_status_fits_its_terminal_and_is_whole_in_a_pipe(wal, serve, encoding):
     assert errors[0][:70] in rows[0] and rows[1].endswith(errors[1])
 
 
+def test_status_shows_what_fails_first_and_counts_those_that_are_well(wal, cli, monkeypatch):
+    """300 endpoints, of which four need a look, in a table that fits a screen."""
+    outbox = make_outbox(wal)
+    with outbox.transaction() as conn:
+        for n in range(300):
+            outbox.add_endpoint("https://example.com/", id=f"e{n}", events=[f"a{n}.b"], conn=conn)
+    for n in (250, 270):
+        emit(outbox, f"a{n}.b")
+    outbox.disable_endpoint("e250")
+    query(wal, "UPDATE webhook_endpoints SET failing_since = 1.0, failures = 3 WHERE id = 'e299'")
+    query(wal, "UPDATE webhook_endpoints SET failing_since = ?, failures = 15, paused_until = ?"
+               " WHERE id = 'e270'", time.time() - 9, time.time() + 17.5)  # fmt: skip
+    query(
+        wal,
+        "UPDATE webhook_endpoints SET failing_since = ?, failures = 1 WHERE id = 'e9'",
+        time.time(),
+    )
+    monkeypatch.setenv("COLUMNS", "120")
+    first, _, *rows, last = cli("status").splitlines()
+    assert (
+        first.startswith("1 pending (1 due now, oldest") and "; 1 behind a hold), 1 held" in first
+    )
+    assert [row.split()[0] for row in rows[:5]] == ["e270", "e299", "e250", "e0", "e1"]
+    assert (
+        "held after 15 failures, next probe in 18 s" in rows[0] and "disabled, 1 deliv" in rows[2]
+    )
+    assert len(rows) == 20 and last == "and 280 that are well; `status --all` shows them"
+    assert len(cli("status", "--all").splitlines()) == 302
+    assert len(json.loads(cli("status", "--json"))["endpoints"]) == 300
+    shown = cli("endpoint", "show", "e270")
+    assert re.search(r"^failures +15$", shown, re.M) and "held after 15 failures" in shown
+    query(wal, "UPDATE webhook_endpoints SET failing_since = 1.0, failures = 3 WHERE rowid > 40")
+    assert "and 240 more that need a look and 40 that are well;" in cli("status")
+
+
+def test_check_says_in_one_line_what_is_wrong_and_exits_1(wal, serve, cli):
+    """An endpoint that somebody disabled is no alarm, one that gave up is; failing is three failures
+    in a row, or a minute of them."""
+    assert cli("check") == "ok: 0 pending, 0 failed rows\n"
+    clock = Clock(time.time())
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)), clock=clock)
+    outbox.add_endpoint(serve([*[answer(500)] * 3, answer(410)]).url(), id="crm")
+    emit(make_outbox(wal, clock=lambda: time.time() - 1000))
+    assert cli("check", code=1) == "the oldest due delivery has waited 17 m\n"
+    assert cli("check", "--max-age", "2000").startswith("ok: 1 pending")
+    outbox.drain(once=True)
+    assert cli("check", code=1) == "1 failed rows\n", "one failure is no failing endpoint"
+    query(wal, "UPDATE webhook_endpoints SET failing_since = failing_since - 61")
+    assert cli("check", code=1) == "1 failed rows; failing or disabled: crm\n"
+    query(wal, "UPDATE webhook_endpoints SET failing_since = failing_since + 61")
+    for _ in range(2):
+        emit(outbox)
+        outbox.drain(once=True)
+    many = ("check", "--max-failed", "9")
+    assert cli(*many, code=1) == "failing or disabled: crm\n"
+    assert cli(*many, "--max-failing-endpoints", "1") == "ok: 0 pending, 3 failed rows\n"
+    outbox.disable_endpoint("crm", "moving house")
+    assert cli(*many).startswith("ok: ")
+    outbox.enable_endpoint("crm")
+    emit(outbox)
+    outbox.drain(once=True)
+    assert outbox.endpoint("crm").disabled_reason == "410 Gone"
+    assert cli(*many, code=1) == "failing or disabled: crm\n"
+
+
 def test_a_success_rate_of_100_percent_means_that_nothing_failed(wal, cli):
     outbox = make_outbox(wal)
     outbox.add_endpoint("https://example.com/", id="crm")
@@ -18197,7 +18405,7 @@ def test_only_three_commands_show_a_secret_and_none_a_query_or_a_header(cli, wal
             "endpoint disable x",
             "endpoint enable x",
             "failed replay 1",
-            "endpoint backfill x",
+            "endpoint backfill x --all",
             f"resend {id}",
             "prune",
         )
@@ -18269,6 +18477,19 @@ CLI_ERRORS = [  # command line, exit code (None: whether the parser or the libra
     ("listen --port http", 2, "http"),
     ("listen --status 99", None, "99"),
     ("listen --port 0 --secret nonsense!", 1, "secret"),
+    ("listen --port 0 --secret env:NOT_SET_HERE", 1, "NOT_SET_HERE"),
+    ("listen --fail -1", 1, "fail"),
+    ("listen --delay -1", 1, "delay"),
+    ("stauts", 2, "there is no command stauts; did you mean status?"),
+    ("endpiont list", 2, "did you mean endpoint?"),
+    ("endpoint lits", 2, "there is no command endpoint lits; did you mean endpoint list?"),
+    ("ping crm", 2, "did you mean endpoint ping?"),
+    ("replay --all", 2, "did you mean failed replay?"),
+    ("status --wacth", 2, "status has no option --wacth; did you mean --watch?"),
+    ("drain --onec", 2, "drain has no option --onec; did you mean --once?"),
+    ("endpoint add https://example.com/ --evnts=a", 2, "did you mean --events?"),
+    ("status twice", 2, "status does not take twice"),
+    ("endpoint add --events order.*", 2, "add: the following arguments are required: URL"),
 ]
 
 
@@ -18368,6 +18589,15 @@ def test_app_is_the_hosts_own_outbox_with_its_transforms_and_policy(tmp_path, se
         outbox = Outbox(os.path.join(os.path.dirname(__file__), "app.db"), allow_networks=["127.0.0.0/8"],
             retry=RetryPolicy((0,)), transforms={{"shout": lambda e: (e.type.upper().encode(), "text/shout")}})
         nothing = None
+        def make_outbox():
+            return outbox
+        class Shop:
+            def __init__(self):
+                self.outbox = outbox
+        def create_app(debug=False):
+            return Shop()
+        def needs(what):
+            return outbox
     """)
 
     def run(*args: str, code: int = 0) -> str:
@@ -18389,6 +18619,10 @@ def test_app_is_the_hosts_own_outbox_with_its_transforms_and_policy(tmp_path, se
         b"ORDER.CREATED",
         "text/shout",
     )
+    for made in ("make_outbox", "create_app", "Shop"):
+        assert "0 pending" in run("--app", f"{name}:{made}", "status")
+    for wrong, words in (("nothing", "NoneType"), ("needs", "what"), ("Outbox", "database")):
+        assert words in run("--app", f"{name}:{wrong}", "status", code=1)
     # `outbox` is the usual name, the errors are this module's own, and another --db beside it is a
     # mistake
     assert "nobody" in run("--app", name, "endpoint", "show", "nobody", code=1)
@@ -18518,6 +18752,108 @@ def test_drain_on_a_terminal_shows_one_live_line_and_ends_with_a_summary(wal, se
     assert not re.search(r"/s[^\r\n]*msg_", screen), "and is not glued to the live line"
 
 
+PHASES: dict[str, tuple[Any, dict[str, Any], str]] = {  # what answers, how it is emitted, the line
+    "sending": (OK, {}, r"delivered [1-9]\d*  failed 0  waiting \d+  [\d.]+/s  [\d.]+ m?s left$"),
+    "idle": (OK, {"count": 0}, "delivered 0  failed 0  waiting 0  0/s  idle$"),
+    "later": (OK, {"count": 1, "delay": 3600}, "waiting 1  0/s  next in 60 m$"),
+    "held": (answer(500), {}, "waiting 40  held after 10 failures, next probe in 1 s$"),
+    "asked": (
+        answer(503, b"", "Retry-After: 300"),
+        {},
+        "held by its Retry-After, next try in 5 m$",
+    ),
+    "slow": (hangs, {"count": 1}, "waiting 1  0/s  1 under way$"),
+    "locked": (OK, {"lock": True}, r"waiting \d+  file locked by another process for 1.\d s$"),
+}
+
+
+@pytest.mark.parametrize(
+    "phase", [p if p != "locked" else pytest.param(p, marks=pytest.mark.long) for p in PHASES]
+)
+def test_the_live_line_tells_the_truth_in_every_phase(database, serve, phase):
+    """In 80 columns, however much there is to say."""
+    play, options, words = PHASES[phase]
+    outbox = make_outbox(database, retry=RetryPolicy((0, 300, 300), jitter=0.0))
+    outbox.add_endpoint(serve(play).url(), id="crm", rate=100)
+    lock = options.pop("lock", False) if (options := dict(options)) else False
+    drain_emit(outbox, range(options.pop("count", 40)), **options)
+    drain, lines = webhook_outbox._Drain(outbox._settings(), "forever"), list[str]()
+    progress = webhook_outbox._Progress(drain, terminal=True)
+
+    def show(report: webhook_outbox.DrainReport) -> None:
+        lines.append(progress.line(report, time.monotonic(), 80))
+        if lock and report.delivered and not conn.in_transaction:
+            conn.execute("BEGIN EXCLUSIVE")
+        if re.search(words, lines[-1]) or len(lines) > 40:
+            conn.rollback()
+            drain.stop(0.0)
+
+    drain.progress = show
+    with contextlib.closing(
+        sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    ) as conn:
+        drain.run()
+    assert re.search(words, lines[-1]) and max(map(len, lines)) < 80, lines
+
+
+def test_the_rate_is_that_of_the_last_seconds_and_there_is_no_estimate_at_0(wal, serve):
+    """A receiver that died after 90 deliveries a second: the average since the start says 97 ms."""
+    drain = webhook_outbox._Drain(make_outbox(wal)._settings(), "once")
+    drain.run()
+    progress, start = webhook_outbox._Progress(drain, terminal=True), time.monotonic()
+    drain.counts.ready = 1_000_000
+    report, line = webhook_outbox.DrainReport(900, 0, 5, 1_234_567), progress.line
+    assert re.search(r"  90/s  3 h left", line(report, start + 10, 200))
+    assert " left" in line(report, start + 12.9, 200)
+    assert line(report, start + 13.1, 200).endswith("failed 5  waiting 1,234,567  0/s")
+    assert len(line(report, start + 14, 60)) < 60
+
+
+def test_drain_once_for_cron_is_quiet_and_leaves_where_another_drains(wal, serve):
+    """A crontab line each minute: no output, no waiting for each other, exit code 0."""
+    outbox, lock = make_outbox(wal), webhook_outbox._Lock(wal)
+    outbox.add_endpoint(serve([OK, answer(410)]).url(), id="crm")
+    emit(outbox)
+    quiet = ("--db", wal, "drain", "--once", "--quiet", "--allow-network", "127.0.0.0/8")
+    assert lock.acquire()
+    try:
+        ended = command(*quiet)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+        assert outbox.stats().pending == 1
+    finally:
+        lock.release()
+    ended = command(*quiet)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert outbox.stats().pending == 0
+    emit(outbox)
+    said = command(*quiet).stderr.splitlines()
+    assert len(said) == 2 and "given up" in said[0] and "crm is disabled: 410 Gone" in said[1]
+
+
+def test_a_forgotten_allow_network_costs_no_attempt_and_is_said_at_once(wal, serve, cli):
+    """The app registered its endpoints with networks that the command line does not know."""
+    receiver, outbox = serve(), make_outbox(wal)
+    for n in range(6):
+        outbox.add_endpoint(receiver.url(), id=f"e{n}")
+    outbox.add_endpoint("http://example.com/", id="plain")
+    id = emit(outbox)
+    for mode in "--once", "--until-empty":
+        ended = command("--db", wal, "drain", mode)
+        assert ended.returncode == 1 and ended.stdout.startswith("delivered 0, failed 0, retried 0")
+        assert "e0: 1 wait, its address is not admitted here" in ended.stdout
+        assert ended.stderr.count("nothing is sent to") == 4 and "nor to others" in ended.stderr
+        assert "--allow-network or WEBHOOK_OUTBOX_ALLOW_NETWORKS" in ended.stderr
+    quiet = command("--db", wal, "drain", "--once", "--quiet")
+    assert (quiet.returncode, quiet.stdout) == (1, "") and "nothing is sent" in quiet.stderr
+    assert receiver.requests == [] == outbox.attempts(id)
+    outbox.remove_endpoint("plain")
+    networks = {"WEBHOOK_OUTBOX_ALLOW_NETWORKS": "10.0.0.0/8, 127.0.0.0/8 ::1/128"}
+    ended = command("--db", wal, "drain", "--once", env=networks)
+    assert (ended.returncode, ended.stderr) == (0, "") and "delivered 6," in ended.stdout
+    wrong = command("--db", wal, "status", env={"WEBHOOK_OUTBOX_ALLOW_NETWORKS": "10.0.0.0/33"})
+    assert wrong.returncode == 1 and "10.0.0.0/33" in wrong.stderr
+
+
 def test_drain_elsewhere_logs_lines(wal, serve):
     outbox = make_outbox(wal)
     outbox.add_endpoint(serve([answer(500), answer(410), OK]).url("/x?token=" + CANARY), id="x")
@@ -18612,6 +18948,62 @@ def test_a_reader_that_leaves_is_no_error(wal, line):
     process.stdout.close()  # type: ignore[union-attr]  # before it has started to write
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (1, b"")
+
+
+def test_listen_fails_at_first_and_takes_its_time_when_told_to(wal, tmp_path):
+    """To try one's retries; the secret comes from the environment, not from the list of processes."""
+    args = (
+        "listen",
+        "--port",
+        "0",
+        "--secret",
+        "env:LISTEN_SECRET",
+        "--fail",
+        "2",
+        "--delay",
+        "0.3",
+    )
+    environment = {**os.environ, "LISTEN_SECRET": SECRET}
+    with cli_running(tmp_path, *args, env=environment) as control:
+        url = re.findall(r"http://\S+", control(seen="http://"))[0]
+        outbox = make_outbox(wal, retry=RetryPolicy((0, 0, 0)))
+        outbox.add_endpoint(url, secret=SECRET)
+        id = emit(outbox)
+        assert outbox.drain(until_empty=True).delivered == 1
+        attempts = outbox.attempts(id)
+        assert [a.status_code for a in attempts] == [500, 500, 200]
+        assert all(a.duration >= 0.3 for a in attempts)
+        assert control(seen="answered 200").count("answered 500") == 2
+
+
+def test_slow_clients_keep_nobody_from_a_local_server(monkeypatch):
+    """More connections than it takes, that say nothing; then some that say a byte now and then."""
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b"fine"]
+
+    with (
+        webhook_outbox._local_server(app, 0, patience=0.5) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        url, threads = f"http://127.0.0.1:{server.server_port}/", threading.active_count()
+        idle = [socket.create_connection(server.server_address) for _ in range(80)]
+        for sock in idle:
+            stack.enter_context(contextlib.closing(sock))
+        assert requests.get(url, timeout=5).text == "fine"
+        assert threading.active_count() <= threads + 66
+        slow = stack.enter_context(socket.create_connection(server.server_address))
+        with contextlib.suppress(OSError):
+            for byte in itertools.cycle(b"GET"):
+                slow.sendall(bytes([byte]))
+                time.sleep(0.05)
+        eventually(lambda: threading.active_count() <= threads)
+        assert requests.get(url, timeout=5).text == "fine"
+        server.shutdown()
+        thread.join()
 
 
 def test_listen_verifies_and_prints_what_arrives(wal, tmp_path):
@@ -19507,15 +19899,23 @@ def test_the_readmes_commands_are_what_the_command_line_takes(capsys):
 
 
 @readme
-def test_in_flask_the_readmes_dashboard_stands_behind_the_login(wal):
+@pytest.mark.parametrize("csrf", [False, True])
+def test_in_flask_the_readmes_dashboard_stands_behind_the_login(wal, csrf):
+    """Also beside Flask-WTF's CSRFProtect, whose token the dashboard's forms do not carry."""
     flask = pytest.importorskip("flask")
     cli_fail_some(wal)
     (block,) = [
         text for _, text in readme_blocks("python") if "dashboard_app" in text and "flask" in text
     ]
     space: dict[str, Any] = {"__name__": "readme", "outbox": make_outbox(wal), "os": os}
+    if csrf:
+        space["csrf"] = pytest.importorskip("flask_wtf").CSRFProtect()
+        assert "\n# @csrf.exempt " in block
+        block = block.replace("\n# @csrf.exempt ", "\n@csrf.exempt ")
     exec(compile(block, "README.md", "exec"), space)  # noqa: S102 - the README's own code
     app = space["app"]
+    if csrf:
+        space["csrf"].init_app(app)
     app.add_url_rule("/login", "login", lambda: flask.session.update(is_admin=True) or "ok")
     with dash_served(app) as base, DashVisitor(base, "/admin/webhooks") as visitor:
         for path in ("/", "/replay"):

@@ -73,6 +73,7 @@ import random
 import re
 import secrets
 import selectors
+import shutil
 import signal
 import socket
 import sqlite3
@@ -423,6 +424,8 @@ _FIRST_SCHEMA = (
   response TEXT
 )""",
     """CREATE INDEX webhook_attempts_event ON webhook_attempts (event)""",
+    # What each endpoint was tried for lately: a busy one must not hide the others.
+    """CREATE INDEX webhook_attempts_endpoint ON webhook_attempts (endpoint_id)""",
     f"""CREATE TABLE webhook_failed (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
   event INTEGER NOT NULL,                      -- webhook_events.seq
@@ -756,10 +759,21 @@ def _event_seq(id: object) -> int | None:
     return int(id[4:], 16)
 
 
+def _masked_part(part: str) -> str:
+    words = re.fullmatch("[a-z]{1,20}([-_.][a-z]{1,20})*", part)
+    mixed = re.search("[0-9]", part) and re.search("[A-Za-z]", part)
+    least = 7 if mixed else 40 if words else 20
+    return part if len(part) < least else part[:3] + "..."
+
+
 def _masked(url: str) -> str:
-    """Return the URL with its query hidden: tokens live there."""
+    """Return the URL without what may be a token: its query, and parts of the path that mix letters
+    with digits, or are too long for words. Slack, Discord and Zapier give out URLs that are all one
+    needs to post there."""
     head, mark, _ = url.partition("?")
-    return head + ("?..." if mark else "")
+    parts, host = head.split("/"), 3 if "://" in head else 0
+    shown = [*parts[:host], *map(_masked_part, parts[host:])]
+    return "/".join(shown) + ("?..." if mark else "")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -784,6 +798,8 @@ class Endpoint:
     enabled: bool = True
     disabled_reason: str = ""
     failing_since: float | None = None  # None: the last attempt was a success, or there was none
+    failures: int = 0  # in a row
+    paused_until: float = 0.0  # on hold until then: a pause before the next probe, or Retry-After
     created_at: float = 0.0
     secret: str | None = None
 
@@ -919,6 +935,10 @@ class EndpointStats:
     last_error: str | None
     history: tuple[int, ...]  # deliveries in each twelfth of the last hour, oldest first
     failing_since: float | None
+    failures: int  # in a row
+    failing: bool  # enabled, and three failures in a row or a minute of them
+    paused_until: float | None  # None: not on hold
+    disabled_reason: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1197,6 +1217,10 @@ _STEADY_AGAIN = 10  # successes in a row after which earlier failures are forgot
 # An endpoint counts as failing after so many failures in a row, or so many seconds of them.
 _FAILING = 3, 60.0
 _TELL_AGAIN = 600.0  # seconds from one notice that an endpoint is failing to the next
+# Why a drain disabled an endpoint; any other reason is an operator's.
+_GONE, _ASKED = "410 Gone", "the receiver asked for it (webhook-delivery: disable)"
+_NO_SUCCESS, _HARDLY_ANY = "no success for 5 days", "three of four attempts failed for 5 days"
+_DISABLED_BY_DRAIN = (_GONE, _ASKED, _NO_SUCCESS, _HARDLY_ANY)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1280,6 +1304,18 @@ class RetryPolicy:
         return min(2.0 ** min(failures - _STRUGGLING, 30), _LONGEST_PROBE, max(self.delays))
 
 
+def _held(failures: int, paused_until: float, now: float) -> str:
+    """Say that an endpoint is on hold, why and for how long; '' where it is not. Ten failures in a
+    row make it wait for its next probe; before that only its own Retry-After does."""
+    left = paused_until - now
+    if left <= 0:
+        return ""
+    rest = f"{math.ceil(left)} s" if left < 120 else _age(left)
+    if failures >= _STRUGGLING:
+        return f"held after {failures} failures, next probe in {rest}"
+    return f"held by its Retry-After, next try in {rest}"
+
+
 def _retry_after(values: Sequence[str], now: float) -> float | None:
     """Return the seconds of Retry-After (RFC 9110, 10.2.3), 0 to a day; None when absent or not
     well-formed."""
@@ -1355,6 +1391,7 @@ class _Guard:
 
     allow_networks: tuple[_Network, ...] = ()
     allow_http: bool = False
+    provisional: bool = False  # the command line's own: the app's Outbox may admit more
 
     def refusal(self, text: str, scheme: str) -> str | None:
         """Return why this address must not be dialled, or None. `text` is what the resolver
@@ -1489,6 +1526,19 @@ def _prepare_url(url: str, guard: _Guard) -> _Target:
     netloc = netloc if port == (443 if scheme == "https" else 80) else spelled
     path = (path or "/") + (query or "")
     return _Target(f"{scheme}://{spelled}{path}", scheme, host, port, netloc, path)
+
+
+def _barred(url: str, guard: _Guard) -> str | None:
+    """Return why an endpoint is not even tried: the command line's own guard refuses its URL, which
+    the app's admitted. An attempt would fail for a forgotten option, and count."""
+    if guard.provisional and not url.startswith(_CALL):
+        try:
+            _prepare_url(url, guard)
+        except UnsafeURL as error:
+            why = str(error).removeprefix("the URL is refused: ").partition(";")[0]
+            how = "--allow-network or WEBHOOK_OUTBOX_ALLOW_NETWORKS"
+            return f"{why}; admit it with {how}, or use the app's own Outbox with --app"
+    return None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -2987,7 +3037,8 @@ _OPTIONS: dict[str, _Option] = {
         dict(metavar="PATH", help="certificates of a private authority"),
     ),
 }
-_ENDPOINT_FIELDS = ("id", *_OPTIONS, "disabled_reason", "failing_since", "created_at")
+_STATE_FIELDS = ("disabled_reason", "failing_since", "failures", "paused_until", "created_at")
+_ENDPOINT_FIELDS = ("id", *_OPTIONS, *_STATE_FIELDS)
 _ENDPOINT_COLUMNS = ", ".join(_ENDPOINT_FIELDS)
 _LOADS = [(name, option.load) for name, option in _OPTIONS.items() if option.load is not None]
 
@@ -4394,11 +4445,11 @@ class _Health(NamedTuple):
         for that; None while five days have not passed."""
         patience, _ = _HOPELESS
         if self.failing_since is not None and now - self.failing_since >= patience:
-            return self.failing_since, "no success for 5 days"
+            return self.failing_since, _NO_SUCCESS
         if self.unsteady_since is None or now - self.unsteady_since < patience:
             return None
-        why = "three of four attempts failed for 5 days"
-        return (self.unsteady_since, why) if self.bad >= max(20, 3 * self.good) else None
+        mostly = self.bad >= max(20, 3 * self.good)
+        return (self.unsteady_since, _HARDLY_ANY) if mostly else None
 
     def stored(self) -> tuple[Any, ...]:
         """Return what the row must hold at once; the counts follow with the next failure."""
@@ -4644,8 +4695,7 @@ class _Lane:
     def learn(self, outcome: _Outcome, now: float, mono: float, policy: RetryPolicy) -> str | None:
         """Adapt to an outcome; return failing or recovered when that is to be told."""
         if outcome.disable:
-            asked = "the receiver asked for it (webhook-delivery: disable)"
-            self.disable, self.enabled = "410 Gone" if outcome.status_code == 410 else asked, False
+            self.disable, self.enabled = _GONE if outcome.status_code == 410 else _ASKED, False
         if outcome.reason is not None or self.health is not _WELL:
             after = self.health.after(outcome, now, policy)
             self.health = _WELL if after == _WELL else after
@@ -5992,6 +6042,7 @@ class _Finder:
         "orphans", "schedule",
     )  # fmt: skip
     _LANES = 2_048  # lanes without work that are remembered
+    _TOLD = 4  # endpoints that the log names of those which the guard refuses
     _LOOK_AGAIN = (
         60.0  # seconds: then all that wait are looked at once more, in case something was missed
     )
@@ -6140,17 +6191,26 @@ class _Finder:
         return [self.lanes[id] for id in ids if id in self.lanes]
 
     def _ours(self, row: _EndpointRow) -> bool:
-        """Say whether this drain can send to an endpoint: a sender may be known to the app's own
-        drain only. Then its rows wait for that, and no attempt is lost; it is said once."""
+        """Say whether this drain can send to an endpoint. A sender may be known to the app's own
+        drain only, and so may a network. Then its rows wait for that, and no attempt is lost; it is
+        said once."""
         url = "" if isinstance(row.endpoint, str) else row.endpoint.url
-        if not url.startswith(_CALL) or url.removeprefix(_CALL) in self._settings.senders:
+        barred = _barred(url, self._settings.guard) if url else None
+        if barred is None and (
+            not url.startswith(_CALL) or url.removeprefix(_CALL) in self._settings.senders
+        ):
             return True
         if row.id not in self._elsewhere:
             self._elsewhere.add(row.id)
-            _log.warning(
-                "endpoint %s is %s, a sender that is not known here: its deliveries wait for a "
-                "drain of the app's own Outbox (outbox.start(), or drain with --app)", row.id, url,
-            )  # fmt: skip
+            if barred and len(self._elsewhere) <= self._TOLD:
+                _log.warning("nothing is sent to %s: %s", row.id, barred)
+            elif barred and len(self._elsewhere) == self._TOLD + 1:
+                _log.warning("nor to others; `doctor` names them")
+            elif not barred:
+                _log.warning(
+                    "endpoint %s is %s, a sender that is not known here: its deliveries wait for a "
+                    "drain of the app's own Outbox (outbox.start(), or drain with --app)", row.id, url,
+                )  # fmt: skip
         return False
 
     def _configure(self, lane: _Lane, row: _EndpointRow, mono: float) -> None:
@@ -6265,19 +6325,40 @@ class _Counts:
     failed: int = 0
     counted: int = 0  # what waited at the last count, and what had ended by then
     ended: int = 0
+    ready: int = 0  # of what waited: due, and of endpoints that are not on hold
+    retried_then: int = 0
     pace: _Paced = dataclasses.field(default_factory=lambda: _Paced(50))
     progress_at: float = 0.0  # monotonic
+    locked_at: float | None = None  # monotonic: since when another process has kept the file locked
 
-    def count(self, db: sqlite3.Connection) -> None:
-        """Count what waits for enabled endpoints."""
-        (self.counted,) = db.execute(
-            """SELECT coalesce(sum(
-                        (SELECT count(*) FROM webhook_deliveries WHERE endpoint_id = id AND status = 'pending')
-                      + (SELECT count(*) FROM webhook_deliveries
-                          WHERE endpoint_id = id AND queue IS NOT NULL AND status = 'queued')), 0)
-                 FROM webhook_endpoints WHERE enabled"""
-        ).fetchone()
-        self.ended = self.delivered + self.failed
+    def count(self, db: sqlite3.Connection, now: float, unrecorded: Sequence[_Row] = ()) -> None:
+        """Count what waits for enabled endpoints, and how much of it could go out now. The file does
+        not know yet of what is unrecorded."""
+        rows = db.execute(
+            """SELECT paused_until <= :now,
+                      sum((SELECT count(*) FROM webhook_deliveries
+                            WHERE endpoint_id = id AND status = 'pending' AND due_at <= :now)
+                        + (SELECT count(*) FROM webhook_deliveries
+                            WHERE endpoint_id = id AND queue IS NOT NULL AND status = 'queued')),
+                      sum((SELECT count(*) FROM webhook_deliveries
+                            WHERE endpoint_id = id AND status = 'pending' AND due_at > :now))
+                 FROM webhook_endpoints WHERE enabled GROUP BY 1""",
+            {"now": now},
+        ).fetchall()
+        self.counted = sum(due + later for _, due, later in rows)
+        self.ready = sum(due for free, due, _ in rows if free)
+        again = sum(row.kind == "outcome" and row.status == "pending" for row in unrecorded)
+        over = sum(row.kind == "outcome" for row in unrecorded) - again
+        self.ended, self.retried_then = self.delivered + self.failed - over, self.retried - again
+
+    def to_send(self) -> int:
+        """Return how much of what waits could go out now."""
+        tried = self.delivered + self.failed - self.ended + self.retried - self.retried_then
+        return max(0, self.ready - tried)
+
+    def locked(self, mono: float) -> None:
+        """Note that the file is locked."""
+        self.locked_at = mono if self.locked_at is None else self.locked_at
 
     def report(self) -> DrainReport:
         pending = max(0, self.counted + self.ended - self.delivered - self.failed)
@@ -6383,7 +6464,8 @@ class _Drain:
                     _log.warning("%s", warning)
                 self._check_writable()
                 self._loop()
-            self.file.patiently(lambda: self.counts.count(self.file.db))
+            now = self.settings.clock()
+            self.file.patiently(lambda: self.counts.count(self.file.db, now))
             return self.counts.report()
         finally:
             self._leave()
@@ -6487,7 +6569,10 @@ class _Drain:
                 self.finder.news.stale = (
                     True  # a rollback-mode host is committing: look again in a moment
                 )
-                self.sender.look(time.monotonic())  # or in minutes, but timeouts hold
+                mono = time.monotonic()
+                self.sender.look(mono)  # or in minutes, but timeouts hold
+                self.counts.locked(mono)
+                self._show_progress(self.settings.clock(), mono)
                 time.sleep(0.0005)
             self.sender.exchanges.flush()
             self._take_ended(self.settings.clock(), time.monotonic())
@@ -6759,13 +6844,15 @@ class _Drain:
                 self.storing = False
                 if self.stopping or self.mode != "forever":
                     raise
+            else:
+                self.counts.locked(mono)
             # Our own short retries: SQLite's busy handler sleeps up to 100 ms and starves beside a
             # busy host. A refused try of a big batch costs milliseconds, so tries take at most a
             # fifth of the time.
             pause = max(0.0005, 4 * (time.thread_time() - begun)) if self.storing else 1.0
             self.record_at = time.monotonic() + pause
             return
-        self.storing = True
+        self.storing, self.counts.locked_at = True, None
         took, mono = time.thread_time() - begun, time.monotonic()
         hurry = self.stopping or (self.mode != "forever" and not self.sender.attempts)
         gap = self.budget.gap(mono, took, len(batch), bool(self.sender.attempts))
@@ -6783,7 +6870,9 @@ class _Drain:
         self._check_place()
         self.sender.look(mono)
         self.sender.chores(mono)
-        self._show_progress(mono)
+        if not self.ledger:
+            self.counts.locked_at = None
+        self._show_progress(now, mono)
         if mono >= self.pruning.at and not self.ledger.rows and not self.budget.host_rate(mono):
             self.pruning.some(self.file.db, self.settings, now, mono)
         if self.clock_seen > now + 1.0:
@@ -6801,12 +6890,13 @@ class _Drain:
             self.finder.turned_back(now + longest)
         self.clock_seen = now
 
-    def _show_progress(self, mono: float) -> None:
+    def _show_progress(self, now: float, mono: float) -> None:
         if self.progress is not None and mono >= self.counts.progress_at:
             self.counts.progress_at = mono + 0.25
             if self.counts.pace.due(mono):
-                with self.counts.pace.turn():
-                    self.counts.count(self.file.db)
+                # A rollback-mode host is committing: what was counted last still tells something.
+                with self.counts.pace.turn(), contextlib.suppress(sqlite3.OperationalError):
+                    self.counts.count(self.file.db, now, self.ledger.rows)
             self.progress(self.counts.report())
 
     # Leaving.
@@ -7045,7 +7135,7 @@ _OF_DELIVERY = {
     "status": _PUBLIC_STATUS,
 }
 _NUMBERS = """SELECT p.id, (SELECT count(*) FROM webhook_failed WHERE endpoint_id = p.id),
-       p.enabled, p.failing_since,
+       p.enabled, p.failing_since, p.failures, p.paused_until, p.disabled_reason,
        (SELECT count(*) FROM webhook_deliveries
          WHERE endpoint_id = p.id AND status = 'pending' AND due_at > :now) +
        (SELECT count(*) FROM webhook_deliveries
@@ -7055,10 +7145,13 @@ _NUMBERS = """SELECT p.id, (SELECT count(*) FROM webhook_failed WHERE endpoint_i
        (SELECT due_at FROM webhook_deliveries
          WHERE endpoint_id = p.id AND status = 'pending' ORDER BY due_at LIMIT 1)
   FROM webhook_endpoints AS p"""
-# The latest attempts, for the numbers of the last hour; for a tenant those of its latest events.
-_TRIED = "(SELECT * FROM webhook_attempts ORDER BY id DESC LIMIT 20000) AS a"
-_TRIED_OF_TENANT = """(SELECT seq FROM webhook_events WHERE tenant = :tenant ORDER BY seq DESC LIMIT 5000) AS latest
-                      CROSS JOIN webhook_attempts AS a ON a.event = latest.seq"""
+# The newest attempts of each endpoint within the last hour. Those of an endpoint that was quiet for
+# that long are not looked at, and those of a busy one only as far as `most`.
+_TRIED = """SELECT a.endpoint_id, a.at, a.duration, a.reason, a.error
+  FROM webhook_endpoints AS p CROSS JOIN webhook_attempts AS a
+ WHERE (SELECT at FROM webhook_attempts WHERE endpoint_id = p.id ORDER BY id DESC LIMIT 1) >= :since
+   AND a.id IN (SELECT id FROM webhook_attempts WHERE endpoint_id = p.id ORDER BY id DESC LIMIT :most)
+   AND a.at >= :since"""
 _DELIVERIES = """webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event
                     LEFT JOIN webhook_endpoints AS p ON p.id = d.endpoint_id"""
 # A tenant's own: CROSS JOIN has SQLite begin with the tenant's events, whatever it counted of the
@@ -7120,18 +7213,29 @@ def _drain_mode(once: bool, until_empty: bool) -> str:
 def _endpoint_stats(
     row: Sequence[Any], tried: Sequence[Sequence[Any]], now: float
 ) -> EndpointStats:
-    id, failed, enabled, failing_since, later, due, oldest = row
+    id, failed, enabled, failing_since, failures, paused_until, reason, later, due, oldest = row
     good = sorted(duration for _, duration, reason, _ in tried if reason is None)
     p50, p95 = (good[len(good) * share // 100] if good else None for share in (50, 95))
-    age = now - oldest if due else None
-    error = next((error for _, _, reason, error in reversed(tried) if reason is not None), None)
     twelfths = collections.Counter(
         min(11, int((at - now + 3600) / 300)) for at, _, reason, _ in tried if reason is None
     )
-    history = tuple(twelfths[n] for n in range(12))
-    counts = failed, len(good), len(tried)
     return EndpointStats(
-        id, bool(enabled), due + later, age, *counts, p50, p95, error, history, failing_since
+        id=id,
+        enabled=bool(enabled),
+        pending=due + later,
+        oldest_due_age=now - oldest if due else None,
+        failed=failed,
+        delivered=len(good),
+        attempts=len(tried),
+        p50=p50,
+        p95=p95,
+        last_error=next((error for *_, why, error in reversed(tried) if why is not None), None),
+        history=tuple(twelfths[n] for n in range(12)),
+        failing_since=failing_since,
+        failures=failures,
+        failing=bool(enabled) and _Health(failures, failing_since).failing(now),
+        paused_until=paused_until if paused_until > now else None,
+        disabled_reason=reason,
     )
 
 
@@ -7141,6 +7245,7 @@ _GAUGES = (
     ("oldest_due_age_seconds", "Age of the oldest due delivery.", "oldest_due_age"),
     ("enabled", "1 for an enabled endpoint.", "enabled"),
     ("failing_since_seconds", "UTC of the first failure in a row; 0: none.", "failing_since"),
+    ("paused_until_seconds", "UTC until which it is on hold; 0: it is not.", "paused_until"),
 )
 
 
@@ -8431,7 +8536,9 @@ class Outbox:
         return [Attempt(*row) for row in self._select(sql, event_id, seq, endpoint or "")]
 
     def stats(self) -> Stats:
-        """Return the outbox's numbers. Reads indexes, so it is quick beside a large backlog."""
+        """Return the outbox's numbers. Reads indexes, so it is quick beside a large backlog. What is
+        said of an endpoint's last hour is said of its newest attempts, 20,000 for all endpoints
+        together but 20 at least for each: a busy one hides none of the others."""
         return self._stats()
 
     def _stats(self, tenant: str | None = None) -> Stats:
@@ -8442,12 +8549,8 @@ class Outbox:
         with self._reading() as cursor:
             cursor.execute(f"{_NUMBERS} WHERE {of} ORDER BY p.created_at, p.id", values)
             rows = cursor.fetchall()
-            source = _TRIED if tenant is None else _TRIED_OF_TENANT
-            cursor.execute(
-                f"""SELECT a.endpoint_id, a.at, a.duration, a.reason, a.error FROM {source}
-                     WHERE a.at >= :since ORDER BY a.id""",
-                values,
-            )
+            most = max(20, 20_000 // (len(rows) or 1))
+            cursor.execute(f"{_TRIED} AND {of} ORDER BY a.id", {**values, "most": most})
             for id, *attempt in cursor.fetchall():
                 tried[id].append(attempt)
             failed = sum(row[1] for row in rows)
@@ -8457,7 +8560,7 @@ class Outbox:
         enabled = [e for e in endpoints if e.enabled]
         return Stats(
             pending=sum(e.pending for e in enabled),
-            due=sum(due for _, _, on, _, _, due, _ in rows if on),
+            due=sum(row[-2] for row in rows if row[2]),
             held=sum(e.pending for e in endpoints if not e.enabled),
             failed=failed,
             oldest_due_age=max(
@@ -8952,9 +9055,11 @@ def _look_at_file(path: str, db: sqlite3.Connection) -> Iterator[_Finding]:
         yield _problem(
             "synchronous is below FULL by default here: a power cut loses commits; have the app set FULL"
         )
-    if journal == "wal" and _wal_reset_bug(sqlite3.sqlite_version_info):
-        bug = "has the WAL-reset bug: beside the app a drain writes, which may, very rarely, damage the file"
-        yield _note(f"SQLite {sqlite3.sqlite_version} {bug}; upgrade SQLite to 3.51.3")
+    if _wal_reset_bug(sqlite3.sqlite_version_info):
+        bug = "has the WAL-reset bug, which may damage a file that two processes write in WAL mode"
+        rare = "so rarely that SQLite's authors had to force it"
+        cure = "use WAL all the same, keep backups, and upgrade SQLite when 3.51.3 is at hand"
+        yield _note(f"SQLite {sqlite3.sqlite_version} {bug}, {rare}: {cure}")
     if journal == "wal":
         _, pages, moved = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         if pages - moved > _LONG_WAL:
@@ -9030,9 +9135,11 @@ def _look_at_endpoints(outbox: Outbox, stats: Stats) -> Iterator[_Finding]:
             yield _problem(
                 f"{e.id} is disabled ({why}) and {e.pending} deliveries are held; `endpoint enable {e.id}`"
             )
+        held = _held(e.failures, e.paused_until or 0.0, outbox.clock())
         if e.enabled and e.failing_since is not None:
             yield _problem(
-                f"{e.id} fails since {_moment(e.failing_since)}: {e.last_error or 'see `events show`'}"
+                f"{e.id} fails since {_moment(e.failing_since)}{held and f' ({held})'}:"
+                f" {e.last_error or 'see `events show`'}"
             )
     if stats.failed:
         yield _note(
@@ -9292,7 +9399,10 @@ class _Pages:
         if e.enabled and e.failing_since is not None:
             state = _pill(f"failing for {_age(now - e.failing_since)}", "bad")
         tenant = f"tenant {endpoint.tenant}" if endpoint.tenant else ""
-        about = (tenant, _masked(endpoint.url), endpoint.description, endpoint.disabled_reason)
+        hold = _held(e.failures, e.paused_until or 0.0, now) if e.enabled else ""
+        about = (
+            tenant, _masked(endpoint.url), endpoint.description, endpoint.disabled_reason, hold,
+        )  # fmt: skip
         return (
             _fill('<div class="row"><strong>{}</strong>{}</div><small>{}</small><small>{}</small>', e.id, state,
                   " · ".join(filter(None, about)), f"Last error: {e.last_error}" if e.last_error else ""),
@@ -9508,7 +9618,7 @@ def dashboard_app(outbox: Outbox) -> WSGIApplication:
 _PLAIN = str.maketrans("·▁▂▃▄▅▆▇█…", ".12345678~")
 
 
-def _say(text: str = "") -> None:
+def _print(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     try:
         text.encode(encoding)
@@ -9517,16 +9627,43 @@ def _say(text: str = "") -> None:
     print(text, flush=True)
 
 
+def _escaped(found: re.Match[str]) -> str:
+    c = found[0]
+    return c if c.isprintable() else "\\u007f" if c == "\x7f" else json.dumps(c)[1:-1]
+
+
+def _visible(text: str) -> str:
+    """Return text in which nothing is obeyed by a terminal, or hidden on it: what events and
+    receivers say may hold control characters, also beyond ASCII, and marks that turn the direction
+    of writing. Each of them becomes its escape in JSON. Line breaks stay."""
+    return re.sub(r"[^\n -~]", _escaped, text)
+
+
+def _say(text: str = "") -> None:
+    _print(_visible(text))
+
+
+def _json_text(value: Any) -> str:
+    """Return JSON that every parser takes. Python writes Infinity where a number is too large for
+    it, as one that came as 1e999; that is valid JSON and as large."""
+    numbers = {"Infinity": "1e999", "-Infinity": "-1e999", "NaN": "null"}
+    return re.sub(
+        r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN',
+        lambda found: numbers.get(found[0], found[0]),
+        json.dumps(value, indent=2),
+    )
+
+
 def _cut(text: str, most: int) -> str:
-    line = _one_line(text, most + 1)
+    line = _visible(text[: most + 1].strip()).replace("\n", "\\n")
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def _cell(name: str, value: Any) -> str:
     if value is None or value == "" or value == {}:
         return "-"
-    if name == "at" or name.endswith(("_at", "_since")):
-        return _moment(value)
+    if name == "at" or name.endswith(("_at", "_since", "_until")):
+        return _moment(value) if value else "-"
     if name == "duration":
         return _age(value)
     if name == "data":
@@ -9555,7 +9692,7 @@ def _show(rows: Sequence[Any], columns: str, as_json: bool, empty: str, without:
         {name: value for name, value in _record(row).items() if name != without} for row in rows
     ]
     if as_json:
-        return _say(json.dumps(records, indent=2))
+        return _say(_json_text(records))
     if not records:
         return _say(empty)
     names = [
@@ -9572,56 +9709,93 @@ def _show(rows: Sequence[Any], columns: str, as_json: bool, empty: str, without:
 
 def _show_one(row: Any, as_json: bool) -> None:
     if as_json:
-        return _say(json.dumps(_record(row), indent=2))
+        return _say(_json_text(_record(row)))
     for name, value in _record(row).items():
         _say(f"{name:16} {_cell(name, value)}")
 
 
-def _status_text(stats: Stats) -> str:
-    """Return a table for the terminal's width (200 in a pipe); where little is left, errors have
-    lines of their own."""
-    import shutil
+_NAMED = 4  # endpoints that a message names
+_STATUS_ROWS = 20  # endpoints of `status` without --all
 
+
+def _trouble(e: EndpointStats) -> int:
+    """Return 0 for an endpoint that fails or is on hold, 1 for one with deliveries that wait for
+    somebody, 2 for one that is well."""
+    if e.failing or e.paused_until:
+        return 0
+    gone = not e.enabled and (e.pending or e.disabled_reason in _DISABLED_BY_DRAIN)
+    return 1 if e.failed or gone else 2
+
+
+def _status_note(e: EndpointStats, now: float) -> str:
+    if not e.enabled:
+        why = f" ({e.disabled_reason})" if e.disabled_reason else ""
+        return f"disabled{why}" + (f", {e.pending} deliveries are held" if e.pending else "")
+    held = _held(e.failures, e.paused_until or 0.0, now)
+    return ": ".join(filter(None, (held, e.last_error)))
+
+
+def _status_row(e: EndpointStats, now: float, columns: int, width: int) -> list[str]:
+    """Return an endpoint's line of the table; where little is left of a line, its note has one of
+    its own."""
+    share = f"{100 * e.delivered // e.attempts} %" if e.attempts else "-"  # 100 %: none failed
+    most = max(e.history) or 1
+    bars = "".join("▁▂▃▄▅▆▇█"[-(-count * 7 // most)] if count else "·" for count in e.history)
+    p50, p95, oldest = (_age(age).replace(" ", "") for age in (e.p50, e.p95, e.oldest_due_age))
+    row = f"{_cut(e.id, width):{width}} {share:>7}  {p50:>5}  {p95:>5}  "
+    row += f"{e.pending:>7}  {oldest:>6}  {e.failed:>6}  {bars}"
+    note, room = _status_note(e, now), columns - width - 63
+    if room >= 30:
+        return [f"{row}  {_cut(note, room)}".rstrip()]
+    return [row, "  " + _cut(note, max(20, columns - 2))] if note else [row]
+
+
+def _status_rest(rest: Sequence[EndpointStats]) -> str:
+    well = sum(_trouble(e) == 2 for e in rest)
+    sick = f"{len(rest) - well} more that need a look" if well < len(rest) else ""
+    good = f"{well} that are well" if well else ""
+    return f"and {' and '.join(filter(None, (sick, good)))}; `status --all` shows them"
+
+
+def _status_text(stats: Stats, now: float, most: float = _STATUS_ROWS, height: float = 1e9) -> str:
+    """Return a table for the terminal's width (200 in a pipe), of as many endpoints as there may
+    be lines. Those that somebody should look at come first, and the others are counted."""
     oldest = f", oldest {_age(stats.oldest_due_age)}" if stats.due else ""
+    behind = sum(e.pending for e in stats.endpoints if e.enabled and e.paused_until)
+    oldest += f"; {behind} behind a hold" if behind else ""
     first = f"{stats.refusal}\n" if stats.refusal else ""
-    first += f"{stats.pending} pending ({stats.due} due now{oldest}), {stats.held} held, {stats.failed} failed"
+    first += f"{stats.pending} pending ({stats.due} due now{oldest}), "
+    first += f"{stats.held} held, {stats.failed} failed"
     if not stats.endpoints:
         return first + "\nno endpoints yet: `endpoint add URL` makes one"
     columns = shutil.get_terminal_size((200, 0)).columns
     width = max(8, min(max(len(e.id) for e in stats.endpoints), columns - 61))
-    room = columns - width - 63
-    last = "     LAST ERROR" if room >= 30 else ""
-    lines = [
-        first,
-        f"{'ENDPOINT':{width}} SUCCESS    P50    P95  WAITING  OLDEST  FAILED  LAST HOUR{last}",
-    ]
-    for e in stats.endpoints:
-        share = (
-            f"{100 * e.delivered // e.attempts} %" if e.attempts else "-"
-        )  # 100 % only without a failure
-        most = max(e.history) or 1
-        bars = "".join("▁▂▃▄▅▆▇█"[-(-count * 7 // most)] if count else "·" for count in e.history)
-        p50, p95, oldest = (_age(age).replace(" ", "") for age in (e.p50, e.p95, e.oldest_due_age))
-        row = f"{_cut(e.id, width):{width}} {share:>7}  {p50:>5}  {p95:>5}  "
-        row += f"{e.pending:>7}  {oldest:>6}  {e.failed:>6}  {bars}"
-        note = (e.last_error or "") if e.enabled else "disabled, deliveries are held"
-        lines.append(f"{row}  {_cut(note, room)}".rstrip() if last else row)
-        if note and not last:
-            lines.append("  " + _cut(note, max(20, columns - 2)))
+    last = "     LAST ERROR" if columns - width - 63 >= 30 else ""
+    titles = "SUCCESS    P50    P95  WAITING  OLDEST  FAILED  LAST HOUR"
+    lines = [first, f"{'ENDPOINT':{width}} {titles}{last}"]
+    ordered = sorted(stats.endpoints, key=_trouble)
+    for shown, e in enumerate(ordered):
+        row = _status_row(e, now, columns, width)
+        if shown >= most or len(lines) + len(row) + (shown + 1 < len(ordered)) > height:
+            return "\n".join([*lines, _status_rest(ordered[shown:])])
+        lines += row
     return "\n".join(lines)
 
 
 def _status(outbox: Outbox, options: Any) -> None:
+    most = math.inf if options.all else _STATUS_ROWS
+    over = options.watch and sys.stdout.isatty() and not options.json
     while True:
-        stats = outbox.stats()
-        text = (
-            json.dumps(dataclasses.asdict(stats), indent=2) if options.json else _status_text(stats)
-        )
-        if (
-            options.watch and sys.stdout.isatty() and not options.json
-        ):  # over the last one, without a flicker
-            text = "\x1b[H" + text.replace("\n", "\x1b[K\n") + "\x1b[K\x1b[J"
-        _say(text)
+        stats, height = outbox.stats(), math.inf
+        if over:
+            height = (shutil.get_terminal_size().lines or 24) - 1
+        if options.json:
+            _say(_json_text(dataclasses.asdict(stats)))
+        elif over:  # over the last one, without a flicker
+            text = _visible(_status_text(stats, outbox.clock(), most, height))
+            _print("\x1b[H" + text.replace("\n", "\x1b[K\n") + "\x1b[K\x1b[J")
+        else:
+            _say(_status_text(stats, outbox.clock(), most))
         if not options.watch:
             return
         time.sleep(2)
@@ -9631,7 +9805,7 @@ def _doctor(outbox: Outbox, options: Any) -> int:
     found = list(_findings(outbox))
     healthy = all(finding.level != "problem" for finding in found)
     if options.json:
-        _say(json.dumps([finding._asdict() for finding in found], indent=2))
+        _say(_json_text([finding._asdict() for finding in found]))
     else:
         for finding in found:
             _say(f"{finding.level:8} {finding.text}")
@@ -9642,14 +9816,18 @@ def _doctor(outbox: Outbox, options: Any) -> int:
 
 def _check(outbox: Outbox, options: Any) -> int:
     stats = outbox.stats()
-    failing = [e.id for e in stats.endpoints if e.failing_since is not None or not e.enabled]
+    failing = [
+        e.id for e in stats.endpoints
+        if e.failing or (not e.enabled and e.disabled_reason in _DISABLED_BY_DRAIN)
+    ]  # fmt: skip
     wrong = [stats.refusal] if stats.refusal else []
     if (stats.oldest_due_age or 0) > options.max_age:
         wrong.append(f"the oldest due delivery has waited {_age(stats.oldest_due_age)}")
     if stats.failed > options.max_failed:
         wrong.append(f"{stats.failed} failed rows")
     if len(failing) > options.max_failing_endpoints:
-        wrong.append(f"failing or disabled: {', '.join(failing)}")
+        more = f" and {len(failing) - _NAMED} more" if len(failing) > _NAMED else ""
+        wrong.append(f"failing or disabled: {', '.join(failing[:_NAMED])}{more}")
     _say("; ".join(wrong) or f"ok: {stats.pending} pending, {stats.failed} failed rows")
     return 1 if wrong else 0
 
@@ -9690,34 +9868,142 @@ def _emit_by_hand(outbox: Outbox, options: Any) -> None:
         )
 
 
-def _drain_here(outbox: Outbox, options: Any) -> None:
+class _Progress:
+    """Says what a drain does: on a terminal in one live line, elsewhere in a line of the log every
+    ten seconds in which something changed.
+
+    The rate is that of the last seconds, so it is 0 soon after the last delivery, and then there is
+    no estimate. What holds the drain up is said in words. The loop's own thread calls `show`, so
+    that it may look at the loop.
+    """
+
+    __slots__ = ("_logged", "_seen", "drain", "terminal")
+    _WINDOW, _LOG_EACH = 3.0, 10.0  # seconds
+
+    def __init__(self, drain: _Drain, terminal: bool) -> None:
+        self.drain, self.terminal = drain, terminal
+        self._seen = collections.deque([(time.monotonic(), 0)])  # when, and delivered by then
+        self._logged = time.monotonic(), DrainReport(0, 0, 0, 0)
+
+    def show(self, report: DrainReport) -> None:
+        mono = time.monotonic()
+        if self.terminal:
+            with contextlib.suppress(OSError):  # the terminal was closed; a signal comes of that
+                columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+                line = _cut(self.line(report, mono, columns), columns - 1)
+                print("\r\x1b[K" + line, end="", file=sys.stderr, flush=True)
+        elif mono - self._logged[0] >= self._LOG_EACH and report != self._logged[1]:
+            self._logged = mono, report
+            counts = report.delivered, report.failed, report.pending
+            phase = " ".join(filter(None, self.phase(report.pending, True, mono)))
+            _log.info("delivered %d, failed %d, waiting %d%s", *counts, phase and f"; {phase}")
+
+    def rate(self, delivered: int, mono: float) -> tuple[float, int]:
+        """Return the deliveries a second of the last seconds, and how many that were."""
+        self._seen.append((mono, delivered))
+        while len(self._seen) > 2 and self._seen[1][0] <= mono - self._WINDOW:
+            self._seen.popleft()
+        then, before = self._seen[0]
+        return (delivered - before) / max(0.001, mono - then), delivered - before
+
+    def phase(self, pending: int, moves: bool, mono: float) -> tuple[str, str]:
+        """Return what keeps the drain from going faster, or what it waits for: an endpoint, and
+        words."""
+        drain, now = self.drain, self.drain.settings.clock()
+        locked = 0.0 if drain.counts.locked_at is None else mono - drain.counts.locked_at
+        held = [
+            lane for lane in drain.finder.lanes.values()
+            if lane.enabled and lane.health.paused_until > now and lane.backlog.when() < math.inf
+        ]  # fmt: skip
+        if drain.stopping:
+            return "", f"finishing {drain.under_way():,} under way"
+        if not drain.storing:
+            return "", "nothing is sent: outcomes cannot be recorded"
+        if locked >= 1.0:
+            return "", f"file locked by another process for {_age(locked)}"
+        if held:
+            first = min(held, key=lambda lane: lane.health.paused_until)
+            what = _held(first.health.failures, first.health.paused_until, now)
+            more = f"{len(held):,} endpoints held, next" + what.partition(", next")[2]
+            return (first.id, what) if len(held) == 1 else ("", more)
+        if moves or drain.under_way():
+            return "", "" if moves else f"{drain.under_way():,} under way"
+        if not pending:
+            return "", "idle"
+        due_at = drain.finder.schedule.due.next()
+        return "", "" if due_at == math.inf else f"next in {_age(max(0.0, due_at - now))}"
+
+    def line(self, report: DrainReport, mono: float, columns: int) -> str:
+        """Return the live line; where a terminal is narrow, what says least is left out."""
+        rate, lately = self.rate(report.delivered, mono)
+        whose, what = self.phase(report.pending, lately > 0, mono)
+        known = lately >= 3 and not self.drain.stopping
+        left = _age(self.drain.counts.to_send() / rate) if known else ""
+        parts = [
+            (f"delivered {report.delivered:,}", 0),
+            (f"failed {report.failed:,}", 0),
+            (f"waiting {report.pending:,}", 0),
+            (f"retried {report.retried:,}" if report.retried else "", 3),
+            (f"{rate:,.1f}/s" if 0 < rate < 10 else f"{rate:,.0f}/s", 2 if what else 0),
+            (f"{left} left" if left and report.pending else "", 2),
+            (whose, 1),
+            (what, 0),
+        ]
+        for most in (3, 2, 1, 0):
+            line = "  ".join(text for text, rank in parts if text and rank <= most)
+            if len(line) < columns:
+                break
+        return line
+
+
+class _LogLine(logging.Formatter):
+    """A line of the log, with nothing in it that a terminal obeys; it takes the live line's
+    place."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__("%(message)s" if terminal else "%(asctime)s %(levelname)s %(message)s")
+        self.before = "\r\x1b[K" if terminal else ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self.before + _visible(super().format(record))
+
+
+def _left_waiting(outbox: Outbox, refused: Iterable[str]) -> Iterator[str]:
+    """Say what a drain left waiting, and why: its endpoint is on hold, disabled, or refused."""
+    now = outbox.clock()
+    waits = [
+        e for e in outbox.stats().endpoints
+        if e.pending and (not e.enabled or e.paused_until or e.id in refused)
+    ]  # fmt: skip
+    for e in waits[:_NAMED]:
+        if not e.enabled:
+            yield f"{e.id}: {e.pending} held, it is disabled; `endpoint enable {e.id}` resumes it"
+        elif e.id in refused:
+            yield f"{e.id}: {e.pending} wait, its address is not admitted here"
+        else:
+            yield f"{e.id}: {e.pending} wait, {_held(e.failures, e.paused_until or 0.0, now)}"
+    if len(waits) > _NAMED:
+        yield f"and {len(waits) - _NAMED} endpoints more; see `status`"
+
+
+def _refused(outbox: Outbox) -> set[str]:
+    """Return the enabled endpoints for which something waits, and which this command's own guard
+    refuses."""
+    waits = {e.id for e in outbox.stats().endpoints if e.enabled and e.pending}
+    return {e.id for e in outbox.endpoints() if e.id in waits and _barred(e.url, outbox._guard)}
+
+
+def _drain_here(outbox: Outbox, options: Any) -> int:
     mode = _drain_mode(options.once, options.until_empty)
+    if options.quiet and mode != "forever" and _drainer(outbox.path) is not None:
+        if refusal := outbox._refusal():  # who has the lock sends nothing either
+            raise OutboxError(refusal)
+        return 0
     terminal = sys.stderr.isatty()
-    started = time.monotonic()
-    line = "\r\x1b[K%(message)s" if terminal else "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=line, stream=sys.stderr)
-
-    logged = DrainReport(0, 0, 0, 0), started
-
-    def log(report: DrainReport) -> None:
-        nonlocal logged
-        if time.monotonic() - logged[1] >= 10 and report != logged[0]:
-            logged = report, time.monotonic()
-            _log.info(
-                "delivered %d, failed %d, waiting %d",
-                report.delivered,
-                report.failed,
-                report.pending,
-            )
-
-    def show(report: DrainReport) -> None:
-        rate = report.delivered / max(0.001, time.monotonic() - started)
-        left = f"  {_age(report.pending / rate)} left" if rate >= 1 and report.pending else ""
-        counts = (
-            f"delivered {report.delivered:,}  failed {report.failed:,}  waiting {report.pending:,}"
-        )
-        counts += f"  retried {report.retried:,}" if report.retried else ""
-        print(f"\r\x1b[K{counts}  {rate:,.0f}/s{left}", end="", file=sys.stderr, flush=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LogLine(terminal and not options.quiet))
+    level = logging.WARNING if options.quiet else logging.INFO
+    logging.basicConfig(level=level, handlers=[handler])
 
     def on_signal(number: int, frame: Any) -> None:
         first = not drain.stopping
@@ -9725,19 +10011,25 @@ def _drain_here(outbox: Outbox, options: Any) -> None:
         if first and drain.under_way():
             _log.info("finishing %d under way; once more to stop at once", drain.under_way())
 
-    drain = _Drain(outbox._settings(), mode, show if terminal else log)
+    drain = _Drain(outbox._settings(), mode)
+    if not options.quiet:
+        drain.progress = _Progress(drain, terminal).show
     before = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         report = outbox._run(drain)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if terminal:
+        for number, action in before.items():
+            signal.signal(number, action)
+        if drain.progress and terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    counts = f"delivered {report.delivered}, failed {report.failed}, retried {report.retried}"
-    _say(f"{counts}, still pending {report.pending}")
+    refused = _refused(outbox) if outbox._guard.provisional else set()
+    if not options.quiet:
+        counts = f"delivered {report.delivered}, failed {report.failed}, retried {report.retried}"
+        counts += f", still pending {report.pending}"
+        _say("; ".join((counts, *_left_waiting(outbox, refused))))
+    return 1 if refused and mode != "forever" else 0
 
 
 def _endpoint_add(outbox: Outbox, options: Any) -> None:
@@ -9757,8 +10049,16 @@ def _endpoint_update(outbox: Outbox, options: Any) -> None:
     _show_one(outbox.update_endpoint(options.id, **changes), False)
 
 
+def _endpoint_show(outbox: Outbox, options: Any) -> None:
+    endpoint = outbox.endpoint(options.id)
+    _show_one(endpoint, options.json)
+    held = _held(endpoint.failures, endpoint.paused_until, outbox.clock())
+    if held and endpoint.enabled and not options.json:
+        _say(held)
+
+
 def _endpoint_list(outbox: Outbox, options: Any) -> None:
-    columns = "id tenant url events enabled disabled_reason failing_since"
+    columns = "id tenant url events enabled disabled_reason failing_since failures"
     empty = "no endpoints yet: `endpoint add URL` makes one"
     if options.tenant:
         empty = f"no endpoints of tenant {options.tenant}; `endpoint add URL --tenant {options.tenant}` makes one"
@@ -9766,19 +10066,25 @@ def _endpoint_list(outbox: Outbox, options: Any) -> None:
 
 
 def _endpoint_set(outbox: Outbox, options: Any) -> None:
+    waiting = {e.id: e.pending for e in outbox.stats().endpoints}.get(options.id, 0)
     if options.verb == "disable":
         outbox.disable_endpoint(options.id, options.reason)
+        said = f"{waiting} deliveries are held"
     elif options.verb == "enable":
         outbox.enable_endpoint(options.id)
+        said = f"{waiting} deliveries wait for it"
     else:
-        waiting = {e.id: e.pending for e in outbox.stats().endpoints}.get(options.id, 0)
         outbox.remove_endpoint(options.id)
         return _say(f"removed {options.id} and {waiting} deliveries that waited for it")
-    _say(f"{options.verb}d {options.id}")
+    _say(f"{options.verb}d {options.id}; {said}")
 
 
 def _endpoint_rotate(outbox: Outbox, options: Any) -> None:
-    _say(f"secret {outbox.rotate_secret(options.id, **_given(options, 'secret grace')).secret}")
+    endpoint = outbox.rotate_secret(options.id, **_given(options, "secret grace"))
+    _say(f"secret {endpoint.secret}")
+    grace = 86_400.0 if options.grace is None else options.grace
+    until = f"too until {_moment(outbox.clock() + grace)}" if grace > 0 else "no more"
+    _say(f"The old one signs {until}; give the receiver the new one.")
 
 
 def _endpoint_ping(outbox: Outbox, options: Any) -> int:
@@ -9789,6 +10095,9 @@ def _endpoint_ping(outbox: Outbox, options: Any) -> int:
 
 
 def _backfill(outbox: Outbox, options: Any) -> None:
+    outbox.endpoint(options.id)
+    if options.since is None and not options.all:
+        _parser().error("say --since, or --all for everything that is recorded")
     count = outbox.backfill(
         options.id, since=options.since or 0.0, **_given(options, "until type dry_run")
     )
@@ -9806,7 +10115,7 @@ def _events_show(outbox: Outbox, options: Any) -> None:
     event, attempts = outbox.event(options.id), outbox.attempts(options.id)
     if options.json:
         record = _record(event) | {"attempts": [_record(attempt) for attempt in attempts]}
-        return _say(json.dumps(record, indent=2))
+        return _say(_json_text(record))
     tenant = f"  tenant {event.tenant}" if event.tenant else ""
     erased = event.erased_at is not None and f"erased {_moment(event.erased_at)}"
     _say(f"{event.id}  {event.type}  {_moment(event.created_at)}{tenant}")
@@ -9904,16 +10213,53 @@ def _endpoint_retry(outbox: Outbox, options: Any) -> None:
         )
 
 
-def _local_server(app: WSGIApplication, port: int, host: str = "127.0.0.1") -> Any:
+_PATIENCE = 30.0  # seconds that a connection to a local server may last
+_CLIENTS = 64  # connections to it at once
+
+
+class _Clients:
+    """Connections to a local server, oldest first, and when they came. The thread that accepts them
+    adds them and cuts them off, which wakes the one that serves them; that one takes them out.
+
+    A client may be slow, or silent, or many: none stays longer than `patience` whatever it does, and
+    the oldest makes room where there are too many, so that whoever comes is served.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self.patience, self.since = patience, dict[Any, float]()
+
+    def come(self, sock: Any) -> None:
+        if len(self.since) >= _CLIENTS:
+            self._cut(next(iter(self.since), None))
+        self.since[sock] = time.monotonic()
+
+    def gone(self, sock: Any) -> None:
+        self.since.pop(sock, None)
+
+    def look(self) -> None:
+        late = time.monotonic() - self.patience
+        for sock, since in list(self.since.items()):
+            if since < late:
+                self._cut(sock)
+
+    def _cut(self, sock: Any) -> None:
+        self.gone(sock)
+        with contextlib.suppress(OSError, AttributeError):  # it is gone already
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+def _local_server(
+    app: WSGIApplication, port: int, host: str = "127.0.0.1", patience: float = _PATIENCE
+) -> Any:
     """Return an HTTP server of one WSGI application, a thread for each connection; not yet
     serving."""
     import io
     import socketserver
     import wsgiref.simple_server
 
-    class Handler(wsgiref.simple_server.WSGIRequestHandler):
-        timeout = 60
+    clients = _Clients(patience)
 
+    class Handler(wsgiref.simple_server.WSGIRequestHandler):
         def log_message(self, *_: Any) -> None:
             pass
 
@@ -9922,10 +10268,21 @@ def _local_server(app: WSGIApplication, port: int, host: str = "127.0.0.1") -> A
 
     class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        daemon_threads = True
+        daemon_threads, request_queue_size = True, _CLIENTS
 
         def handle_error(self, *_: Any) -> None:
             pass
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            clients.come(request)
+            super().process_request(request, client_address)
+
+        def close_request(self, request: Any) -> None:
+            clients.gone(request)
+            super().close_request(request)
+
+        def service_actions(self) -> None:
+            clients.look()
 
     try:
         return wsgiref.simple_server.make_server(host, port, app, Server, Handler)
@@ -9955,25 +10312,30 @@ def _receiver_app(answer: Callable[[Mapping[str, str], bytes], int]) -> WSGIAppl
 
 
 def _listen(_: None, options: Any) -> None:
-    if options.secret:
-        _key(options.secret)
+    secret = _resolve_value(options.secret) if options.secret else None
+    if secret:
+        _key(secret)
     _number("status", options.status, 200, 599)
+    delay = _number("delay", options.delay, 0, 3600)
+    to_fail = iter(range(_whole("fail", options.fail, 0, 1_000_000)))
 
     def answer(headers: Mapping[str, str], body: bytes) -> int:
         verdict = "not verified (give --secret)"
-        if options.secret:
+        if secret:
             try:
-                event = verify(body, headers, options.secret)
+                event = verify(body, headers, secret)
                 verdict = f"verified  {event.id}  {event.type}"
             except SignatureError as error:
                 _say(f"refused, answered 400: {error}")
                 return 400
-        _say(
-            f"{verdict}  answered {options.status}\n  {_one_line(body.decode('utf-8', 'replace'), 2000)}"
-        )
-        return int(options.status)
+        status = int(options.status) if next(to_fail, None) is None else 500
+        text = _one_line(body.decode("utf-8", "replace"), 2000)
+        _say(f"{verdict}  answered {status}\n  {text}")
+        time.sleep(delay)
+        return status
 
-    with _local_server(_receiver_app(answer), options.port) as server:
+    app = _receiver_app(answer)
+    with _local_server(app, options.port, patience=_PATIENCE + delay) as server:
         _say(f"listening on http://127.0.0.1:{server.server_port}/ (Ctrl-C ends)")
         server.serve_forever()
 
@@ -10128,7 +10490,7 @@ class _Demo:
     def play(self) -> None:
         self.play_invoice()
         self.play_failures()
-        _say("\n" + _status_text(self.outbox.stats()))
+        _say("\n" + _status_text(self.outbox.stats(), self.outbox.clock()))
 
     def play_invoice(self) -> None:
         _say("1. An order and its event commit together; the webhook arrives, signed.")
@@ -10201,20 +10563,30 @@ def _demo(_: None, options: Any) -> int:
 
 
 def _load_app(name: str) -> Outbox:
-    """Return the host's own Outbox, MODULE:NAME. The module may be this file under another name
+    """Return the host's own Outbox, MODULE:NAME; a function is called, and what it makes may also be
+    an app that has the Outbox as its `outbox`. The module may be this file under another name
     (vendored, or run with -m), so the object is known by what it can do."""
     import importlib
+
+    def is_outbox(found: Any) -> bool:
+        verbs = ("emit", "drain", "add_endpoint")
+        return not isinstance(found, type) and all(callable(getattr(found, v, 0)) for v in verbs)
 
     module, _, attribute = name.partition(":")
     sys.path.insert(0, "")
     try:
         found = getattr(importlib.import_module(module), attribute or "outbox")
+        if not is_outbox(found) and callable(found):
+            found = found()
+        if not is_outbox(found):
+            found = getattr(found, "outbox", found)
     except Exception as error:  # whatever the app's module raises
         raise OutboxError(
             f"--app {name}: {type(error).__name__}: {error}; write MODULE:NAME of your Outbox"
         ) from None
-    if not all(callable(getattr(found, verb, None)) for verb in ("emit", "drain", "add_endpoint")):
-        raise OutboxError(f"--app {name} is no Outbox; write MODULE:NAME of your Outbox")
+    if not is_outbox(found):
+        cure = "write MODULE:NAME of your Outbox, or of a function that returns it"
+        raise OutboxError(f"--app {name} is no Outbox but {type(found).__name__}; {cure}")
     return found  # type: ignore[no-any-return]
 
 
@@ -10256,6 +10628,9 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--idempotency-key": dict(help="a second event with it is the first one"),
     "--delay": dict(type=float, help="seconds"),
     "--once": dict(_FLAG, help="until nothing is due now"),
+    "--quiet": dict(
+        _FLAG, help="for cron: say only what went wrong; with --once, leave where another drains"
+    ),
     "--until-empty": dict(_FLAG, help="until nothing is pending, retries included"),
     "--workers": dict(type=int, help="attempts under way at once"),
     "--watch": dict(_FLAG, help="again every two seconds"),
@@ -10284,7 +10659,9 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
         default="127.0.0.1", help="the address to listen on (127.0.0.1); there is no login"
     ),
     "--port": dict(type=int, default=8000),
-    "listen --secret": dict(help="whsec_...: verify with it"),
+    "listen --secret": dict(help="verify with it: whsec_..., env:NAME or file:PATH"),
+    "listen --delay": dict(type=float, default=0.0, metavar="S", help="seconds until it answers"),
+    "--fail": dict(type=int, default=0, metavar="N", help="answer 500 to the first N requests"),
     "--status": dict(type=int, default=200, metavar="N", help="what to answer (200)"),
 }
 _ADDING = " ".join(f"--{name.replace('_', '-')}" for name in _OPTIONS if name != "url")
@@ -10292,7 +10669,7 @@ _UPDATING = " ".join(
     f"--{name.replace('_', '-')}" for name, option in _OPTIONS.items() if not option.fixed
 )
 _LIMITS = "--max-age --max-failed --max-failing-endpoints"
-_DRAINING = "--once --until-empty --workers"
+_DRAINING = "--once --until-empty --quiet --workers"
 _CHOOSING = "ids --ids --endpoint --tenant --type --reason --since --until"
 _GROUPS = {
     "endpoint": "where events go",
@@ -10307,12 +10684,7 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
     ("doctor", _doctor, "say what is wrong with this file and machine", "--json"),
     ("endpoint add", _endpoint_add, "register an endpoint", f"url --id --secret {_ADDING}"),
     ("endpoint list", _endpoint_list, "list endpoints", "--tenant --json"),
-    (
-        "endpoint show",
-        lambda o, a: _show_one(o.endpoint(a.id), a.json),
-        "show one endpoint",
-        "id --json",
-    ),
+    ("endpoint show", _endpoint_show, "show one endpoint", "id --json"),
     ("endpoint update", _endpoint_update, "change options", f"id {_UPDATING}"),
     ("endpoint disable", _endpoint_set, "hold its deliveries", "id --reason"),
     ("endpoint enable", _endpoint_set, "resume its deliveries", "id"),
@@ -10330,7 +10702,7 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
         "endpoint backfill",
         _backfill,
         "deliver recorded events that it missed",
-        "id --since --until --type --dry-run",
+        "id --since --until --type --all --dry-run",
     ),
     (
         "emit",
@@ -10339,7 +10711,7 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
         "type data --tenant --key --idempotency-key --delay --headers",
     ),
     ("drain", _drain_here, "deliver what is due; for ever unless told otherwise", _DRAINING),
-    ("status", _status, "show endpoints and what waits", "--json --watch"),
+    ("status", _status, "show endpoints and what waits", "--json --watch --all"),
     ("metrics", lambda o, a: _say(o.metrics().rstrip()), "print the numbers for Prometheus", ""),
     (
         "check",
@@ -10389,12 +10761,78 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
         "listen",
         _listen,
         "a local receiver that verifies and prints what arrives",
-        "--port --secret --status",
+        "--port --secret --status --fail --delay",
     ),
 )
 
 
+def _nearest(word: str, known: Iterable[str]) -> str:
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, list(known), 1)), "")
+
+
+def _no_command(group: str, word: str) -> str:
+    """Say that there is no such command, and which one is meant: also a verb without its group."""
+    all = [words for words, *_ in _COMMANDS]
+    verbs = {words.rpartition(" ")[2] for words in all if words.startswith(group and group + " ")}
+    near = _nearest(word, verbs if group else verbs | _GROUPS.keys())
+    meant = [w for w in all if w.startswith(group) and w.rpartition(" ")[2] == near] or [near]
+    if near:
+        return f"there is no command {group} {word}; did you mean {' or '.join(meant)}?"
+    names = verbs if group else dict.fromkeys(words.partition(" ")[0] for words in all)
+    what = f"there is no command {group} {word}" if word else f"{group} what?".strip()
+    return f"{what}; there are {', '.join(sorted(names))}"
+
+
+def _not_taken(options: Any, extra: Sequence[str]) -> str:
+    """Say which argument a command does not take, and which one is meant."""
+    words = " ".join(filter(None, (options.command, getattr(options, "verb", None))))
+    unknown = next((text for text in extra if text.startswith("-")), extra[0])
+    if not unknown.startswith("-"):
+        return f"{words} does not take {unknown}"
+    taken = next(arguments for known, _, _, arguments in _COMMANDS if known == words).split()
+    near = _nearest(unknown.partition("=")[0], [*taken, *_GLOBALS])
+    return f"{words} has no option {unknown}" + (f"; did you mean {near}?" if near else "")
+
+
+class _Missing(Exception):
+    """A command lacks arguments: its last word, and how many."""
+
+
+def _untangled(argv: Sequence[str], verb: str, count: int) -> list[str]:
+    """Return a command line whose missing arguments stand first: `add --events 'order.*' URL` gave
+    the URL to --events, which takes as many values as there are."""
+    lists = [name for name, how in _ARGUMENTS.items() if how.get("nargs") == "+"]
+    words, runs, end = list(argv), list[int](), len(argv)
+    for at in reversed(range(len(words))):
+        if words[at].startswith("-"):
+            if words[at] in lists and end - at - 1 > count:
+                runs.append(end)
+            end = at
+    runs.sort(key=lambda end: "://" not in words[end - 1])  # what looks like one is the URL
+    if runs and verb in words:
+        end, first = runs[0], words.index(verb) + 1
+        moved = words[end - count : end]
+        del words[end - count : end]
+        words[first:first] = moved
+    return words
+
+
+_GLOBALS: dict[str, dict[str, Any]] = {
+    "--db": dict(metavar="PATH", help="the app's file; else the variable WEBHOOK_OUTBOX_DB"),
+    "--app": dict(metavar="MODULE:NAME", help="use the app's own Outbox instead of --db"),
+    "--allow-network": dict(
+        action="append",
+        metavar="CIDR",
+        help="admit a private network; also the variable WEBHOOK_OUTBOX_ALLOW_NETWORKS",
+    ),
+}
+
+
 def _parser() -> Any:
+    """Return the parser. What stands before the command may stand after it too: then it has a name
+    of its own, because argparse would put the one in the place of the other."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -10405,27 +10843,26 @@ def _parser() -> Any:
             )  # --name and --no-name
 
         def error(self, message: str) -> NoReturn:
+            group = self.prog.rpartition(" ")[2]
+            wrong = re.match(r"argument (COMMAND|VERB): invalid choice: '(.*?)'", message)
+            missing = re.fullmatch(r"the following arguments are required: (.*)", message)
+            if wrong:
+                message = _no_command(group if wrong[1] == "VERB" else "", wrong[2])
+            elif missing and missing[1] in ("VERB", "COMMAND"):
+                message = _no_command(group if missing[1] == "VERB" else "", "")
+            elif missing and group not in _GROUPS and self.get_default("run"):
+                raise _Missing(group, missing[1].count(",") + 1, message)
             message = re.sub(r"whsec_\S+", "whsec_...", message)  # a secret without its --secret
-            self.exit(2, f"webhook_outbox: {_cut(message, 200)}; see --help\n")
+            more = "" if message.endswith("?") else "; see --help"
+            self.exit(2, f"webhook_outbox: {_cut(' '.join(message.split()), 240)}{more}\n")
 
     parser = Parser(
         prog="python -m webhook_outbox",
         description="Webhooks from your SQLite transaction, signed, retried, delivered. `demo` shows the whole story.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "--db", metavar="PATH", help="the app's file; else the variable WEBHOOK_OUTBOX_DB"
-    )
-    parser.add_argument(
-        "--app", metavar="MODULE:NAME", help="use the app's own Outbox instead of --db"
-    )
-    parser.add_argument(
-        "--allow-network",
-        action="append",
-        default=[],
-        metavar="CIDR",
-        help="admit a private network",
-    )
+    for name, how in _GLOBALS.items():
+        parser.add_argument(name, **how)
     places = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
     for words, run, help, arguments in _COMMANDS:
         group, _, name = words.rpartition(" ")
@@ -10438,7 +10875,27 @@ def _parser() -> Any:
             made.add_argument(
                 argument, **_ARGUMENTS.get(f"{words} {argument}", _ARGUMENTS.get(argument, {}))
             )
+        for argument, how in _GLOBALS.items():
+            late = f"late_{argument[2:].replace('-', '_')}"
+            made.add_argument(argument, **{**how, "dest": late, "help": argparse.SUPPRESS})
     return parser
+
+
+def _command_line(argv: Sequence[str]) -> Any:
+    """Return the options of a command line; leave with usage where they are wrong."""
+    parser = _parser()
+    try:
+        try:
+            options, extra = parser.parse_known_args(argv)
+        except _Missing as missing:
+            options, extra = parser.parse_known_args(_untangled(argv, *missing.args[:2]))
+    except _Missing as missing:
+        parser.error(f"{missing.args[0]}: {missing.args[2]}")
+    if extra:
+        parser.error(_not_taken(options, extra))
+    options.db, options.app = options.late_db or options.db, options.late_app or options.app
+    options.allow_network = [*(options.allow_network or ()), *(options.late_allow_network or ())]
+    return options
 
 
 def _open_outbox(options: Any) -> Outbox:
@@ -10451,14 +10908,16 @@ def _open_outbox(options: Any) -> Outbox:
             )
     elif path := options.db or os.environ.get("WEBHOOK_OUTBOX_DB"):
         key = "WEBHOOK_OUTBOX_MASTER_KEY"
+        more = os.environ.get("WEBHOOK_OUTBOX_ALLOW_NETWORKS", "").replace(",", " ").split()
         outbox = Outbox(
             path,
             create=making,
-            allow_networks=options.allow_network,
+            allow_networks=[*options.allow_network, *more],
             master_key=f"env:{key}" if os.environ.get(key) else None,
         )
+        outbox._guard = dataclasses.replace(outbox._guard, provisional=True)
     else:
-        _parser().error("which file? say --db PATH before the command, or set WEBHOOK_OUTBOX_DB")
+        _parser().error("which file? say --db PATH, or set WEBHOOK_OUTBOX_DB")
     if getattr(options, "workers", None) is not None:
         outbox.workers = int(_number("workers", options.workers, 1, 10_000))
     if making and options.wal:
@@ -10470,7 +10929,7 @@ def _open_outbox(options: Any) -> Outbox:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     try:
-        options = _parser().parse_args(argv)
+        options = _command_line(sys.argv[1:] if argv is None else argv)
         alone = options.command in ("demo", "schema", "listen")  # needs no database
         return options.run(None if alone else _open_outbox(options), options) or 0
     except SystemExit as stop:  # argparse: 2 on usage, 0 after --help
@@ -10480,7 +10939,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OutboxError, sqlite3.Error, OSError, OverflowError) as error:
+    except (OutboxError, _Unready, sqlite3.Error, OSError, OverflowError) as error:
         print(f"webhook_outbox: {_one_line(str(error), 500)}", file=sys.stderr)
         return 1
 

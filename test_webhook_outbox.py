@@ -26,6 +26,8 @@ import hmac
 import html
 import html.parser
 import http.server
+import importlib
+import importlib.machinery
 import ipaddress
 import itertools
 import json
@@ -63,8 +65,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import aiosqlite
-import apsw
-import peewee
 import pytest
 import requests
 import sqlalchemy
@@ -100,6 +100,11 @@ from webhook_outbox import (
     sign,
     verify,
 )
+
+# peewee takes pysqlite3 where it is installed, and two SQLite libraries in one process damage the
+# files of these tests: those of such libraries run in processes of their own.
+sys.modules["pysqlite3"] = None  # type: ignore[assignment]
+peewee = importlib.import_module("peewee")
 
 ROOT = pathlib.Path(__file__).resolve().parent
 LOOPBACK = ["127.0.0.0/8", "::1/128"]
@@ -1747,6 +1752,53 @@ def hosts_peewee(path: str) -> Iterator[Any]:
     database.close()
 
 
+@contextlib.contextmanager
+def hosts_django_without_autocommit(path: str) -> Iterator[Any]:
+    with hosts_django(path) as (connection, run, _, _, rollback):
+        rollback()
+        connection.set_autocommit(False)
+        yield connection, run, contextlib.nullcontext, connection.commit, connection.rollback
+        connection.set_autocommit(True)
+
+
+@contextlib.contextmanager
+def hosts_flask_local_proxy(path: str) -> Iterator[Any]:
+    from werkzeug.local import LocalProxy
+
+    with contextlib.closing(sqlite3.connect(path)) as conn:
+        proxy = LocalProxy(lambda: conn)  # as Flask's pages on SQLite make one of get_db
+        yield proxy, proxy.execute, contextlib.nullcontext, conn.commit, conn.rollback
+
+
+@contextlib.contextmanager
+def traced_by_opentelemetry() -> Iterator[None]:
+    instrumentor = pytest.importorskip("opentelemetry.instrumentation.sqlite3")
+    tracing = instrumentor.SQLite3Instrumentor()
+    tracing.instrument()
+    try:
+        yield
+    finally:
+        tracing.uninstrument()
+
+
+@contextlib.contextmanager
+def hosts_traced_connection(path: str) -> Iterator[Any]:
+    with traced_by_opentelemetry(), hosts_proxy_of(sqlite3.connect, path) as host:
+        yield host
+
+
+@contextlib.contextmanager
+def hosts_traced_cursor(path: str) -> Iterator[Any]:
+    with hosts_traced_connection(path) as (conn, run, *rest):
+        yield conn.cursor(), run, *rest
+
+
+@contextlib.contextmanager
+def hosts_traced_sqlalchemy(path: str) -> Iterator[Any]:
+    with traced_by_opentelemetry(), hosts_sqlalchemy_connection(path) as host:
+        yield host
+
+
 class HostsProxy:
     """A look-alike of a connection, as instrumentation puts around one."""
 
@@ -1758,17 +1810,26 @@ class HostsProxy:
 
 
 @contextlib.contextmanager
-def hosts_proxy(path: str) -> Iterator[Any]:
-    with contextlib.closing(sqlite3.connect(path)) as conn:
-        yield HostsProxy(conn), conn.execute, contextlib.nullcontext, conn.commit, conn.rollback
+def hosts_proxy_of(connect: Callable[[str], Any], path: str) -> Iterator[Any]:
+    with contextlib.closing(connect(path)) as conn:
+        yield conn, conn.execute, contextlib.nullcontext, conn.commit, conn.rollback
+
+
+def hosts_proxy(path: str) -> contextlib.AbstractContextManager[Any]:
+    return hosts_proxy_of(lambda path: HostsProxy(sqlite3.connect(path)), path)
 
 
 HOSTS = {
     "SQLAlchemy Connection": hosts_sqlalchemy_connection,
     "SQLAlchemy Session": hosts_sqlalchemy_session,
     "Django": hosts_django,
+    "Django, set_autocommit(False)": hosts_django_without_autocommit,
     "peewee": hosts_peewee,
     "proxy": hosts_proxy,
+    "LocalProxy": hosts_flask_local_proxy,
+    "traced Connection": hosts_traced_connection,
+    "traced Cursor": hosts_traced_cursor,
+    "traced SQLAlchemy": hosts_traced_sqlalchemy,
 }
 
 
@@ -1799,6 +1860,37 @@ def test_the_event_shares_the_fate_of_the_rows_on_every_kind_of_connection(datab
     assert query(database, "SELECT total FROM orders") == [(float(n),) for n in (1, 3) if expected]
 
 
+@pytest.mark.parametrize("kind", HOSTS)
+@pytest.mark.parametrize("what", ["emit", "add_endpoint", "accept"])
+def test_a_transaction_may_hold_nothing_but_what_we_write(wal, kind, what):
+    """SQLAlchemy's Connection, for one, commits only what it knows of."""
+    outbox, inbox = make_outbox(wal), Inbox(wal)
+    verbs: dict[str, Callable[[Any], Any]] = {
+        "emit": lambda conn: outbox.emit(conn, "order.created", {}),
+        "add_endpoint": lambda conn: outbox.add_endpoint("https://example.com/", conn=conn),
+        "accept": lambda conn: inbox.accept(conn, "msg_1"),
+    }
+    tables = {"emit": "events", "add_endpoint": "endpoints", "accept": "inbox"}
+    for end in ("rollback", "commit"):
+        with HOSTS[kind](wal) as (conn, _, _, commit, rollback):
+            verbs[what](conn)
+            (commit if end == "commit" else rollback)()
+        count = f"SELECT count(*) FROM webhook_{tables[what]}"
+        assert query(wal, count) == [(int(end == "commit"),)]
+
+
+def test_a_refused_emit_leaves_sqlalchemys_transaction_as_it_was(wal, tmp_path):
+    outbox, other = make_outbox(wal), make_database(tmp_path / "other.db")
+    with hosts_sqlalchemy_connection(other) as (conn, *_):
+        with pytest.raises(SchemaError):
+            outbox.emit(conn, "order.created", {})
+        assert not conn.in_transaction()
+        with conn.begin():
+            with pytest.raises(SchemaError):
+                outbox.emit(conn, "order.created", {})
+            assert conn.in_transaction()
+
+
 @pytest.mark.parametrize("kind", ["SQLAlchemy", "Django", "Django alias", "peewee", "aiosqlite"])
 def test_a_connection_in_autocommit_is_refused_whatever_its_kind(wal, kind):
     outbox = make_outbox(wal)
@@ -1827,20 +1919,23 @@ def test_a_connection_in_autocommit_is_refused_whatever_its_kind(wal, kind):
 
 @pytest.mark.parametrize("kind", ["aiosqlite", "AsyncConnection", "AsyncSession", "sync side"])
 @pytest.mark.parametrize("end", ["commit", "rollback"])
-def test_aemit_shares_the_fate_of_the_rows_on_asynchronous_connections(database, kind, end):
+@pytest.mark.parametrize("alone", [False, True], ids=["beside a row", "alone"])
+def test_aemit_shares_the_fate_of_the_rows_on_asynchronous_connections(database, kind, end, alone):
     outbox = make_outbox(database)
+    order = "SELECT 1" if alone else "INSERT INTO orders (total) VALUES (1)"
 
     async def run() -> str:
         if kind == "aiosqlite":
             async with aiosqlite.connect(database) as conn:
-                await conn.execute("INSERT INTO orders (total) VALUES (1)")
+                await conn.execute(order)
                 id = await outbox.aemit(conn, "order.created", {}, key="k")
                 await getattr(conn, end)()
             return id
         engine = create_async_engine(f"sqlite+aiosqlite:///{database}")
         make: Any = engine.connect if kind == "AsyncConnection" else lambda: AsyncSession(engine)
         async with make() as conn:
-            await conn.execute(sqlalchemy.text("INSERT INTO orders (total) VALUES (1)"))
+            if not alone:
+                await conn.execute(sqlalchemy.text(order))
             if kind == "sync side":
                 id = await conn.run_sync(
                     lambda session: outbox.emit(session, "order.created", {}, key="k")
@@ -1855,7 +1950,27 @@ def test_aemit_shares_the_fate_of_the_rows_on_asynchronous_connections(database,
     assert [(event.id, event.key) for event in outbox.events()] == (
         [(id, "k")] if end == "commit" else []
     )
-    assert query(database, "SELECT count(*) FROM orders") == [(int(end == "commit"),)]
+    rows = int(end == "commit" and not alone)
+    assert query(database, "SELECT count(*) FROM orders") == [(rows,)]
+
+
+@pytest.mark.parametrize("kind", ["aiosqlite", "AsyncConnection", "AsyncSession"])
+def test_emit_on_an_asynchronous_connection_says_that_aemit_is_meant(wal, kind):
+    outbox = make_outbox(wal)
+
+    async def run() -> None:
+        engine = create_async_engine(f"sqlite+aiosqlite:///{wal}")
+        makes: dict[str, Any] = {
+            "aiosqlite": lambda: aiosqlite.connect(wal),
+            "AsyncConnection": engine.connect,
+            "AsyncSession": lambda: AsyncSession(engine),
+        }
+        async with makes[kind]() as conn:
+            with pytest.raises(PayloadError, match=r"is asynchronous: await outbox\.aemit"):
+                outbox.emit(conn, "order.created", {})
+        await engine.dispose()
+
+    asyncio.run(run())
 
 
 def test_what_is_no_connection_to_this_file_is_refused_with_one_sentence(wal, tmp_path):
@@ -1875,6 +1990,229 @@ def test_what_is_no_connection_to_this_file_is_refused_with_one_sentence(wal, tm
                 outbox.emit(conn, "order.created", {})
             finally:
                 rollback()
+
+
+# What a process sees that has another SQLite library: each verb on its connection, line by line.
+OTHER_LIBRARY = """
+import importlib, os, re, sqlite3, sys, time
+library, path = sys.argv[1:]
+other = importlib.import_module(library)
+import webhook_outbox
+from webhook_outbox import Inbox, Outbox, OutboxError
+def connect(path):
+    if library == "apsw":
+        conn = other.Connection(path)
+        conn.row_trace = lambda cursor, row: {"row": row}
+        return conn
+    conn = other.connect(path, isolation_level=None)
+    conn.row_factory, conn.text_factory = other.Row, bytes
+    return conn
+def tell(act, *args, **options):
+    try:
+        told = act(*args, **options)
+    except OutboxError as error:
+        told = f"{type(error).__name__}: {error}"
+    print(act.__name__, re.sub("msg_[0-9a-f]+|whsec_\\S+", "...", repr(told)))
+"""
+OTHER_VERBS = """
+outbox, inbox, conn = Outbox(path), Inbox(path), connect(path)
+tell(outbox.emit, conn, "order.created", 0)
+conn.execute("BEGIN")
+ids = [outbox.emit(conn, "order.created", {"n": 1}, idempotency_key="one") for _ in range(2)]
+print(ids[0] == ids[1])
+tell(outbox.emit, conn, "order.created", {"n": 2}, idempotency_key="one")
+tell(outbox.emit, conn, "not valid!", {})
+for _ in range(2):
+    tell(inbox.accept, conn, "msg_1")
+    tell(outbox.add_endpoint, "https://example.com/", id="erp", conn=conn)
+tell(outbox.update_endpoint, "erp", rate=3, conn=conn)
+tell(outbox.endpoint, "none", conn=conn)
+tell(outbox.endpoints, conn=conn)
+for verb in (outbox.rotate_secret, outbox.disable_endpoint, outbox.enable_endpoint):
+    tell(verb, "erp", conn=conn)
+tell(outbox.resend, ids[0], conn=conn)
+tell(outbox.backfill, "erp", since=0, conn=conn)
+tell(outbox.replay, all=True, conn=conn)
+tell(outbox.discard, all=True, dry_run=True, conn=conn)
+tell(outbox.remove_endpoint, "erp", conn=conn)
+try:
+    conn.execute("INSERT INTO webhook_emit (type, data) VALUES ('order.created', 'no JSON')")
+except Exception as error:
+    print("data must be JSON" in str(error))
+conn.execute("SAVEPOINT inner")
+outbox.emit(conn, "order.created", 2)
+conn.execute("ROLLBACK TO inner")
+conn.execute("COMMIT")
+conn.execute("BEGIN")
+outbox.emit(conn, "order.created", 3)
+conn.execute("ROLLBACK")
+elsewhere = connect(path + ".other")
+elsewhere.execute("BEGIN")
+tell(outbox.emit, elsewhere, "order.created", {})
+tell(outbox.endpoints, conn=elsewhere)
+"""
+OTHER_REFUSALS = """
+from webhook_outbox import main
+outbox, inbox, conn = Outbox(path), Inbox(path), connect(path)
+conn.execute("BEGIN IMMEDIATE")
+alone = "drain and look in another process"
+with outbox._lock:
+    acts = {name: getattr(outbox, name) for name in "start drain stats metrics endpoints failed events prune".split()}
+acts |= {"ping": lambda: outbox.ping("crm"), "transaction": lambda: outbox.transaction().__enter__()}
+acts |= {"add": lambda: outbox.add_endpoint("https://example.com/"), "forget": lambda: inbox.prune(0)}
+for name, act in acts.items():
+    try:
+        print(name, act())
+    except OutboxError as error:
+        assert f"{library.partition('.')[0]} is loaded in this process" in str(error), error
+        assert alone in str(error) and "sqlite_only=True" in str(error), error
+assert main(["--db", path, "status"]) == 1
+print(sorted(os.path.basename(os.readlink(f"/proc/self/fd/{n}")) for n in os.listdir("/proc/self/fd")
+      if os.path.exists(f"/proc/self/fd/{n}") and "app.db" in os.readlink(f"/proc/self/fd/{n}")))
+"""
+
+
+def other_library(library: str, path: str, code: str) -> list[str]:
+    if importlib.machinery.PathFinder.find_spec(library.partition(".")[0]) is None:
+        pytest.skip(f"there is no {library} here")
+    with run_python(OTHER_LIBRARY + code, library, path) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return out.splitlines()
+
+
+every_other_library = pytest.mark.parametrize(
+    "library", ["apsw", "pysqlite3.dbapi2", "sqlcipher3.dbapi2"]
+)
+
+
+@every_other_library
+def test_a_connection_of_another_sqlite_library_is_taken_as_sqlite3s_is(tmp_path, library):
+    said = []
+    for name in ("sqlite3", library):
+        path = make_database(tmp_path / "app.db", "delete")
+        make_outbox(path).add_endpoint("https://example.com/", id="crm")
+        said.append(other_library(name, path, OTHER_VERBS))
+        events = [(event.type, event.data) for event in make_outbox(path).events()]
+        assert events == [("order.created", {"n": 1})]
+        os.unlink(path)
+    assert said[1] == said[0] and len(said[0]) == 22
+
+
+@every_other_library
+def test_beside_another_sqlite_library_nothing_of_ours_opens_the_file(wal, library):
+    make_outbox(wal).add_endpoint("https://example.com/", id="crm")
+    said = other_library(library, wal, OTHER_REFUSALS)
+    assert said == ["['app.db', 'app.db-shm', 'app.db-wal']"]  # those of the app's own connection
+
+
+@pytest.mark.parametrize("made", ["no file", "no tables", "older"])
+def test_an_outbox_beside_another_sqlite_library_looks_at_the_file_when_it_gets_a_connection(
+    tmp_path, made
+):
+    path = str(tmp_path / "app.db")
+    if made != "no file":
+        make_database(tmp_path / "app.db")
+    if made == "older":
+        Outbox(path)
+        query(path, "UPDATE webhook_meta SET value = 0 WHERE key = 'schema_version'")
+    code = """
+    tell(Outbox, path, create=False)
+    outbox, conn = Outbox(path), connect(path)
+    conn.execute("BEGIN")
+    tell(outbox.emit, conn, "order.created", {})
+    """
+    first, emitted = other_library("apsw", path, textwrap.dedent(code))
+    assert ("does not exist" in first) == (made == "no file")
+    assert "has no webhook tables; `python -m webhook_outbox --db " in emitted
+
+
+def test_a_file_that_only_sqlite3_opens_is_drained_beside_another_library_if_the_app_says_so(wal):
+    code = """
+    tell(Outbox(path).stats)
+    outbox = Outbox(path, sqlite_only=True)
+    with outbox.transaction() as conn:
+        outbox.emit(conn, "order.created", {})
+    tell(outbox.drain, once=True)
+    print(Inbox(path, sqlite_only=True).prune(0))
+    """
+    said = other_library("apsw", wal, textwrap.dedent(code))
+    assert "apsw is loaded" in said[0]
+    assert said[1:] == ["drain DrainReport(delivered=0, retried=0, failed=0, pending=0)", "0"]
+
+
+def test_a_drain_touches_the_file_no_more_once_another_sqlite_library_was_loaded(wal, serve):
+    """Neither its end nor that of the Outbox may drop the other library's locks."""
+    receiver, outbox = serve(), make_outbox(wal)
+    outbox.add_endpoint(receiver.url())
+    code = """
+    import gc, logging, sys, sqlite3, time
+    from webhook_outbox import Outbox
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    outbox = Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"])
+    outbox.start()
+    with outbox.transaction() as conn:
+        outbox.emit(conn, "order.created", {})
+    while outbox.stats().pending:
+        time.sleep(0.01)
+    import apsw
+    conn = apsw.Connection(sys.argv[1])
+    conn.execute("BEGIN IMMEDIATE")
+    outbox.emit(conn, "order.created", {})  # rings the drain's bell
+    end = time.monotonic() + 20
+    while outbox.running and time.monotonic() < end:
+        time.sleep(0.01)
+    outbox.stop()
+    del outbox
+    gc.collect()
+    print("locked", flush=True)
+    sys.stdin.read()
+    conn.execute("COMMIT")
+    """
+    with run_python(code, wal, stdin=subprocess.PIPE) as process:
+        assert "draining stopped (OutboxError: apsw is loaded" in process.stdout.readline()
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(sqlite3.OperationalError, match="locked"), emit_host(wal) as conn:
+            conn.execute("PRAGMA busy_timeout = 0")
+            conn.execute("BEGIN IMMEDIATE")
+        process.stdin.close()
+        assert process.wait(60) == 0
+    assert len(receiver.requests) == 1 and outbox.drain(once=True).delivered == 1
+    assert query(wal, "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.long
+@every_other_library
+def test_the_minute_that_damaged_a_file_ends_with_a_whole_one(wal, library):
+    """A write each millisecond through the other library, while all that could open the file tries
+    to: without the refusal it is malformed within eight seconds."""
+    make_outbox(wal).add_endpoint("https://example.com/", id="crm")
+    code = """
+    outbox, conn, end = Outbox(path), connect(path), time.monotonic() + 20
+    conn.execute("PRAGMA busy_timeout = 5000")
+    while time.monotonic() < end:
+        conn.execute("BEGIN IMMEDIATE")
+        conn.execute("INSERT INTO orders (total) VALUES (1)")
+        outbox.emit(conn, "order.created", {})
+        for act in (outbox.start, outbox.stats, Outbox, Inbox):
+            try:
+                act(path) if isinstance(act, type) else act()
+            except OutboxError:
+                pass
+        conn.execute("COMMIT")
+        time.sleep(0.001)
+    """
+    with contextlib.ExitStack() as stack:
+        drain = stack.enter_context(
+            run_python(
+                "import sys, webhook_outbox; webhook_outbox.Outbox(sys.argv[1]).drain()", wal
+            )
+        )
+        stack.callback(drain.kill)
+        assert other_library(library, wal, textwrap.dedent(code)) == []
+    assert query(wal, "PRAGMA integrity_check") == [("ok",)]
+    counts = "SELECT (SELECT count(*) FROM orders) = (SELECT count(*) FROM webhook_events)"
+    assert query(wal, counts) == [(1,)]
 
 
 def test_importing_the_module_imports_no_framework():
@@ -9268,26 +9606,6 @@ def test_metrics_of_an_empty_outbox_are_well_formed(wal, cli):
     assert cli("metrics").strip() == make_outbox(wal).metrics().strip()
 
 
-def test_an_emit_on_apsw_shares_the_fate_of_the_rows_beside_it(database):
-    outbox = make_outbox(database)
-    outbox.add_endpoint("https://example.com/", id="crm")
-    with contextlib.closing(apsw.Connection(database)) as conn:
-        with pytest.raises(NotInTransaction):
-            outbox.emit(conn, "order.created", 0)
-        with conn:
-            conn.execute("INSERT INTO orders (total) VALUES (1)")
-            ids = [outbox.emit(conn, "order.created", 1, idempotency_key="once") for _ in range(2)]
-        with contextlib.suppress(ZeroDivisionError), conn:
-            conn.execute("INSERT INTO orders (total) VALUES (2)")
-            outbox.emit(conn, "order.created", 2)
-            raise ZeroDivisionError
-        with conn, contextlib.suppress(ZeroDivisionError), conn:  # a savepoint
-            outbox.emit(conn, "order.created", 3)
-            raise ZeroDivisionError
-    assert [event.id for event in outbox.events()] == [ids[0]] == [ids[1]]
-    assert query(database, "SELECT total FROM orders") == [(1.0,)]
-
-
 @pytest.mark.long
 def test_the_observer_may_stop_the_drain_and_somebody_start_it_again(wal, serve):
     receiver = serve()
@@ -10476,9 +10794,7 @@ def test_no_statement_of_a_turn_takes_longer_beside_a_large_backlog(wal, serve, 
                 "UPDATE webhook_deliveries SET status = 'delivered', delivered_at = 1.0 WHERE event % 5 = 0"
             )
             conn.commit()
-        monkeypatch.setattr(
-            sqlite3, "connect", lambda *args, **options: connect(*args, factory=Counted, **options)
-        )
+        monkeypatch.setattr(sqlite3, "Connection", Counted)
         Counted.steps = {}
         receiver.requests.clear()
         emit(outbox, "now", key="other")
@@ -12669,15 +12985,19 @@ def test_looking_at_all_that_wait_takes_a_fifth_of_the_time_and_comes_again_each
 
 
 class Refusing(sqlite3.Connection):
-    """Refuses one statement, as while a host commits in rollback mode: the one that makes `left`
-    0."""
+    """Refuses one statement of the drain, as while a host commits in rollback mode: the one that
+    makes `left` 0."""
 
     left = 0
     text = ""
 
+    def __init__(self, *args: Any, timeout: float, **options: Any) -> None:
+        super().__init__(*args, timeout=timeout, **options)
+        self.drains = timeout == 0.0  # the drain waits for no lock
+
     def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        Refusing.left -= 1
-        if Refusing.left == 0:
+        Refusing.left -= self.drains
+        if self.drains and Refusing.left == 0:
             Refusing.text = sql
             raise sqlite3.OperationalError("database is locked")
         return super().execute(sql, *values)
@@ -12689,13 +13009,7 @@ def test_a_host_that_commits_at_any_statement_of_a_turn_costs_no_delivery(
     wal, serve, monkeypatch, step
 ):
     """Whatever the turn had read before is not forgotten: `until_empty` would end without it."""
-    connect, begun = sqlite3.connect, threading.Event()
-
-    def connect_refusing(*args: Any, **options: Any) -> sqlite3.Connection:
-        ours = (
-            {"factory": Refusing} if options.get("timeout") == 0.0 else {}
-        )  # the drain waits for no lock
-        return connect(*args, **options, **ours)
+    begun = threading.Event()
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
         if not begun.is_set():
@@ -12714,7 +13028,7 @@ def test_a_host_that_commits_at_any_statement_of_a_turn_costs_no_delivery(
         )
     for name in ("new", "later"):  # whose endpoints have to be read first
         outbox.add_endpoint(serve().url(), id=name, events=[name])
-    monkeypatch.setattr(sqlite3, "connect", connect_refusing)
+    monkeypatch.setattr(sqlite3, "Connection", Refusing)
     for n in itertools.count(1, step):
         begun.clear()
         emit(outbox, key="k"), emit(outbox, key="k"), emit(outbox, delay=0.01)

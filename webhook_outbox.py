@@ -139,6 +139,20 @@ __all__ = [
 
 _log = logging.getLogger("webhook_outbox")
 
+
+def _utc() -> float:
+    """Return time.time(), by its name: a test of the host may have frozen it (freezegun)."""
+    return time.time()
+
+
+# Seconds that only grow. Tests of the host freeze time.time and time.monotonic (freezegun): a
+# deadline would never come then, so the kernel's clock is asked by the name that stays.
+_monotonic = (
+    functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+    if hasattr(time, "CLOCK_MONOTONIC")
+    else functools.partial(time.monotonic)
+)
+
 # ── defaults and schema ───────────────────────────────────────────────────────────────────────────
 # Promises: the tables are the whole state; each trigger is one rule of the product, so that plain
 # SQL (the sqlite3 shell, another language) gets the same rules. Knows nothing about Python.
@@ -206,7 +220,7 @@ _TOUCH = """
 # Says that a delivery of an event that a drain has seen already became due: it looks over all that
 # wait.
 _WORK = "UPDATE webhook_meta SET value = value + 1 WHERE key = 'work'"
-_NOW = "(julianday('now') - 2440587.5) * 86400.0"
+_NOW = "(julianday('now') - 2440587.5) * 86400"
 _EVENT_ID = "printf('msg_%016x', {})"
 _CHANCE_BITS = 20
 _CHANCE = f"abs(random() % {1 << _CHANCE_BITS})"
@@ -352,10 +366,11 @@ _FIRST_SCHEMA = (
   bad INTEGER NOT NULL DEFAULT 0,              -- and failures
   paused_until REAL NOT NULL DEFAULT 0,        -- Retry-After, or the pause before the next probe
   version INTEGER NOT NULL DEFAULT 0,          -- kept by triggers: of what the drain must know
-  CHECK (typeof(rate) IN ('real', 'null') AND typeof(timeout) IN ('real', 'null')),
+  CHECK (typeof(rate) = 'real' OR rate IS NULL), CHECK (typeof(timeout) = 'real' OR timeout IS NULL),
   CHECK (typeof(max_in_flight) = 'integer' AND max_in_flight > 0 AND typeof(failures) = 'integer'),
-  CHECK (typeof(paused_until) = 'real' AND typeof(failing_since) IN ('real', 'null')),
-  CHECK (typeof(good) = 'integer' AND typeof(bad) = 'integer' AND typeof(unsteady_since) IN ('real', 'null'))
+  CHECK (typeof(failing_since) = 'real' OR failing_since IS NULL), CHECK (typeof(paused_until) = 'real'),
+  CHECK (typeof(unsteady_since) = 'real' OR unsteady_since IS NULL),
+  CHECK (typeof(good) = 'integer' AND typeof(bad) = 'integer')
 )""",
     """CREATE INDEX webhook_endpoints_version ON webhook_endpoints (version)""",
     # What a customer looks at costs what that customer has, however much the others have.
@@ -404,7 +419,8 @@ _FIRST_SCHEMA = (
   delivered_at REAL,
   queue TEXT,                                  -- the event's key; '' on an ordered endpoint
   PRIMARY KEY (event, endpoint_id),
-  CHECK (typeof(attempts) = 'integer' AND typeof(due_at) = 'real' AND typeof(first_attempt_at) IN ('real', 'null'))
+  CHECK (typeof(attempts) = 'integer' AND typeof(due_at) = 'real'),
+  CHECK (typeof(first_attempt_at) = 'real' OR first_attempt_at IS NULL)
 ) WITHOUT ROWID""",
     """CREATE INDEX webhook_deliveries_due ON webhook_deliveries (endpoint_id, due_at, event)
  WHERE status = 'pending'""",
@@ -481,7 +497,7 @@ END""",
 SELECT type, data, tenant, key, idempotency_key, 0.0 AS delay, headers, created_at FROM webhook_events""",
     f"""CREATE TRIGGER webhook_emit_insert INSTEAD OF INSERT ON webhook_emit BEGIN{_EMIT_CHECKS}
   INSERT INTO webhook_accept (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at)
-  VALUES (max((min(CAST({_NOW} * 1000 AS INTEGER), {_LAST_MILLISECOND}) << {_CHANCE_BITS}) | {_CHANCE},
+  VALUES (max((min(CAST({_NOW}000 AS INTEGER), {_LAST_MILLISECOND}) << {_CHANCE_BITS}) | {_CHANCE},
               coalesce((SELECT max(seq) FROM webhook_events), 0) + 1 + {_CHANCE}),
           NEW.type, CAST(NEW.tenant AS TEXT), CAST(NEW.data AS TEXT), nullif(NEW.key, ''),
           NEW.idempotency_key, NEW.headers, coalesce(NEW.created_at, {_NOW}),
@@ -1662,10 +1678,10 @@ class _Lookups:
         try:
             answer = self._ask(host, port)
             patience = self._PATIENCE if host in self._last else _LOOKUP_TIMEOUT
-            addresses = answer.result(max(0.0, min(patience, deadline - time.monotonic())))
+            addresses = answer.result(max(0.0, min(patience, deadline - _monotonic())))
         except concurrent.futures.TimeoutError:
             with self._lock:
-                self._rests[host] = time.monotonic() + self._RESTS
+                self._rests[host] = _monotonic() + self._RESTS
             return self._again(host, _NoAddress(f"looking up {host} took too long"))
         except _NoAddress as error:
             return self._again(host, error)
@@ -1684,7 +1700,7 @@ class _Lookups:
     def _ask(self, host: str, port: int) -> concurrent.futures.Future[list[str]]:
         """Return the answer to come to a lookup, begun now unless one is under way."""
         with self._lock:
-            if time.monotonic() < self._rests.get(host, 0.0):
+            if _monotonic() < self._rests.get(host, 0.0):
                 raise _NoAddress(f"looking up {host} took too long lately; it rests for a minute")
             answer = self._running.get(host)
             if answer is None:
@@ -1755,7 +1771,7 @@ def _dial(guard: _Guard, lookups: _Lookups, place: _Place, until: float) -> sock
             raise _Blocked(f"{place.host} is not a public address")
     failure: OSError = TimeoutError("no time left to connect")
     for tried, address in enumerate(addresses):
-        patience = (until - time.monotonic()) / (len(addresses) - tried)
+        patience = (until - _monotonic()) / (len(addresses) - tried)
         if patience <= 0:
             break
         try:
@@ -1827,14 +1843,12 @@ class _Opener:
 
     def _directly(self, place: _Place, deadline: float) -> socket.socket:
         sock = _dial(
-            self.guard, self.lookups, place, min(deadline, time.monotonic() + self.connect_timeout)
+            self.guard, self.lookups, place, min(deadline, _monotonic() + self.connect_timeout)
         )
         if place.scheme == "http":
             return sock
         try:
-            sock.settimeout(
-                max(0.001, deadline - time.monotonic())
-            )  # do_handshake takes it as a total
+            sock.settimeout(max(0.001, deadline - _monotonic()))  # do_handshake takes it as a total
             return self.contexts.get(place.ca, place.cert).wrap_socket(
                 sock, server_hostname=place.host.rstrip(".")
             )
@@ -1851,7 +1865,7 @@ class _Opener:
             prepared, verify=True, proxies=proxies
         )
         connection = pool._new_conn()
-        connection.timeout = max(0.001, deadline - time.monotonic())
+        connection.timeout = max(0.001, deadline - _monotonic())
         try:
             if place.scheme == "https":
                 # urllib3 1.26 gives Python no name to check where the host is an address; it then
@@ -1875,13 +1889,13 @@ class _Opener:
             with contextlib.suppress(OSError, AttributeError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
-        timer = threading.Timer(max(0.001, deadline - time.monotonic()), cut)
+        timer = threading.Timer(max(0.001, deadline - _monotonic()), cut)
         timer.daemon = True
         timer.start()
         try:
             pool._prepare_proxy(connection)
         except Exception:
-            if time.monotonic() >= deadline:
+            if _monotonic() >= deadline:
                 raise TimeoutError from None
             raise
         finally:
@@ -1933,8 +1947,10 @@ def _iso(at: float) -> str:
     return f"{_iso_second(second)}.{milli:03d}Z"
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+def _dumps(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    return json.dumps(
+        value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=default
+    )
 
 
 class _Picked(NamedTuple):
@@ -3102,6 +3118,7 @@ class _Process:
         self.descriptors: set[int] = set()  # open lock files, of which a child closes its copies
         self.drains: set[_DrainFile] = set()  # that drains have open
         self.outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()  # made
+        self.sqlite_only: set[str] = set()  # files that no other SQLite library opens here: _alone
 
     def pin(self, db: sqlite3.Connection) -> None:
         """Note a connection that was just opened."""
@@ -3134,7 +3151,8 @@ class _Process:
     def _in_parent(self) -> None:
         for drain in list(self.drains):
             drain.unpark()
-        self.forking.release()
+        with contextlib.suppress(RuntimeError):  # a server in C may run this hook alone
+            self.forking.release()
 
     def _in_child(self) -> None:
         import ctypes
@@ -3155,29 +3173,104 @@ class _Process:
 _PROCESS: _Process = globals().get("_PROCESS") or _Process()  # the old one after a reload
 
 
+# SQLite libraries that Python can load, as modules that have a Connection. The standard library's
+# is among them, since pysqlite3 may have been put in its place (sys.modules["sqlite3"]).
+_LIBRARIES = (
+    *("_sqlite3", "apsw", "cysqlite", "libsql", "libsql_experimental", "pysqlcipher3.dbapi2"),
+    *("pysqlite3.dbapi2", "sqlcipher3.dbapi2", "sqlean.dbapi2", "turso"),
+)
+
+
+def _other_library() -> str | None:
+    """Name a SQLite library that is loaded in this process beside the one that we use."""
+    for name in _LIBRARIES:
+        module = sys.modules.get(name)
+        if module is not None:
+            theirs = getattr(module, "Connection", None)
+            if not isinstance(theirs, type) or not issubclass(sqlite3.Connection, theirs):
+                return name.partition(".")[0]
+    return None
+
+
+def _alone(path: str) -> bool:
+    """Say whether we may open and close a file in this process.
+
+    SQLite's locks are POSIX locks, and those belong to the process: when one SQLite library closes
+    a file, or unlocks it, the locks that another one has on it there are gone too, in the middle of
+    a transaction, and the file is damaged within seconds (sqlite.org/howtocorrupt.html, 2.2.1). What
+    a library will open is not known before it does, so its presence is enough, unless the host said
+    `sqlite_only=True`.
+    """
+    return path in _PROCESS.sqlite_only or _other_library() is None
+
+
+def _check_alone(path: str) -> None:
+    if not _alone(path):
+        raise OutboxError(
+            f"{_other_library()} is loaded in this process, and two SQLite libraries in one process "
+            f"damage a file that both open: drain and look in another process "
+            f"(`python -m webhook_outbox --db {path} drain`), pass conn= here, or, if nothing but "
+            "sqlite3 opens this file here, say Outbox(..., sqlite_only=True)"
+        )
+
+
 # Decodes what SQLite calls text: plain SQL can store any bytes, and one such row must not stop
 # every reader. What is no UTF-8 becomes lone surrogates, which cannot be encoded, so that the
 # attempt fails and not the drain.
 _lenient_text = operator.methodcaller("decode", "utf-8", "surrogateescape")
 
 
-def _open(path: str, patience: float = 5.0, create: bool = False) -> sqlite3.Connection:
-    """Open a connection of our own, autocommit. patience: seconds that SQLite waits for a lock."""
-    if not create and not os.path.exists(path):  # SQLite would put an empty file there
+_NO_TEMPORARY_FOLDER = (
+    "SQLite finds no folder for temporary files that can be written (of /var/tmp, /tmp and the "
+    "current one): mount one, or name one in the variable SQLITE_TMPDIR, or say PRAGMA temp_store = "
+    "MEMORY on your connection"
+)
+
+
+def _temporary_folder() -> str | None:
+    """Return where SQLite puts temporary files (a statement's journal beyond 64 KiB is one), by its
+    own order; None where it finds no folder: in a container whose root is read-only, say."""
+    chosen = os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR")
+    if sys.platform == "win32":
+        return "there is one"
+    for folder in (*chosen, "/var/tmp", "/usr/tmp", "/tmp", "."):
+        if folder and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return None
+
+
+def _check_there(path: str) -> None:
+    if not os.path.exists(path):  # SQLite would put an empty file there
         raise SchemaError(
             f"{path} does not exist; `python -m webhook_outbox --db {path} init` makes it"
         )
+
+
+def _open(path: str, patience: float = 5.0, create: bool = False) -> sqlite3.Connection:
+    """Open a connection of our own, autocommit. patience: seconds that SQLite waits for a lock.
+
+    By the class, because tracing agents replace sqlite3.connect by one that returns a proxy.
+    """
+    _check_alone(path)
+    if not create:
+        _check_there(path)
     try:
-        db = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
+        db = sqlite3.Connection(
+            path, timeout=patience, isolation_level=None, check_same_thread=False
+        )
     except sqlite3.Error as error:
         raise SchemaError(f"{path} cannot be opened ({error}); does its folder exist?") from None
     db.text_factory = _lenient_text
     _PROCESS.pin(db)
+    if not _temporary_folder():
+        db.execute("PRAGMA temp_store = MEMORY")
     return db
 
 
-def _close(db: sqlite3.Connection) -> None:
-    if _PROCESS.unpin(db):
+def _close(db: sqlite3.Connection, path: str) -> None:
+    """Close a connection of our own. Beside a SQLite library that was loaded since it was opened it
+    stays open to the end of the process: to close it would drop that one's locks."""
+    if _alone(path) and _PROCESS.unpin(db):
         db.close()
 
 
@@ -3187,7 +3280,7 @@ def _session(path: str, create: bool = False) -> Iterator[sqlite3.Connection]:
     try:
         yield db
     finally:
-        _close(db)
+        _close(db, path)
 
 
 @contextlib.contextmanager
@@ -3225,6 +3318,9 @@ def _plain_text(db: sqlite3.Connection) -> Iterator[None]:
             db.text_factory = factory
 
 
+_OUR_OBJECTS = "SELECT type, name, sql FROM sqlite_master WHERE name GLOB 'webhook_*'"
+
+
 def _meta(db: sqlite3.Connection, key: str) -> Any:
     row = (
         sqlite3.Cursor(db)
@@ -3232,6 +3328,21 @@ def _meta(db: sqlite3.Connection, key: str) -> Any:
         .fetchone()
     )
     return row and row[0]
+
+
+def _check_version(version: int, path: str, make: bool = True) -> None:
+    """Refuse the tables of a newer version, and, where we must not make any, of an older one."""
+    if version > len(_SCHEMA):
+        raise SchemaError(
+            f"{path} was written by a newer webhook_outbox (schema {version}, this file knows "
+            f"{len(_SCHEMA)}); update your copy of webhook_outbox.py"
+        )
+    if version < len(_SCHEMA) and not make:
+        older = f"has tables of an older webhook_outbox (schema {version})"
+        raise SchemaError(
+            f"{path} {older if version else 'has no webhook tables'}; "
+            f"`python -m webhook_outbox --db {path} init` makes them"
+        )
 
 
 def _version(db: sqlite3.Connection, path: str) -> int:
@@ -3244,67 +3355,164 @@ def _version(db: sqlite3.Connection, path: str) -> int:
         raise
     except (sqlite3.DatabaseError, ValueError) as error:
         raise SchemaError(f"{path} cannot be read as a SQLite database ({error})") from None
-    if version > len(_SCHEMA):
-        raise SchemaError(
-            f"{path} was written by a newer webhook_outbox (schema {version}, this file knows {len(_SCHEMA)}); "
-            "update your copy of webhook_outbox.py"
-        )
+    _check_version(version, path)
     return version
 
 
-def _prepare_file(path: str, create: bool) -> str:
-    """Make or check the tables of a file; return the outbox's identity, which emit compares."""
+class _Plan(NamedTuple):
+    """What the tables of the newest version look like, as SQLite itself tells."""
+
+    objects: dict[tuple[str, str], str]  # type (table, view, ...) and name -> SQL, in their order
+    meta: tuple[tuple[str, Any], ...]  # rows of webhook_meta
+
+
+@functools.lru_cache(maxsize=2)
+def _plan(schema: tuple[tuple[str, ...], ...]) -> _Plan:
+    """Make the tables in memory, once in a process, and read off what came of it: later versions
+    may change what earlier ones made."""
+    with contextlib.closing(sqlite3.Connection(":memory:", isolation_level=None)) as db:
+        for statement in itertools.chain.from_iterable(schema):
+            db.execute(statement)
+        objects = {(type, name): sql for type, name, sql in db.execute(_OUR_OBJECTS)}
+        return _Plan(objects, tuple(db.execute("SELECT key, value FROM webhook_meta")))
+
+
+def _lacking(db: sqlite3.Connection) -> list[tuple[str, str]]:
+    """Return type and name of what is missing of our tables, views, indexes and triggers, in the
+    order in which they have to be made."""
+    there = set(db.execute("SELECT type, name FROM sqlite_master"))
+    return [key for key in _plan(_SCHEMA).objects if key not in there]
+
+
+def _repair(db: sqlite3.Connection) -> None:
+    """Make again what is missing, in the caller's transaction. Other tools drop tables that they do
+    not know (Alembic's autogenerate), and leave the views that stand on them.
+
+    What triggers keep is reckoned anew: each endpoint is switched off and on, or on and off. A file
+    whose webhook_meta was lost is another outbox from now on: whoever has the old one open is told.
+    """
+    plan = _plan(_SCHEMA)
+    for key in _lacking(db):
+        db.execute(plan.objects[key])
+    for name, value in plan.meta:
+        value = secrets.token_hex(8) if name == "outbox" else value
+        db.execute("INSERT OR IGNORE INTO webhook_meta VALUES (?, ?)", (name, value))
+    for _ in range(2):
+        db.execute("UPDATE webhook_endpoints SET enabled = NOT enabled")
+
+
+def _make_tables(db: sqlite3.Connection, path: str, version: int) -> None:
+    """Bring the tables to the newest version, and repair what is missing then."""
+    while version < len(_SCHEMA):
+        with _transaction(path) as own:
+            if _version(own, path) == version:  # another process may have been first
+                if version == 0 and own.execute(_OUR_OBJECTS).fetchone():
+                    _repair(own)
+                    return
+                for statement in _SCHEMA[version]:
+                    own.execute(statement)
+        version += 1
+    if _lacking(db):
+        with _transaction(path) as own:
+            _repair(own)
+
+
+def _prepare_file(path: str, create: bool) -> str | None:
+    """Make or check the tables of a file; return the outbox's identity, which emit compares. None
+    where another SQLite library is loaded: then the host's connections show what is there."""
     if sqlite3.sqlite_version_info < _SQLITE_NEEDED:
         raise SchemaError(f"SQLite {sqlite3.sqlite_version} is too old; 3.34 or newer is needed")
+    if not _alone(path):
+        if not create:
+            _check_there(path)
+        return None
     try:
         with _session(path, create) as db:
             version = _version(db, path)
-            if not create and version < len(_SCHEMA):
-                what = (
-                    f"has tables of an older webhook_outbox (schema {version})"
-                    if version
-                    else "has no webhook tables"
-                )
+            _check_version(version, path, make=create)
+            if create:
+                _make_tables(db, path, version)
+            elif lacking := _lacking(db):
+                names = ", ".join(f"the {type} {name}" for type, name in lacking)
                 raise SchemaError(
-                    f"{path} {what}; `python -m webhook_outbox --db {path} init` makes them"
+                    f"{path} lacks {_one_line(names, 200)}; "
+                    f"`python -m webhook_outbox --db {path} init` makes it again"
                 )
-            while version < len(_SCHEMA):
-                with _transaction(path) as own:
-                    if _version(own, path) == version:  # another process may have been first
-                        for statement in _SCHEMA[version]:
-                            own.execute(statement)
-                version += 1
             return str(_meta(db, "outbox"))
     except sqlite3.Error as error:
         raise SchemaError(f"{path} cannot be used: {error}") from None
 
 
+def _is_sqlite3(conn: Any) -> bool:
+    """Say whether this is a connection of the standard library, and not a proxy of one, which lies
+    in isinstance."""
+    return issubclass(type(conn), sqlite3.Connection)
+
+
+def _unproxied(conn: Any) -> Any:
+    """Return the object under the proxies of a tracing agent, or under Flask's LocalProxy: a
+    sqlite3.Cursor cannot be made of them."""
+    for _ in range(8):
+        if _is_sqlite3(conn):
+            break
+        if hasattr(conn, "_get_current_object"):
+            conn = conn._get_current_object()
+        elif hasattr(conn, "__wrapped__"):
+            conn = conn.__wrapped__
+        else:
+            break
+    return conn
+
+
 def _driver(conn: Any) -> Any:
     """Return the connection that a driver made, under what a framework hands out: SQLAlchemy's
-    Connection or Session, Django's connection or its alias, peewee's Database, a cursor. Known by
-    what they have; nothing is imported."""
-    if isinstance(conn, sqlite3.Connection):
-        return conn
+    Connection or Session, Django's connection or its alias, peewee's Database, a cursor; under an
+    agent's proxies, too. Known by what they have; nothing is imported."""
+    conn = _unproxied(conn)
     django = sys.modules.get("django.db")
     if isinstance(conn, str) and django and conn in django.connections:
         conn = django.connections[conn]
+    if hasattr(conn, "run_sync"):
+        raise PayloadError(f"{type(conn).__name__} is asynchronous: await outbox.aemit(...)")
     if hasattr(conn, "ensure_connection"):  # Django's may not be open yet
         conn.ensure_connection()
     for _ in range(4):  # a Session has a Connection, that has a pooled one, that has the driver's
-        inner = getattr(conn, "driver_connection", None) or getattr(conn, "connection", None)
-        if isinstance(conn, sqlite3.Connection) or inner is None:
+        if _is_sqlite3(conn):
             break
-        conn = inner if isinstance(inner, sqlite3.Connection) or not callable(inner) else inner()
+        inner = getattr(conn, "driver_connection", None) or getattr(conn, "connection", None)
+        if inner is None:
+            break
+        inner = _unproxied(inner)
+        conn = inner if _is_sqlite3(inner) or not callable(inner) else _unproxied(inner())
     return conn
+
+
+@contextlib.contextmanager
+def _begun(conn: Any) -> Iterator[None]:
+    """Begin the transaction of SQLAlchemy's Connection, if it has none, as a statement that goes
+    through it would. Else its commit() does nothing after ours, and the event is lost. (A Session
+    begins when it is asked for its connection; other wrappers hand commit() to the driver.) When
+    the block raises it is as it was."""
+    conn = _unproxied(conn)
+    wanted = hasattr(conn, "exec_driver_sql") and not hasattr(conn, "run_sync")
+    if not wanted or conn.in_transaction():
+        yield
+        return
+    if not hasattr(conn, "commit"):  # SQLAlchemy 1.4 commits only a transaction that one began
+        raise NotInTransaction("the connection has no transaction: begin one first (begin())")
+    transaction = conn.begin()
+    try:
+        yield
+    except BaseException:
+        transaction.rollback()
+        raise
 
 
 def _host(conn: Any) -> sqlite3.Connection:
     """Return the connection under what a host hands us, once we know that what we write commits
     with its rows."""
     db = _driver(conn)
-    if not isinstance(db, sqlite3.Connection) and not (
-        hasattr(db, "execute") and hasattr(db, "in_transaction")
-    ):
+    if not _is_sqlite3(db) and not (hasattr(db, "execute") and hasattr(db, "in_transaction")):
         raise PayloadError(
             f"expected a connection to the outbox's SQLite file, not {type(conn).__name__}"
         )
@@ -3322,74 +3530,54 @@ def _host(conn: Any) -> sqlite3.Connection:
     return db  # type: ignore[no-any-return]
 
 
+def _check_uwsgi() -> None:
+    """Refuse a thread where uWSGI is about to fork: it loads the app before it makes its workers,
+    and makes them in C, past Python's hooks, so that each inherits the locks of a thread that it
+    does not have."""
+    uwsgi: Any = sys.modules.get("uwsgi")
+    if not hasattr(uwsgi, "masterpid") or uwsgi.worker_id() or uwsgi.mule_id():
+        return
+    if uwsgi.masterpid() == os.getpid() or (uwsgi.masterpid() == 0 and uwsgi.numproc > 1):
+        raise OutboxError(
+            "uWSGI has not made its workers yet, and threads do not survive that: call start() in a "
+            "function under @uwsgidecorators.postfork, or set lazy-apps = true"
+        )
+
+
+def _as_they_are(cursor: Any, row: Any) -> Any:
+    return row
+
+
 def _cursor(db: Any) -> sqlite3.Cursor:
     """Return a cursor without the host's row_factory; a driver's look-alike has only its own."""
-    if isinstance(db, sqlite3.Connection):
+    if _is_sqlite3(db):
         return sqlite3.Cursor(db)
     cursor = db.cursor()
-    with contextlib.suppress(AttributeError):  # apsw's has none
-        cursor.row_factory = None
+    for name, value in (("row_factory", None), ("row_trace", _as_they_are)):  # the latter: apsw's
+        with contextlib.suppress(AttributeError):
+            setattr(cursor, name, value)
     return cursor  # type: ignore[no-any-return]
+
+
+def _changes(cursor: sqlite3.Cursor) -> int:
+    """Return how many rows the statement before changed. Not the cursor's rowcount: apsw has none,
+    and under PRAGMA count_changes the driver's is wrong."""
+    cursor.execute("SELECT changes()")
+    return int(cursor.fetchall()[0][0])
 
 
 def _in_its_thread(conn: Any, do: Callable[[Any], str]) -> str:
     """Call do with the driver's connection: at once, or, under the synchronous side of SQLAlchemy's
     AsyncSession, in the thread that aiosqlite keeps for it."""
-    db = _driver(conn)
-    if not hasattr(db, "_execute"):
-        return do(conn)
-    util = sys.modules["sqlalchemy.util"]
-    wait = getattr(util, "await_only", None) or util.concurrency.await_
-    return str(wait(db._execute(do, db._conn)))
-
-
-@contextlib.contextmanager
-def _host_errors(db: sqlite3.Connection, path: str) -> Iterator[None]:
-    """Turn SQLite's errors inside the host's transaction into ours; what is the host's business
-    (busy) passes."""
-    before = db.in_transaction
-    try:
-        yield
-    except (sqlite3.Error, SchemaError) as error:
-        text = str(error)
-        if not before and db.in_transaction:
-            db.rollback()  # the driver began it for our statement alone: nothing of the host's is in it
-        if before and not db.in_transaction:
-            raise TransactionLost(
-                f"SQLite rolled your transaction back ({text}): nothing of it is stored; do not go on, begin again"
-            ) from error
-        if "another outbox" in text:
-            raise SchemaError(
-                f"this connection is open on another file than the outbox's, {path}"
-            ) from None
-        if text.startswith("webhook_emit: "):
-            raise PayloadError(text.removeprefix("webhook_emit: ")) from None
-        if "no such table: main.webhook" in text or "unknown database" in text:
-            raise SchemaError(
-                f"this connection's main file has no webhook tables; the outbox is in {path}: connect to that file "
-                "(an attached file cannot commit atomically in WAL mode)"
-            ) from None
-        raise
-
-
-def _check_identity(cursor: sqlite3.Cursor, identity: str, path: str) -> None:
-    """Refuse a host's connection to another file that has our tables too."""
-    cursor.execute("SELECT value = ? FROM main.webhook_meta WHERE key = 'outbox'", (identity,))
-    if cursor.fetchone() != (1,):
-        raise SchemaError(f"this connection is open on another file than the outbox's, {path}")
-
-
-def _renewed(path: str, identity: str) -> str | None:
-    """Return the identity that the file at a path has by now; None where it is the one that we know.
-
-    `adopt` and `neutralize` give a file a new identity while other processes have an Outbox of it.
-    Those look here when a connection does not fit, so that one to this file is taken as before, and
-    one to another file, the original of this copy for one, is refused as before. Rejected: to keep
-    the old identities in the file; the original's is among them."""
-    with contextlib.suppress(sqlite3.Error, SchemaError), _session(path) as db:
-        found = str(_meta(db, "outbox"))
-        return found if found != identity else None
-    return None
+    with _begun(conn):
+        db = _driver(conn)
+        if not hasattr(db, "_execute"):
+            return do(conn)
+        if db is conn:
+            raise PayloadError("aiosqlite's Connection is asynchronous: await outbox.aemit(...)")
+        util = sys.modules["sqlalchemy.util"]
+        wait = getattr(util, "await_only", None) or util.concurrency.await_
+        return str(wait(db._execute(do, db._conn)))
 
 
 def _note_home(db: sqlite3.Connection, home: str) -> None:
@@ -3420,6 +3608,96 @@ def _file_id(path: str) -> tuple[int, int] | None:
         stat = os.stat(path)
         return stat.st_dev, stat.st_ino
     return None
+
+
+def _main_file(db: Any) -> str:
+    """Return the path of the file that a connection is open on; '' for a database in memory."""
+    with _plain_text(db):
+        cursor = _cursor(db)
+        cursor.execute("PRAGMA database_list")  # reads it
+        return next((str(row[2] or "") for row in cursor.fetchall() if row[1] == "main"), "")
+
+
+def _is_open_on(db: Any, path: str) -> bool:
+    there = _main_file(db)
+    return bool(there) and _file_id(there) == _file_id(path) is not None
+
+
+def _other_file(db: Any, path: str, why: str) -> SchemaError:
+    """Say what is wrong with a connection to a file that is not the outbox's. Both paths are in it:
+    one is often relative to another folder (Flask-SQLAlchemy's is `instance`)."""
+    return SchemaError(
+        f"this connection is open on {_main_file(db) or 'a database in memory'}, {why}; the outbox "
+        f"is in {path}: give it the path of the file that your app writes to"
+    )
+
+
+def _explained(db: Any, text: str, path: str) -> OutboxError | None:
+    """Return our error for what SQLite said of a statement of ours on a host's connection; None
+    where it is the host's business."""
+    if found := re.search("webhook_emit: (.*)", text):
+        return PayloadError(found[1])
+    if "no such table: main.webhook" in text or "unknown database" in text:
+        if _is_open_on(db, path):
+            return SchemaError(
+                f"{path} has no webhook tables; `python -m webhook_outbox --db {path} init` makes them"
+            )
+        return _other_file(
+            db,
+            path,
+            "whose main file has no webhook tables (an attached file cannot commit atomically in WAL mode)",
+        )
+    if "unsafe use of" in text:
+        return OutboxError(
+            f"{text}: SQLite {sqlite3.sqlite_version} refuses it under PRAGMA trusted_schema = OFF; "
+            "call it without conn=, or upgrade SQLite to 3.41"
+        )
+    if re.search("disk I/O error|unable to open database", text) and not _temporary_folder():
+        return OutboxError(f"{text}: {_NO_TEMPORARY_FOLDER}")
+    return None
+
+
+@contextlib.contextmanager
+def _host_errors(db: sqlite3.Connection, path: str) -> Iterator[None]:
+    """Turn SQLite's errors inside the host's transaction into ours; what is the host's business
+    (busy) passes. By what they say: apsw and others have classes of their own."""
+    before = db.in_transaction
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        ours = None if isinstance(error, OutboxError) else _explained(db, text, path)
+        if not before and db.in_transaction:
+            db.rollback()  # the driver began it for our statement alone: nothing of the host's is in it
+        if before and not db.in_transaction:
+            raise TransactionLost(
+                f"SQLite rolled your transaction back ({ours or text}): nothing of it is stored; do not go on, begin again"
+            ) from error
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def _check_identity(db: Any, cursor: sqlite3.Cursor, identity: str | None, path: str) -> str:
+    """Return the identity of the outbox on a host's connection; refuse one to another file.
+
+    identity: what we know of the file at `path`. Where we open no connection of our own it is not
+    known yet (None), and `adopt`, `neutralize` and a repair give a file a new one while other
+    processes have an Outbox of it. Then the place decides: a connection to the file at our path is
+    taken, one to another, the original of this copy for one, is not. Rejected: to keep the old
+    identities in the file; the original's is among them.
+    """
+    if identity is not None:
+        cursor.execute("SELECT value = ? FROM main.webhook_meta WHERE key = 'outbox'", (identity,))
+        if cursor.fetchone() == (1,):
+            return identity
+    if not _is_open_on(db, path):
+        raise _other_file(db, path, "another file that has webhook tables")
+    with _plain_text(db):
+        cursor.execute("SELECT key, value FROM main.webhook_meta")
+        meta = dict(cursor.fetchall())
+    _check_version(int(meta["schema_version"]), path, make=False)
+    return str(meta["outbox"])
 
 
 def _mounts() -> Iterator[tuple[str, str]]:
@@ -4232,7 +4510,14 @@ class _DrainFile:
     def close(self) -> None:
         self.watch.close()
         if self.db is not None:
-            _close(self.db)
+            _close(self.db, self.path)
+
+    def check(self) -> None:
+        """Touch the file no more, not even to close it, once another SQLite library was loaded
+        here: raise OutboxError. What is not recorded is sent again by the next drain."""
+        if not _alone(self.path):
+            self.db = None  # type: ignore[assignment]  # _Process keeps it
+            _check_alone(self.path)
 
     def replaced(self) -> bool:
         """Say whether the file at our path is another one than we opened: a restore, say."""
@@ -4344,7 +4629,7 @@ class _Paced:
         try:
             yield
         finally:
-            self.at = time.monotonic() + max(self.least, self.rest * (time.thread_time() - begun))
+            self.at = _monotonic() + max(self.least, self.rest * (time.thread_time() - begun))
 
 
 class _Agenda:
@@ -4781,7 +5066,7 @@ class _Connection:
         False  # its attempt has ended, and the loop has not decided yet whether to keep it
     )
     since: float = 0.0  # monotonic: when it became idle, or was given its attempt
-    opened: float = dataclasses.field(default_factory=time.monotonic)
+    opened: float = dataclasses.field(default_factory=_monotonic)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -5207,7 +5492,7 @@ class _Exchanges:
             del self.idle[connection]
             connection.origin.idle.remove(connection)
         connection.attempt = None
-        connection.origin.closed(connection, time.monotonic())
+        connection.origin.closed(connection, _monotonic())
         self.selector.unregister(connection.sock)
         connection.sock.close()
 
@@ -5507,7 +5792,7 @@ class _Sender:
         return self.openers.free(share, proven, mono)
 
     def begin(self, lane: _Lane, picked: _Picked, now: float) -> None:
-        mono, wire = time.monotonic(), lane.wire
+        mono, wire = _monotonic(), lane.wire
         deadline = mono + (lane.endpoint.timeout or self.settings.timeout)
         origin = None if wire is None or wire.call is not None else self.origin(wire)
         attempt = _Attempt(lane, wire, origin, picked, now, mono, deadline)
@@ -5549,7 +5834,7 @@ class _Sender:
     def _starve(self, attempt: _Attempt, error: BaseException) -> None:
         """This process ran out of something: not the receiver's fault, so not an attempt. Give back
         what we can spare, and open nothing for a second."""
-        mono = time.monotonic()
+        mono = _monotonic()
         self.exchanges.shut_idle(0, mono)
         if "shutdown" in str(error):  # RuntimeError of an interpreter that is ending
             self.shutdown = True
@@ -5612,7 +5897,7 @@ class _Sender:
         """Sleep until a socket has news, `pause` seconds at most; say whether something came of
         it."""
         ended = self.exchanges.wait(pause)
-        mono = time.monotonic()
+        mono = _monotonic()
         for connection, attempt, result in ended:
             self._carried(connection, attempt, result, mono)
         jobs = self.openers.take()
@@ -5826,7 +6111,7 @@ def _call_once(wire: _Wire, picked: _Picked, deadline: float) -> _Outcome:
 
     _start_thread(call, name="webhook_outbox ping")
     try:
-        done.result(deadline - time.monotonic())
+        done.result(deadline - _monotonic())
     except concurrent.futures.TimeoutError:
         return _Outcome(reason="timeout", error="no time left, waiting for its sender")
     return _Outcome()
@@ -5836,12 +6121,7 @@ def _send_once(
     settings: _Settings, endpoint: Endpoint, secrets: _Secrets, picked: _Picked
 ) -> _Outcome:
     """Make one attempt at once, outside any drain, on the same parts."""
-    opener, exchanges, now, mono = (
-        _Opener(settings),
-        _Exchanges(),
-        settings.clock(),
-        time.monotonic(),
-    )
+    opener, exchanges, now, mono = (_Opener(settings), _Exchanges(), settings.clock(), _monotonic())
     deadline = mono + (endpoint.timeout or settings.timeout)
     hidden: Sequence[str] = ()
     try:
@@ -5854,7 +6134,7 @@ def _send_once(
         connection = exchanges.add(opener.open(wire.place, deadline), _Origin(wire.place))
         exchanges.begin(connection, attempt, mono)
         exchanges.flush()
-        while (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - _monotonic()) > 0:
             for _, _, result in exchanges.wait(left):
                 return (
                     _judge(result, hidden, now)
@@ -6440,7 +6720,7 @@ class _Drain:
     def stop(self, grace: float) -> None:
         """Take no new work; leave when what is under way has ended, at the latest after `grace`
         seconds."""
-        self.leave_at = time.monotonic() + grace
+        self.leave_at = _monotonic() + grace
         self.bell.ring()
 
     def wake(self) -> None:
@@ -6472,20 +6752,22 @@ class _Drain:
 
     def _hear(self) -> None:
         if self.bell.hear():
-            self.file.watch.hint(time.monotonic())
+            self.file.watch.hint(_monotonic())
 
     def _listen(self) -> None:
-        self.file.watch.listen(time.monotonic())
+        self.file.watch.listen(_monotonic())
 
     def _await_lock(self) -> bool:
         """Stand by until the lock is ours (True), or there is no reason to go on."""
-        told = False
+        told, path = False, self.settings.path
         while not self.stopping:
             if self.lock.acquire():
+                _log.info("process %d drains %s", os.getpid(), path)
                 return True
             if not told:
-                _log.info("another drain has %s; standing by", self.settings.path)
+                _log.info("process %s drains %s; standing by", _drainer(path) or "?", path)
                 told = True
+            self.file.check()
             self._refused()
             until = math.inf if self.mode == "until_empty" else self.settings.clock()
             if self.mode != "forever" and not self.file.patiently(
@@ -6549,7 +6831,7 @@ class _Drain:
         while True:
             try:
                 self._wait()
-                mono, now = time.monotonic(), self.settings.clock()
+                mono, now = _monotonic(), self.settings.clock()
                 self._poll(at_once=True)  # so that no attempt of this turn was cancelled before it
                 self._take_ended(now, mono)
                 if self.sender.shutdown and not self.stopping:
@@ -6569,14 +6851,14 @@ class _Drain:
                 self.finder.news.stale = (
                     True  # a rollback-mode host is committing: look again in a moment
                 )
-                mono = time.monotonic()
+                mono = _monotonic()
                 self.sender.look(mono)  # or in minutes, but timeouts hold
                 self.counts.locked(mono)
                 self._show_progress(self.settings.clock(), mono)
                 time.sleep(0.0005)
             self.sender.exchanges.flush()
-            self._take_ended(self.settings.clock(), time.monotonic())
-            self._record(time.monotonic())
+            self._take_ended(self.settings.clock(), _monotonic())
+            self._record(_monotonic())
             if self._finished(self.settings.clock()):
                 return
 
@@ -6584,7 +6866,7 @@ class _Drain:
         # 1. told to stop, and everything that came back is recorded (or the grace is over) 2.
         # `once`: nothing under way, nothing unrecorded, no endpoint has something due that it may
         # send 3. `until_empty`: the same, and nothing pending for an enabled endpoint
-        if self.stopping and time.monotonic() >= self.leave_at:
+        if self.stopping and _monotonic() >= self.leave_at:
             return True
         if self.sender.attempts or self.ledger:
             return False
@@ -6608,7 +6890,7 @@ class _Drain:
             if self.file.let_fork():
                 self.finder.news.stale = True
             self.sender.exchanges.listen_to_hints(self.file.watch.source, self._listen)
-            mono = time.monotonic()
+            mono = _monotonic()
             until = self._until_work(mono)
             pause = min(until, self.file.watch.rest(mono))
             if (
@@ -6633,7 +6915,8 @@ class _Drain:
 
     def _poll(self, at_once: bool = False) -> None:
         """See whether somebody committed."""
-        mono = time.monotonic()
+        mono = _monotonic()
+        self.file.check()
         who = self.file.watch.poll(self.file.db, mono, bool(self.sender.attempts), at_once)
         if who is not None:
             self.finder.news.stale = True
@@ -6667,17 +6950,17 @@ class _Drain:
             picked = lane.backlog.take(self.file.db, now)
         except sqlite3.Error as error:
             if _is_busy(error) or self.mode != "forever":
-                self.finder.schedule.turns.join(lane, lane.rank(time.monotonic()))
+                self.finder.schedule.turns.join(lane, lane.rank(_monotonic()))
                 raise
             # A damaged page is not the others' fault.
             lane.health = lane.health._replace(paused_until=now + _LONGEST_PROBE)
             _log.error("deliveries of endpoint %s cannot be read (%s)", lane.id, error)
             return True
         if picked is not None:
-            lane.take_slot(time.monotonic())
+            lane.take_slot(_monotonic())
             self.sender.begin(lane, picked, now)
             if self.sender.done:  # it failed at once: to be learned before the next is tried
-                self._take_ended(now, time.monotonic())
+                self._take_ended(now, _monotonic())
         return len(self.ledger.rows) < _UNRECORDED
 
     # Outcomes.
@@ -6759,7 +7042,7 @@ class _Drain:
         outcome: _Outcome,
     ) -> None:
         if not self.ledger.rows:
-            self.record_at = max(self.record_at, time.monotonic())
+            self.record_at = max(self.record_at, _monotonic())
         self.ledger.rows.append(
             _Row(
                 "outcome", picked.event, id, status, due_at, at, duration,
@@ -6850,10 +7133,10 @@ class _Drain:
             # busy host. A refused try of a big batch costs milliseconds, so tries take at most a
             # fifth of the time.
             pause = max(0.0005, 4 * (time.thread_time() - begun)) if self.storing else 1.0
-            self.record_at = time.monotonic() + pause
+            self.record_at = _monotonic() + pause
             return
         self.storing, self.counts.locked_at = True, None
-        took, mono = time.thread_time() - begun, time.monotonic()
+        took, mono = time.thread_time() - begun, _monotonic()
         hurry = self.stopping or (self.mode != "forever" and not self.sender.attempts)
         gap = self.budget.gap(mono, took, len(batch), bool(self.sender.attempts))
         self.record_at = mono + (0.001 if hurry else gap)
@@ -7001,18 +7284,46 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _checked_data(data: Any) -> tuple[str, int]:
+def _path_of_fault(data: Any, default: Callable[[Any], Any] | None) -> str:
+    """Return where in data the part is that cannot be JSON: data.items[2].price."""
+    path = "data"
+    while len(path) < 200:  # a circle has no end
+        steps: Iterable[tuple[str, Any]] = ()
+        if isinstance(data, dict):
+            steps = (
+                (f".{key}" if str(key).isidentifier() else f"[{key!r}]", part)
+                for key, part in data.items()
+            )
+        elif isinstance(data, (list, tuple)):
+            steps = ((f"[{n}]", part) for n, part in enumerate(data))
+        for step, part in steps:
+            try:
+                _dumps(part, default).encode()
+            except (TypeError, ValueError):
+                path, data = path + step, part
+                break
+        else:
+            break
+    return _one_line(path, 200)
+
+
+def _checked_data(data: Any, default: Callable[[Any], Any] | None) -> tuple[str, int]:
     """Return data as JSON text that every receiver can parse and that will be sent as it is, and
     its size in bytes."""
     try:
-        text = _dumps(data)
+        text = _dumps(data, default)
         size = len(text.encode())
     except UnicodeEncodeError:
-        raise PayloadError("data holds half a surrogate pair, which is no Unicode text") from None
+        where = _path_of_fault(data, default)
+        raise PayloadError(
+            f"{where} holds half a surrogate pair, which is no Unicode text"
+        ) from None
     except RecursionError:
         raise PayloadError(f"data is nested too deeply, more than {_DEEPEST} levels") from None
     except (TypeError, ValueError) as error:
-        raise PayloadError(f"data is not plain JSON: {_one_line(str(error), 120)}") from None
+        where, why = _path_of_fault(data, default), _one_line(str(error), 120)
+        cure = "convert it, or give the Outbox a json_default" if default is None else "convert it"
+        raise PayloadError(f"{where} is not plain JSON: {why}; {cure}") from None
     if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
         raise PayloadError(f"data is nested too deeply, more than {_DEEPEST} levels")
     return text, size
@@ -7031,6 +7342,16 @@ def _data_of(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return _Unparsed(text)
+
+
+def _is_json_already(data: Any) -> bool:
+    """Say whether data is the JSON text of an object or array, which would be encoded twice."""
+    if not isinstance(data, str) or data.lstrip()[:1] not in ("{", "["):
+        return False
+    try:
+        return isinstance(json.loads(data), (dict, list))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _path(database: str | os.PathLike[str]) -> str:
@@ -7288,7 +7609,10 @@ class Outbox:
     and connect, may last. workers: attempts under way at once, in all. allow_networks: CIDR texts
     that may be reached although private, also over http. max_body: bytes. retention: seconds that
     delivered events are kept. failed_retention: the same for failed rows; None: until somebody acts.
-    proxy: http://host:port; the network guard then is the proxy's duty.
+    json_default: makes JSON of values that are none (Decimal, datetime), as json.dumps' default.
+    sqlite_only: nothing but the standard library's sqlite3 opens this file in this process,
+    although apsw or pysqlite3 is loaded. proxy: http://host:port; the network guard then is the
+    proxy's duty.
     app_name: put into User-Agent. transforms: name -> callable(Event) -> bytes or (bytes, content
     type), a pure function, for endpoints whose `body` names it. senders: name -> callable(Event), for
     endpoints whose url is call:NAME: to return is success, to raise a failed attempt. event_types:
@@ -7317,6 +7641,8 @@ class Outbox:
         max_body: int = _MAX_BODY,
         retention: float = _RETENTION,
         failed_retention: float | None = None,
+        json_default: Callable[[Any], Any] | None = None,
+        sqlite_only: bool = False,
         proxy: str | None = None,
         app_name: str = "",
         transforms: Mapping[str, Callable[[Event], Any]] | None = None,
@@ -7325,7 +7651,7 @@ class Outbox:
         home: str | None = None,
         master_key: str | None = None,
         observer: Callable[[Notice], Any] | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = _utc,
         rng: Callable[[], float] = random.random,
         resolver: _Resolver | None = None,
     ) -> None:
@@ -7350,6 +7676,9 @@ class Outbox:
         self.master = _MasterKey(master_key)
         self._guard = _Guard(_networks(allow_networks), allow_http)
         self._catalogue = _Catalogue(event_types)
+        self.json_default = json_default
+        if sqlite_only:
+            _PROCESS.sqlite_only.add(self.path)
         self._identity = _prepare_file(self.path, create)
         self._forget_drains()
         _PROCESS.outboxes.add(self)
@@ -7417,7 +7746,7 @@ class Outbox:
         as "database is locked" pass through.
         """
         self._catalogue.check(_checked_type(type))
-        text, size = _checked_data(data)
+        text, size = _checked_data(data, self.json_default)
         if size > self.max_body:
             raise PayloadError(
                 f"data is {size:,} bytes, the limit is {self.max_body:,}; send a link instead"
@@ -7427,6 +7756,12 @@ class Outbox:
                 "%s carries %d bytes; receivers expect less than 20 KiB, consider sending a link",
                 type,
                 size,
+            )
+        if _is_json_already(data):
+            _log.warning(
+                "%s carries text that is JSON already, so receivers get it encoded twice: pass the "
+                "object itself (json.loads)",
+                type,
             )
         if _checked_tenant(tenant) is not None and type.startswith("webhook."):
             raise PayloadError("events of type webhook.* have no tenant; leave it out")
@@ -7439,38 +7774,34 @@ class Outbox:
         now = self.clock()
         due_at = now + delay + self.retry.delays[0]
         internal = 1 if tenant is not None and type in self._catalogue.internal else None
-        kept = (key, idempotency_key, header_text, now, due_at, internal, self._identity)
+        kept = (key, idempotency_key, header_text, now, due_at, internal)
         row = (self._keys.new(now), type, tenant, text, *kept)
-        if isinstance(conn, sqlite3.Connection):
+        if _is_sqlite3(conn):
             return self._insert(row, now, conn)
         return _in_its_thread(conn, functools.partial(self._insert, row, now))
 
     def _insert(self, row: tuple[Any, ...], now: float, conn: Any) -> str:
         db = _host(conn)
         cursor = _cursor(db)
-        try:
-            with _host_errors(db, self.path):
-                seq = _insert_event(db, cursor, row, self._keys, now)
-        except SchemaError:
-            if not self._renew():
-                raise
-            return self._insert((*row[:-1], self._identity), now, conn)
+        with _host_errors(db, self.path):
+            if self._identity is None:
+                self._identity = _check_identity(db, cursor, None, self.path)
+            try:
+                seq = _insert_event(db, cursor, (*row, self._identity), self._keys, now)
+            except Exception as error:
+                if "another outbox" not in str(error):
+                    raise
+                self._identity = _check_identity(db, cursor, self._identity, self.path)
+                seq = _insert_event(db, cursor, (*row, self._identity), self._keys, now)
         self._wake()
         return _event_id(seq)
-
-    def _renew(self) -> bool:
-        """Say whether the file has got a new identity since we read it, and take it over."""
-        found = _renewed(self.path, self._identity)
-        self._identity = found or self._identity
-        return found is not None
 
     async def aemit(self, conn: Any, type: str, data: Any, **options: Unpack[EmitOptions]) -> str:
         """Emit on an aiosqlite Connection, or a SQLAlchemy AsyncSession or AsyncConnection on
         aiosqlite; as emit."""
-        if hasattr(conn, "sync_session"):
-            conn = await conn.connection()
-        if hasattr(conn, "get_raw_connection"):
-            conn = (await conn.get_raw_connection()).driver_connection
+        if hasattr(conn, "run_sync"):
+            emit = functools.partial(self.emit, type=type, data=data, **options)
+            return str(await conn.run_sync(emit))
         if not hasattr(conn, "_execute"):
             raise PayloadError(
                 "aemit takes an aiosqlite Connection or SQLAlchemy's AsyncSession; others take emit"
@@ -7482,34 +7813,29 @@ class Outbox:
     # Endpoints.
 
     @contextlib.contextmanager
+    def _on(self, db: Any) -> Iterator[sqlite3.Cursor]:
+        """Yield a cursor on a host's connection, once we know that it is to our file."""
+        with _host_errors(db, self.path), _plain_text(db):
+            cursor = _cursor(db)
+            self._identity = _check_identity(db, cursor, self._identity, self.path)
+            yield cursor
+
+    @contextlib.contextmanager
     def _writing(self, conn: Any) -> Iterator[sqlite3.Cursor]:
         """Yield a cursor in the caller's transaction, or in one of our own."""
         if conn is None:
             with _transaction(self.path) as db:
                 yield sqlite3.Cursor(db)
         else:
-            db = _host(conn)
-            with _host_errors(db, self.path), _plain_text(db):
-                cursor = _cursor(db)
-                self._check_file(cursor)
+            with _begun(conn), self._on(_host(conn)) as cursor:
                 yield cursor
         self._wake()
-
-    def _check_file(self, cursor: sqlite3.Cursor) -> None:
-        """Refuse a host's connection to another file than ours."""
-        try:
-            _check_identity(cursor, self._identity, self.path)
-        except SchemaError:
-            if not self._renew():
-                raise
-            _check_identity(cursor, self._identity, self.path)
 
     @contextlib.contextmanager
     def _reading(self, conn: Any = None) -> Iterator[sqlite3.Cursor]:
         if conn is not None:
-            db = _driver(conn)
-            with _plain_text(db):
-                yield _cursor(db)
+            with self._on(_driver(conn)) as cursor:
+                yield cursor
         else:
             with _session(self.path) as db:
                 yield sqlite3.Cursor(db)
@@ -7558,7 +7884,9 @@ class Outbox:
             try:
                 statement = f"INSERT INTO main.webhook_endpoints ({names}) VALUES ({marks})"
                 cursor.execute(statement, tuple(columns.values()))
-            except sqlite3.IntegrityError:
+            except Exception as error:  # apsw's and pysqlite3's are classes of their own
+                if "UNIQUE constraint failed: webhook_endpoints.id" not in str(error):
+                    raise
                 raise PayloadError(
                     f"there is an endpoint {id} already; update it, or choose another id"
                 ) from None
@@ -7714,16 +8042,17 @@ class Outbox:
         """
         done = 0
         for ends in itertools.repeat(()) if ranges is None else ranges:
-            started = time.monotonic()
+            started = _monotonic()
             with self._writing(conn) as cursor:
-                count = cursor.execute(statement, (*ends, *values)).rowcount
+                cursor.execute(statement, (*ends, *values))
+                count = _changes(cursor)
                 for other, given in (also or {}).items() if count else ():
                     cursor.execute(other, () if given is None else (*ends, *given))
             done += count
             if ranges is None and not count:
                 break
             if conn is None:
-                time.sleep(time.monotonic() - started)
+                time.sleep(_monotonic() - started)
         return done
 
     def _ranges(
@@ -7850,7 +8179,7 @@ class Outbox:
             raise OutboxError(refusal)
         with self._reading() as cursor:
             endpoint, endpoint_secrets = self._endpoint_on(cursor, id), self._secrets_on(cursor, id)
-        now, started = self.clock(), time.monotonic()
+        now, started = self.clock(), _monotonic()
         key = self._keys.new(now)
         picked = _Picked(
             key,
@@ -7867,7 +8196,7 @@ class Outbox:
             endpoint.tenant,
         )
         outcome = _send_once(self._settings(), endpoint, endpoint_secrets, picked)
-        status, seconds = outcome.status_code, time.monotonic() - started
+        status, seconds = outcome.status_code, _monotonic() - started
         if outcome.reason is None:
             self._end_hold({"endpoint": id})
         return Attempt(
@@ -7897,6 +8226,8 @@ class Outbox:
         Every process of an app may call it: one drains, the others stand by and take over when it
         dies. Call it after forking (in a web server's worker), since threads do not survive a fork.
         """
+        _check_alone(self.path)
+        _check_uwsgi()
         _PROCESS.settle()  # a child forked in C believes that its parent's thread runs here
         with self._lock:
             if self.running and not self._halt.is_set():  # one that is stopping does not count
@@ -7932,13 +8263,11 @@ class Outbox:
                 self._run(_Drain(self._settings(), "forever"), halt)
                 return
             except Exception as error:
-                pause = min(pause * 2, 30.0)
-                _log.error(
-                    "draining stopped (%s: %s); trying again in %g s",
-                    type(error).__name__,
-                    error,
-                    pause,
-                )
+                name, pause = type(error).__name__, min(pause * 2, 30.0)
+                if not _alone(self.path):
+                    _log.error("draining stopped (%s: %s)", name, error)
+                    return
+                _log.error("draining stopped (%s: %s); trying again in %g s", name, error, pause)
             halt.wait(pause)
 
     def _run(self, drain: _Drain, halt: threading.Event | None = None) -> DrainReport:
@@ -8026,7 +8355,7 @@ class Outbox:
                 "UPDATE main.webhook_meta SET value = lower(hex(randomblob(8))) WHERE key = 'outbox'"
             )
             self._move_in(cursor, home)
-        self._renew()
+        self._identity = None  # the next connection that we are given shows the new one
         return count
 
     def _move_in(self, cursor: sqlite3.Cursor, home: str | None) -> None:
@@ -8345,7 +8674,7 @@ class Outbox:
                     WHERE e.seq = event AND p.id = endpoint_id AND ? IN ('', p.tenant) AND {_MAY_HAVE})""",
             (now, seq, endpoint or "", of or ""),
         )
-        count = cursor.rowcount
+        count = _changes(cursor)
         cursor.execute(_SAY_WORK)
         return count
 
@@ -8908,7 +9237,7 @@ class Tenant:
             outbox.remove_endpoint(endpoint.id)
         count = 0
         for ends in outbox._ranges(outbox._events_for(self.id), "e.seq", "1", (), 200, None):
-            started = time.monotonic()
+            started = _monotonic()
             with outbox._writing(None) as cursor:
                 cursor.execute(
                     f"""DELETE FROM main.webhook_failed
@@ -8917,7 +9246,7 @@ class Tenant:
                 )
                 cursor.execute(f"DELETE FROM main.webhook_events WHERE {of}", (self.id, *ends))
                 count += cursor.rowcount
-            time.sleep(time.monotonic() - started)
+            time.sleep(_monotonic() - started)
         return count
 
 
@@ -8941,8 +9270,10 @@ class Inbox:
     Ids are kept for ever unless you call prune: a failed row may be replayed after months.
     """
 
-    def __init__(self, database: str | os.PathLike[str]) -> None:
+    def __init__(self, database: str | os.PathLike[str], *, sqlite_only: bool = False) -> None:
         self._path = _path(database)
+        if sqlite_only:
+            _PROCESS.sqlite_only.add(self._path)
         self._identity = _prepare_file(self._path, create=True)
         self._warned = False
 
@@ -8955,27 +9286,22 @@ class Inbox:
         commit, and a warning says so.
         """
         _line("event_id", event_id, 256, 1)
-        try:
-            return self._accept(conn, event_id)
-        except SchemaError:
-            if not (found := _renewed(self._path, self._identity)):
-                raise
-            self._identity = found
+        with _begun(conn):
             return self._accept(conn, event_id)
 
     def _accept(self, conn: Any, event_id: str) -> bool:
         db = _host(conn)
         cursor = _cursor(db)
         with _host_errors(db, self._path):
+            if self._identity is None:
+                self._identity = _check_identity(db, cursor, None, self._path)
             # The write comes first: a transaction that has read does not wait for another writer,
             # it fails at once.
-            cursor.execute(
-                """INSERT OR IGNORE INTO main.webhook_inbox
-                   SELECT ?, ? FROM main.webhook_meta WHERE key = 'outbox' AND value = ?""",
-                (event_id, time.time(), self._identity),
-            )
-            first = cursor.rowcount == 1
-            _check_identity(cursor, self._identity, self._path)
+            first = self._remember(cursor, event_id)
+            known = self._identity
+            self._identity = _check_identity(db, cursor, known, self._path)
+            if self._identity != known:
+                first = self._remember(cursor, event_id)
             cursor.execute("PRAGMA main.synchronous")  # reads it
             (level,) = cursor.fetchone()
         if int(level) < 2 and not self._warned:
@@ -8984,6 +9310,14 @@ class Inbox:
                 "PRAGMA synchronous is below FULL: a power cut can lose an event after you answered 200"
             )
         return first
+
+    def _remember(self, cursor: sqlite3.Cursor, event_id: str) -> bool:
+        cursor.execute(
+            """INSERT OR IGNORE INTO main.webhook_inbox
+               SELECT ?, ? FROM main.webhook_meta WHERE key = 'outbox' AND value = ?""",
+            (event_id, time.time(), self._identity),
+        )
+        return _changes(cursor) == 1
 
     def prune(self, older_than: float) -> int:
         """Forget ids received more than `older_than` seconds ago; return how many."""
@@ -9076,6 +9410,20 @@ def _look_at_file(path: str, db: sqlite3.Connection) -> Iterator[_Finding]:
         )
 
 
+def _look_at_schema(db: sqlite3.Connection) -> Iterator[_Finding]:
+    """Compare what there is with what there should be, but for white space and comments."""
+    sql = dict(((type, name), sql) for type, name, sql in db.execute(_OUR_OBJECTS))
+    for (kind, name), expected in _plan(_SCHEMA).objects.items():
+        there, wanted = (
+            re.sub(r"--[^\n]*|\s+", "", text or "") for text in (sql.get((kind, name)), expected)
+        )
+        if there != wanted:
+            yield _problem(
+                f"the {kind} {name} is not as webhook_outbox makes it: rules of the outbox may not "
+                "hold; `schema` prints it"
+            )
+
+
 def _look_at_owners(path: str) -> Iterator[_Finding]:
     if links := _warn_of_links(path):
         yield _problem(links)
@@ -9088,6 +9436,8 @@ def _look_at_owners(path: str) -> Iterator[_Finding]:
                 yield _problem(
                     f"{theirs}: run app and drain as one user, and hand it over with chown"
                 )
+    if not _temporary_folder():
+        yield _problem(_NO_TEMPORARY_FOLDER)
     if not os.access(os.path.dirname(path), os.W_OK):
         yield _problem(
             f"the folder of {path} cannot be written: it must hold the journal and the drain's lock"
@@ -9178,6 +9528,7 @@ def _findings(outbox: Outbox) -> Iterator[_Finding]:
     with _session(outbox.path) as db:
         try:
             yield from _look_at_file(outbox.path, db)
+            yield from _look_at_schema(db)
             yield from _look_at_owners(outbox.path)
             yield from _look_at_clock(outbox.clock(), db)
             stats = outbox.stats()
@@ -9801,15 +10152,16 @@ def _status(outbox: Outbox, options: Any) -> None:
         time.sleep(2)
 
 
-def _doctor(outbox: Outbox, options: Any) -> int:
-    found = list(_findings(outbox))
+def _doctor(outbox: Outbox | SchemaError, options: Any) -> int:
+    """Print what is wrong, also where it is the tables themselves, so that there is no Outbox."""
+    found = [_problem(str(outbox))] if isinstance(outbox, SchemaError) else [*_findings(outbox)]
     healthy = all(finding.level != "problem" for finding in found)
     if options.json:
         _say(_json_text([finding._asdict() for finding in found]))
     else:
         for finding in found:
             _say(f"{finding.level:8} {finding.text}")
-        if healthy:
+        if isinstance(outbox, Outbox) and healthy:
             _say(f"no problem found in {outbox.path}")
     return 0 if healthy else 1
 
@@ -9882,11 +10234,11 @@ class _Progress:
 
     def __init__(self, drain: _Drain, terminal: bool) -> None:
         self.drain, self.terminal = drain, terminal
-        self._seen = collections.deque([(time.monotonic(), 0)])  # when, and delivered by then
-        self._logged = time.monotonic(), DrainReport(0, 0, 0, 0)
+        self._seen = collections.deque([(_monotonic(), 0)])  # when, and delivered by then
+        self._logged = _monotonic(), DrainReport(0, 0, 0, 0)
 
     def show(self, report: DrainReport) -> None:
-        mono = time.monotonic()
+        mono = _monotonic()
         if self.terminal:
             with contextlib.suppress(OSError):  # the terminal was closed; a signal comes of that
                 columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
@@ -10231,13 +10583,13 @@ class _Clients:
     def come(self, sock: Any) -> None:
         if len(self.since) >= _CLIENTS:
             self._cut(next(iter(self.since), None))
-        self.since[sock] = time.monotonic()
+        self.since[sock] = _monotonic()
 
     def gone(self, sock: Any) -> None:
         self.since.pop(sock, None)
 
     def look(self) -> None:
-        late = time.monotonic() - self.patience
+        late = _monotonic() - self.patience
         for sock, since in list(self.since.items()):
             if since < late:
                 self._cut(sock)
@@ -10931,7 +11283,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _command_line(sys.argv[1:] if argv is None else argv)
         alone = options.command in ("demo", "schema", "listen")  # needs no database
-        return options.run(None if alone else _open_outbox(options), options) or 0
+        try:
+            outbox: Any = None if alone else _open_outbox(options)
+        except SchemaError as error:
+            if options.run is not _doctor:
+                raise
+            outbox = error
+        return options.run(outbox, options) or 0
     except SystemExit as stop:  # argparse: 2 on usage, 0 after --help
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ import dataclasses
 import datetime
 import email
 import errno
+import fcntl
 import functools
 import gc
 import gzip
@@ -53,6 +54,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -18072,9 +18074,10 @@ def cli_running(folder: pathlib.Path, *args: str, **options: Any) -> Iterator[Ca
 
 
 def cli_on_terminal(*args: str, ctrl_c_after: str | None = None) -> tuple[int, str]:
-    """Run a command on a terminal of its own, press Ctrl-C when a text was shown; return exit code
-    and screen."""
+    """Run a command on a terminal of its own, 80 by 24, press Ctrl-C when a text was shown; return
+    exit code and screen."""
     master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     own = "os.open(os.ttyname(0), os.O_RDWR)"  # becomes the controlling terminal, which turns ^C into SIGINT
     process = cli_after(own, *args, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
     os.close(slave)
@@ -19123,6 +19126,20 @@ def test_the_rate_is_that_of_the_last_seconds_and_there_is_no_estimate_at_0(wal,
     assert len(line(report, start + 14, 60)) < 60
 
 
+def test_a_hold_is_seen_on_the_terminal_and_after_drain_once(wal, serve):
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(serve(answer(500)).url(), id="crm")
+    drain_emit(outbox, range(42))
+    args = ("--db", wal, "--allow-network", "127.0.0.0/8", "drain")
+    _, screen = cli_on_terminal(*args, ctrl_c_after="next probe in 2 s")
+    line = r"\r\x1b\[Kdelivered 0  failed 0  waiting 42  held after 11 failures, next probe in 2 s"
+    assert re.search(line, screen) and " left" not in screen
+    said = command(*args, "--once").stdout
+    assert re.search(
+        r"still pending 42; crm: 42 wait, held after 1\d failures, next probe in \d s\n", said
+    )
+
+
 def test_drain_once_for_cron_is_quiet_and_leaves_where_another_drains(wal, serve):
     """A crontab line each minute: no output, no waiting for each other, exit code 0."""
     outbox, lock = make_outbox(wal), webhook_outbox._Lock(wal)
@@ -19240,6 +19257,28 @@ def test_status_watch_on_a_terminal_is_written_over_the_last_one(wal):
         and "\x1b[J" in screen
         and "\x1b[2J" not in screen
     )
+
+
+def test_on_a_terminal_status_watch_and_tables_fit_the_screen(wal):
+    """24 lines of 80 characters, three hundred endpoints; what people copy, ids, is never cut."""
+    outbox = make_outbox(wal)
+    url = "https://a-customer-with-a-name.example.com/hooks/in"
+    with outbox.transaction() as conn:
+        for n in range(300):
+            outbox.add_endpoint(f"{url}/{n}", id=f"customer-number-{n:04}", conn=conn)
+    query(wal, "UPDATE webhook_endpoints SET failing_since = 1.0, failures = 15, paused_until = ?"
+               " WHERE id < 'customer-number-0005'", time.time() + 99)  # fmt: skip
+    watch = ("--db", wal, "status", "--watch")
+    _, screen = cli_on_terminal(*watch, ctrl_c_after="that are well")
+    first = screen.split("\x1b[H")[1].replace("\x1b[K", "").replace("\x1b[J", "")
+    lines = first.replace("^C", "").rstrip().splitlines()
+    assert len(lines) <= 23 and max(map(len, lines)) <= 80 and lines[-1].startswith("and 285 ")
+    assert (
+        lines[0].startswith("0 pending") and sum("held after 15 failures" in x for x in lines) == 5
+    )
+    code, screen = cli_on_terminal("--db", wal, "endpoint", "list")
+    assert code == 0 and max(map(len, screen.splitlines())) <= 80 and "https://a-" in screen
+    assert "TENANT" not in screen and "customer-number-0299  " in screen
 
 
 @pytest.mark.long

@@ -6495,7 +6495,8 @@ class _Finder:
 
     def _configure(self, lane: _Lane, row: _EndpointRow, mono: float) -> None:
         lane.configure(row, self._settings, mono)
-        if lane.id not in self._ledger.states:
+        ended = row.failures == 0 and lane.health.failures >= _STRUGGLING  # somebody's ping, say
+        if ended or lane.id not in self._ledger.states:
             health = _Health(row.failures, row.failing_since, row.paused_until)
             health = health._replace(unsteady_since=row.unsteady_since, good=row.good, bad=row.bad)
             lane.health = _WELL if health == _WELL else health
@@ -10036,9 +10037,22 @@ def _record(row: Any) -> dict[str, Any]:
     return record
 
 
+def _fitting(names: Sequence[str], widths: list[int]) -> list[int]:
+    """Return the widths of columns as a terminal has room for them: the widest give way, but for
+    ids, which people copy. In a pipe nothing is cut."""
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    while room and sum(widths) + 2 * len(widths) - 2 > room:
+        may = [n for n, name in enumerate(names) if not name.endswith("id") and widths[n] > 6]
+        if not may:
+            break
+        widths[max(may, key=widths.__getitem__)] -= 1
+    return widths
+
+
 def _show(rows: Sequence[Any], columns: str, as_json: bool, empty: str, without: str = "") -> None:
     """Print dataclasses as a table of some columns, or as JSON with all fields but `without`. A
-    tenant's column is left out where there are none."""
+    tenant's column is left out where there are none; on a terminal, which has little room, so is
+    every other."""
     records = [
         {name: value for name, value in _record(row).items() if name != without} for row in rows
     ]
@@ -10046,16 +10060,17 @@ def _show(rows: Sequence[Any], columns: str, as_json: bool, empty: str, without:
         return _say(_json_text(records))
     if not records:
         return _say(empty)
+    some = set(columns.split() if not sys.stdout.isatty() else ()) - {"tenant"}
     names = [
-        name
-        for name in columns.split()
-        if name != "tenant" or any(record[name] for record in records)
-    ]
+        name for name in columns.split()
+        if name in some or any(_cell(name, record[name]) != "-" for record in records)
+    ]  # fmt: skip
     cells = [[name.upper().replace("_", " ") for name in names]]
     cells += [[_cell(name, record[name]) for name in names] for record in records]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = _fitting(names, [max(map(len, column)) for column in zip(*cells, strict=True)])
     for row in cells:
-        _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        line = (_cut(cell, n).ljust(n) for cell, n in zip(row, widths, strict=True))
+        _say("  ".join(line).rstrip())
 
 
 def _show_one(row: Any, as_json: bool) -> None:
@@ -10320,11 +10335,10 @@ class _LogLine(logging.Formatter):
         return self.before + _visible(super().format(record))
 
 
-def _left_waiting(outbox: Outbox, refused: Iterable[str]) -> Iterator[str]:
+def _left_waiting(stats: Stats, refused: Iterable[str], now: float) -> Iterator[str]:
     """Say what a drain left waiting, and why: its endpoint is on hold, disabled, or refused."""
-    now = outbox.clock()
     waits = [
-        e for e in outbox.stats().endpoints
+        e for e in stats.endpoints
         if e.pending and (not e.enabled or e.paused_until or e.id in refused)
     ]  # fmt: skip
     for e in waits[:_NAMED]:
@@ -10338,10 +10352,10 @@ def _left_waiting(outbox: Outbox, refused: Iterable[str]) -> Iterator[str]:
         yield f"and {len(waits) - _NAMED} endpoints more; see `status`"
 
 
-def _refused(outbox: Outbox) -> set[str]:
+def _refused(outbox: Outbox, stats: Stats) -> set[str]:
     """Return the enabled endpoints for which something waits, and which this command's own guard
     refuses."""
-    waits = {e.id for e in outbox.stats().endpoints if e.enabled and e.pending}
+    waits = {e.id for e in stats.endpoints if e.enabled and e.pending}
     return {e.id for e in outbox.endpoints() if e.id in waits and _barred(e.url, outbox._guard)}
 
 
@@ -10376,11 +10390,12 @@ def _drain_here(outbox: Outbox, options: Any) -> int:
             signal.signal(number, action)
         if drain.progress and terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    refused = _refused(outbox) if outbox._guard.provisional else set()
+    stats = outbox.stats()
+    refused = _refused(outbox, stats) if stats.pending else set()
     if not options.quiet:
         counts = f"delivered {report.delivered}, failed {report.failed}, retried {report.retried}"
         counts += f", still pending {report.pending}"
-        _say("; ".join((counts, *_left_waiting(outbox, refused))))
+        _say("; ".join((counts, *_left_waiting(stats, refused, outbox.clock()))))
     return 1 if refused and mode != "forever" else 0
 
 
@@ -10410,7 +10425,7 @@ def _endpoint_show(outbox: Outbox, options: Any) -> None:
 
 
 def _endpoint_list(outbox: Outbox, options: Any) -> None:
-    columns = "id tenant url events enabled disabled_reason failing_since failures"
+    columns = "id tenant url events enabled disabled_reason failing_since"
     empty = "no endpoints yet: `endpoint add URL` makes one"
     if options.tenant:
         empty = f"no endpoints of tenant {options.tenant}; `endpoint add URL --tenant {options.tenant}` makes one"

@@ -1962,7 +1962,7 @@ class _Picked(NamedTuple):
     first_attempt_at: float | None
     queue: str | None
     type: str | None  # None: the event's row is missing
-    data: str
+    data: str | None  # None: it is large, and read when the attempt starts
     valid: int | None  # 1: data is JSON
     key: str | None
     headers: str | None
@@ -1984,7 +1984,7 @@ class _Picked(NamedTuple):
 
     def as_event(self) -> Event:
         """Return the event as transforms and senders get it."""
-        data, type = json.loads(self.data), self.type or ""
+        data, type = json.loads(self.data or ""), self.type or ""
         return Event(self.id, type, data, self.tenant, self.key, self.created_at)
 
 
@@ -2305,7 +2305,7 @@ class _Wire:
                 )
             return body, content_type
         if self.endpoint.body == "data":
-            return picked.data.encode(), "application/json"
+            return (picked.data or "").encode(), "application/json"
         if self.endpoint.body == "cloudevents":
             return _cloudevents_body(picked, self.source, sees_all), "application/cloudevents+json"
         return _standard_body(picked, sees_all), "application/json"
@@ -3941,17 +3941,23 @@ def _load_endpoints(db: sqlite3.Connection, source: str, *values: Any) -> list[_
     return found
 
 
-_PICK_COLUMNS = """d.event, d.due_at, d.attempts, d.first_attempt_at, d.queue, e.type, e.data, json_valid(e.data),
+# Large bodies are read when their attempt starts: two hundred endpoints that hang and share eight
+# events of 250 kB would hold hundreds of megabytes.
+_LARGE = 4_096  # characters
+_PICK_ROWS = 128
+_READ_AHEAD = 8 << 20  # characters of data that are read ahead, in all
+_PICK_COLUMNS = f"""d.event, d.due_at, d.attempts, d.first_attempt_at, d.queue, e.type,
+       CASE WHEN length(e.data) <= {_LARGE} THEN e.data END,
+       CASE WHEN length(e.data) <= {_LARGE} THEN json_valid(e.data) END,
        e.key, e.headers, e.created_at, e.tenant
   FROM webhook_deliveries AS d LEFT JOIN webhook_events AS e ON e.seq = d.event"""
-_PICK_ROWS, _PICK_BYTES = 128, 1 << 20
 
 
 def _read_ahead(
-    db: sqlite3.Connection, sql: str, values: Sequence[Any], now: float
+    db: sqlite3.Connection, sql: str, values: Sequence[Any], now: float, most: int
 ) -> tuple[list[_Picked], float]:
-    """Return the deliveries that a query finds, as many as may be read ahead and are due; and when
-    the next one is due: -inf where there may be more that are, inf where there is none."""
+    """Return the deliveries that a query finds, those that are due and `most` characters of data;
+    and when the next one is due: -inf where there may be more that are, inf where there is none."""
     picked: list[_Picked] = []
     size = 0
     cursor = db.execute(sql, values)
@@ -3961,7 +3967,7 @@ def _read_ahead(
                 return picked, float(row[1])
             picked.append(_Picked._make(row))
             size += len(row[6] or "")
-            if size > _PICK_BYTES:
+            if size > most:
                 return picked, -math.inf
     finally:
         cursor.close()  # a half-read cursor would pin the WAL
@@ -3969,7 +3975,11 @@ def _read_ahead(
 
 
 def _pick(
-    db: sqlite3.Connection, endpoint_id: str, now: float, after: tuple[float, int] = (-math.inf, 0)
+    db: sqlite3.Connection,
+    endpoint_id: str,
+    now: float,
+    after: tuple[float, int] = (-math.inf, 0),
+    most: int = _READ_AHEAD,
 ) -> tuple[list[_Picked], float]:
     """Return due deliveries of an endpoint behind a place, oldest first; and when the next one is
     due."""
@@ -3980,6 +3990,7 @@ def _pick(
              ORDER BY d.due_at, d.event LIMIT {_PICK_ROWS}""",
         (endpoint_id, *after),
         now,
+        most,
     )
 
 
@@ -4002,7 +4013,19 @@ def _pick_queue(
              ORDER BY d.event LIMIT {_PICK_ROWS}""",
         (endpoint_id, _as_bytes(queue), event),
         now,
+        _READ_AHEAD // _PICK_ROWS,
     )[0]
+
+
+def _with_data(db: sqlite3.Connection, picked: _Picked) -> _Picked:
+    """Return a delivery with the data of its event, which was not read ahead if it is large."""
+    if picked.data is not None or picked.type is None:
+        return picked
+    row = db.execute(
+        "SELECT data, json_valid(data) FROM webhook_events WHERE seq = ?", (picked.event,)
+    ).fetchone()
+    data, valid = row or (None, None)
+    return picked._replace(data=data, valid=valid, type=picked.type if row else None)
 
 
 def _first_due(db: sqlite3.Connection, endpoint_id: str) -> float:
@@ -4810,19 +4833,30 @@ class _Backlog:
             self.after = self._START
         self.due = min(self.due, due_at)
 
-    def take(self, db: sqlite3.Connection, now: float) -> _Picked | None:
-        """Return the next delivery to try; it stays known."""
+    def take(self, db: sqlite3.Connection, now: float, most: int = _READ_AHEAD) -> _Picked | None:
+        """Return the next delivery to try; it stays known. most: characters of data to read."""
         while not self.read and self.due <= now:
-            rows, self.due = _pick(db, self.id, now, self.after)
+            rows, self.due = _pick(db, self.id, now, self.after, most)
             if rows:
                 self.after = rows[-1].due_at, rows[-1].event
             fresh = [row for row in rows if row.event not in self.known]
             self.read.extend(fresh)
             self.known.update([row.event for row in fresh])
-        return self.read.popleft() if self.read else None
+        if not self.read:
+            return None
+        picked = self.read.popleft()
+        if picked.data is not None:
+            return picked
+        try:
+            return _with_data(db, picked)
+        except sqlite3.Error:
+            self.read.appendleft(picked)
+            raise
 
     def put_back(self, picked: _Picked) -> None:
         """Take back a delivery that was not tried: it goes first again."""
+        if picked.data is not None and len(picked.data) > _LARGE:
+            picked = picked._replace(data=None, valid=None)
         self.read.appendleft(picked)
 
     def follow(self, db: sqlite3.Connection, queue: str, event: int, now: float) -> None:
@@ -6948,7 +6982,12 @@ class _Drain:
         """Start the endpoint's next attempt, if it has something due. False: no more for now, since
         too many outcomes wait to be recorded."""
         try:
-            picked = lane.backlog.take(self.file.db, now)
+            most = (
+                max(_LARGE, _READ_AHEAD // len(self.finder.lanes))
+                if self.finder.lanes
+                else _READ_AHEAD
+            )
+            picked = lane.backlog.take(self.file.db, now, most)
         except sqlite3.Error as error:
             if _is_busy(error) or self.mode != "forever":
                 self.finder.schedule.turns.join(lane, lane.rank(_monotonic()))

@@ -38,8 +38,8 @@ Words
     drain     to send what is due; one process per file drains, others stand by
 
 Contents: defaults and schema, errors, types, signing, retry policy, network guard, transport,
-exchange, endpoint options, storage, drain (its rooms, then the loop), outbox, receiving, doctor,
-dashboard, command line, licence. Each section uses only what stands above it.
+exchange, catalogue, endpoint options, storage, drain (its rooms, then the loop), outbox, tenant,
+receiving, doctor, pages (dashboard and portal), command line, licence. Each section uses only what stands above it.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ __all__ = [
     "UnsafeURL",
     "dashboard_app",
     "main",
+    "portal_app",
     "schema_sql",
     "sign",
     "verify",
@@ -586,9 +587,10 @@ SELECT '' AS kind, event, endpoint_id, status, due_at, 0.0 AS at, 0.0 AS duratio
     f"""CREATE TRIGGER webhook_record_outcome INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'outcome'
 BEGIN
   INSERT INTO webhook_attempts (event, endpoint_id, at, duration, status_code, reason, error, response)
-  VALUES (NEW.event, NEW.endpoint_id, NEW.at, NEW.duration, NEW.status_code, NEW.reason,
-          CASE WHEN NEW.error IS NULL OR {_ERASED} THEN NULL ELSE NEW.error END,
-          CASE WHEN NEW.response IS NULL OR {_ERASED} THEN NULL ELSE NEW.response END);{_AFTER_TRY.format(" OR status = 'cancelled'")}
+  SELECT NEW.event, NEW.endpoint_id, NEW.at, NEW.duration, NEW.status_code, NEW.reason,
+         CASE WHEN NEW.error IS NULL OR {_ERASED} THEN NULL ELSE NEW.error END,
+         CASE WHEN NEW.response IS NULL OR {_ERASED} THEN NULL ELSE NEW.response END
+   WHERE EXISTS (SELECT 1 FROM webhook_deliveries WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id);{_AFTER_TRY.format(" OR status = 'cancelled'")}
   UPDATE webhook_attempts SET response = NULL
    WHERE (SELECT attempts FROM webhook_deliveries
            WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id) > 2
@@ -7520,6 +7522,7 @@ _DELIVERIES = """webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.e
 _DELIVERIES_OF_TENANT = """webhook_events AS e CROSS JOIN webhook_deliveries AS d ON d.event = e.seq
                     CROSS JOIN webhook_endpoints AS p ON p.id = d.endpoint_id AND p.tenant = e.tenant"""
 _OF_WAITING = {**_OF_EVENT, "event_id": "e.seq", "endpoint": "d.endpoint_id", "key": "e.key"}
+_OF_WAITING["_of"] = "d.endpoint_id"
 # What erase does to an event. A failed row that holds its queue lets it go on: it can never be
 # replayed. The key goes from the queue's name too.
 _ERASE = (
@@ -7809,10 +7812,9 @@ class Outbox:
             _line("key", key, 256, 1)
         if idempotency_key is not None:
             _line("idempotency_key", idempotency_key, 256, 1)
-        delay = _number("delay", delay, 0, 1e9)
         header_text = _dumps(_checked_headers(headers)) if headers else None
         now = self.clock()
-        due_at = now + delay + self.retry.delays[0]
+        due_at = now + _number("delay", delay, 0, 1e9) + self.retry.delays[0]
         internal = 1 if tenant is not None and type in self._catalogue.internal else None
         kept = (key, idempotency_key, header_text, now, due_at, internal)
         row = (self._keys.new(now), type, tenant, text, *kept)
@@ -8910,6 +8912,25 @@ class Outbox:
         together but 20 at least for each: a busy one hides none of the others."""
         return self._stats()
 
+    # What pages show besides.
+
+    def _heads_of(self, ids: Sequence[str]) -> dict[str, tuple[str, float, float | None]]:
+        """Return type and time of events, and when they were erased, without their data."""
+        sql = """SELECT id, type, created_at, erased_at
+                   FROM webhook_events LEFT JOIN webhook_erased ON event = seq
+                  WHERE seq IN (SELECT value FROM json_each(?))"""
+        return {
+            id: (type, at, erased) for id, type, at, erased in self._select(sql, _event_keys(ids))
+        }
+
+    def _picked(self, event_id: str) -> _Picked:
+        """Return an event as a drain picks it; raise NotFound."""
+        sql = """SELECT type, data, json_valid(data), key, headers, created_at, tenant
+                   FROM webhook_events WHERE seq = ?"""
+        for row in self._select(sql, _event_seq(event_id)):
+            return _Picked(_event_seq(event_id) or 0, 0.0, 0, None, None, *row)
+        raise self._no_event(event_id)
+
     def _stats(self, tenant: str | None = None) -> Stats:
         """Return the numbers of all endpoints, or of a tenant's."""
         of, now = "1" if tenant is None else "p.tenant = :tenant", self.clock()
@@ -9092,6 +9113,25 @@ class Tenant:
                 url, id=id, secret=secret, tenant=self.id, conn=own, **checked
             )
 
+    def ensure_endpoint(
+        self,
+        url: str,
+        *,
+        id: str,
+        secret: str | None = None,
+        conn: Any = None,
+        **options: Unpack[TenantOptions],
+    ) -> Endpoint:
+        """Add an endpoint, or update what differs, as Outbox.ensure_endpoint. An id that somebody
+        else has is refused as add_endpoint refuses it."""
+        checked = self._checked(url, options, secret)
+        with contextlib.suppress(NotFound), self._customers_words():
+            self._keep_credentials(self.endpoint(id, conn=conn), url)
+            return self._outbox.ensure_endpoint(
+                url, id=id, secret=secret, tenant=self.id, conn=conn, **checked
+            )
+        return self.add_endpoint(url, id=id, secret=secret, conn=conn, **options)
+
     def update_endpoint(
         self, id: str, *, url: str | None = None, conn: Any = None, **changes: Unpack[TenantOptions]
     ) -> Endpoint:
@@ -9099,11 +9139,14 @@ class Tenant:
         headers or a certificate, its url stays: another receiver would get them."""
         checked = self._checked(url, changes)
         with self._customers_words(), self._at(id, conn) as (own, endpoint):
-            if url not in (None, endpoint.url) and (endpoint.headers or endpoint.cert):
-                raise PayloadError(
-                    "the url of this endpoint cannot be changed here: credentials were set for it"
-                )
+            self._keep_credentials(endpoint, url)
             return self._outbox.update_endpoint(id, url=url, conn=own, **checked)
+
+    def _keep_credentials(self, endpoint: Endpoint, url: str | None) -> None:
+        if url not in (None, endpoint.url) and (endpoint.headers or endpoint.cert):
+            raise PayloadError(
+                "the url of this endpoint cannot be changed here: credentials were set for it"
+            )
 
     def endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
         """Return an endpoint of this customer; raise NotFound."""
@@ -9155,13 +9198,13 @@ class Tenant:
         self._outbox._catalogue.public().check(_checked_type(type))
         return self._outbox.emit(conn, type, data, **options)
 
-    def _scope(self, filters: Mapping[str, Any]) -> dict[str, Any]:
+    def _scope(self, filters: Mapping[str, Any], conn: Any = None) -> dict[str, Any]:
         """Return filters in the scope of this tenant; an id in them that is not the customer's is
         NotFound."""
         if filters.get("endpoint") is not None:
-            self.endpoint(filters["endpoint"])
+            self.endpoint(filters["endpoint"], conn=conn)
         if filters.get("event_id") is not None:
-            with self._outbox._reading() as cursor:
+            with self._outbox._reading(conn) as cursor:
                 self._seen(cursor, filters["event_id"])
         internal = self._outbox._catalogue.internal
         return {**filters, "_but": sorted(internal) if internal else None}
@@ -9238,8 +9281,29 @@ class Tenant:
     ) -> int:
         """Make failed rows of the customer's endpoints pending again, as Outbox.replay."""
         chosen = {name: value for name, value in filters.items() if name != "tenant"}
-        scope = {**self._scope(chosen), "_of": self.id}
+        scope = {**self._scope(chosen, conn), "_of": self.id}
         return self._outbox._replay(all, dry_run, conn, chosen, scope)
+
+    def cancel(
+        self,
+        *,
+        event_id: str | None = None,
+        endpoint: str | None = None,
+        key: str | None = None,
+        type: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        all: bool = False,
+        dry_run: bool = False,
+        conn: Any = None,
+    ) -> int:
+        """Have deliveries that wait for the customer's endpoints not be sent, as Outbox.cancel."""
+        chosen: dict[str, Any] = {"event_id": event_id, "endpoint": endpoint, "key": key}
+        chosen |= {"type": type, "since": since, "until": until}
+        if not all and set(chosen.values()) == {None}:
+            raise PayloadError("say which deliveries, or all=True")
+        scope = {**self._scope(chosen, conn), "tenant": self.id, "_of": self.id}
+        return self._outbox._change_waiting("status = 'cancelled'", scope, "1", dry_run, conn)
 
     def resend(self, event_id: str, *, endpoint: str | None = None, conn: Any = None) -> int:
         """Deliver a recorded event again to the customer's endpoints that had it, or to one of
@@ -9263,6 +9327,21 @@ class Tenant:
         no delivery for. Returns how many."""
         self.endpoint(endpoint)
         return self._outbox.backfill(endpoint, since=since, until=until, type=type, dry_run=dry_run)
+
+    def _check(self, name: str, value: Any) -> None:
+        """Raise what is wrong with one option that a customer chose."""
+        options = self._checked(value, {}) if name == "url" else self._checked(None, {name: value})
+        with self._customers_words():
+            self._outbox._columns(options or {name: value})
+
+    def _missed(self, endpoint: Endpoint) -> int:
+        """Return how many of the customer's latest 10,000 events match an endpoint, came since it
+        was added, and were never given to it."""
+        oldest = """SELECT created_at FROM webhook_events WHERE tenant = ?
+                     ORDER BY seq DESC LIMIT 1 OFFSET 9999"""
+        found = self._outbox._select(oldest, self.id)
+        since = max(endpoint.created_at, found[0][0] if found else 0.0)
+        return self._outbox.backfill(endpoint.id, since=since, dry_run=True)
 
     def stats(self) -> Stats:
         """Return the numbers of the customer's endpoints."""
@@ -9583,19 +9662,25 @@ def _findings(outbox: Outbox) -> Iterator[_Finding]:
             )
 
 
-# ── dashboard ─────────────────────────────────────────────────────────────────────────────────────
-# Promises: pages without script or foreign asset. GET only reads; a POST counts only if a form of
-# ours sent it. What receivers and events say is escaped by _fill, which lets nothing but _Html
-# through. No secret, header value or query.
+# ── pages ─────────────────────────────────────────────────────────────────────────────────────────
+# Promises: pages without script or foreign asset, for the operator (dashboard) and for a customer
+# (portal). GET only reads; a POST counts only if a form of ours sent it. What people, receivers and
+# events say is escaped by _fill, which lets nothing but _Html through. No secret but a new one, no
+# header value; queries of URLs only to their customer who edits them. Knows the verbs, not SQL.
 
-_LONGEST_FORM = 16_384  # bytes
-_ON_A_PAGE = 25  # failed rows
+_LONGEST_FORM = 65_536  # bytes
+_MOST_FIELDS = 400
+_ON_A_PAGE = 25  # failed rows, deliveries, events
+_FIRST_FAILED = 10  # failed rows on the first page, before the endpoints
+_MOST_ENDPOINTS = 20  # on the dashboard's first page; on a page of their list five times as many
+_MOST_SHOWN = 50_000  # characters of one event's data
 _STYLE = """
 :root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --text: #1a1e26; --soft: #566072; --line: #dde1e8;
-  --link: #0b57d0; --bar: #4c8df6; --good: #0b6138; --good-back: #dcf3e6; --bad: #a01c16; --bad-back: #fde5e3 }
+  --edge: #8a94a6; --link: #0b57d0; --on: #fff; --bar: #4c8df6; --good: #0b6138; --good-back: #dcf3e6; --bad: #a01c16;
+  --bad-back: #fde5e3 }
 @media (prefers-color-scheme: dark) { :root { --page: #0f1217; --card: #181c23; --text: #e7eaf0; --soft: #9da8ba;
-  --line: #2c323d; --link: #8ab4f8; --bar: #6ea2f7; --good: #83dcab; --good-back: #123524; --bad: #ffaca6;
-  --bad-back: #45191a } }
+  --line: #2c323d; --edge: #6b7688; --link: #8ab4f8; --on: #0f1217; --bar: #6ea2f7; --good: #83dcab;
+  --good-back: #123524; --bad: #ffaca6; --bad-back: #45191a } }
 * { box-sizing: border-box; margin: 0 } body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem;
   background: var(--page); color: var(--text); font: 0.9375rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; line-height: 1.3 } h2 { font-size: 1.0625rem; margin: 2.25rem 0 0.75rem } h3 { font-size: 1em }
@@ -9603,7 +9688,8 @@ a { color: var(--link) } small, .soft, dt { color: var(--soft) } small { font-si
 .row { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center } .ends { justify-content: space-between }
 .card, table, .tiles > div { background: var(--card); border: 1px solid var(--line); border-radius: 0.75rem }
 .card { padding: 0.875rem 1rem; margin-bottom: 0.75rem } .card pre { max-height: 9.5rem; background: var(--page) }
-.tiles { display: flex; flex-wrap: wrap; gap: 0.75rem; margin-top: 1.25rem } dd { font-size: 1.625rem }
+header { margin-bottom: 1.25rem } h1 + p { margin-top: 0.25rem } header p { margin-bottom: 0.25rem }
+.tiles { display: flex; flex-wrap: wrap; gap: 0.75rem } .tiles dd { font-size: 1.625rem }
 .tiles > div { padding: 0.625rem 1rem; flex: 1 1 6rem } h2 + .row { margin-bottom: 0.75rem; align-self: end }
 table { width: 100%; border-spacing: 0 } th, td { text-align: left; vertical-align: top; padding: 0.75rem }
 tbody > * > * { border-top: 1px solid var(--line); font-weight: 400 } tbody th { min-width: 13rem }
@@ -9613,14 +9699,28 @@ tbody th { white-space: normal } .good { color: var(--good); background: var(--g
 .pill { border-radius: 1rem; padding: 0.0625rem 0.5625rem; font-size: 0.8125rem; font-weight: 500 }
 pre { margin-top: 0.5rem; padding: 0.625rem 0.75rem; max-height: 24rem; overflow: auto; white-space: pre-wrap;
   background: var(--card); border-radius: 0.5rem; font: 0.8125rem/1.5 ui-monospace, monospace }
+code { font: 0.875rem/1.5 ui-monospace, monospace; user-select: all }
 svg { display: block; max-width: 100%; fill: var(--bar) } .none { fill: var(--line) }
-summary { cursor: pointer; color: var(--soft); padding: 0.375rem 0 }
-button { font: inherit; font-size: 0.875rem; min-height: 2.25rem; padding: 0.25rem 0.875rem; border-radius: 0.5rem;
-  border: 1px solid var(--line); background: var(--card); color: var(--text); cursor: pointer }
-button.bad { color: var(--bad); background: var(--bad-back) } ol { padding: 0 0 0 0.375rem; list-style: none }
+summary { cursor: pointer; color: var(--soft); padding: 0.375rem 0 } details form { margin-top: 0.375rem }
+button, .button { font: inherit; font-size: 0.875rem; min-height: 2.25rem; padding: 0.25rem 0.875rem;
+  border-radius: 0.5rem; border: 1px solid var(--edge); background: var(--card); color: var(--text); cursor: pointer }
+.button { display: inline-block; padding-top: 0.4375rem; text-decoration: none; line-height: 1.3 }
+.main { background: var(--link); border-color: var(--link); color: var(--on) }
+button.bad { color: var(--bad); background: var(--bad-back); border-color: var(--bad) }
+ol { padding: 0 0 0 0.375rem; list-style: none; margin-top: 0.5rem }
 li { padding: 0 0 1.25rem 1.25rem; border-left: 2px solid var(--line); position: relative }
 li::before { content: ""; position: absolute; left: -0.4375rem; top: 0.375rem; width: 0.75rem; height: 0.75rem;
   border-radius: 50%; background: var(--good) } li.miss::before { background: var(--bad) }
+input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--edge);
+  border-radius: 0.5rem; padding: 0.25rem 0.625rem; min-height: 2.25rem; max-width: 100% }
+.field { margin-top: 1.125rem; border: 0; padding: 0; min-width: 0 } .field input { width: 100%; max-width: 44rem }
+.field > label, legend { font-weight: 600; padding: 0 } .top { align-items: start } .fault { color: var(--bad); margin-top: 0.25rem }
+.field .box { display: flex; gap: 0.625rem; align-items: baseline; padding: 0.375rem 0; max-width: 44rem }
+.box input { width: 1.125rem; height: 1.125rem; min-height: 0; flex: none; position: relative; top: 0.125rem }
+.group { margin-top: 0.75rem; color: var(--soft); font-size: 0.8125rem }
+.pick { align-items: end; margin-bottom: 0.75rem } .pick label { font-size: 0.8125rem; color: var(--soft) }
+.pick label > * { display: block; font-size: 0.9375rem; color: var(--text) } .facts dt { font-size: 0.8125rem }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 0.75rem 1.5rem; flex: 1 }
 @media (max-width: 52rem) { thead { display: none } table, tbody, tbody th { display: block }
   tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: 0.5rem 1rem; padding: 1rem }
   tbody th { grid-column: 1 / -1 } tbody > * > * { border: 0; padding: 0 } tr + tr { border-top: 1px solid var(--line) }
@@ -9639,8 +9739,6 @@ class _Refusal(Exception):
 
 
 def _shown(value: object) -> str:
-    import html
-
     if isinstance(value, list):
         return "".join(map(_shown, value))
     return value if isinstance(value, _Html) else html.escape(str(value))
@@ -9673,11 +9771,34 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> _Html:
     )
 
 
+def _facts(facts: Mapping[str, object], kind: str) -> _Html:
+    """Return names and values, as far as there are values. kind: tiles or facts."""
+    shown = [
+        _fill("<div><dt>{}</dt><dd>{}</dd></div>", *fact) for fact in facts.items() if fact[1] != ""
+    ]
+    return _fill('<dl class="{}">{}</dl>', kind, shown)
+
+
 def _time(at: float | None, now: float) -> _Html:
     if at is None:
         return _Html("-")
     words = f"in {_age(at - now)}" if at > now else f"{_age(now - at)} ago"
     return _fill('<time title="{}">{}</time>', _moment(at), words)
+
+
+_STATUS_KINDS = {"delivered": "good", "failed": "bad"}
+
+
+def _status_pill(delivery: Delivery) -> _Html:
+    return _pill(delivery.status, _STATUS_KINDS.get(delivery.status, "off"))
+
+
+def _state_pill(e: EndpointStats, now: float) -> _Html:
+    if not e.enabled:
+        return _pill("disabled", "off")
+    if e.failing_since is not None:
+        return _pill(f"failing for {_age(now - e.failing_since)}", "bad")
+    return _pill("active", "good")
 
 
 def _judged(row: FailedDelivery | Attempt) -> _Html:
@@ -9698,6 +9819,21 @@ def _answer_of(row: FailedDelivery | Attempt) -> _Html:
     )
 
 
+def _timeline(attempts: Sequence[Attempt], with_endpoint: bool = True) -> _Html:
+    """Return attempts, the last 200 of them, each with what was answered."""
+    step = (
+        '<li class="{}"><div class="row"><strong>{}</strong>{}<span>{}after {}</span></div>{}</li>'
+    )
+    steps = [
+        _fill(step, "miss" if a.reason else "", _moment(a.at), _judged(a),
+              f"{a.endpoint_id}, " if with_endpoint else "", _age(a.duration), _answer_of(a))
+        for a in attempts[-200:]
+    ]  # fmt: skip
+    more = ": the last 200" if len(attempts) > 200 else ""
+    nothing = _Html('<p class="card soft">There was none yet.</p>')
+    return _fill("<h2>Attempts{}</h2>{}", more, _fill("<ol>{}</ol>", steps) if steps else nothing)
+
+
 def _bars(e: EndpointStats) -> _Html:
     """Draw the deliveries of the last hour, a bar for each five minutes."""
     most, bar = max(e.history) or 1, '<rect class="{}" x="{}" y="{}" width="8" height="{}" rx="1"/>'
@@ -9710,37 +9846,95 @@ def _bars(e: EndpointStats) -> _Html:
     return _fill(svg + "<small>{} delivered</small></div>", title, bars, e.delivered)
 
 
+def _pinged(ping: Callable[[], Attempt]) -> _Html:
+    """Ping, and return what came of it."""
+    try:
+        attempt = ping()
+    except NotFound:
+        raise
+    except OutboxError as error:
+        return _fill('<p class="card bad" role="alert">{}</p>', error)
+    took = "It did not work, after" if attempt.reason else "It was taken, after"
+    return _fill(
+        '<div class="card"><div class="row">{}<span>{} {}</span></div>{}</div>',
+        _judged(attempt), took, _age(attempt.duration), _answer_of(attempt),
+    )  # fmt: skip
+
+
+def _bounded(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "\n…"
+
+
 def _pretty(data: Any) -> str:
-    """Return data as indented JSON; deep nesting makes that many times longer, so it is cut."""
-    parts = list(
-        itertools.islice(json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(data), 20_000)
-    )
-    return "".join(parts) + ("\n…" if len(parts) == 20_000 else "")
+    """Return data as indented JSON. Deep nesting makes that a thousand times longer than the data
+    is, so it is cut while it is made."""
+    if isinstance(data, _Unparsed):
+        return _bounded(data)
+    parts, length = list[str](), 0
+    for part in json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(data):
+        parts.append(part)
+        length += len(part)
+        if length > _MOST_SHOWN:
+            break
+    return _bounded("".join(parts))
+
+
+class _Form(dict[str, str]):
+    """The fields of a form by name; `every` has all values of one that came several times."""
+
+    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
+        super().__init__(pairs)
+        self._pairs = pairs
+
+    def every(self, name: str) -> list[str]:
+        return [value for field, value in self._pairs if field == name]
+
+
+class _Reply(NamedTuple):
+    """What a request gets."""
+
+    status: str
+    page: _Html
+    headers: Sequence[tuple[str, str]] = ()
+
+
+_Gets = Mapping[str, Callable[..., _Html]]  # path -> what shows it
+_Posts = Mapping[str, Callable[..., _Reply]]  # path -> what does it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Pages:
-    """The pages as one request gets them."""
+class _Site:
+    """What the pages of one request share: where they are, what was asked, links, forms, the frame."""
 
-    outbox: Outbox
     base: str  # the path that we are mounted under, percent-encoded
-    filters: Mapping[str, str]  # of the failed rows: endpoint, after
+    query: Mapping[str, str]
     token: str  # what the browser's cookie holds and each form repeats
 
-    def place(self, path: str = "", **filters: object) -> str:
+    gets: ClassVar[_Gets] = {}
+    posts: ClassVar[_Posts] = {}
+
+    def place(self, path: str = "", **query: object) -> str:
         return f"{self.base}/{urllib.parse.quote(path)}" + (
-            "?" + urllib.parse.urlencode(filters) if filters else ""
+            "?" + urllib.parse.urlencode(query) if query else ""
         )
 
-    def link(self, text: object, path: str = "", **filters: object) -> _Html:
-        return _fill('<a href="{}">{}</a>', self.place(path, **filters), text)
+    def link(self, text: object, path: str = "", kind: str = "", **query: object) -> _Html:
+        return _fill('<a class="{}" href="{}">{}</a>', kind, self.place(path, **query), text)
 
-    def button(self, verb: str, name: str, value: object, text: str, kind: str = "") -> _Html:
+    def form(self, action: str, *parts: object) -> _Html:
         return _fill(
-            '<form method="post" action="{}"><input type="hidden" name="token" value="{}"><input type="hidden" '
-            'name="{}" value="{}"><button class="{}" aria-label="{}: {}">{}</button></form>',
-            self.place(verb, **self.filters), self.token, name, value, kind, text, value, text,
+            '<form method="post" action="{}"><input type="hidden" name="token" value="{}">{}</form>',
+            action, self.token, list(parts),
         )  # fmt: skip
+
+    def button(self, action: str, text: str, kind: str = "", **fields: object) -> _Html:
+        """Return a form that is a button only."""
+        hidden = [
+            _fill('<input type="hidden" name="{}" value="{}">', *field) for field in fields.items()
+        ]
+        label = ": ".join((text, *map(str, fields.values())))
+        face = _fill('<button class="{}" aria-label="{}">{}</button>', kind, label, text)
+        return self.form(action, hidden, face)
 
     def page(self, title: str, *parts: _Html) -> _Html:
         return _fill(
@@ -9749,139 +9943,27 @@ class _Pages:
             title, _Html(_STYLE), list(parts),
         )  # fmt: skip
 
-    def overview(self) -> _Html:
-        stats, now, rows = (
-            self.outbox.stats(),
-            self.outbox.clock(),
-            {e.id: e for e in self.outbox.endpoints()},
-        )
-        tiles = {
-            "Pending": stats.pending,
-            "Due now": stats.due,
-            "Oldest due": _age(stats.oldest_due_age),
-        }
-        tiles |= {"Held": stats.held, "Failed": stats.failed}
-        names = ("Endpoint", "Last hour", "Success", "p50 / p95", "Waiting", "Failed", "Action")
-        endpoints = _table(
-            names, [self.endpoint(e, rows[e.id], now) for e in stats.endpoints if e.id in rows]
-        )
-        events = [
-            (
-                self.link(e.id, f"event/{e.id}"),
-                e.type,
-                e.tenant or "-",
-                e.key or "-",
-                _time(e.created_at, now),
-            )
-            for e in self.outbox.events(limit=10)
-        ]
-        return self.page(
-            f"Webhooks: {stats.failed} failed",
-            _fill('<header class="row ends"><h1>Webhooks</h1><p class="soft">{} {}</p></header>', _moment(now),
-                  self.link("Refresh", **self.filters)),
-            _fill('<p class="card bad" role="alert">{}</p>', stats.refusal) if stats.refusal else _Html(""),
-            _fill('<dl class="tiles">{}</dl>', [_fill("<div><dt>{}</dt><dd>{}</dd></div>", *t) for t in tiles.items()]),
-            _fill("<h2>Endpoints</h2>{}{}", endpoints, self.failed(now)),
-            _fill("<h2>Latest events</h2>{}", _table(("Event", "Type", "Tenant", "Key", "Emitted"), events)),
-        )  # fmt: skip
+    def go(self, place: str) -> _Reply:
+        return _Reply("303 See Other", self.page("Done"), [("Location", place)])
 
-    def endpoint(self, e: EndpointStats, endpoint: Endpoint, now: float) -> tuple[object, ...]:
-        state = _pill("active", "good") if e.enabled else _pill("disabled", "off")
-        if e.enabled and e.failing_since is not None:
-            state = _pill(f"failing for {_age(now - e.failing_since)}", "bad")
-        tenant = f"tenant {endpoint.tenant}" if endpoint.tenant else ""
-        hold = _held(e.failures, e.paused_until or 0.0, now) if e.enabled else ""
-        about = (
-            tenant, _masked(endpoint.url), endpoint.description, endpoint.disabled_reason, hold,
-        )  # fmt: skip
-        return (
-            _fill('<div class="row"><strong>{}</strong>{}</div><small>{}</small><small>{}</small>', e.id, state,
-                  " · ".join(filter(None, about)), f"Last error: {e.last_error}" if e.last_error else ""),
-            _bars(e),
-            f"{100 * e.delivered // e.attempts}%" if e.attempts else "-",
-            _fill('<span class="line">{} / {}</span>', _age(e.p50), _age(e.p95)),
-            f"{e.pending}, oldest {_age(e.oldest_due_age)}" if e.oldest_due_age is not None else e.pending,
-            self.link(e.failed, endpoint=e.id) if e.failed else 0,
-            self.button("disable", "id", e.id, "Disable") if e.enabled else self.button("enable", "id", e.id, "Enable"),
-        )  # fmt: skip
-
-    def failed(self, now: float) -> _Html:
-        endpoint, after = self.filters.get("endpoint"), int(self.filters.get("after", 0))
-        found = self.outbox.failed(limit=_ON_A_PAGE + 1, after=after, endpoint=endpoint)
-        rows = found[:_ON_A_PAGE]
-        links = [self.link("All failed rows")] if self.filters else []
-        if len(found) > len(rows):
-            links.append(self.link("Next page", **{**self.filters, "after": str(rows[-1].id)}))
-        if len(rows) > 1:
-            ids = ",".join(str(row.id) for row in rows)
-            links.append(self.button("replay", "ids", ids, f"Replay these {len(rows)}"))
-        return _fill(
-            '<div class="row ends"><h2>Failed rows{}, oldest first</h2><div class="row">{}</div></div>{}',
-            f" of {endpoint}" if endpoint else "", links, [self.failed_row(row, now) for row in rows] or _table((), ()),
-        )  # fmt: skip
-
-    def failed_row(self, row: FailedDelivery, now: float) -> _Html:
-        return _fill(
-            '<article class="card"><div class="row ends"><div class="row">{}<h3>{}</h3><span>to {}</span></div>'
-            '<div class="row">{}<details><summary>Discard</summary>{}</details></div></div>'
-            '<p class="soft">Given up {}, attempts: {}</p>{}</article>',
-            _judged(row), self.link(row.type, f"event/{row.event_id}"), row.endpoint_id,
-            self.button("replay", "ids", row.id, "Replay"),
-            self.button("discard", "ids", row.id, "Delete for good", "bad"),
-            _time(row.failed_at, now), row.attempts, _answer_of(row),
-        )  # fmt: skip
-
-    def event(self, id: str) -> _Html:
-        event, attempts, now = self.outbox.event(id), self.outbox.attempts(id), self.outbox.clock()
-        kinds = {"delivered": "good", "failed": "bad"}
-        deliveries = [
-            (d.endpoint_id, _pill(d.status, kinds.get(d.status, "off")), d.attempts,
-             _time(d.due_at, now) if d.status == "pending" else "-", _time(d.delivered_at, now))
-            for d in event.deliveries
-        ]  # fmt: skip
-        step = '<li class="{}"><div class="row"><strong>{}</strong>{}<span>{}, after {}</span></div>{}</li>'
-        steps = [
-            _fill(step, "miss" if a.reason else "", _moment(a.at), _judged(a), a.endpoint_id, _age(a.duration),
-                  _answer_of(a))
-            for a in attempts[-200:]
-        ]  # fmt: skip
-        about = f"{event.id}, emitted {_moment(event.created_at)}"
-        about += "".join(
-            f", {name} {value}"
-            for name, value in (("tenant", event.tenant), ("key", event.key))
-            if value
-        )
-        return self.page(
-            f"{event.type} {event.id}",
-            _fill(
-                '<p>{}</p><h1>{}</h1><p class="soft">{}</p>',
-                self.link("← Webhooks"),
-                event.type,
-                about,
-            ),
-            _fill('<h2>Data</h2><pre tabindex="0" class="card">{}</pre>', _pretty(event.data)),
-            _fill(
-                "<h2>Deliveries</h2>{}",
-                _table(("Endpoint", "Status", "Attempts", "Next", "Delivered"), deliveries),
-            ),
-            _fill(
-                "<h2>Attempts{}</h2><ol>{}</ol>",
-                ": the last 200" if len(attempts) > 200 else "",
-                steps,
-            ),
-        )
+    def not_found(self, error: NotFound) -> str:
+        """Return what to tell of something that is not there."""
+        return str(error)
 
 
-def _row_numbers(form: Mapping[str, str]) -> list[int]:
-    return [int(id) for id in form["ids"].split(",")]
+def _choice_of(name: str, label: str, options: Mapping[str, str], chosen: str) -> _Html:
+    """Return a list to choose from; options: value -> text."""
+    shown = [
+        _fill('<option value="{}"{}>{}</option>', value, _Html(" selected" if value == chosen else ""), text)
+        for value, text in options.items()
+    ]  # fmt: skip
+    return _fill('<label>{}<select name="{}">{}</select></label>', label, name, shown)
 
 
-_ACTIONS: dict[str, Callable[[Outbox, Mapping[str, str]], object]] = {
-    "replay": lambda outbox, form: outbox.replay(ids=_row_numbers(form)),
-    "discard": lambda outbox, form: outbox.discard(ids=_row_numbers(form)),
-    "enable": lambda outbox, form: outbox.enable_endpoint(form["id"]),
-    "disable": lambda outbox, form: outbox.disable_endpoint(form["id"], "on the dashboard"),
-}
+def _entry(name: str, label: str, value: str, kind: str = "text") -> _Html:
+    return _fill(
+        '<label>{}<input type="{}" name="{}" value="{}"></label>', label, kind, name, value
+    )
 
 
 # Two things show that a form is ours, and both must hold. Sec-Fetch-Site, or else Origin: browsers
@@ -9903,13 +9985,19 @@ def _is_ours(environ: WSGIEnvironment, token: str, form: Mapping[str, str]) -> b
     )
 
 
-def _read_form(environ: WSGIEnvironment, token: str) -> dict[str, str]:
+def _read_form(environ: WSGIEnvironment, token: str) -> _Form:
     length = int(environ.get("CONTENT_LENGTH") or "x")
     if length > _LONGEST_FORM:
         raise _Refusal("413 Content Too Large", "The form is too long.")
     body = environ["wsgi.input"].read(max(0, length)).decode("ascii")
-    form = dict(
-        urllib.parse.parse_qsl(body, strict_parsing=True, errors="strict", max_num_fields=9)
+    form = _Form(
+        urllib.parse.parse_qsl(
+            body,
+            keep_blank_values=True,
+            strict_parsing=True,
+            errors="strict",
+            max_num_fields=_MOST_FIELDS,
+        )
     )
     if not _is_ours(environ, token, form):
         raise _Refusal(
@@ -9918,77 +10006,65 @@ def _read_form(environ: WSGIEnvironment, token: str) -> dict[str, str]:
     return form
 
 
-def _serve(pages: _Pages, environ: WSGIEnvironment) -> tuple[str, _Html, list[tuple[str, str]]]:
-    """Do what a request asks for; return status, page and further headers, or raise what is wrong
-    with it."""
-    verb, _, id = environ.get("PATH_INFO", "").strip("/").partition("/")
-    if verb not in ("", "event", *_ACTIONS) or bool(id) != (verb == "event"):
-        raise _Refusal("404 Not Found", "There is no such page.")
-    methods = ["POST"] if verb in _ACTIONS else ["GET", "HEAD"]
-    if environ["REQUEST_METHOD"] not in methods:
-        raise _Refusal(
-            "405 Method Not Allowed", "This is not done this way.", ("Allow", ", ".join(methods))
-        )
-    if verb not in _ACTIONS:
-        secure = "; Secure" if environ["wsgi.url_scheme"] == "https" else ""
-        cookie = f"webhook_outbox={pages.token}; Path={pages.base or '/'}; HttpOnly; SameSite=Lax{secure}"
-        return "200 OK", pages.event(id) if id else pages.overview(), [("Set-Cookie", cookie)]
-    try:
-        _ACTIONS[verb](pages.outbox, _read_form(environ, pages.token))
-    except (ValueError, KeyError):
-        raise _Refusal("400 Bad Request", "The form cannot be understood.") from None
-    return "303 See Other", pages.page("Done"), [("Location", pages.place(**pages.filters))]
-
-
-def _pages_for(outbox: Outbox, environ: WSGIEnvironment) -> _Pages:
+def _site_of(environ: WSGIEnvironment) -> _Site:
     mount = environ.get("SCRIPT_NAME", "").strip("/")
     base = "/" + urllib.parse.quote(mount, encoding="latin-1") if mount else ""
-    query = urllib.parse.parse_qsl(environ.get("QUERY_STRING", ""))
-    filters = {
-        k: v
-        for k, v in query
-        if k == "endpoint" or (k == "after" and re.fullmatch("[0-9]{1,18}", v))
-    }
+    query = dict(urllib.parse.parse_qsl(environ.get("QUERY_STRING", "")[:8192]))
     cookie = re.search(
         r"(?:^|; ?)webhook_outbox=([A-Za-z0-9_-]{22})(?:;|$)", environ.get("HTTP_COOKIE", "")
     )
-    return _Pages(outbox, base, filters, cookie[1] if cookie else secrets.token_urlsafe(16))
+    return _Site(base, query, cookie[1] if cookie else secrets.token_urlsafe(16))
 
 
-def dashboard_app(outbox: Outbox) -> WSGIApplication:
-    """Return the dashboard as a WSGI application: endpoints with their last hour, failed rows with
-    the receiver's answer, an event's timeline; replay, discard, enable, disable.
+def _reply_to(pages: _Site, environ: WSGIEnvironment) -> _Reply:
+    """Do what a request asks for, or raise what is wrong with it. A path is names and ids in turn:
+    endpoint/ID/edit stands in the tables as endpoint/*/edit."""
+    parts = environ.get("PATH_INFO", "").strip("/").split("/")
+    path = "/".join("*" if n % 2 else part for n, part in enumerate(parts))
+    show, act = pages.gets.get(path), pages.posts.get(path)
+    if show is None and act is None:
+        raise _Refusal("404 Not Found", "There is no such page.")
+    if environ["REQUEST_METHOD"] in ("GET", "HEAD") and show is not None:
+        secure = "; Secure" if environ["wsgi.url_scheme"] == "https" else ""
+        cookie = f"webhook_outbox={pages.token}; Path={pages.base or '/'}; HttpOnly; SameSite=Lax{secure}"
+        return _Reply("200 OK", show(pages, *parts[1::2]), [("Set-Cookie", cookie)])
+    if environ["REQUEST_METHOD"] != "POST" or act is None:
+        methods = (["GET", "HEAD"] if show else []) + (["POST"] if act else [])
+        raise _Refusal(
+            "405 Method Not Allowed", "This is not done this way.", ("Allow", ", ".join(methods))
+        )
+    try:
+        return act(pages, _read_form(environ, pages.token), *parts[1::2])
+    except (ValueError, KeyError):
+        raise _Refusal("400 Bad Request", "The form cannot be understood.") from None
 
-    Works under any SCRIPT_NAME. Keeps no state, so any number of workers may serve it. Other sites
-    cannot make a visitor's browser act; what receivers sent is escaped; secrets and header values
-    are not shown, queries of URLs are masked. It asks for no login: whoever reaches it sees the
-    events' data, and can replay, discard and disable. Mount it behind the login of your app, which
-    also answers for the Host header.
-    """
+
+def _site_app(name: str, open: Callable[[WSGIEnvironment, _Site], _Site]) -> WSGIApplication:
+    """Return a WSGI application; open: makes the pages for a request. It keeps no state, so any
+    number of workers may serve it."""
     style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     policy = "default-src 'none'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; style-src "
     always = [
         ("Content-Type", "text/html; charset=utf-8"),
         ("Content-Security-Policy", f"{policy}'sha256-{style}'"),
         ("Cache-Control", "no-store"),
-        (
-            "Referrer-Policy",
-            "same-origin",
-        ),  # with no-referrer our own forms would come with Origin: null
+        # With no-referrer our own forms would come with Origin: null.
+        ("Referrer-Policy", "same-origin"),
         ("X-Content-Type-Options", "nosniff"),
     ]
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
-        pages = _pages_for(outbox, environ)
+        pages = _site_of(environ)
         told: Any = None
         try:
-            status, page, headers = _serve(pages, environ)
+            pages = open(environ, pages)
+            status, page, headers = _reply_to(pages, environ)
         except _Refusal as refusal:
             told = refusal.args
         except NotFound as error:
-            told = "404 Not Found", error
+            told = "404 Not Found", pages.not_found(error)
         except Exception:  # a browser sees no traceback
-            _log.exception("the dashboard failed")
+            _log.exception("the %s failed", name)
             told = "500 Internal Server Error", "It did not work; the app's log tells why."
         if told:
             status, text, *headers = told
@@ -9999,6 +10075,739 @@ def dashboard_app(outbox: Outbox) -> WSGIApplication:
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
     return app
+
+
+def _trouble(e: EndpointStats) -> int:
+    """Return 0 for an endpoint that fails or is on hold, 1 for one with deliveries that wait for
+    somebody, 2 for one that is well."""
+    if e.failing or e.paused_until:
+        return 0
+    gone = not e.enabled and (e.pending or e.disabled_reason in _DISABLED_BY_DRAIN)
+    return 1 if e.failed or gone else 2
+
+
+def _row_numbers(form: Mapping[str, str]) -> list[int]:
+    return [int(id) for id in form["ids"].split(",")]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Dashboard(_Site):
+    """The operator's pages."""
+
+    outbox: Outbox
+
+    @property
+    def filters(self) -> dict[str, str]:
+        """Return what the failed rows are filtered by; a button keeps it."""
+        return {
+            name: value
+            for name, value in self.query.items()
+            if name == "endpoint" or (name == "after" and re.fullmatch("[0-9]{1,18}", value))
+        }
+
+    def act(self, verb: str, text: str, kind: str = "", **fields: object) -> _Html:
+        return self.button(self.place(verb, **self.filters), text, kind, **fields)
+
+    def overview(self) -> _Html:
+        stats, now = self.outbox.stats(), self.outbox.clock()
+        tiles: dict[str, object] = {"Pending": stats.pending, "Due now": stats.due}
+        tiles |= {
+            "Oldest due": _age(stats.oldest_due_age),
+            "Held": stats.held,
+            "Failed": stats.failed,
+        }
+        ranked = sorted(stats.endpoints, key=_trouble)
+        rest = [_trouble(e) == 2 for e in ranked[_MOST_ENDPOINTS:]]
+        more = [f"{rest.count(False)} more that need a look"] if not all(rest) else []
+        more += [f"{sum(rest)} that are well"] if any(rest) else []
+        others = self.link("and " + " and ".join(more), "endpoints") if rest else ""
+        search = _entry("q", "Find an event by id or type", "", "search")
+        return self.page(
+            f"Webhooks: {stats.failed} failed",
+            _fill('<header class="row ends"><h1>Webhooks</h1><p class="soft">{} {}</p></header>', _moment(now),
+                  self.link("Refresh", **self.filters)),
+            _fill('<p class="card bad" role="alert">{}</p>', stats.refusal) if stats.refusal else _Html(""),
+            _facts(tiles, "tiles"),
+            self.failed(now),
+            _fill("<h2>Endpoints</h2>{}<p>{}</p>", self.endpoints(ranked[:_MOST_ENDPOINTS], now), others),
+            _fill('<h2>Latest events</h2><form class="row pick" action="{}">{}<button>Find</button></form>{}',
+                  self.place("search"), search, self.events(self.outbox.events(limit=10), now)),
+        )  # fmt: skip
+
+    def endpoints(self, some: Sequence[EndpointStats], now: float) -> _Html:
+        rows = {e.id: e for e in self.outbox.endpoints()}
+        names = ("Endpoint", "Last hour", "Success", "p50 / p95", "Waiting", "Failed", "Action")
+        return _table(names, [self.endpoint(e, rows[e.id], now) for e in some if e.id in rows])
+
+    def endpoint(self, e: EndpointStats, endpoint: Endpoint, now: float) -> tuple[object, ...]:
+        held = _held(e.failures, e.paused_until or 0.0, now) if e.enabled else ""
+        tenant = f"tenant {endpoint.tenant}" if endpoint.tenant else ""
+        about = (tenant, _masked(endpoint.url), endpoint.description, endpoint.disabled_reason)
+        lines = [
+            " · ".join(filter(None, about)),
+            f"Gets {', '.join(endpoint.events)}",
+            f"Last error: {e.last_error}" if e.last_error else "",
+            held,
+        ]
+        switch = (
+            self.act("disable", "Disable", id=e.id)
+            if e.enabled
+            else self.act("enable", "Enable", id=e.id)
+        )
+        return (
+            _fill('<div class="row"><strong>{}</strong>{}</div>{}', e.id, _state_pill(e, now),
+                  [_fill("<small>{}</small>", line) for line in lines if line]),
+            _bars(e),
+            f"{100 * e.delivered // e.attempts}%" if e.attempts else "-",
+            _fill('<span class="line">{} / {}</span>', _age(e.p50), _age(e.p95)),
+            f"{e.pending}, oldest {_age(e.oldest_due_age)}" if e.oldest_due_age is not None else e.pending,
+            self.link(e.failed, endpoint=e.id) if e.failed else 0,
+            _fill('<div class="row">{}{}{}</div>', switch, self.act("ping", "Ping", id=e.id),
+                  self.act("retry", "Try now", id=e.id) if held else ""),
+        )  # fmt: skip
+
+    def all_endpoints(self) -> _Html:
+        """Show all endpoints, page by page, worst first."""
+        now, size = self.outbox.clock(), 5 * _MOST_ENDPOINTS
+        number = (
+            int(self.query["page"]) if re.fullmatch("[0-9]{1,6}", self.query.get("page", "")) else 0
+        )
+        ranked = sorted(self.outbox.stats().endpoints, key=_trouble)
+        rest = len(ranked) - size * (number + 1)
+        more = self.link(f"{rest} more", "endpoints", page=number + 1) if rest > 0 else ""
+        return self.page(
+            "Endpoints",
+            _fill("<p>{}</p><h1>{} endpoints</h1>", self.link("← Webhooks"), len(ranked)),
+            _fill("<h2>The worst first</h2>{}<p>{}</p>",
+                  self.endpoints(ranked[size * number : size * (number + 1)], now), more),
+        )  # fmt: skip
+
+    def events(self, events: Sequence[Event], now: float) -> _Html:
+        rows = [
+            (self.link(e.id, f"event/{e.id}"), e.type, e.tenant or "-", e.key or "-", _time(e.created_at, now))
+            for e in events
+        ]  # fmt: skip
+        return _table(("Event", "Type", "Tenant", "Key", "Emitted"), rows)
+
+    def search(self) -> _Html:
+        """Show the event of an id, or the events of a type, of a group, or whose type contains what
+        was asked for."""
+        asked, after = self.query.get("q", "").strip(), self.query.get("after")
+        if _event_seq(asked) is not None:
+            return self.event(asked)
+        found = list[Event]()
+        if re.fullmatch(r"[A-Za-z0-9_.*-]{1,256}", asked):
+            pattern = asked if "*" in asked else f"*{asked}*"
+            before = after if _event_seq(after) is not None else None
+            found = self.outbox.events(type=pattern, limit=_ON_A_PAGE + 1, after=before)
+        rows = found[:_ON_A_PAGE]
+        more = (
+            self.link("Older", "search", q=asked, after=rows[-1].id)
+            if len(found) > len(rows)
+            else ""
+        )
+        entry = _entry("q", "An id, a type or a part of it", asked, "search")
+        return self.page(
+            f"Events: {asked}",
+            _fill("<p>{}</p><h1>Events</h1>", self.link("← Webhooks")),
+            _fill('<form class="row pick" action="{}">{}<button>Find</button></form>', self.place("search"), entry),
+            _fill("{}<p>{}</p>", self.events(rows, self.outbox.clock()), more),
+        )  # fmt: skip
+
+    def failed(self, now: float) -> _Html:
+        endpoint, after = self.filters.get("endpoint"), int(self.filters.get("after", 0))
+        most = _ON_A_PAGE if self.filters else _FIRST_FAILED
+        found = self.outbox.failed(limit=most + 1, after=after, endpoint=endpoint)
+        rows = found[:most]
+        links = [self.link("All failed rows")] if self.filters else []
+        if len(found) > len(rows):
+            links.append(self.link("Next page", **{**self.filters, "after": str(rows[-1].id)}))
+        if len(rows) > 1:
+            ids = ",".join(str(row.id) for row in rows)
+            links.append(self.act("replay", f"Replay these {len(rows)}", ids=ids))
+        return _fill(
+            '<div class="row ends"><h2>Failed rows{}, oldest first</h2><div class="row">{}</div></div>{}',
+            f" of {endpoint}" if endpoint else "", links, [self.failed_row(row, now) for row in rows] or _table((), ()),
+        )  # fmt: skip
+
+    def failed_row(self, row: FailedDelivery, now: float) -> _Html:
+        return _fill(
+            '<article class="card"><div class="row ends"><div class="row">{}<h3>{}</h3><span>to {}</span></div>'
+            '<div class="row">{}<details><summary>Discard</summary>{}</details></div></div>'
+            '<p class="soft">Given up {}, attempts: {}</p>{}</article>',
+            _judged(row), self.link(row.type, f"event/{row.event_id}"), row.endpoint_id,
+            self.act("replay", "Replay", ids=row.id), self.act("discard", "Delete for good", "bad", ids=row.id),
+            _time(row.failed_at, now), row.attempts, _answer_of(row),
+        )  # fmt: skip
+
+    def event(self, id: str) -> _Html:
+        event, attempts, now = self.outbox.event(id), self.outbox.attempts(id), self.outbox.clock()
+        about = f"{event.id}, emitted {_moment(event.created_at)}"
+        about += "".join(
+            f", {name} {value}"
+            for name, value in (("tenant", event.tenant), ("key", event.key))
+            if value
+        )
+        about += f", erased {_moment(event.erased_at)}" if event.erased_at else ""
+        names = ("Endpoint", "Status", "Attempts", "Next", "Delivered", "Action")
+        more = f"and {len(event.deliveries) - 200} more" if len(event.deliveries) > 200 else ""
+        again = (
+            self.button(self.place("resend"), "Resend to all", event=id)
+            if len(event.deliveries) > 1
+            else ""
+        )
+        return self.page(
+            f"{event.type} {event.id}",
+            _fill(
+                '<p>{}</p><h1>{}</h1><p class="soft">{}</p>',
+                self.link("← Webhooks"),
+                event.type,
+                about,
+            ),
+            _fill('<h2>Data</h2><pre tabindex="0" class="card">{}</pre>', _pretty(event.data)),
+            _fill('<div class="row ends"><h2>Deliveries</h2><div class="row">{}</div></div>{}<p>{}</p>', again,
+                  _table(names, [self.delivery(d, now) for d in event.deliveries[:200]]), more),
+            _timeline(attempts),
+        )  # fmt: skip
+
+    def delivery(self, d: Delivery, now: float) -> tuple[object, ...]:
+        waits = d.status in ("pending", "held")
+        again = "Send now" if waits else "Resend"
+        of = {"event": d.event_id, "endpoint": d.endpoint_id}
+        buttons = [self.button(self.place("resend"), again, **of)]
+        buttons += [self.button(self.place("cancel"), "Cancel", "bad", **of)] if waits else []
+        return (
+            d.endpoint_id, _status_pill(d), d.attempts, _time(d.due_at, now) if d.status == "pending" else "-",
+            _time(d.delivered_at, now), _fill('<div class="row">{}</div>', buttons),
+        )  # fmt: skip
+
+    def ping(self, form: _Form) -> _Reply:
+        said = _pinged(lambda: self.outbox.ping(form["id"]))
+        back = self.link("← Webhooks")
+        page = _fill("<p>{}</p><h1>A ping to {}</h1>{}", back, form["id"], said)
+        return _Reply("200 OK", self.page("Ping", page))
+
+    def resend(self, form: _Form) -> _Reply:
+        self.outbox.resend(form["event"], endpoint=form.get("endpoint"))
+        return self.go(self.place(f"event/{form['event']}"))
+
+    def cancel(self, form: _Form) -> _Reply:
+        self.outbox.cancel(event_id=form["event"], endpoint=form["endpoint"])
+        return self.go(self.place(f"event/{form['event']}"))
+
+    def change(self, change: Callable[[], object]) -> _Reply:
+        """Do something that the overview shows, and go back to it as it was filtered."""
+        change()
+        return self.go(self.place(**self.filters))
+
+    gets: ClassVar[_Gets] = {
+        "": overview,
+        "endpoints": all_endpoints,
+        "search": search,
+        "event/*": event,
+    }
+    posts: ClassVar[_Posts] = {
+        "replay": lambda p, form: p.change(lambda: p.outbox.replay(ids=_row_numbers(form))),
+        "discard": lambda p, form: p.change(lambda: p.outbox.discard(ids=_row_numbers(form))),
+        "enable": lambda p, form: p.change(lambda: p.outbox.enable_endpoint(form["id"])),
+        "disable": lambda p, form: p.change(
+            lambda: p.outbox.disable_endpoint(form["id"], "on the dashboard")
+        ),
+        "retry": lambda p, form: p.change(lambda: p.outbox.retry_now(endpoint=form["id"])),
+        "ping": ping,
+        "resend": resend,
+        "cancel": cancel,
+    }
+
+
+def dashboard_app(outbox: Outbox) -> WSGIApplication:
+    """Return the dashboard as a WSGI application: endpoints with their last hour, failed rows with
+    the receiver's answer, an event's timeline; replay, discard, resend, cancel, ping, enable,
+    disable.
+
+    Works under any SCRIPT_NAME. Other sites cannot make a visitor's browser act; what receivers
+    sent is escaped; secrets and header values are not shown, queries of URLs are masked. It asks
+    for no login: whoever reaches it sees the events' data, and can replay, discard and disable.
+    Mount it behind the login of your app, which also answers for the Host header.
+    """
+    return _site_app(
+        "dashboard", lambda environ, site: _Dashboard(site.base, site.query, site.token, outbox)
+    )
+
+
+def _utc_of(text: str, end: bool = False) -> float | None:
+    """Return UTC seconds of a date, or a date and time, as a form has it; None for nothing. end: a
+    date alone means the end of that day. Raises ValueError."""
+    text = text.strip()
+    if not text:
+        return None
+    moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return _seconds(moment) + (86_400 if end and len(text) == 10 else 0)
+
+
+def _field_of(text: str, end: bool) -> str:
+    """Return a time as a browser's field for date and time takes it; what it cannot, it leaves
+    empty."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if at := _utc_of(text, end):
+            return _iso(at)[:16]
+    return text
+
+
+def _fault(text: str | None) -> _Html:
+    if not text:
+        return _Html("")
+    return _fill('<p class="fault" role="alert">{}</p>', text[:1].upper() + text[1:])
+
+
+def _box(value: str, text: str, hint: str, chosen: Sequence[str]) -> _Html:
+    """Return an event type or pattern to tick."""
+    return _fill(
+        '<label class="box"><input type="checkbox" name="events" value="{}"{}><span>{}<small>{}</small></span></label>',
+        value, _Html(" checked" if value in chosen else ""), text, hint,
+    )  # fmt: skip
+
+
+def _patterns_shown(patterns: Sequence[str]) -> str:
+    if "*" in patterns:
+        return "all"
+    more = f", and {len(patterns) - 8} more" if len(patterns) > 8 else ""
+    return ", ".join(patterns[:8]) + more
+
+
+def _body_sent(outbox: Outbox, endpoint: Endpoint, event_id: str) -> str:
+    """Return the body that an endpoint gets of an event, as it is sent."""
+    try:
+        wire = _Wire.make(endpoint, [], outbox._settings())
+        body, _ = wire.body(outbox._picked(event_id))
+    except Exception as error:  # whatever a transform of the host raises
+        _log.info("the body of %s for %s cannot be shown: %s", event_id, endpoint.id, error)
+        return "This body cannot be shown."
+    return _bounded(body.decode("utf-8", "backslashreplace"))
+
+
+_GRACES = {"86400": "for a day", "3600": "for an hour", "604800": "for a week", "0": "no longer"}
+_SAID = {
+    "saved": "It is saved.",
+    "enabled": "It is enabled: what was held is on its way.",
+    "disabled": "It is disabled: nothing is sent to it until you enable it.",
+    "removed": "The endpoint is removed.",
+    "resent": "It will be sent again in a moment.",
+    "backfilled": "What was missed will be sent in a moment.",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _PortalPages(_Site):
+    """What a customer sees, of what is that customer's."""
+
+    outbox: Outbox
+    door: Tenant
+
+    manage: ClassVar[bool] = False
+
+    def not_found(self, error: NotFound) -> str:
+        """Return the same for what is somebody else's and for what does not exist."""
+        return "There is no such page."
+
+    def frame(self, title: str, *parts: object, back: _Html | None = None) -> _Html:
+        said = _SAID.get(self.query.get("said", ""))
+        return self.page(
+            title,
+            _fill("<header><p>{}</p><h1>{}</h1></header>", back or self.link("← Webhooks"), title),
+            _fill('<p class="card good" role="status">{}</p>', said) if said else _Html(""),
+            _fill("{}", list(parts)),
+        )
+
+    # The list of endpoints.
+
+    def overview(self) -> _Html:
+        now, rows = self.outbox.clock(), {e.id: e for e in self.door.endpoints()}
+        stats = [e for e in self.door.stats().endpoints if e.id in rows]
+        said = _SAID.get(self.query.get("said", ""))
+        room = len(rows) < self.door.max_endpoints
+        add = self.link("Add an endpoint", "add", "button main") if self.manage and room else ""
+        full = "" if room else f"You have {len(rows)} endpoints, as many as may be."
+        names = ("Endpoint", "Events", "Last hour", "Waiting", "Failed")
+        nothing = _Html(
+            '<div class="card"><h3>No endpoints yet</h3><p class="soft">An endpoint is an address of your server. '
+            "We send it a signed request for each event that you choose, and try again until it is taken.</p></div>"
+        )
+        table = _table(names, [self.row(e, rows[e.id], now) for e in stats]) if stats else nothing
+        return self.page(
+            "Webhooks",
+            _fill('<header class="row ends"><h1>Webhooks</h1>{}</header>', add),
+            _fill('<p class="card good" role="status">{}</p>', said) if said else _Html(""),
+            _fill('{}<p class="soft">{}</p>', table, full if self.manage else ""),
+        )
+
+    def row(self, e: EndpointStats, endpoint: Endpoint, now: float) -> tuple[object, ...]:
+        about = (endpoint.description, endpoint.disabled_reason)
+        return (
+            _fill('<div class="row"><strong>{}</strong>{}</div><small>{}</small>',
+                  self.link(_masked(endpoint.url), f"endpoint/{e.id}"), _state_pill(e, now),
+                  " · ".join(filter(None, about))),
+            _patterns_shown(endpoint.events), _bars(e), e.pending, e.failed,
+        )  # fmt: skip
+
+    # One endpoint.
+
+    def endpoint(self, id: str) -> _Html:
+        endpoint, now = self.door.endpoint(id), self.outbox.clock()
+        stats = next((e for e in self.door.stats().endpoints if e.id == id), None)
+        if stats is None:
+            raise NotFound(id)
+        facts: dict[str, object] = {
+            "State": _state_pill(stats, now),
+            "Events": _patterns_shown(endpoint.events),
+            "Waiting": stats.pending,
+            "Failed": stats.failed,
+            "Added": _moment(endpoint.created_at),
+            "Description": endpoint.description,
+        }
+        return self.frame(
+            _masked(endpoint.url),
+            _fill('<div class="card">{}</div>', _facts(facts, "facts")),
+            self.trouble(endpoint, stats),
+            self.actions(endpoint) if self.manage else "",
+            self.deliveries(id, now),
+        )
+
+    def trouble(self, endpoint: Endpoint, stats: EndpointStats) -> _Html:
+        """Say why an endpoint gets nothing or fails, and what it missed, with what helps."""
+        at, cards = f"endpoint/{endpoint.id}", list[_Html]()
+        card = '<div class="card row ends"><p>{}</p>{}</div>'
+        if not endpoint.enabled:
+            why = f": {endpoint.disabled_reason}" if endpoint.disabled_reason else ""
+            held = f" {stats.pending} deliveries wait." if stats.pending else ""
+            enable = (
+                self.button(self.place(f"{at}/enable"), "Enable", "main") if self.manage else ""
+            )
+            cards.append(_fill(card, f"It is disabled{why}. Nothing is sent to it.{held}", enable))
+        elif stats.failing_since is not None:
+            why = f": {stats.last_error}" if stats.last_error else ""
+            cards.append(_fill(card, f"It fails since {_moment(stats.failing_since)}{why}.", ""))
+        if missed := self.door._missed(endpoint):
+            send = self.button(self.place(f"{at}/backfill"), "Send them", "main")
+            words = f"{missed} event{'s were' if missed > 1 else ' was'} missed: never sent to this endpoint."
+            words += "" if endpoint.enabled else " Enable it to have them sent."
+            cards.append(_fill(card, words, send if self.manage and endpoint.enabled else ""))
+        return _fill("{}", cards)
+
+    def actions(self, endpoint: Endpoint) -> _Html:
+        at = f"endpoint/{endpoint.id}"
+        types = {"": "webhook.ping"} | {type: type for type in self.types()}
+        example = self.form(
+            self.place(f"{at}/ping"),
+            _fill('<div class="row pick">{}<button>Send it</button></div>',
+                  _choice_of("type", "Which", types, "")),
+        )  # fmt: skip
+        rotate = self.form(
+            self.place(f"{at}/rotate"),
+            _fill('<div class="row pick">{}<button>Make a new secret</button></div>',
+                  _choice_of("grace", "The old secret signs too", _GRACES, "86400")),
+        )  # fmt: skip
+        disable = self.button(self.place(f"{at}/disable"), "Disable") if endpoint.enabled else ""
+        remove = self.button(self.place(f"{at}/remove"), "Remove it, with what waits", "bad")
+        folded = "<details><summary>{}</summary>{}</details>"
+        return _fill(
+            '<div class="row top">{}{}{}{}{}</div>',
+            self.link("Edit", f"{at}/edit", "button"), disable, _fill(folded, "Send an example", example),
+            _fill(folded, "New secret", rotate), _fill(folded, "Remove", remove),
+        )  # fmt: skip
+
+    def types(self) -> dict[str, EventType]:
+        return self.outbox._catalogue.public().types or {}
+
+    # Deliveries.
+
+    def deliveries(self, id: str, now: float) -> _Html:
+        """Show the deliveries of an endpoint that the filter chooses, a page of them."""
+        asked = {name: self.query.get(name, "") for name in ("status", "type", "since", "until")}
+        found, fault = list[Delivery](), ""
+        try:
+            after = self.query.get("after")
+            found = self.door.deliveries(
+                endpoint=id,
+                status=asked["status"] or None,
+                type=asked["type"] or None,
+                since=_utc_of(asked["since"]),
+                until=_utc_of(asked["until"], end=True),
+                limit=_ON_A_PAGE + 1,
+                after=(after, id) if after else None,
+            )
+        except PayloadError as error:
+            fault = f"{error}."
+        except (ValueError, OverflowError):
+            fault = "A time is written 2026-01-31 or 2026-01-31T12:00, in UTC."
+        rows = found[:_ON_A_PAGE]
+        heads = self.outbox._heads_of([d.event_id for d in rows])
+        given = {name: value for name, value in asked.items() if value}
+        more = ""
+        if len(found) > len(rows):
+            more = self.link("Older", f"endpoint/{id}", **given, after=rows[-1].event_id)
+        names = ("Event", "Emitted", "Status", "Attempts", "Next", "Delivered")
+        shown = [
+            (_fill("{}<small>{}</small>", self.link(heads[d.event_id][0], f"endpoint/{id}/event/{d.event_id}"), d.event_id),
+             _time(heads[d.event_id][1], now), _status_pill(d), d.attempts,
+             _time(d.due_at, now) if d.status == "pending" else "-", _time(d.delivered_at, now))
+            for d in rows if d.event_id in heads
+        ]  # fmt: skip
+        return _fill(
+            '<h2>Deliveries</h2>{}{}{}<p>{}</p>', self.filter_form(id, asked),
+            _fill('<p class="card bad" role="alert">{}</p>', fault) if fault else "",
+            "" if fault else _table(names, shown), more,
+        )  # fmt: skip
+
+    def filter_form(self, id: str, asked: Mapping[str, str]) -> _Html:
+        statuses = {"": "any", **{status: status for status in _STATUSES}}
+        types = {"": "any", **{type: type for type in self.types()}}
+        types.setdefault(asked["type"], asked["type"])
+        by_type = (
+            _choice_of("type", "Type", types, asked["type"])
+            if self.types()
+            else _entry("type", "Type", asked["type"])
+        )
+        since, until = (_field_of(asked[name], name == "until") for name in ("since", "until"))
+        return _fill(
+            '<form class="row pick" action="{}">{}{}{}{}<button>Filter</button></form>',
+            self.place(f"endpoint/{id}"), _choice_of("status", "Status", statuses, asked["status"]), by_type,
+            _entry("since", "From (UTC)", since, "datetime-local"),
+            _entry("until", "Until (UTC)", until, "datetime-local"),
+        )  # fmt: skip
+
+    def delivery(self, id: str, event_id: str) -> _Html:
+        endpoint, now = self.door.endpoint(id), self.outbox.clock()
+        found = self.door.deliveries(event_id=event_id, endpoint=id, limit=1)
+        if not found:
+            raise NotFound(event_id)
+        type, created_at, erased_at = self.outbox._heads_of([event_id])[event_id]
+        at = f"endpoint/{id}/event/{event_id}"
+        facts: dict[str, object] = {
+            "Status": _status_pill(found[0]),
+            "Attempts": found[0].attempts,
+            "Next": _time(found[0].due_at, now) if found[0].status == "pending" else "",
+            "Delivered": _time(found[0].delivered_at, now) if found[0].delivered_at else "",
+            "Emitted": _time(created_at, now),
+            "Erased": _time(erased_at, now) if erased_at else "",
+            "Event": event_id,
+        }
+        may = self.manage and not erased_at
+        again = self.button(self.place(f"{at}/resend"), "Send it again") if may else ""
+        body = "It was erased." if erased_at else _body_sent(self.outbox, endpoint, event_id)
+        return self.frame(
+            type,
+            _fill('<div class="card row ends">{}{}</div>', _facts(facts, "facts"), again),
+            _fill('<h2>Body, as it is sent</h2><pre tabindex="0" class="card">{}</pre>',
+                  body),
+            _timeline(self.door.attempts(event_id, id), with_endpoint=False),
+            back=self.link(f"← {_masked(endpoint.url)}", f"endpoint/{id}"),
+        )  # fmt: skip
+
+    gets: ClassVar[_Gets] = {"": overview, "endpoint/*": endpoint, "endpoint/*/event/*": delivery}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Portal(_PortalPages):
+    """What a customer sees and does: forms, and what they do."""
+
+    manage = True
+
+    def add_form(self) -> _Html:
+        once = secrets.token_hex(8)  # sent twice, the form adds one endpoint
+        return self.edit_page("Add an endpoint", "add", {"once": once}, {})
+
+    def edit_form(self, id: str) -> _Html:
+        endpoint = self.door.endpoint(id)
+        typed = {
+            "url": endpoint.url,
+            "description": endpoint.description,
+            "events": endpoint.events,
+        }
+        return self.edit_page("Edit the endpoint", f"endpoint/{id}/edit", typed, {})
+
+    def edit_page(
+        self, title: str, path: str, typed: Mapping[str, Any], faults: Mapping[str, str]
+    ) -> _Html:
+        """Show the form of an endpoint with what was typed, and what is wrong with it beside the
+        field."""
+
+        def field(name: str, label: str, kind: str, hint: str) -> _Html:
+            return _fill(
+                '<div class="field"><label for="{}">{}</label><small>{}</small>'
+                '<input id="{}" name="{}" type="{}" value="{}" maxlength="2048">{}</div>',
+                name, label, hint, name, name, kind, typed.get(name, ""), _fault(faults.get(name)),
+            )  # fmt: skip
+
+        hidden = '<input type="hidden" name="once" value="{}">'
+        button = "Add it" if path == "add" else "Save"
+        return self.frame(
+            title,
+            _fault(faults.get("")),
+            self.form(
+                self.place(path),
+                _fill(hidden, typed["once"]) if path == "add" else "",
+                field("url", "URL", "url", "Where your server takes requests: https://..."),
+                self.events_field(typed.get("events", ()), faults.get("events")),
+                field("description", "Description", "text", "For you; may be empty."),
+                _fill('<p class="field"><button class="main">{}</button></p>', button),
+            ),
+        )
+
+    def events_field(self, chosen: Sequence[str], fault: str | None) -> _Html:
+        """Let the customer tick types of the catalogue, or write patterns where there is none."""
+        types = self.types()
+        if not types:
+            return _fill(
+                '<div class="field"><label for="events">Events</label><small>Types such as order.created, groups such '
+                'as order.*, or * for all; with spaces between them.</small><input id="events" name="events" value="{}">{}</div>',
+                " ".join(chosen) or "*", _fault(fault),
+            )  # fmt: skip
+        groups: dict[str, list[_Html]] = {"": [_box("*", "All events", "", chosen)]}
+        others = {*chosen} - {*types} - {"*"} - self.outbox._catalogue.internal
+        groups[""] += [_box(pattern, pattern, "", chosen) for pattern in sorted(others)]
+        for type, of in types.items():
+            old = "deprecated" if of.deprecated else ""
+            groups.setdefault(of.group or "Events", []).append(
+                _box(type, type, " · ".join(filter(None, (of.description, old))), chosen)
+            )
+        boxes = [
+            _fill("{}{}", _fill('<p class="group">{}</p>', group) if group else "", some)
+            for group, some in groups.items()
+        ]
+        fieldset = '<fieldset class="field"><legend>Events</legend>{}{}</fieldset>'
+        return _fill(fieldset, boxes, _fault(fault))
+
+    def typed(self, form: _Form) -> dict[str, Any]:
+        events = form.every("events")
+        if not self.types():
+            events = re.split(r"[\s,]+", form.get("events", "").strip())
+        url, description = form.get("url", "").strip(), form.get("description", "").strip()
+        return {"url": url, "events": [e for e in events if e], "description": description}
+
+    def faults(self, typed: Mapping[str, Any]) -> dict[str, str]:
+        """Return what is wrong, by field."""
+        found = {}
+        for name, value in typed.items():
+            try:
+                self.door._check(name, value)
+            except OutboxError as error:
+                found[name] = f"{error}."
+        if typed.get("events") == []:
+            found["events"] = "Choose at least one."
+        return found
+
+    def add(self, form: _Form) -> _Reply:
+        typed, once = self.typed(form), f"{self.door.id} {form['once']}"
+        id = "ep_" + hashlib.sha256(once.encode()).hexdigest()[:16]  # never one that somebody has
+        with contextlib.suppress(NotFound):
+            self.door.endpoint(id)  # the form came twice
+            return self.go(self.place(f"endpoint/{id}"))
+        if not (faults := self.faults(typed)):
+            try:
+                endpoint = self.door.add_endpoint(**typed, id=id)
+                return self.secret_page("The endpoint is added", endpoint)
+            except OutboxError as error:
+                faults = {"": f"{error}."}
+        page = self.edit_page("Add an endpoint", "add", {**typed, "once": form["once"]}, faults)
+        return _Reply("400 Bad Request", page)
+
+    def edit(self, form: _Form, id: str) -> _Reply:
+        endpoint, typed = self.door.endpoint(id), self.typed(form)
+        changes = {n: v for n, v in typed.items() if v != getattr(endpoint, n)}
+        if set(typed["events"]) == set(endpoint.events):  # the same, in the order of the boxes
+            del changes["events"]
+        if not (faults := self.faults(changes)):
+            try:
+                self.door.update_endpoint(id, **changes)
+                return self.done(id, "saved")
+            except PayloadError as error:
+                faults = {"": f"{error}."}
+        page = self.edit_page("Edit the endpoint", f"endpoint/{id}/edit", typed, faults)
+        return _Reply("400 Bad Request", page)
+
+    def secret_page(self, title: str, endpoint: Endpoint) -> _Reply:
+        said = _fill(
+            '<div class="card"><p>Its secret, with which your server verifies each request. Keep it safe: '
+            "it is not shown again.</p><p><code>{}</code></p></div><p>{}</p>",
+            endpoint.secret, self.link("Go on", f"endpoint/{endpoint.id}", "button"),
+        )  # fmt: skip
+        return _Reply("200 OK", self.frame(title, said))
+
+    def rotate(self, form: _Form, id: str) -> _Reply:
+        grace = float(_choice("grace", form["grace"], list(_GRACES)))
+        endpoint = self.door.rotate_secret(id, grace=grace)
+        return self.secret_page("The endpoint has a new secret", endpoint)
+
+    def ping(self, form: _Form, id: str) -> _Reply:
+        type = form.get("type") or None
+        said = _pinged(lambda: self.door.ping(id, type=type))
+        go_on = _fill("<p>{}</p>", self.link("Go on", f"endpoint/{id}", "button"))
+        title = f"An example of {type}" if type else "A webhook.ping"
+        return _Reply("200 OK", self.frame(title, said, go_on))
+
+    def done(self, id: str, said: str) -> _Reply:
+        return self.go(self.place(f"endpoint/{id}", said=said))
+
+    def enable(self, form: _Form, id: str) -> _Reply:
+        self.door.enable_endpoint(id)
+        return self.done(id, "enabled")
+
+    def disable(self, form: _Form, id: str) -> _Reply:
+        self.door.disable_endpoint(id, "switched off here")
+        return self.done(id, "disabled")
+
+    def remove(self, form: _Form, id: str) -> _Reply:
+        self.door.remove_endpoint(id)
+        return self.go(self.place(said="removed"))
+
+    def backfill(self, form: _Form, id: str) -> _Reply:
+        self.door.backfill(id, since=self.door.endpoint(id).created_at)
+        return self.done(id, "backfilled")
+
+    def resend(self, form: _Form, id: str, event_id: str) -> _Reply:
+        if not self.door.deliveries(event_id=event_id, endpoint=id, limit=1):
+            raise NotFound(event_id)
+        self.door.resend(event_id, endpoint=id)
+        return self.go(self.place(f"endpoint/{id}/event/{event_id}", said="resent"))
+
+    gets: ClassVar[_Gets] = {**_PortalPages.gets, "add": add_form, "endpoint/*/edit": edit_form}
+    posts: ClassVar[_Posts] = {
+        "add": add,
+        "endpoint/*/edit": edit,
+        "endpoint/*/rotate": rotate,
+        "endpoint/*/ping": ping,
+        "endpoint/*/enable": enable,
+        "endpoint/*/disable": disable,
+        "endpoint/*/remove": remove,
+        "endpoint/*/backfill": backfill,
+        "endpoint/*/event/*/resend": resend,
+    }
+
+
+def portal_app(
+    outbox: Outbox, tenant: Callable[[WSGIEnvironment], str | Tenant | None], *, manage: bool = True
+) -> WSGIApplication:
+    """Return the pages of the customer who is logged in to the host, as a WSGI application.
+
+    tenant: called with the WSGI environ of each request; returns the id of the customer by the
+    host's own login, or outbox.tenant(id, max_endpoints=...), or None, which is 403. manage: False
+    only shows. It works under any SCRIPT_NAME, needs no script, and its forms cannot be sent from
+    other sites. What is somebody else's is 404, like what does not exist. Customers reach what the
+    outbox may reach: give them none with allow_networks or a proxy of your own network.
+    """
+    if not callable(tenant):
+        raise PayloadError("tenant must be a function that returns the customer of a WSGI environ")
+    kind = _Portal if manage else _PortalPages
+
+    def open(environ: WSGIEnvironment, site: _Site) -> _Site:
+        who = tenant(environ)
+        if who is None:
+            raise _Refusal("403 Forbidden", "Log in first; this page is for customers.")
+        door = who if isinstance(who, Tenant) else outbox.tenant(who)
+        return kind(site.base, site.query, site.token, outbox, door)
+
+    return _site_app("portal", open)
 
 
 # ── command line ──────────────────────────────────────────────────────────────────────────────────
@@ -10034,6 +10843,15 @@ def _say(text: str = "") -> None:
     _print(_visible(text))
 
 
+def _indented(value: Any) -> str:
+    """Return JSON; on one line where it is so deep that Python's own encoder gives up, which is the
+    one that indents."""
+    try:
+        return json.dumps(value, indent=2)
+    except RecursionError:
+        return json.dumps(value)
+
+
 def _json_text(value: Any) -> str:
     """Return JSON that every parser takes. Python writes Infinity where a number is too large for
     it, as one that came as 1e999; that is valid JSON and as large."""
@@ -10041,13 +10859,18 @@ def _json_text(value: Any) -> str:
     return re.sub(
         r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN',
         lambda found: numbers.get(found[0], found[0]),
-        json.dumps(value, indent=2),
+        _indented(value),
     )
 
 
 def _cut(text: str, most: int) -> str:
     line = _visible(text[: most + 1].strip()).replace("\n", "\\n")
     return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _data_text(data: Any) -> str:
+    """Return an event's data in one line; its text where Python could not parse it."""
+    return str(data) if isinstance(data, _Unparsed) else _dumps(data)
 
 
 def _cell(name: str, value: Any) -> str:
@@ -10058,7 +10881,7 @@ def _cell(name: str, value: Any) -> str:
     if name == "duration":
         return _age(value)
     if name == "data":
-        return _cut(_dumps(value), 80)
+        return _cut(_data_text(value), 80)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -10069,7 +10892,9 @@ def _cell(name: str, value: Any) -> str:
 def _record(row: Any) -> dict[str, Any]:
     """Return a dataclass as a dict that may be shown: no secret, no header value, no query of a
     URL."""
-    record = dataclasses.asdict(row)
+    record = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    if isinstance(row, Event):  # asdict would copy its data, however deep
+        record["deliveries"] = [_record(delivery) for delivery in row.deliveries]
     if isinstance(row, Endpoint):
         del record["secret"]
         record.update(url=_masked(row.url), headers=dict.fromkeys(row.headers, "..."))
@@ -10123,13 +10948,16 @@ _NAMED = 4  # endpoints that a message names
 _STATUS_ROWS = 20  # endpoints of `status` without --all
 
 
-def _trouble(e: EndpointStats) -> int:
-    """Return 0 for an endpoint that fails or is on hold, 1 for one with deliveries that wait for
-    somebody, 2 for one that is well."""
-    if e.failing or e.paused_until:
-        return 0
-    gone = not e.enabled and (e.pending or e.disabled_reason in _DISABLED_BY_DRAIN)
-    return 1 if e.failed or gone else 2
+@dataclasses.dataclass(frozen=True)
+class _TypeRow:
+    """A row of `types`."""
+
+    type: str
+    description: str
+    example: Any
+    group: str
+    internal: bool
+    deprecated: bool
 
 
 def _status_note(e: EndpointStats, now: float) -> str:
@@ -10525,7 +11353,7 @@ def _events_show(outbox: Outbox, options: Any) -> None:
     tenant = f"  tenant {event.tenant}" if event.tenant else ""
     erased = event.erased_at is not None and f"erased {_moment(event.erased_at)}"
     _say(f"{event.id}  {event.type}  {_moment(event.created_at)}{tenant}")
-    _say(f"{erased or _dumps(event.data)}\n")
+    _say(f"{erased or _data_text(event.data)}\n")
     _show(
         event.deliveries, "endpoint_id status attempts due_at delivered_at", False, "no deliveries"
     )
@@ -10746,8 +11574,9 @@ def _listen(_: None, options: Any) -> None:
         server.serve_forever()
 
 
-def _dashboard(outbox: Outbox, options: Any) -> None:
-    page, own = dashboard_app(outbox), {"localhost", "127.0.0.1", "::1", options.host}
+def _serve_page(page: WSGIApplication, name: str, can: str, options: Any) -> None:
+    """Serve a page until Ctrl-C. can: what who reaches it can do."""
+    own = {"localhost", "127.0.0.1", "::1", options.host}
 
     def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve only under our own names: a foreign name may be made to point here (DNS rebinding),
@@ -10756,14 +11585,40 @@ def _dashboard(outbox: Outbox, options: Any) -> None:
         if host in own or (options.host in ("0.0.0.0", "::") and _literal(host)):
             return page(environ, start_response)
         start_response("403 Forbidden", [("Content-Type", "text/plain")])
-        return [b"This name is not the dashboard's; use the address that the command printed.\n"]
+        return [
+            f"This name is not the {name}'s; use the address that the command printed.\n".encode()
+        ]
 
     with _local_server(guarded, options.port, options.host) as server:
         host = f"[{options.host}]" if ":" in options.host else options.host
-        _say(
-            f"dashboard on http://{host}:{server.server_port}/ (Ctrl-C ends); whoever reaches it can replay and disable"
-        )
+        _say(f"{name} on http://{host}:{server.server_port}/ (Ctrl-C ends); {can}")
         server.serve_forever()
+
+
+def _dashboard(outbox: Outbox, options: Any) -> None:
+    _serve_page(
+        dashboard_app(outbox), "dashboard", "whoever reaches it can replay and disable", options
+    )
+
+
+def _portal(outbox: Outbox, options: Any) -> None:
+    door = outbox.tenant(options.tenant)
+    _serve_page(
+        portal_app(outbox, lambda _: door), "portal", f"whoever reaches it is {door.id}", options
+    )
+
+
+def _types(outbox: Outbox, options: Any) -> None:
+    types = outbox.event_types
+    if options.openapi:
+        if types is None:
+            raise OutboxError(
+                "there is no catalogue: run it with --app, whose Outbox has event_types"
+            )
+        return _say(json.dumps(_openapi(outbox._catalogue, outbox.app_name), indent=2))
+    rows = [_TypeRow(name, **dataclasses.asdict(of)) for name, of in (types or {}).items()]
+    empty = "there is no catalogue: any type is good; the app's is seen with --app"
+    _show(rows, "type group internal deprecated description", options.json, empty)
 
 
 class _Mailbox:
@@ -11065,6 +11920,9 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--older-than": dict(type=float, metavar="SECONDS"),
     "--keep": dict(_FLAG, help="it was moved here: what waits is to be sent"),
     "dashboard --port": dict(type=int, default=8001),
+    "portal --tenant": dict(required=True, metavar="ID", help="the customer whose page it is"),
+    "portal --port": dict(type=int, default=8002),
+    "--openapi": dict(_FLAG, help="as an OpenAPI 3.1 document, without the internal ones"),
     "--host": dict(
         default="127.0.0.1", help="the address to listen on (127.0.0.1); there is no login"
     ),
@@ -11167,6 +12025,8 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
         "a page in the browser: what failed and why, replay, disable",
         "--port --host",
     ),
+    ("portal", _portal, "a customer's page in the browser, for a look", "--tenant --port --host"),
+    ("types", _types, "print the catalogue of event types", "--json --openapi"),
     (
         "listen",
         _listen,

@@ -205,9 +205,12 @@ def _settle(row: str) -> str:
 _SUBSCRIBE = """
   SELECT RAISE(ABORT, 'webhook_endpoints: at most 100 patterns an endpoint')
    WHERE json_array_length(NEW.events) > 100;
+  SELECT RAISE(ABORT, 'webhook_endpoints: filter must be a JSON object of paths and lists of values')
+   WHERE NEW.filter IS NOT NULL
+     AND CASE WHEN json_valid(NEW.filter) THEN json_type(NEW.filter) <> 'object' ELSE 1 END;
   DELETE FROM webhook_patterns WHERE endpoint_id = NEW.id;
-  INSERT INTO webhook_patterns (tenant, pattern, endpoint_id, ordered)
-  SELECT DISTINCT coalesce(NEW.tenant, ''), one.value, NEW.id, NEW.ordered FROM json_each(NEW.events) AS one
+  INSERT INTO webhook_patterns (tenant, pattern, endpoint_id, ordered, filter)
+  SELECT DISTINCT coalesce(NEW.tenant, ''), one.value, NEW.id, NEW.ordered, nullif(NEW.filter, '{}') FROM json_each(NEW.events) AS one
    WHERE NEW.enabled AND NOT EXISTS (
      SELECT 1 FROM json_each(NEW.events) AS wider
       WHERE wider.value <> one.value AND one.value GLOB wider.value
@@ -320,7 +323,38 @@ _MATCH = """
                         OR EXISTS (SELECT 1 FROM webhook_endpoints WHERE id = p.endpoint_id AND on_dead = 'hold')))
               THEN 'queued' ELSE 'pending' END
     FROM webhook_patterns AS p
-   WHERE tenant = {} AND NEW.type GLOB pattern AND (pattern <> '*' OR NEW.type NOT GLOB 'webhook.*')"""
+   WHERE tenant = {} AND NEW.type GLOB pattern AND (pattern <> '*' OR NEW.type NOT GLOB 'webhook.*')
+     AND (filter IS NULL
+          OR CASE WHEN NEW.matched IS NULL THEN RAISE(ABORT, 'webhook_emit: filters decide')
+                  ELSE instr(NEW.matched, ' ' || endpoint_id || ' ') END)"""
+# The patterns with a filter that match an event's type: {} is NEW., or : for parameters of that name.
+_FILTERED = """SELECT endpoint_id, filter FROM webhook_patterns
+   WHERE tenant IN (coalesce({0}tenant, ''), '*') AND filter IS NOT NULL
+     AND {0}type GLOB pattern AND (pattern <> '*' OR {0}type NOT GLOB 'webhook.*')"""
+
+
+def _met(filter: str, data: str) -> tuple[str, str]:
+    """Return the SQL, a FROM and a WHERE, that finds the paths of a filter at which data has one of the
+    values, or an array with one of them, as `wanted.key`. _lets_through says the same in Python.
+
+    Values compare as JSON values: SQL alone would take true for 1. SQLite before 3.45 ends a text
+    at a NUL, so one with a NUL is like no value; there, two backslashes begin no escape.
+    """
+    path = """'$."' || replace(wanted.key, '.', '"."') || '"'"""
+    return (
+        f"""json_each({filter}) AS wanted, json_each({data}, {path}) AS found,
+                  json_each({filter}, wanted.fullkey) AS value""",
+        f"""CASE WHEN json_type({data}, {path}) = 'object' THEN 0
+                      WHEN found.value IS NOT value.value THEN 0
+                      WHEN found.type = 'integer' THEN value.type IN ('integer', 'real')
+                      WHEN found.type = 'real' THEN value.type IN ('integer', 'real')
+                      WHEN found.type <> 'text' OR value.type <> 'text' THEN found.type = value.type
+                      ELSE instr(replace(json_extract({data}, found.fullkey, found.fullkey),
+                                         '\\\\', ''), '\\u0000') = 0 END""",
+    )
+
+
+_MET_BY_NEW = _met("p.filter", "CAST(NEW.data AS TEXT)")
 # What receivers answer to an event that was erased is not kept.
 _ERASED = "EXISTS (SELECT 1 FROM webhook_erased WHERE event = NEW.event)"
 # What was cancelled while an attempt of it was under way is not tried again; a 2xx that comes all
@@ -345,6 +379,7 @@ _FIRST_SCHEMA = (
   events TEXT NOT NULL DEFAULT '["*"]',        -- JSON list of patterns
   tenant TEXT                                  -- for life; '*' sees all
     CHECK (tenant = '*' OR length(tenant) BETWEEN 1 AND 64 AND tenant NOT GLOB '*[^A-Za-z0-9_-]*'),
+  filter TEXT,                                 -- JSON object: path -> list of values
   description TEXT NOT NULL DEFAULT '',
   headers TEXT NOT NULL DEFAULT '{}',          -- JSON object
   body TEXT NOT NULL DEFAULT 'standard',
@@ -382,8 +417,10 @@ _FIRST_SCHEMA = (
   pattern TEXT NOT NULL,
   endpoint_id TEXT NOT NULL,
   ordered INTEGER NOT NULL,
+  filter TEXT,
   PRIMARY KEY (tenant, pattern, endpoint_id)
 ) WITHOUT ROWID""",
+    """CREATE INDEX webhook_patterns_filter ON webhook_patterns (tenant) WHERE filter IS NOT NULL""",
     """CREATE INDEX webhook_patterns_endpoint ON webhook_patterns (endpoint_id)""",
     # An event's key is made of the time and of chance. It only grows, because it is chosen under
     # the write lock, so a drain finds what is new behind the newest that it has seen; and it is not
@@ -468,10 +505,12 @@ _FIRST_SCHEMA = (
 ) WITHOUT ROWID""",
     """CREATE TABLE webhook_inbox (id TEXT PRIMARY KEY NOT NULL, received_at REAL NOT NULL) WITHOUT ROWID""",
     # The library's own way in: it checked the row already, so its trigger needs no JSON function,
-    # which hosts with PRAGMA trusted_schema = OFF refuse in some versions of SQLite.
+    # which hosts with PRAGMA trusted_schema = OFF refuse in some versions of SQLite. For the same
+    # reason filters are decided outside: `matched` are the endpoints that let the event through, each
+    # between blanks. The library leaves it out until it is told that there are filters.
     """CREATE VIEW webhook_accept AS
 SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, 0.0 AS due_at, NULL AS outbox,
-       NULL AS internal FROM webhook_events""",
+       NULL AS internal, NULL AS matched FROM webhook_events""",
     f"""CREATE TRIGGER webhook_accept_insert INSTEAD OF INSERT ON webhook_accept BEGIN
   SELECT CASE
     WHEN NEW.outbox <> (SELECT value FROM webhook_meta WHERE key = 'outbox')
@@ -497,17 +536,24 @@ END""",
     """CREATE VIEW webhook_emit AS
 SELECT type, data, tenant, key, idempotency_key, 0.0 AS delay, headers, created_at FROM webhook_events""",
     f"""CREATE TRIGGER webhook_emit_insert INSTEAD OF INSERT ON webhook_emit BEGIN{_EMIT_CHECKS}
-  INSERT INTO webhook_accept (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at)
-  VALUES (max((min(CAST({_NOW}000 AS INTEGER), {_LAST_MILLISECOND}) << {_CHANCE_BITS}) | {_CHANCE},
-              coalesce((SELECT max(seq) FROM webhook_events), 0) + 1 + {_CHANCE}),
-          NEW.type, CAST(NEW.tenant AS TEXT), CAST(NEW.data AS TEXT), nullif(NEW.key, ''),
-          NEW.idempotency_key, NEW.headers, coalesce(NEW.created_at, {_NOW}),
-          coalesce(NEW.created_at, {_NOW}) + coalesce(NEW.delay, 0.0));
+  INSERT INTO webhook_accept (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, matched)
+  SELECT max((min(CAST({_NOW}000 AS INTEGER), {_LAST_MILLISECOND}) << {_CHANCE_BITS}) | {_CHANCE},
+             coalesce((SELECT max(seq) FROM webhook_events), 0) + 1 + {_CHANCE}),
+         NEW.type, CAST(NEW.tenant AS TEXT), CAST(NEW.data AS TEXT), nullif(NEW.key, ''),
+         NEW.idempotency_key, NEW.headers, coalesce(NEW.created_at, {_NOW}),
+         coalesce(NEW.created_at, {_NOW}) + coalesce(NEW.delay, 0.0),
+         coalesce(' ' || group_concat(endpoint_id, ' ') || ' ', ' ')
+    FROM (SELECT endpoint_id FROM ({_FILTERED.format("NEW.")}) AS p,
+                  {_MET_BY_NEW[0]}
+           WHERE {_MET_BY_NEW[1]}
+           GROUP BY endpoint_id, filter
+          HAVING count(DISTINCT wanted.key) = (SELECT count(*) FROM json_each(filter)));
 END""",
     f"""CREATE TRIGGER webhook_endpoints_insert AFTER INSERT ON webhook_endpoints BEGIN{_SUBSCRIBE}{_TOUCH}
 END""",
-    f"""CREATE TRIGGER webhook_endpoints_subscribe AFTER UPDATE OF events, ordered, enabled ON webhook_endpoints
-WHEN OLD.events <> NEW.events OR OLD.ordered <> NEW.ordered OR OLD.enabled <> NEW.enabled BEGIN{_SUBSCRIBE}
+    f"""CREATE TRIGGER webhook_endpoints_subscribe AFTER UPDATE OF events, filter, ordered, enabled
+ON webhook_endpoints WHEN OLD.events <> NEW.events OR OLD.filter IS NOT NEW.filter OR OLD.ordered <> NEW.ordered
+ OR OLD.enabled <> NEW.enabled BEGIN{_SUBSCRIBE}
 END""",
     f"""CREATE TRIGGER webhook_endpoints_update AFTER UPDATE OF url, events, headers, body, signing, secrets, rate,
   max_in_flight, ordered, on_dead, timeout, cert, ca, enabled ON webhook_endpoints BEGIN{_TOUCH}
@@ -592,13 +638,13 @@ BEGIN
          CASE WHEN NEW.response IS NULL OR {_ERASED} THEN NULL ELSE NEW.response END
    WHERE EXISTS (SELECT 1 FROM webhook_deliveries WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id);{_AFTER_TRY.format(" OR status = 'cancelled'")}
   UPDATE webhook_attempts SET response = NULL
-   WHERE (SELECT attempts FROM webhook_deliveries
-           WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id) > 2
-     AND event = NEW.event AND endpoint_id = NEW.endpoint_id AND response IS NOT NULL
+   WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND response IS NOT NULL
      AND id < (SELECT max(id) FROM webhook_attempts
                 WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id)
      AND id > (SELECT min(id) FROM webhook_attempts
-                WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id);
+                WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id)
+     AND (SELECT attempts FROM webhook_deliveries
+           WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id) > 2;
   INSERT OR IGNORE INTO webhook_failed
          (event, endpoint_id, type, key, attempts, reason, status_code, error, response, first_attempt_at, failed_at)
   SELECT d.event, d.endpoint_id, coalesce(e.type, ''), e.key, d.attempts,
@@ -802,6 +848,7 @@ class Endpoint:
     url: str
     events: tuple[str, ...] = ("*",)
     tenant: str | None = None  # None: the app's own; "*": sees the events of all
+    filter: Mapping[str, Sequence[Any]] | None = None  # path in data -> values, one of which it has
     description: str = ""
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     body: str = "standard"
@@ -832,6 +879,7 @@ class TenantOptions(TypedDict, total=False):
 
     events: Sequence[str]
     description: str
+    filter: Mapping[str, Any] | None
 
 
 class EndpointOptions(TypedDict, total=False):
@@ -840,6 +888,7 @@ class EndpointOptions(TypedDict, total=False):
 
     events: Sequence[str]
     tenant: str | None
+    filter: Mapping[str, Any] | None
     enabled: bool
     description: str
     headers: Mapping[str, str] | None
@@ -2858,6 +2907,86 @@ def _checked_patterns(events: Any) -> list[str]:
     return found
 
 
+_FILTER_PATHS, _FILTER_VALUES, _FILTER_BYTES = 20, 100, 8_192
+_EXACT = 1 << 53  # beyond it SQLite, Python and receivers differ on which numbers are equal
+
+
+def _is_comparable(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" not in value
+    if isinstance(value, (int, float)):
+        return -_EXACT <= value <= _EXACT
+    return value is None
+
+
+def _checked_filter(filter: Any) -> str | None:
+    """Return a filter as it is stored; None where it asks for nothing."""
+    if filter is None or filter == {}:
+        return None
+    if not isinstance(filter, Mapping) or len(filter) > _FILTER_PATHS:
+        raise PayloadError(
+            f"filter must be a mapping of at most {_FILTER_PATHS} paths to values: "
+            '{"status": ["paid"], "shop.region": ["eu"]}'
+        )
+    checked = {}
+    for path, given in filter.items():
+        values = list(given) if isinstance(given, (list, tuple, set, frozenset)) else [given]
+        good = isinstance(path, str) and path.isprintable() and not re.search(r'["\\]', path)
+        if not good or not all(path.split(".")):
+            raise PayloadError(
+                'filter: a path is names joined by dots, without quotes and backslashes: "shop.region"'
+            )
+        if not 1 <= len(values) <= _FILTER_VALUES or not all(map(_is_comparable, values)):
+            raise PayloadError(
+                f"filter: {_one_line(path, 50)} needs 1 to {_FILTER_VALUES} values: text without NUL, "
+                "numbers up to 2^53, true, false or null"
+            )
+        checked[path] = values
+    text = _dumps(checked)
+    with contextlib.suppress(UnicodeEncodeError):
+        if len(text.encode()) <= _FILTER_BYTES:
+            return text
+    raise PayloadError(f"filter must be Unicode text of at most {_FILTER_BYTES} bytes as JSON")
+
+
+def _values_at(data: Any, path: str) -> list[Any]:
+    """Return the values at a path: one, those of an array, or none."""
+    for name in path.split("."):
+        if not isinstance(data, dict) or name not in data:
+            return []
+        data = data[name]
+    return data if isinstance(data, list) else [data]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Compare as JSON does: 5 and 5.0 are equal, true is not 1."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _lets_through(filter: str, data: str) -> bool:
+    """Say whether a filter lets an event's data through. It is the rule that _met says in SQL, so
+    of two members with one name the first counts. A damaged filter lets nothing through."""
+    try:
+        wanted = json.loads(filter)
+        value = json.loads(data, object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+        return all(
+            any(_is_same(one, v) for one in _values_at(value, path) for v in values)
+            for path, values in wanted.items()
+        )
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return False
+
+
+def _json_argument(text: str) -> Any:
+    """JSON, as an argument of the command line."""
+    import argparse
+
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError("it is not JSON") from None
+
+
 def _checked_secret(secret: Any) -> str:
     """Return a secret as it is stored; strict, because a typo here shows only as failing signatures
     later."""
@@ -3004,6 +3133,15 @@ _OPTIONS: dict[str, _Option] = {
         lambda v, known: _checked_tenant(v, or_all=True),
         dict(metavar="ID", help="the customer whose events it gets; '*' for those of all"),
         fixed=True,
+    ),
+    "filter": _Option(
+        lambda v, known: _checked_filter(v),
+        dict(
+            type=_json_argument,
+            metavar="JSON",
+            help="""'{"status": ["paid"]}': by data; {} for none""",
+        ),
+        json.loads,
     ),
     "enabled": _Option(
         lambda v, known: _checked_switch("enabled", v),
@@ -7254,8 +7392,13 @@ class _Drain:
 # of sockets.
 
 _EMIT = """INSERT INTO main.webhook_accept
-       (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, internal, outbox)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+       (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, internal, matched, outbox)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_FILTERS_OF = _FILTERED.replace("webhook_p", "main.webhook_p").format(":")
+_MET = _met("p.filter", "e.data")
+_LETS_THROUGH = f"""CASE WHEN p.filter IS NULL THEN 1
+                   WHEN json_valid(e.data) THEN (SELECT count(*) FROM json_each(p.filter)) = (
+                     SELECT count(DISTINCT wanted.key) FROM {_MET[0]} WHERE {_MET[1]}) END"""
 _NEWEST = "SELECT max(seq) FROM main.webhook_events"
 _EMITTED_ONCE = """SELECT seq FROM main.webhook_events
  WHERE idempotency_key = ? AND coalesce(tenant, '') = coalesce(?, '')"""
@@ -7272,13 +7415,22 @@ _MAY_HAVE = "coalesce(p.tenant, '') IN (coalesce(e.tenant, ''), '*')"
 _NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
 
 
+def _matched(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> str:
+    """Return the endpoints with a filter that lets an event's row through, each between blanks."""
+    _, type, tenant, data, *_ = row
+    cursor.execute(_FILTERS_OF, {"type": type, "tenant": tenant})
+    found = [endpoint for endpoint, filter in cursor.fetchall() if _lets_through(filter, data)]
+    return f" {' '.join(found)} "
+
+
 def _insert_event(
     db: Any, cursor: sqlite3.Cursor, row: tuple[Any, ...], keys: _Keys, now: float
 ) -> int:
     """Insert an event; return its key, or that of the event which had its idempotency_key before.
 
     The key was made before we had the write lock, so another process may have made a higher one
-    since: then the file refuses it, and we make one that follows the newest. No event may stay
+    since: then the file refuses it, and we make one that follows the newest. It also says when
+    endpoints with a filter are concerned; then we decide, and insert again. No event may stay
     behind an emit that raised. Two ways lead there: the read of the first event is interrupted, or
     the INSERT was when all of it was done: SQLite asks the progress handler once more when a
     statement ends. An INSERT that fails for another reason is undone by SQLite. Where the undoing
@@ -7291,10 +7443,13 @@ def _insert_event(
                 cursor.execute(_EMIT, row)
                 inserted = True
             except Exception as error:
-                if "the key is not new" not in str(error):
+                if "the key is not new" in str(error):
+                    cursor.execute(_NEWEST)
+                    row = (keys.new(now, cursor.fetchone()[0]), *row[1:])
+                elif "filters decide" in str(error):
+                    row = (*row[:-2], _matched(cursor, row), row[-1])
+                else:
                     raise
-                cursor.execute(_NEWEST)
-                row = (keys.new(now, cursor.fetchone()[0]), *row[1:])
         if row[5] is not None:
             cursor.execute(_EMITTED_ONCE, (row[5], row[2]))
             return int(cursor.fetchone()[0])
@@ -7816,7 +7971,7 @@ class Outbox:
         now = self.clock()
         due_at = now + _number("delay", delay, 0, 1e9) + self.retry.delays[0]
         internal = 1 if tenant is not None and type in self._catalogue.internal else None
-        kept = (key, idempotency_key, header_text, now, due_at, internal)
+        kept = (key, idempotency_key, header_text, now, due_at, internal, None)
         row = (self._keys.new(now), type, tenant, text, *kept)
         if _is_sqlite3(conn):
             return self._insert(row, now, conn)
@@ -7907,7 +8062,9 @@ class Outbox:
         with each Event; what shapes a request (body, signing, headers, cert, ca) plays no part then.
 
         events: types (order.created), groups (order.*) or *. tenant: your customer whose events it
-        gets, for life; None gets those without one, '*' all. enabled: False registers it without
+        gets, for life; None gets those without one, '*' all. filter: paths in the data and values,
+        {"status": ["paid"], "shop.region": ["eu"]}: it gets the events that have one of the values at
+        each of the paths, an array counting as its elements. enabled: False registers it without
         sending. secret: whsec_ and base64 of 24 to 64 bytes, generated when None; env:NAME and
         file:PATH are read at send time. headers: values may be env:NAME. body: standard, data,
         cloudevents, slack, discord or the name of a transform. signing: standard, stripe, github,
@@ -8756,6 +8913,7 @@ class Outbox:
             events = self._events_for(tenant)
             rows = f"main.webhook_endpoints AS p, {events}"
             missed = f"""p.id = ? AND {where} AND NOT {_WAS_ERASED.format("e.seq")} AND {_MAY_HAVE}
+              AND {_LETS_THROUGH}
               AND EXISTS (SELECT 1 FROM json_each(p.events) AS one
                            WHERE e.type GLOB one.value AND (one.value <> '*' OR e.type NOT GLOB 'webhook.*'))
               AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries WHERE event = e.seq AND endpoint_id = p.id)"""

@@ -1994,30 +1994,43 @@ def test_what_is_no_connection_to_this_file_is_refused_with_one_sentence(wal, tm
                 rollback()
 
 
-# What a process sees that has another SQLite library: each verb on its connection, line by line.
+# A process whose connection is of another SQLite library, or set as hardly anybody's is.
 OTHER_LIBRARY = """
 import importlib, os, re, sqlite3, sys, time
-library, path = sys.argv[1:]
+library, odd, path = sys.argv[1:]
 other = importlib.import_module(library)
 import webhook_outbox
 from webhook_outbox import Inbox, Outbox, OutboxError
+def fails(value):
+    raise ValueError("converted")
 def connect(path):
     if library == "apsw":
         conn = other.Connection(path)
         conn.row_trace = lambda cursor, row: {"row": row}
         return conn
-    conn = other.connect(path, isolation_level=None)
-    conn.row_factory, conn.text_factory = other.Row, bytes
+    typed = other.PARSE_DECLTYPES | other.PARSE_COLNAMES if odd == "converters" else 0
+    conn = other.connect(path, isolation_level=None, detect_types=typed)
+    if library != "sqlite3" or odd == "factories":
+        conn.row_factory, conn.text_factory = other.Row, bytes
+    for name in ("TEXT", "INTEGER", "REAL") if typed else ():
+        other.register_converter(name, fails)
+    if odd == "limits":  # of sqlite.org/security.html; an expression must be less than 10 deep
+        limits = {3: 9, 4: 3, 5: 25_000, 6: 8, 7: 0, 8: 50, 9: 10, 10: 10}
+        for limit, value in limits.items():
+            conn.setlimit(limit, value)
+    elif odd.startswith("PRAGMA"):
+        conn.execute(odd)
     return conn
 def tell(act, *args, **options):
     try:
         told = act(*args, **options)
     except OutboxError as error:
         told = f"{type(error).__name__}: {error}"
-    print(act.__name__, re.sub("msg_[0-9a-f]+|whsec_\\S+", "...", repr(told)))
+    print(act.__qualname__, re.sub("msg_[0-9a-f]+|whsec_\\S+", "...", repr(told)))
 """
 OTHER_VERBS = """
 outbox, inbox, conn = Outbox(path), Inbox(path), connect(path)
+door, example = outbox.tenant("c42"), "https://example.com/"
 tell(outbox.emit, conn, "order.created", 0)
 conn.execute("BEGIN")
 ids = [outbox.emit(conn, "order.created", {"n": 1}, idempotency_key="one") for _ in range(2)]
@@ -2026,21 +2039,28 @@ tell(outbox.emit, conn, "order.created", {"n": 2}, idempotency_key="one")
 tell(outbox.emit, conn, "not valid!", {})
 for _ in range(2):
     tell(inbox.accept, conn, "msg_1")
-    tell(outbox.add_endpoint, "https://example.com/", id="erp", conn=conn)
+    tell(outbox.add_endpoint, example, id="erp", conn=conn)
+    tell(outbox.ensure_endpoint, example, id="shop", events=["a.b", "a.*"], ordered=True, conn=conn)
+    tell(door.add_endpoint, example, id="c42-erp", conn=conn)
 tell(outbox.update_endpoint, "erp", rate=3, conn=conn)
-tell(outbox.endpoint, "none", conn=conn)
-tell(outbox.endpoints, conn=conn)
-for verb in (outbox.rotate_secret, outbox.disable_endpoint, outbox.enable_endpoint):
-    tell(verb, "erp", conn=conn)
-tell(outbox.resend, ids[0], conn=conn)
+tell(door.update_endpoint, "c42-erp", events=["order.*"], conn=conn)
+for of, id in ((outbox, "erp"), (door, "c42-erp"), (door, "erp")):
+    for verb in (of.endpoint, of.disable_endpoint, of.enable_endpoint, of.rotate_secret):
+        tell(verb, id, conn=conn)
+    tell(of.endpoints, conn=conn)
+    tell(of.emit, conn, "order.created", {"of": id}, key="k", headers={"x": "y"})
+    tell(of.resend, ids[0], conn=conn)
+    tell(of.replay, all=True, conn=conn)
+tell(outbox.resend, ids[0], endpoint="erp", conn=conn)
 tell(outbox.backfill, "erp", since=0, conn=conn)
-tell(outbox.replay, all=True, conn=conn)
+tell(outbox.retry_now, endpoint="erp", conn=conn)
+tell(outbox.cancel, key="k", conn=conn)
+tell(outbox.cancel, all=True, dry_run=True, conn=conn)
+tell(outbox.erase, ids[0], conn=conn)
+tell(outbox.discard, all=True, conn=conn)
 tell(outbox.discard, all=True, dry_run=True, conn=conn)
+tell(door.remove_endpoint, "c42-erp", conn=conn)
 tell(outbox.remove_endpoint, "erp", conn=conn)
-try:
-    conn.execute("INSERT INTO webhook_emit (type, data) VALUES ('order.created', 'no JSON')")
-except Exception as error:
-    print("data must be JSON" in str(error))
 conn.execute("SAVEPOINT inner")
 outbox.emit(conn, "order.created", 2)
 conn.execute("ROLLBACK TO inner")
@@ -2074,10 +2094,10 @@ print(sorted(os.path.basename(os.readlink(f"/proc/self/fd/{n}")) for n in os.lis
 """
 
 
-def other_library(library: str, path: str, code: str) -> list[str]:
+def other_library(library: str, path: str, code: str, odd: str = "") -> list[str]:
     if importlib.machinery.PathFinder.find_spec(library.partition(".")[0]) is None:
         pytest.skip(f"there is no {library} here")
-    with run_python(OTHER_LIBRARY + code, library, path) as process:
+    with run_python(OTHER_LIBRARY + code, library, odd, path) as process:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     return out.splitlines()
@@ -2086,19 +2106,61 @@ def other_library(library: str, path: str, code: str) -> list[str]:
 every_other_library = pytest.mark.parametrize(
     "library", ["apsw", "pysqlite3.dbapi2", "sqlcipher3.dbapi2"]
 )
+ODD_HOSTS = [
+    ("sqlite3", "factories"),
+    ("sqlite3", "converters"),
+    ("sqlite3", "PRAGMA count_changes = ON"),
+    pytest.param(
+        *("sqlite3", "limits"),
+        marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="setlimit is new in 3.11"),
+    ),
+    ("apsw", ""),
+    ("pysqlite3.dbapi2", ""),
+    ("sqlcipher3.dbapi2", ""),
+]
+_told_by_sqlite3: list[str] = []
 
 
-@every_other_library
-def test_a_connection_of_another_sqlite_library_is_taken_as_sqlite3s_is(tmp_path, library):
-    said = []
-    for name in ("sqlite3", library):
-        path = make_database(tmp_path / "app.db", "delete")
-        make_outbox(path).add_endpoint("https://example.com/", id="crm")
-        said.append(other_library(name, path, OTHER_VERBS))
-        events = [(event.type, event.data) for event in make_outbox(path).events()]
-        assert events == [("order.created", {"n": 1})]
-        os.unlink(path)
-    assert said[1] == said[0] and len(said[0]) == 22
+def told_by(tmp_path: pathlib.Path, library: str, odd: str = "") -> list[str]:
+    path = make_database(tmp_path / "app.db", "delete")
+    make_outbox(path).add_endpoint("https://example.com/", id="crm")
+    said = other_library(library, path, OTHER_VERBS, odd)
+    events = [event.data for event in make_outbox(path).events()]
+    assert events == [{"of": "erp"}, {"of": "c42-erp"}, {"of": "erp"}, None]  # one was erased
+    os.unlink(path)
+    return [line.replace(str(tmp_path), "") for line in said]
+
+
+@pytest.mark.parametrize(("library", "odd"), ODD_HOSTS)
+def test_every_verb_says_the_same_on_any_connection(tmp_path, library, odd):
+    """Of another SQLite library, with converters of declared types, with PRAGMA count_changes, with
+    the limits that SQLite advises for a database that may hold bad SQL."""
+    _told_by_sqlite3[:] = _told_by_sqlite3 or told_by(tmp_path, "sqlite3")
+    assert told_by(tmp_path, library, odd) == _told_by_sqlite3
+    asked = {line.split(" ")[0] for line in _told_by_sqlite3}
+    of = (Outbox, webhook_outbox.Tenant, Inbox)
+    verbs = [verb for kind in of for name, verb in vars(kind).items() if not name.startswith("_")]
+    with_conn = {
+        verb.__qualname__ for verb in verbs if "conn" in getattr(verb, "__annotations__", ())
+    }
+    assert with_conn - asked == {"Outbox.aemit"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="setlimit is new in Python 3.11")
+def test_a_host_that_lowers_sqlites_limits_can_use_its_own_tables_and_keeps_its_limits(wal):
+    """SQLite reads the whole schema of a file before it prepares a statement."""
+    outbox, limits = make_outbox(wal), {3: 9, 4: 3, 5: 25_000, 6: 8, 7: 0, 8: 50, 9: 10, 10: 10}
+    outbox.add_endpoint("https://example.com/", events=["a." * 100 + "b"])
+    with emit_host(wal) as conn:
+        for limit, most in limits.items():
+            conn.setlimit(limit, most)
+        conn.execute("BEGIN")
+        conn.execute("INSERT INTO orders (total) VALUES (1)")
+        outbox.emit(conn, "a." * 100 + "b", {})
+        outbox.endpoints(conn=conn)
+        assert {limit: conn.getlimit(limit) for limit in limits} == limits
+        conn.execute("COMMIT")
+    assert query(wal, "SELECT count(*) FROM webhook_deliveries") == [(1,)]
 
 
 @every_other_library
@@ -2140,7 +2202,10 @@ def test_a_file_that_only_sqlite3_opens_is_drained_beside_another_library_if_the
     """
     said = other_library("apsw", wal, textwrap.dedent(code))
     assert "apsw is loaded" in said[0]
-    assert said[1:] == ["drain DrainReport(delivered=0, retried=0, failed=0, pending=0)", "0"]
+    assert said[1:] == [
+        "Outbox.drain DrainReport(delivered=0, retried=0, failed=0, pending=0)",
+        "0",
+    ]
 
 
 def test_a_drain_touches_the_file_no_more_once_another_sqlite_library_was_loaded(wal, serve):

@@ -3195,7 +3195,7 @@ _OPTIONS: dict[str, _Option] = {
 }
 _STATE_FIELDS = ("disabled_reason", "failing_since", "failures", "paused_until", "created_at")
 _ENDPOINT_FIELDS = ("id", *_OPTIONS, *_STATE_FIELDS)
-_ENDPOINT_COLUMNS = ", ".join(_ENDPOINT_FIELDS)
+_ENDPOINT_COLUMNS = ", ".join(f"+{name}" for name in _ENDPOINT_FIELDS)  # plus: see _cursor
 _LOADS = [(name, option.load) for name, option in _OPTIONS.items() if option.load is not None]
 
 
@@ -3461,6 +3461,28 @@ def _plain_text(db: sqlite3.Connection) -> Iterator[None]:
 _OUR_OBJECTS = "SELECT type, name, sql FROM sqlite_master WHERE name GLOB 'webhook_*'"
 
 
+# SQLite's numbers of the limits that its page on security advises to lower, but for lengths.
+_LIMITED = (3, 4, 5, 6, 8, 9)  # expression, compound, opcodes, arguments, pattern, variables
+_BEYOND_LIMIT = re.compile("Expression tree is too large|too many|pattern too complex")
+
+
+@contextlib.contextmanager
+def _without_limits(db: Any) -> Iterator[None]:
+    """Run statements of ours where the host lowered SQLite's limits on its connection; they are set
+    back. Our schema needs none of that, so that the host's own statements can be prepared; but an
+    expression counts together with all those around its query, so that flat ones alone would not do."""
+    set_limit = getattr(db, "setlimit", None) or getattr(db, "limit", None)  # the latter: apsw's
+    if set_limit is None:  # sqlite3 has it since Python 3.11
+        yield
+        return
+    before = [(limit, set_limit(limit, 1 << 30)) for limit in _LIMITED]
+    try:
+        yield
+    finally:
+        for limit, value in before:
+            set_limit(limit, value)
+
+
 def _meta(db: sqlite3.Connection, key: str) -> Any:
     row = (
         sqlite3.Cursor(db)
@@ -3623,7 +3645,7 @@ def _driver(conn: Any) -> Any:
         if inner is None:
             break
         inner = _unproxied(inner)
-        conn = inner if _is_sqlite3(inner) or not callable(inner) else _unproxied(inner())
+        conn = inner if hasattr(inner, "execute") else _unproxied(inner())
     return conn
 
 
@@ -3689,7 +3711,11 @@ def _as_they_are(cursor: Any, row: Any) -> Any:
 
 
 def _cursor(db: Any) -> sqlite3.Cursor:
-    """Return a cursor without the host's row_factory; a driver's look-alike has only its own."""
+    """Return a cursor without the host's row_factory; a driver's look-alike has only its own.
+
+    Where the host has converters for declared types (detect_types), they would read our columns
+    too: what is read on a host's connection is an expression (`+id`), which has no declared type.
+    """
     if _is_sqlite3(db):
         return sqlite3.Cursor(db)
     cursor = db.cursor()
@@ -3834,7 +3860,7 @@ def _check_identity(db: Any, cursor: sqlite3.Cursor, identity: str | None, path:
     if not _is_open_on(db, path):
         raise _other_file(db, path, "another file that has webhook tables")
     with _plain_text(db):
-        cursor.execute("SELECT key, value FROM main.webhook_meta")
+        cursor.execute("SELECT +key, value FROM main.webhook_meta")
         meta = dict(cursor.fetchall())
     _check_version(int(meta["schema_version"]), path, make=False)
     return str(meta["outbox"])
@@ -7400,7 +7426,7 @@ _LETS_THROUGH = f"""CASE WHEN p.filter IS NULL THEN 1
                    WHEN json_valid(e.data) THEN (SELECT count(*) FROM json_each(p.filter)) = (
                      SELECT count(DISTINCT wanted.key) FROM {_MET[0]} WHERE {_MET[1]}) END"""
 _NEWEST = "SELECT max(seq) FROM main.webhook_events"
-_EMITTED_ONCE = """SELECT seq FROM main.webhook_events
+_EMITTED_ONCE = """SELECT +seq FROM main.webhook_events
  WHERE idempotency_key = ? AND coalesce(tenant, '') = coalesce(?, '')"""
 _UNDO = "DELETE FROM main.webhook_events WHERE seq = ?"
 # For a write that makes a delivery due which was due later, or an event that a drain has seen
@@ -7986,10 +8012,12 @@ class Outbox:
             try:
                 seq = _insert_event(db, cursor, (*row, self._identity), self._keys, now)
             except Exception as error:
-                if "another outbox" not in str(error):
+                if "another outbox" in str(error):
+                    self._identity = _check_identity(db, cursor, self._identity, self.path)
+                elif not _BEYOND_LIMIT.search(str(error)):
                     raise
-                self._identity = _check_identity(db, cursor, self._identity, self.path)
-                seq = _insert_event(db, cursor, (*row, self._identity), self._keys, now)
+                with _without_limits(db):
+                    seq = _insert_event(db, cursor, (*row, self._identity), self._keys, now)
         self._wake()
         return _event_id(seq)
 
@@ -8012,7 +8040,7 @@ class Outbox:
     @contextlib.contextmanager
     def _on(self, db: Any) -> Iterator[sqlite3.Cursor]:
         """Yield a cursor on a host's connection, once we know that it is to our file."""
-        with _host_errors(db, self.path), _plain_text(db):
+        with _host_errors(db, self.path), _plain_text(db), _without_limits(db):
             cursor = _cursor(db)
             self._identity = _check_identity(db, cursor, self._identity, self.path)
             yield cursor
@@ -8130,7 +8158,8 @@ class Outbox:
         """Return those of some columns that an endpoint has otherwise; None: there is no such
         endpoint."""
         cursor.execute(
-            f"SELECT tenant, {', '.join(columns)} FROM main.webhook_endpoints WHERE id = ?", (id,)
+            f"SELECT +tenant, +{', +'.join(columns)} FROM main.webhook_endpoints WHERE id = ?",
+            (id,),
         )
         rows = cursor.fetchall()
         if not rows:
@@ -8270,7 +8299,7 @@ class Outbox:
         while end is not None:
             with self._reading(conn) as cursor:
                 found = cursor.execute(
-                    f"""SELECT {key} FROM {rows} WHERE {key} > ? AND {key} <= ? AND {where}
+                    f"""SELECT +{key} FROM {rows} WHERE {key} > ? AND {key} <= ? AND {where}
                          ORDER BY {key} LIMIT 1""",
                     (last, end, *values),
                 ).fetchone()
@@ -8345,7 +8374,7 @@ class Outbox:
 
     def _stored_secrets(self, cursor: sqlite3.Cursor, id: str) -> _Secrets:
         """Return the secrets of an endpoint as its row holds them; none where there is no row yet."""
-        cursor.execute("SELECT secrets FROM main.webhook_endpoints WHERE id = ?", (id,))
+        cursor.execute("SELECT +secrets FROM main.webhook_endpoints WHERE id = ?", (id,))
         return [(s, until) for (stored,) in cursor.fetchall() for s, until in json.loads(stored)]
 
     def _secrets_on(self, cursor: sqlite3.Cursor, id: str) -> _Secrets:
@@ -8742,7 +8771,7 @@ class Outbox:
         if filters.get("event_id") is not None or filters.get("key") is not None:
             with self._reading(conn) as cursor:
                 cursor.execute(
-                    f"""SELECT d.event, d.endpoint_id FROM {tables}
+                    f"""SELECT +d.event, +d.endpoint_id FROM {tables}
                          WHERE {where} AND {which} AND d.status IN ('pending', 'queued')""",
                     values,
                 )
@@ -8752,7 +8781,7 @@ class Outbox:
         with self._reading(conn) as cursor:
             (newest,) = cursor.execute(_NEWEST).fetchone()
             for kind, column, start in _WAITING_ROWS:
-                sql = f"""SELECT d.event, d.endpoint_id, {column}
+                sql = f"""SELECT +d.event, +d.endpoint_id, +{column}
                             FROM main.webhook_deliveries AS d
                             LEFT JOIN main.webhook_events AS e ON e.seq = d.event
                            WHERE d.endpoint_id = ? AND {kind} AND ({column}, d.event) > (?, ?)
@@ -8775,7 +8804,7 @@ class Outbox:
             f"""WITH RECURSIVE waiting(id) AS (
                   {first} UNION ALL
                   SELECT ({first} AND d.endpoint_id > waiting.id) FROM waiting WHERE waiting.id IS NOT NULL)
-                SELECT waiting.id FROM waiting LEFT JOIN main.webhook_endpoints AS p ON p.id = waiting.id
+                SELECT +waiting.id FROM waiting LEFT JOIN main.webhook_endpoints AS p ON p.id = waiting.id
                  WHERE waiting.id IS NOT NULL AND (? IS NULL OR p.tenant IN (?, '*'))""",
             (filters.get("tenant"),) * 2,
         )
@@ -8823,7 +8852,7 @@ class Outbox:
             waits, values = "p.id = ?", [filters["endpoint"]]
         with self._reading(conn) as cursor:
             cursor.execute(
-                f"""SELECT p.id FROM main.webhook_endpoints AS p
+                f"""SELECT +p.id FROM main.webhook_endpoints AS p
                      WHERE (p.failures > 0 OR p.paused_until > ?) AND {waits}""",
                 (self.clock(), *values),
             )
@@ -8881,7 +8910,7 @@ class Outbox:
         """Have a delivery of an event to an endpoint, in no queue yet; raise NotFound where there
         is no such endpoint for its tenant."""
         tenant = self._endpoint_on(cursor, endpoint).tenant
-        cursor.execute("SELECT tenant FROM main.webhook_events WHERE seq = ?", (seq,))
+        cursor.execute("SELECT +tenant FROM main.webhook_events WHERE seq = ?", (seq,))
         if tenant not in (cursor.fetchone()[0], "*"):
             raise NotFound(
                 f"the endpoint {endpoint} is not of the tenant of event {_event_id(seq)}, and events never go from one "
@@ -9370,7 +9399,7 @@ class Tenant:
     def _seen(self, cursor: sqlite3.Cursor, event_id: str) -> None:
         """Raise NotFound where an event is not this customer's, or of an internal type."""
         seq = self._outbox._seq_on(cursor, event_id)
-        cursor.execute("SELECT tenant, type FROM main.webhook_events WHERE seq = ?", (seq,))
+        cursor.execute("SELECT +tenant, +type FROM main.webhook_events WHERE seq = ?", (seq,))
         tenant, type = cursor.fetchone()
         if tenant != self.id or type in self._outbox._catalogue.internal:
             raise self._outbox._no_event(event_id)

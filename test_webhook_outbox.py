@@ -610,6 +610,45 @@ webhook_outbox.Outbox(sys.argv[1])
     assert query(database, "PRAGMA integrity_check") == [("ok",)]
 
 
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.long)])
+def test_whatever_is_missing_of_the_schema_is_named_and_made_again(wal, cli, step):
+    """As after a migration by a tool that does not know our tables. What is emitted then is
+    delivered to whom it was before; a file without webhook_meta is another outbox."""
+    tables = "SELECT type, name, sql FROM sqlite_master WHERE name GLOB 'webhook_*' ORDER BY name"
+    outbox = make_outbox(wal)
+    outbox.add_endpoint("https://example.com/", id="on")
+    outbox.add_endpoint("https://example.com/", id="off", enabled=False)
+    schema, registered = query(wal, tables), outbox.endpoints()
+    for kind, name in [*webhook_outbox._plan(webhook_outbox._SCHEMA).objects][::step]:
+        query(wal, f"DROP {kind} {name}")
+        if name != "webhook_meta":
+            with pytest.raises(SchemaError, match=rf"lacks .*the {kind} {name}.* init` makes it"):
+                Outbox(wal, create=False)
+        Outbox(wal)
+        assert query(wal, tables) == schema
+        if name == "webhook_endpoints":
+            for endpoint in registered:
+                outbox.add_endpoint(endpoint.url, id=endpoint.id, enabled=endpoint.enabled)
+        assert [(e.id, e.enabled) for e in outbox.endpoints()] == [("on", True), ("off", False)]
+        assert statuses(outbox, emit(outbox)) == {"on": "pending"}, name
+    query(wal, "DROP TABLE webhook_events")
+    for command in ("status", "doctor"):
+        assert "lacks the table webhook_events" in cli(command, code=1)
+    assert "is ready" in cli("init") and query(wal, tables) == schema
+    cli("doctor", code=1)  # nobody drains
+
+
+def test_a_trigger_that_is_not_ours_is_found_by_the_doctor(wal, cli):
+    make_outbox(wal).add_endpoint("https://example.com/")
+    query(wal, "DROP TRIGGER webhook_failed_discard")
+    query(
+        wal,
+        "CREATE TRIGGER webhook_failed_discard AFTER DELETE ON webhook_failed BEGIN SELECT 1; END",
+    )
+    said = cli("doctor", code=1)
+    assert "problem  the trigger webhook_failed_discard is not as webhook_outbox makes it" in said
+
+
 def test_webhook_failed_has_exactly_its_public_columns(wal):
     Outbox(wal)
     columns = [
@@ -720,6 +759,24 @@ def test_a_connection_to_another_file_is_refused(database, tmp_path, other):
         conn.execute("COMMIT")
     assert query(path, "SELECT id FROM orders") == [(1,)] and outbox.events() == []
     assert [e.id for e in outbox.endpoints() if e.enabled] == ["crm"]
+
+
+@pytest.mark.parametrize("other", ["plain", "outbox", "memory"])
+def test_a_connection_to_another_file_is_refused_with_both_paths(tmp_path, other):
+    """Flask-SQLAlchemy's is in `instance`, whatever the current folder."""
+    (tmp_path / "instance").mkdir()
+    theirs = make_database(tmp_path / "instance" / "shop.db")
+    outbox = make_outbox(str(tmp_path / "shop.db"))
+    if other == "outbox":
+        Outbox(theirs)
+    with emit_host(":memory:" if other == "memory" else theirs, "legacy") as conn:
+        conn.text_factory = bytes
+        for act in (outbox.emit, lambda conn, *_: outbox.add_endpoint("https://x.com/", conn=conn)):
+            with pytest.raises(SchemaError) as refused:
+                act(conn, "order.created", {})
+            assert f"the outbox is in {outbox.path}" in str(refused.value)
+            assert ("a database in memory" if other == "memory" else theirs) in str(refused.value)
+        assert not conn.in_transaction
 
 
 @pytest.mark.parametrize("text", [str, bytes, bytearray, lambda raw: raw.decode("latin-1").upper()])
@@ -1013,6 +1070,57 @@ def test_every_json_value_is_stored_and_sent_as_it_is(wal, serve):
         assert query(wal, "SELECT CAST(data AS BLOB) FROM webhook_events WHERE id = ?", id) == [
             (sent[id],)
         ]
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        ({"items": [{"price": 1}, {"price": {1}}]}, "data.items[1].price is not plain JSON: "),
+        ({"a b": {"when": datetime.date(2026, 1, 1)}}, "data['a b'].when is not plain JSON: "),
+        ([1.0, (2.0, math.nan)], "data[1][1] is not plain JSON: "),
+        ({"of": {(1, 2): 3}}, "data.of is not plain JSON: keys must be "),
+        ({"name": ["x", "\ud800"]}, "data.name[1] holds half a surrogate pair"),
+        (object(), "data is not plain JSON: "),
+    ],
+)
+def test_data_that_is_no_json_is_named_by_its_path(wal, data, where):
+    outbox = make_outbox(wal)
+    with outbox.transaction() as conn, pytest.raises(PayloadError, match=re.escape(where)):
+        outbox.emit(conn, "order.created", data)
+
+
+def test_json_default_makes_json_of_other_values(wal):
+    import decimal
+
+    def default(value: Any) -> Any:
+        if isinstance(value, decimal.Decimal):
+            return str(value)
+        raise TypeError(f"no {type(value).__name__}, please")
+
+    outbox = make_outbox(wal, json_default=default)
+    data = {"total": decimal.Decimal("49.90")}
+    id = emit(outbox, data=data, idempotency_key="one")
+    assert outbox.event(id).data == {"total": "49.90"}
+    assert emit(outbox, data=data, idempotency_key="one") == id
+    with pytest.raises(PayloadError, match=r"data\.at is not plain JSON: no date, please"):
+        emit(outbox, data={"total": decimal.Decimal(1), "at": datetime.date(2026, 1, 1)})
+
+
+@pytest.mark.parametrize(
+    ("data", "warned"),
+    [
+        ('{"a": 1}', True),
+        (" [1]", True),
+        ("{no", False),
+        ('"{}"', False),
+        ("7", False),
+        ({}, False),
+    ],
+)
+def test_text_that_is_json_already_is_taken_with_a_warning(wal, caplog, data, warned):
+    outbox = make_outbox(wal)
+    assert outbox.event(emit(outbox, data=data)).data == data
+    assert ("receivers get it encoded twice" in caplog.text) == warned
 
 
 def test_a_big_body_is_taken_with_a_warning(wal, caplog):

@@ -2150,6 +2150,7 @@ for _ in range(2):
     tell(outbox.add_endpoint, example, id="erp", conn=conn)
     tell(outbox.ensure_endpoint, example, id="shop", events=["a.b", "a.*"], ordered=True, conn=conn)
     tell(door.add_endpoint, example, id="c42-erp", conn=conn)
+    tell(door.ensure_endpoint, example, id="c42-crm", events=["a.b"], conn=conn)
 tell(outbox.update_endpoint, "erp", rate=3, conn=conn)
 tell(door.update_endpoint, "c42-erp", events=["order.*"], conn=conn)
 for of, id in ((outbox, "erp"), (door, "c42-erp"), (door, "erp")):
@@ -2162,6 +2163,7 @@ for of, id in ((outbox, "erp"), (door, "c42-erp"), (door, "erp")):
 tell(outbox.resend, ids[0], endpoint="erp", conn=conn)
 tell(outbox.backfill, "erp", since=0, conn=conn)
 tell(outbox.retry_now, endpoint="erp", conn=conn)
+tell(door.cancel, key="k", conn=conn)
 tell(outbox.cancel, key="k", conn=conn)
 tell(outbox.cancel, all=True, dry_run=True, conn=conn)
 tell(outbox.erase, ids[0], conn=conn)

@@ -19406,6 +19406,8 @@ def test_emit_drain_and_the_record_by_hand(cli, wal, serve):
     assert id in cli("events", "list") and "no events" in cli(
         "events", "list", "--since", "2999-01-01T00:00:00Z"
     )
+    chosen = json.loads(cli("events", "list", "--json", "--ids", id, later))
+    assert [e["id"] for e in chosen] == [later, id]
     assert cli("prune").startswith("0 ") and cli("prune", "--older-than", "0").startswith("2 ")
     assert [e["id"] for e in json.loads(cli("events", "list", "--json"))] == [later]
 
@@ -20098,6 +20100,28 @@ def test_the_live_line_tells_the_truth_in_every_phase(database, serve, phase):
     ) as conn:
         drain.run()
     assert re.search(words, lines[-1]) and max(map(len, lines)) < 80, lines
+
+
+def test_what_could_go_out_now_is_neither_due_later_nor_on_hold_nor_tried_already(wal):
+    outbox, now, counts = make_outbox(wal), time.time(), webhook_outbox._Counts()
+    for id in ("well", "held", "off"):
+        outbox.add_endpoint("https://example.com/", id=id, events=[f"{id}.*"])
+    for type, count, options in (("well.a", 5, {}), ("well.b", 3, {"delay": 60}), ("held.a", 7, {}),
+                                 ("off.a", 2, {}), ("well.c", 4, {"key": "k"})):  # fmt: skip
+        drain_emit_as(outbox, range(count), type, **options)
+    query(wal, "UPDATE webhook_endpoints SET failures = 10, failing_since = 1.0, paused_until = ?"
+               " WHERE id = 'held'", now + 60)  # fmt: skip
+    outbox.disable_endpoint("off")
+    with contextlib.closing(sqlite3.connect(wal)) as db:
+        counts.count(db, now + 1)
+        assert (counts.report().pending, counts.to_send()) == (19, 9)
+        counts.delivered, counts.retried = 2, 1
+        assert (counts.report().pending, counts.to_send()) == (17, 6)
+        rows = [
+            webhook_outbox._Row("outcome", status=s) for s in ("delivered", "delivered", "pending")
+        ]
+        counts.count(db, now + 1, rows)  # the file does not know of them yet
+        assert (counts.report().pending, counts.to_send()) == (17, 6)
 
 
 def test_the_rate_is_that_of_the_last_seconds_and_there_is_no_estimate_at_0(wal, serve):

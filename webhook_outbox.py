@@ -11526,7 +11526,7 @@ def _backfill(outbox: Outbox, options: Any) -> None:
 
 
 def _events_list(outbox: Outbox, options: Any) -> None:
-    rows = outbox.events(**_given(options, "tenant type since until limit after"))
+    rows = outbox.events(**_given(options, "ids tenant type since until limit after"))
     _show(
         rows, "id type tenant key created_at data", options.json, "no events", without="deliveries"
     )
@@ -12095,6 +12095,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     ),
     "--after": dict(metavar="ID"),
     "failed list --after": dict(type=int, metavar="ID"),
+    "events list --ids": dict(nargs="+", metavar="ID"),
     "ids": dict(nargs="*", type=int, metavar="ID"),
     "--ids": dict(dest="more_ids", nargs="+", type=int, default=[], metavar="ID"),
     "--endpoint": dict(metavar="ID"),
@@ -12178,7 +12179,7 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
         "events list",
         _events_list,
         "list events, newest first",
-        "--tenant --type --since --until --limit --after --json",
+        "--ids --tenant --type --since --until --limit --after --json",
     ),
     ("events show", _events_show, "show an event, its deliveries and attempts", "id --json"),
     (

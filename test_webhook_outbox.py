@@ -19265,7 +19265,7 @@ def test_options_may_stand_before_and_after_what_they_belong_to(wal, tmp_path, c
     lines = [
         f"{add} --events order.* user.created https://10.0.0.1/a --id a",
         f"{add} --id b --events order.* https://10.0.0.1/b --rate 5 --headers X:1 Y:2",
-        f"{add} https://10.0.0.1/c --events order.* --id c",
+        "endpoint --db {} --allow-network 10.0.0.0/8 add https://10.0.0.1/c --events order.* --id c",
         f"--db {{}} --allow-network 11.0.0.0/8 {add} --headers X:1 Y:2 https://10.0.0.1/d --id d",
         "endpoint update --events order.* user.* a --db {}",
         "emit --headers X:1 order.paid {{}} --db {}",
@@ -19791,6 +19791,7 @@ CLI_ERRORS = [  # command line, exit code (None: whether the parser or the libra
     ("endpoint lits", 2, "there is no command endpoint lits; did you mean endpoint list?"),
     ("ping crm", 2, "did you mean endpoint ping?"),
     ("replay --all", 2, "did you mean failed replay?"),
+    ("--allow-networks 10.0.0.0/8 status", 2, "there is no option --allow-networks; did you mean"),
     ("status --wacth", 2, "status has no option --wacth; did you mean --watch?"),
     ("drain --onec", 2, "drain has no option --onec; did you mean --once?"),
     ("endpoint add https://example.com/ --evnts=a", 2, "did you mean --events?"),

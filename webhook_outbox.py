@@ -11002,6 +11002,10 @@ def portal_app(
 # prints. Exit codes: 0 done, 1 the thing asked for failed or did not hold, 2 usage.
 
 
+class _Usage(Exception):
+    """The command line asks for nothing that can be done."""
+
+
 _PLAIN = str.maketrans("·▁▂▃▄▅▆▇█…", ".12345678~")
 
 
@@ -11203,6 +11207,8 @@ def _status_text(stats: Stats, now: float, most: float = _STATUS_ROWS, height: f
 
 
 def _status(outbox: Outbox, options: Any) -> None:
+    """Print the table, or all there is as JSON; --watch does so every two seconds, on a terminal in
+    one place and no longer than the screen."""
     most = math.inf if options.all else _STATUS_ROWS
     over = options.watch and sys.stdout.isatty() and not options.json
     while True:
@@ -11414,6 +11420,8 @@ def _refused(outbox: Outbox, stats: Stats) -> set[str]:
 
 
 def _drain_here(outbox: Outbox, options: Any) -> int:
+    """Drain, say what happens, and at the end what was left and why. For cron, once and quiet, it
+    does not wait for another drain: the next minute brings the next try."""
     mode = _drain_mode(options.once, options.until_empty)
     if options.quiet and mode != "forever" and _drainer(outbox.path) is not None:
         if refusal := outbox._refusal():  # who has the lock sends nothing either
@@ -11487,6 +11495,7 @@ def _endpoint_list(outbox: Outbox, options: Any) -> None:
 
 
 def _endpoint_set(outbox: Outbox, options: Any) -> None:
+    """disable, enable and remove; each says what that means for what waits."""
     waiting = {e.id: e.pending for e in outbox.stats().endpoints}.get(options.id, 0)
     if options.verb == "disable":
         outbox.disable_endpoint(options.id, options.reason)
@@ -11518,7 +11527,7 @@ def _endpoint_ping(outbox: Outbox, options: Any) -> int:
 def _backfill(outbox: Outbox, options: Any) -> None:
     outbox.endpoint(options.id)
     if options.since is None and not options.all:
-        _parser().error("say --since, or --all for everything that is recorded")
+        raise _Usage("say --since, or --all for everything that is recorded")
     count = outbox.backfill(
         options.id, since=options.since or 0.0, **_given(options, "until type dry_run")
     )
@@ -11651,7 +11660,7 @@ class _Clients:
 
     def come(self, sock: Any) -> None:
         if len(self.since) >= _CLIENTS:
-            self._cut(next(iter(self.since), None))
+            self._cut(*list(self.since)[:1])
         self.since[sock] = _monotonic()
 
     def gone(self, sock: Any) -> None:
@@ -11663,7 +11672,7 @@ class _Clients:
             if since < late:
                 self._cut(sock)
 
-    def _cut(self, sock: Any) -> None:
+    def _cut(self, sock: Any = None) -> None:
         self.gone(sock)
         with contextlib.suppress(OSError, AttributeError):  # it is gone already
             sock.shutdown(socket.SHUT_RDWR)
@@ -11733,6 +11742,8 @@ def _receiver_app(answer: Callable[[Mapping[str, str], bytes], int]) -> WSGIAppl
 
 
 def _listen(_: None, options: Any) -> None:
+    """Serve a receiver that prints what arrives. A wrong signature is answered 400, and does not
+    count as one of the requests that are to fail."""
     secret = _resolve_value(options.secret) if options.secret else None
     if secret:
         _key(secret)
@@ -12224,6 +12235,17 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
 )
 
 
+_GLOBALS: dict[str, dict[str, Any]] = {
+    "--db": dict(metavar="PATH", help="the app's file; else the variable WEBHOOK_OUTBOX_DB"),
+    "--app": dict(metavar="MODULE:NAME", help="use the app's own Outbox instead of --db"),
+    "--allow-network": dict(
+        action="append",
+        metavar="CIDR",
+        help="admit a private network; also the variable WEBHOOK_OUTBOX_ALLOW_NETWORKS",
+    ),
+}
+
+
 def _nearest(word: str, known: Iterable[str]) -> str:
     import difflib
 
@@ -12255,7 +12277,21 @@ def _not_taken(options: Any, extra: Sequence[str]) -> str:
 
 
 class _Missing(Exception):
-    """A command lacks arguments: its last word, and how many."""
+    """A command lacks arguments: its last word, how many, and what argparse says of it."""
+
+
+def _usage_text(prog: str, message: str, of_command: bool) -> str:
+    """Return what argparse says in better words; raise _Missing where a list of values may have what
+    is missing. of_command: it is not said of a group, or of what stands before the command."""
+    last = prog.rpartition(" ")[2]
+    if wrong := re.match(r"argument (COMMAND|VERB): invalid choice: '(.*?)'", message):
+        return _no_command(last if wrong[1] == "VERB" else "", wrong[2])
+    missing = re.fullmatch(r"the following arguments are required: (.*)", message)
+    if missing and missing[1] in ("VERB", "COMMAND"):
+        return _no_command(last if missing[1] == "VERB" else "", "")
+    if missing and of_command:
+        raise _Missing(last, missing[1].count(",") + 1, message)
+    return message
 
 
 def _untangled(argv: Sequence[str], verb: str, count: int) -> list[str]:
@@ -12277,20 +12313,9 @@ def _untangled(argv: Sequence[str], verb: str, count: int) -> list[str]:
     return words
 
 
-_GLOBALS: dict[str, dict[str, Any]] = {
-    "--db": dict(metavar="PATH", help="the app's file; else the variable WEBHOOK_OUTBOX_DB"),
-    "--app": dict(metavar="MODULE:NAME", help="use the app's own Outbox instead of --db"),
-    "--allow-network": dict(
-        action="append",
-        metavar="CIDR",
-        help="admit a private network; also the variable WEBHOOK_OUTBOX_ALLOW_NETWORKS",
-    ),
-}
-
-
 def _parser() -> Any:
-    """Return the parser. What stands before the command may stand after it too: then it has a name
-    of its own, because argparse would put the one in the place of the other."""
+    """Return the parser. What stands before the command may stand behind it too, or within: there it
+    has a name of its own, because argparse would put the one in the place of the other."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -12301,18 +12326,15 @@ def _parser() -> Any:
             )  # --name and --no-name
 
         def error(self, message: str) -> NoReturn:
-            group = self.prog.rpartition(" ")[2]
-            wrong = re.match(r"argument (COMMAND|VERB): invalid choice: '(.*?)'", message)
-            missing = re.fullmatch(r"the following arguments are required: (.*)", message)
-            if wrong:
-                message = _no_command(group if wrong[1] == "VERB" else "", wrong[2])
-            elif missing and missing[1] in ("VERB", "COMMAND"):
-                message = _no_command(group if missing[1] == "VERB" else "", "")
-            elif missing and group not in _GROUPS and self.get_default("run"):
-                raise _Missing(group, missing[1].count(",") + 1, message)
+            message = _usage_text(self.prog, message, bool(self.get_default("run")))
             message = re.sub(r"whsec_\S+", "whsec_...", message)  # a secret without its --secret
             more = "" if message.endswith("?") else "; see --help"
             self.exit(2, f"webhook_outbox: {_cut(' '.join(message.split()), 240)}{more}\n")
+
+    def add_again(parser: Any, where: str) -> None:
+        for argument, how in _GLOBALS.items():
+            name = f"{where}_{argument[2:].replace('-', '_')}"
+            parser.add_argument(argument, **{**how, "dest": name, "help": argparse.SUPPRESS})
 
     parser = Parser(
         prog="python -m webhook_outbox",
@@ -12326,6 +12348,7 @@ def _parser() -> Any:
         group, _, name = words.rpartition(" ")
         if group not in places:
             made = places[""].add_parser(group, help=_GROUPS[group], description=_GROUPS[group])
+            add_again(made, "group")
             places[group] = made.add_subparsers(dest="verb", required=True, metavar="VERB")
         made = places[group].add_parser(name, help=help, description=help)
         made.set_defaults(run=run)
@@ -12333,15 +12356,25 @@ def _parser() -> Any:
             made.add_argument(
                 argument, **_ARGUMENTS.get(f"{words} {argument}", _ARGUMENTS.get(argument, {}))
             )
-        for argument, how in _GLOBALS.items():
-            late = f"late_{argument[2:].replace('-', '_')}"
-            made.add_argument(argument, **{**how, "dest": late, "help": argparse.SUPPRESS})
+        add_again(made, "late")
     return parser
+
+
+def _check_first(argv: Sequence[str], refuse: Callable[[str], Any]) -> None:
+    """Refuse an unknown option before the command: its value would be taken for the command."""
+    at = 0
+    while at < len(argv) and argv[at].startswith("-"):
+        name, given, _ = argv[at].partition("=")
+        if not any(known.startswith(name) for known in (*_GLOBALS, "--help", "--version", "-h")):
+            near = _nearest(name, _GLOBALS)
+            refuse(f"there is no option {name}" + (f"; did you mean {near}?" if near else ""))
+        at += 1 if given else 2
 
 
 def _command_line(argv: Sequence[str]) -> Any:
     """Return the options of a command line; leave with usage where they are wrong."""
     parser = _parser()
+    _check_first(argv, parser.error)
     try:
         try:
             options, extra = parser.parse_known_args(argv)
@@ -12351,31 +12384,41 @@ def _command_line(argv: Sequence[str]) -> Any:
         parser.error(f"{missing.args[0]}: {missing.args[2]}")
     if extra:
         parser.error(_not_taken(options, extra))
-    options.db, options.app = options.late_db or options.db, options.late_app or options.app
-    options.allow_network = [*(options.allow_network or ()), *(options.late_allow_network or ())]
+    options.allow_network = list(options.allow_network or ())
+    for where in ("group", "late"):
+        options.db = getattr(options, f"{where}_db", None) or options.db
+        options.app = getattr(options, f"{where}_app", None) or options.app
+        options.allow_network += getattr(options, f"{where}_allow_network", None) or ()
     return options
 
 
+def _own_outbox(path: str, making: bool, networks: Sequence[str]) -> Outbox:
+    """Return an Outbox of the command line's own, by options and the environment. It does not know
+    what the app's own admits, so its guard is provisional."""
+    key = "WEBHOOK_OUTBOX_MASTER_KEY"
+    more = os.environ.get("WEBHOOK_OUTBOX_ALLOW_NETWORKS", "").replace(",", " ").split()
+    outbox = Outbox(
+        path,
+        create=making,
+        allow_networks=[*networks, *more],
+        master_key=f"env:{key}" if os.environ.get(key) else None,
+    )
+    outbox._guard = dataclasses.replace(outbox._guard, provisional=True)
+    return outbox
+
+
 def _open_outbox(options: Any) -> Outbox:
+    """Return the app's own Outbox, or one of the file that is named."""
     making = options.run is _init
     if options.app:
         outbox = _load_app(options.app)
         if options.allow_network or (options.db and os.path.realpath(options.db) != outbox.path):
-            _parser().error(
-                f"--app has its own networks and file, {outbox.path}: leave out --db and --allow-network"
-            )
+            own = f"--app has its own networks and file, {outbox.path}"
+            raise _Usage(f"{own}: leave out --db and --allow-network")
     elif path := options.db or os.environ.get("WEBHOOK_OUTBOX_DB"):
-        key = "WEBHOOK_OUTBOX_MASTER_KEY"
-        more = os.environ.get("WEBHOOK_OUTBOX_ALLOW_NETWORKS", "").replace(",", " ").split()
-        outbox = Outbox(
-            path,
-            create=making,
-            allow_networks=[*options.allow_network, *more],
-            master_key=f"env:{key}" if os.environ.get(key) else None,
-        )
-        outbox._guard = dataclasses.replace(outbox._guard, provisional=True)
+        outbox = _own_outbox(path, making, options.allow_network)
     else:
-        _parser().error("which file? say --db PATH, or set WEBHOOK_OUTBOX_DB")
+        raise _Usage("which file? say --db PATH, or set WEBHOOK_OUTBOX_DB")
     if getattr(options, "workers", None) is not None:
         outbox.workers = int(_number("workers", options.workers, 1, 10_000))
     if making and options.wal:
@@ -12396,6 +12439,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             outbox = error
         return options.run(outbox, options) or 0
+    except _Usage as error:
+        print(f"webhook_outbox: {error}; see --help", file=sys.stderr)
+        return 2
     except SystemExit as stop:  # argparse: 2 on usage, 0 after --help
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:

@@ -11813,7 +11813,7 @@ def _types(outbox: Outbox, options: Any) -> None:
             raise OutboxError(
                 "there is no catalogue: run it with --app, whose Outbox has event_types"
             )
-        return _say(json.dumps(_openapi(outbox._catalogue, outbox.app_name), indent=2))
+        return _say(_json_text(_openapi(outbox._catalogue, outbox.app_name)))
     rows = [_TypeRow(name, **dataclasses.asdict(of)) for name, of in (types or {}).items()]
     empty = "there is no catalogue: any type is good; the app's is seen with --app"
     _show(rows, "type group internal deprecated description", options.json, empty)

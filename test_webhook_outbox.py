@@ -20817,9 +20817,10 @@ def readme_billing(folder: pathlib.Path, server: str, *options: str) -> Iterator
 class Accounting:
     """A real mail server, and what came: the Message-ID and the subject of each e-mail."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, to: str = "accounting@example.com") -> None:
         from aiosmtpd.controller import UnthreadedController
 
+        self.to = to
         self.taken: list[tuple[str, str]] = []
         self.loop = asyncio.new_event_loop()
         self.server = UnthreadedController(self, hostname="127.0.0.1", port=port, loop=self.loop)
@@ -20830,7 +20831,7 @@ class Accounting:
 
     async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
         message = email.message_from_bytes(envelope.content)
-        assert envelope.rcpt_tos == ["accounting@example.com"]
+        assert envelope.rcpt_tos == [self.to]
         self.taken.append((message["Message-ID"], message["Subject"]))
         return "250 taken"
 
@@ -21060,127 +21061,53 @@ def test_the_readmes_nginx_admits_only_the_senders_address_and_certificate(
     )
 
 
-README_SHOP = """if True:
-    from flask import Flask, abort, request
-    from webhook_outbox import Outbox
-    app, outbox = Flask(__name__), Outbox("app.db", allow_networks=["127.0.0.0/8"])
-    def customer():  # stands for a login
-        return request.headers["X-Customer"]
-    def csrf_token():
-        return "<token> of " + customer()
-    app.jinja_env.globals["csrf_token"] = csrf_token
-    @app.before_request
-    def protect():
-        if request.method == "POST" and request.form.get("csrf_token") != csrf_token():
-            abort(403)
-    from webhooks_page import page
-    app.register_blueprint(page)
+README_LOGIN = """
+from shop import *
+from webhook_outbox import RetryPolicy
+outbox._guard, outbox.retry = Outbox("app.db", allow_networks=["127.0.0.0/8"])._guard, RetryPolicy((0, 0))
+@app.get("/login/<who>")
+def login(who):
+    flask.session["customer"] = who
+    return "ok"
 """
 
 
 @readme
-def test_the_readmes_page_lets_a_customer_see_and_touch_only_what_is_theirs(wal, tmp_path, serve):
-    """c4 and c42 are two customers; what is shown is read as a browser does, forms carry the page's
-    token."""
+def test_the_readmes_shop_gives_each_customer_a_page_and_tells_them_by_mail(tmp_path, serve):
+    """As a person follows it: a customer registers, the shop emits, the drain delivers; one whose
+    receiver is gone gets an e-mail."""
     readme_files(tmp_path)
-    text = (tmp_path / "webhooks_page.py").read_text().splitlines()
-    assert sum(bool(line.strip()) for line in text) <= 40
-    (tmp_path / "shop.py").write_text(README_SHOP)
-    theirs, other = serve([OK, answer(500, b"<script>alert('1')</script>"), OK]), serve()
-    outbox = make_outbox(wal)
-
-    def page(who: str, act: str = "", code: int = 200, **form: str) -> str:
-        options: dict[str, Any] = {"headers": {"X-Customer": who}, "timeout": 30}
-        shown = requests.get(url, params={"act": act, **form}, **options)  # reading changes nothing
-        assert shown.status_code == 200 and "whsec_" not in shown.text
-        if act:
-            token = html.unescape(re.findall(r'name="csrf_token" value="([^"]*)"', shown.text)[0])
-            assert requests.post(url, data={"act": act, **form}, **options).status_code == 403
-            shown = requests.post(url, data={"act": act, "csrf_token": token, **form}, **options)
-        assert shown.status_code == code and (
-            code != 200 or shown.headers["Cache-Control"] == "no-store"
-        )
-        return shown.text
-
-    def secret_of(text: str) -> str:
-        (found,) = re.findall(r"<code>(whsec_[^<]*)</code>", text)
-        return html.unescape(found)
-
-    with readme_server(tmp_path, "flask", "--app", "shop", "run") as where:
-        url = f"http://{where}/webhooks"
-        secret = secret_of(
-            page("c42", "add", url=theirs.url("/<b>?a=1&b=2"), events="order.* user.created")
-        )
-        (endpoint,) = outbox.endpoints()
-        assert endpoint.events == ("c42.order.*", "c42.user.created")
-        assert "It answered." in page("c42", "ping", id=endpoint.id)
-        assert (
-            verify(theirs.requests[0].body, theirs.requests[0].headers, secret).type
-            == "webhook.ping"
-        )
-        page("c4", "add", url=other.url(), events="*")
-        foreign = outbox.endpoints()[1]
-        outbox.add_endpoint(
-            serve(answer(500, b"for operators")).url(), id="ours", events=["*"]
-        )  # gets theirs too
-        first = emit(outbox, "c42.order.created", {"order_id": 1})
-        emit(outbox, "c42.other")
-        emit(outbox, "c4.order.created")
-        outbox.drain(once=True)
-        assert (len(theirs.requests), len(other.requests)) == (2, 1)
-        shown = page("c42")
-        assert (
-            "&lt;script&gt;alert(&#39;1&#39;)" in shown
-            and "<script" not in shown
-            and "<b>" not in shown
-        )
-        for text in (
-            "c42.order.created: pending",
-            "HTTP 500",
-            html.escape(endpoint.url),
-            endpoint.id,
-            first,
-        ):
-            assert text in shown
-        for text in (foreign.url, foreign.id, "c42.other", "c4.order", "ours", "for operators"):
-            assert text not in shown
-        assert "1 will be sent again" in page("c42", "resend", id=endpoint.id, event=first)
-        outbox.drain(once=True)
-        assert "c42.order.created: delivered" in page("c42")
-        renewed = secret_of(page("c42", "rotate", id=endpoint.id))
-        page("c42", "resend", id=endpoint.id, event=first)
-        outbox.drain(once=True)
-        assert {
-            verify(theirs.requests[3].body, theirs.requests[3].headers, s).id
-            for s in (secret, renewed)
-        } == {first}
-        before = (
-            outbox.endpoints(),
-            outbox.deliveries(),
-            query(wal, "SELECT secrets FROM webhook_endpoints"),
-        )
-        shown = page("c4")
-        for text in (html.escape(endpoint.url), endpoint.id, first, "c42"):
-            assert text not in shown
-        for act in ("ping", "rotate", "resend"):
-            page("c4", act, 404, id=endpoint.id, event=first)
-            page("c4", act, 404, event=first)
-        page(
-            "c4", "resend", id=foreign.id, event=first
-        )  # an endpoint of its own, an event of another's
-        page("c4", "resend", id=foreign.id, event="msg_nobody")
-        page("c4", "nonsense", id=endpoint.id)
-        assert "is not a public address" in page("c4", "add", url="https://10.0.0.1/", events="*")
-        for events in ("", "[c]42.*", "*.*"):
-            assert "must" in page("c4", "add", url=other.url(), events=events)
-        page("c4", "add", 400, url=other.url())
-        assert before == (
-            outbox.endpoints(),
-            outbox.deliveries(),
-            query(wal, "SELECT secrets FROM webhook_endpoints"),
-        )
-        outbox.drain(once=True)
-    assert (len(theirs.requests), len(other.requests)) == (4, 1)
+    (tmp_path / "run.py").write_text(README_LOGIN)
+    theirs, gone = serve(), serve(answer(410))
+    with (
+        contextlib.closing(Accounting(to="c43@example.com")) as mailbox,
+        readme_server(tmp_path, "flask", "--app", "run", "run") as where,
+    ):
+        base = f"http://{where}"
+        with DashVisitor(base, "/webhooks") as one, DashVisitor(base, "/webhooks") as two:
+            assert one.session.get(f"{base}/webhooks/", timeout=30).status_code == 403
+            for visitor, who, url in ((one, "c42", theirs.url("/in")), (two, "c43", gone.url())):
+                visitor.session.get(f"{base}/login/{who}", timeout=30)
+                assert "No endpoints yet" in visitor.get().text
+                action, fields = visitor.form("add", path="/add")
+                added = visitor.post(action, {**fields, "url": url, "events": "order.paid"})
+                assert "whsec_" in added.text
+                assert visitor.session.post(f"{base}/orders/7/pay", timeout=30).status_code == 204
+            (endpoint,) = one.get().links[1:]
+            assert two.session.get(base + endpoint, timeout=30).status_code == 404
+            environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+            environment["SMTP_SERVER"] = f"127.0.0.1:{mailbox.port}"
+            drained = command(
+                "--app", "run:outbox", "drain", "--until-empty", cwd=tmp_path, env=environment
+            )
+            assert drained.returncode == 0, drained.stderr
+            shown = one.get(endpoint.removeprefix("/webhooks"))
+            assert "order.paid" in shown.text and "delivered" in shown.text
+            assert "disabled" in two.get().text and "410 Gone" in two.get().text
+    assert json.loads(theirs.requests[0].body)["data"] == {"order_id": "7"}
+    assert [mail[1] for mail in mailbox.taken] == ["We stopped sending webhooks to " + gone.url()]
+    listed = command("--app", "run:outbox", "types", cwd=tmp_path, env=environment)
+    assert "How risky an order is." in listed.stdout
 
 
 VENDORED_APP = """
@@ -21292,12 +21219,10 @@ def test_in_flask_the_readmes_dashboard_stands_behind_the_login(wal, csrf):
 
 
 @readme
-def test_in_django_the_readmes_dashboard_stands_behind_the_login(wal):
+def test_in_django_the_readmes_dashboard_and_portal_stand_behind_the_login(wal):
     pytest.importorskip("django")
     cli_fail_some(wal)
-    (block,) = [
-        text for _, text in readme_blocks("python") if "dashboard" in text and "django" in text
-    ]
+    block, more = [text for _, text in readme_blocks("python") if "django.contrib" in text]
     process = run_python(
         """
         import sys, types, wsgiref.simple_server
@@ -21310,12 +21235,16 @@ def test_in_django_the_readmes_dashboard_stands_behind_the_login(wal):
         from django.core.handlers.wsgi import WSGIHandler
         from django.urls import re_path
         import webhook_outbox
-        dashboard = webhook_outbox.dashboard_app(webhook_outbox.Outbox(sys.argv[1]))
+        outbox = webhook_outbox.Outbox(sys.argv[1])
+        dashboard = webhook_outbox.dashboard_app(outbox)
         exec(sys.argv[2])
-        urlpatterns = [re_path(r"^admin/webhooks/(.*)$", django_webhooks)]
+        urlpatterns = [re_path(r"^admin/webhooks/(.*)$", django_webhooks),
+                       re_path(r"^webhooks/(.*)$", customer_webhooks)]
         def login(get_response):
             def middleware(request):
-                request.user = types.SimpleNamespace(is_staff=request.COOKIES.get("login") == "staff")
+                who = request.COOKIES.get("login", "")
+                request.user = types.SimpleNamespace(
+                    is_staff=who == "staff", is_authenticated=bool(who), username=who)
                 return get_response(request)
             return middleware
         server = wsgiref.simple_server.make_server("127.0.0.1", 0, WSGIHandler())
@@ -21323,7 +21252,7 @@ def test_in_django_the_readmes_dashboard_stands_behind_the_login(wal):
         server.serve_forever()
         """,
         wal,
-        block,
+        block + more,
         stderr=subprocess.DEVNULL,
     )
     try:
@@ -21335,9 +21264,64 @@ def test_in_django_the_readmes_dashboard_stands_behind_the_login(wal):
             assert refused.status_code == 302 and "login" in refused.headers["Location"]
             visitor.session.cookies.set("login", "staff")
             readme_visits(visitor, wal)
+        with DashVisitor(base, "/webhooks") as one, DashVisitor(base, "/webhooks") as two:
+            refused = one.session.get(base + "/webhooks/", timeout=10, allow_redirects=False)
+            assert refused.status_code == 302
+            one.session.cookies.set("login", "c42")
+            two.session.cookies.set("login", "c43")
+            readme_customers(one, two, wal)
     finally:
         process.kill()
         process.communicate()
+
+
+README_FASTAPI = """
+from fastapi import Request
+from webhook_outbox import Outbox
+outbox = Outbox("app.db")
+{}
+@api.get("/login/{{who}}")
+def login(who: str, request: Request) -> None:
+    request.session["customer"] = who
+"""
+
+
+@readme
+def test_in_fastapi_the_readmes_portal_stands_behind_the_login(tmp_path):
+    for name in ("fastapi", "a2wsgi", "uvicorn", "itsdangerous"):
+        pytest.importorskip(name)
+    (block,) = [text for _, text in readme_blocks("python") if "a2wsgi" in text]
+    (tmp_path / "fast.py").write_text(README_FASTAPI.format(block))
+    with (
+        readme_server(tmp_path, "uvicorn", "fast:api") as where,
+        DashVisitor(f"http://{where}", "/webhooks") as one,
+        DashVisitor(f"http://{where}", "/webhooks") as two,
+    ):
+        assert one.session.get(f"http://{where}/webhooks/", timeout=10).status_code == 403
+        one.session.get(f"http://{where}/login/c42", timeout=10)
+        two.session.get(f"http://{where}/login/c43", timeout=10)
+        readme_customers(one, two, str(tmp_path / "app.db"))
+
+
+def readme_customers(one: DashVisitor, two: DashVisitor, path: str) -> None:
+    """Two customers use a portal that is mounted in an app: c42 adds an endpoint, c43 cannot touch
+    it."""
+    outbox = make_outbox(path)
+    action, fields = one.form("add", path="/add")
+    typed = {**fields, "url": URL, "events": "order.*"}
+    assert one.post(action, {**typed, "token": "x"}).status_code == 403
+    assert "whsec_" in one.post(action, typed, Origin=one.base, Sec_Fetch_Site="same-origin").text
+    (endpoint,) = outbox.endpoints(tenant="c42")
+    at = f"/endpoint/{endpoint.id}"
+    assert all(link.startswith("/webhooks/") for link in one.get(at).links)
+    assert endpoint.id not in str(two.get().links)
+    assert two.session.get(two.base + two.mount + at, timeout=10).status_code == 404
+    action, fields = one.form(at[1:] + "/disable", path=at)
+    token = two.form("add", path="/add")[1]["token"]
+    assert two.post(action, {**fields, "token": token}).status_code == 404
+    assert outbox.endpoint(endpoint.id).enabled
+    one.press(at[1:] + "/disable", path=at)
+    assert not outbox.endpoint(endpoint.id).enabled
 
 
 def readme_visits(visitor: DashVisitor, path: str) -> None:

@@ -14174,6 +14174,201 @@ def gunicorn(folder: pathlib.Path, path: str) -> Iterator[tuple[subprocess.Popen
     assert "Traceback" not in log.read_text(), log.read_text()
 
 
+UWSGI_APP = """
+import os, sqlite3, sys
+import uwsgi
+from webhook_outbox import Outbox, OutboxError
+
+outbox = Outbox(os.environ["APP_DB"], allow_networks=["127.0.0.0/8"])
+try:
+    outbox.start()
+    refused = ""
+except OutboxError as error:
+    refused = str(error)
+if refused and uwsgi.masterpid():
+    from uwsgidecorators import postfork
+    postfork(outbox.start)
+
+
+def application(environ, start_response):
+    outbox.start()
+    conn = sqlite3.connect(os.environ["APP_DB"], timeout=30)
+    with conn:
+        outbox.emit(conn, "order.created", {"pid": os.getpid()})
+    conn.close()
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [refused.encode()]
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ("--master --processes 2", True),
+        ("--processes 2", True),
+        ("--master --processes 2 --lazy-apps", False),
+        ("--processes 1", False),
+    ],
+)
+def test_under_uwsgi_a_thread_is_started_after_the_fork_or_refused(
+    wal, serve, tmp_path, options, refused
+):
+    """uWSGI forks its workers in C: a thread of the master is not theirs, but its locks are."""
+    pytest.importorskip("pyuwsgi")
+    receiver, outbox = serve(), make_outbox(wal)
+    outbox.add_endpoint(receiver.url())
+    (tmp_path / "shop.py").write_text(UWSGI_APP)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    words = (
+        f"--http-socket 127.0.0.1:{port} --module shop --need-app --enable-threads --die-on-term"
+    )
+    code = f"import pyuwsgi; pyuwsgi.run({[*words.split(), *options.split()]!r})"
+    environment = {**os.environ, "APP_DB": wal, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    environment["PYTHONPATH"] += ":" + ":".join(path for path in sys.path if path)
+
+    def ask() -> Any:
+        with contextlib.suppress(requests.ConnectionError):
+            return requests.get(f"http://127.0.0.1:{port}/", timeout=10)
+
+    log = (tmp_path / "uwsgi.log").open("w")
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=log)
+    try:
+        said = eventually(ask, 30).text
+        for _ in range(9):
+            ask()
+        eventually(lambda: len(receiver.requests) == 10, 20)
+        assert ("postfork, or set lazy-apps" in said) == refused
+    finally:
+        process.terminate()
+        process.wait(20)
+        log.close()
+
+
+RELOADED_APP = """
+import logging, os, sys
+import flask
+from webhook_outbox import Outbox
+
+logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
+app, outbox = flask.Flask("shop"), Outbox(sys.argv[1])
+if os.environ.get("WERKZEUG_RUN_MAIN") == "true":  # not in the process that watches the files
+    outbox.start()
+if __name__ == "__main__":
+    app.run(port=0, debug=True)
+"""
+
+
+@pytest.mark.long
+def test_beside_flasks_reloader_the_process_that_serves_drains_and_says_so(wal, tmp_path):
+    (tmp_path / "shop.py").write_text(RELOADED_APP)
+    with subprocess.Popen(
+        [sys.executable, "shop.py", wal],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    ) as process:
+        try:
+            lines = iter(process.stderr.readline, "")
+            said = next(line for line in lines if line.startswith("webhook_outbox process"))
+            pid = eventually(lambda: webhook_outbox._drainer(wal))
+            assert said == f"webhook_outbox process {pid} drains {wal}\n" and pid != process.pid
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+FROZEN = """
+import sys, threading, freezegun
+from webhook_outbox import Outbox, verify
+outbox = Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"])
+with freezegun.freeze_time("2026-01-31") as frozen:
+    with outbox.transaction() as conn:
+        id = outbox.emit(conn, "order.created", {})
+        outbox.emit(conn, "order.created", {}, delay=3600)
+    print(outbox.drain(once=True).delivered, outbox.event(id).created_at)
+    frozen.tick(3600)
+    with outbox:
+        while outbox.stats().pending:
+            threading.Event().wait(0.01)
+"""
+
+
+def test_a_frozen_clock_freezes_times_and_no_timeout(wal, serve):
+    """freezegun stops time.monotonic as well as time.time."""
+    pytest.importorskip("freezegun")
+    receiver, outbox = serve(), make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), secret=SECRET)
+    with run_python(FROZEN, wal) as process:
+        assert process.communicate(timeout=60) == ("1 1769817600.0\n", "")
+    for request, now in zip(receiver.requests, (1769817600, 1769821200), strict=True):
+        verify(request.body, request.headers, SECRET, now=now, tolerance=2)
+
+
+NO_FOLDER = """
+set -e
+for folder in /tmp /var/tmp /usr/tmp; do
+  if [ -d $folder ]; then mount --bind $folder $folder; mount -o remount,ro,bind $folder; fi
+done
+exec "$@"
+"""
+
+
+READ_ONLY_ROOT = """
+import os, sqlite3, sys
+from webhook_outbox import Outbox, OutboxError, RetryPolicy, main
+os.chdir("/tmp")  # SQLite's last resort is the current folder
+outbox = Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"], retry=RetryPolicy((0,)))
+with outbox.transaction() as conn:
+    for n in range(200):
+        outbox.emit(conn, "order.created", {"n": n}, key="k" * 200 + str(n))
+print(outbox.drain(once=True).failed, outbox.replay(all=True), outbox.cancel(all=True))
+conn, told = sqlite3.connect(sys.argv[1]), ""
+for n in range(2000):
+    try:
+        outbox.emit(conn, "order.created", {"n": n}, key="k" * 200 + str(n % 700))
+    except OutboxError as error:
+        told = f"{type(error).__name__}: {error}"
+        break
+    conn.commit()
+conn.close()
+print(told)
+main(["--db", sys.argv[1], "--allow-network", "127.0.0.0/8", "doctor"])
+"""
+
+
+@pytest.mark.long
+def test_where_no_temporary_file_can_be_made_the_drain_works_and_an_emit_says_why_it_does_not(
+    serve,
+):
+    """As in a container whose root is read-only: a statement that fires triggers keeps a journal of
+    the pages that it changes, and puts it into a temporary file where that is beyond 64 KiB."""
+    variables = ("SQLITE_TMPDIR", "TMPDIR")
+    environment = {name: value for name, value in os.environ.items() if name not in variables}
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = make_database(pathlib.Path(folder) / "app.db")
+        outbox, receiver = make_outbox(path), serve(answer(400))
+        for _ in range(10):
+            outbox.add_endpoint(receiver.url())
+        words = ["unshare", "-m", "sh", "-c", NO_FOLDER, "sh", sys.executable, "-c", READ_ONLY_ROOT]
+        try:
+            subprocess.run([*words[:5], "sh", "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("nothing can be mounted here")
+        environment["PYTHONPATH"] = str(ROOT)
+        done = subprocess.run(
+            [*words, path], env=environment, capture_output=True, text=True, timeout=100
+        )
+    counts, told, *found = done.stdout.splitlines()
+    missing = "SQLite finds no folder for temporary files that can be written"
+    assert counts == "2000 2000 2000", done
+    assert re.match("OutboxError|TransactionLost", told), done
+    assert missing in told and "SQLITE_TMPDIR" in told
+    assert any(line.startswith("problem  ") and missing in line for line in found)
+
+
 def test_gunicorn_with_preload_and_three_workers_delivers_once_and_survives_the_death_of_the_one_that_drains(
     either, serve, tmp_path
 ):

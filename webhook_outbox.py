@@ -3815,8 +3815,8 @@ def _explained(db: Any, text: str, path: str) -> OutboxError | None:
         )
     if "unsafe use of" in text:
         return OutboxError(
-            f"{text}: SQLite {sqlite3.sqlite_version} refuses it under PRAGMA trusted_schema = OFF; "
-            "call it without conn=, or upgrade SQLite to 3.41"
+            f"{text}: SQLite 3.39.4 to 3.40.1 refuse it under PRAGMA trusted_schema = OFF; call it "
+            "without conn=, or upgrade SQLite"
         )
     if re.search("disk I/O error|unable to open database", text) and not _temporary_folder():
         return OutboxError(f"{text}: {_NO_TEMPORARY_FOLDER}")

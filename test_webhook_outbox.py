@@ -20673,6 +20673,115 @@ def readme_commands() -> list[tuple[int, list[str]]]:
     return found
 
 
+README_MIGRATED = """
+import flask, flask_migrate, flask_sqlalchemy, glob, re, sys
+app = flask.Flask("shop")
+app.config["SQLALCHEMY_DATABASE_URI"] = "sqlite:///" + sys.argv[1]
+db = flask_sqlalchemy.SQLAlchemy(app)
+class Basket(db.Model):
+    id = db.Column(db.Integer, primary_key=True)
+include_object = None
+INCLUDE
+flask_migrate.Migrate(app, db, include_object=include_object)
+with app.app_context():
+    flask_migrate.init(), flask_migrate.migrate(), flask_migrate.upgrade()
+print(*sorted(set(re.findall("webhook_(events|accept)", open(*glob.glob("migrations/versions/*.py")).read()))))
+"""
+
+
+@readme
+@pytest.mark.long
+@pytest.mark.parametrize("included", [True, False])
+def test_alembics_autogenerate_leaves_our_tables_alone_with_the_readmes_lines(
+    wal, tmp_path, included
+):
+    """Without them it drops the tables and leaves the views; the next Outbox makes them again."""
+    pytest.importorskip("flask_migrate")
+    outbox = make_outbox(wal)
+    outbox.add_endpoint("https://example.com/", id="crm")
+    (lines,) = (text for _, text in readme_blocks("python") if "def include_object" in text)
+    code = README_MIGRATED.replace("INCLUDE", lines if included else "")
+    with run_python(code, wal, cwd=tmp_path) as process:
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert out.splitlines()[-1] == ("" if included else "events")
+    if included:
+        assert [e.id for e in outbox.endpoints()] == ["crm"]
+    else:
+        with pytest.raises(SchemaError, match=r"has no webhook tables.* init` makes them"):
+            Outbox(wal, create=False)
+    outbox = make_outbox(wal)
+    assert query(wal, "ALTER TABLE basket RENAME TO baskets") == []
+    emit(outbox)
+    assert len(outbox.events()) == 1
+
+
+README_DJANGO_TESTS = {
+    "manage.py": """
+import sys
+from django.core.management import execute_from_command_line
+execute_from_command_line(sys.argv)
+""",
+    "settings.py": """
+import pathlib
+BASE_DIR = pathlib.Path(__file__).parent
+SECRET_KEY, INSTALLED_APPS = "x", ["shop"]
+DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": BASE_DIR / "app.db"}}
+""",
+    "shop/__init__.py": "",
+    "shop/models.py": "",
+    "shop/migrations/__init__.py": "",
+    "shop/tests.py": """
+from django.db import connection, transaction
+from django.test import TestCase, TransactionTestCase
+from shop.webhooks import outbox
+def place(total):
+    with transaction.atomic():
+        outbox().emit(connection, "order.created", {"total": total})
+def recorded():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT data FROM webhook_events")
+        return cursor.fetchall()
+class Orders(TestCase):
+    def test_that_an_order_is_recorded(self):
+        place(7)
+        self.assertEqual(recorded(), [('{"total":7}',)])
+    def test_that_a_test_is_rolled_back(self):
+        self.assertEqual(recorded(), [])
+class Sent(TransactionTestCase):
+    def test_that_a_commit_is_seen(self):
+        outbox().add_endpoint("https://example.com/", id="any")
+        place(7)
+        self.assertEqual([event.data for event in outbox().events()], [{"total": 7}])
+""",
+}
+
+
+@readme
+@pytest.mark.long
+def test_the_readmes_lines_give_djangos_tests_a_file_with_our_tables(tmp_path):
+    files = dict(README_DJANGO_TESTS)
+    for _, text in readme_blocks("python", all=True):
+        if named := re.match(r"# (settings\.py|shop/\w+\.py)\n", text):
+            files[named[1]] = files.get(named[1], "") + text
+    assert {"shop/webhooks.py", "shop/apps.py"} < set(files)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DJANGO_SETTINGS_MODULE": "settings"}
+    for words, ran in ((["test"], "Ran 3 tests"), (["test", "--parallel", "2"], "Ran 3 tests")):
+        done = subprocess.run(
+            [sys.executable, "manage.py", *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0 and ran in done.stderr, done
+    assert not (tmp_path / "app.db").exists()
+
+
 @readme
 def test_the_readmes_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
     """All blocks in one namespace, in a process of its own with an empty folder; it may leave an

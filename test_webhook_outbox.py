@@ -4478,6 +4478,9 @@ def test_a_tenants_door_shows_and_resends_only_what_its_own_endpoints_got(wal):
         door.replay()
     with pytest.raises(TypeError):
         door.deliveries(tenant="c43")
+    for verb in (door.failed, door.replay):
+        with pytest.raises(PayloadError, match="the door of c42"):
+            verb(tenant="c43")
     assert door.replay(all=True, dry_run=True) == door.replay(all=True) == 1
     assert statuses(outbox, theirs) == {"c42": "pending", "all": "failed"}
     assert door.resend(theirs) == door.resend(theirs, endpoint="c42") == 1
@@ -4567,6 +4570,27 @@ def test_a_customer_cannot_have_the_operators_credentials_sent_to_another_url(wa
     with pytest.raises(PayloadError, match="credentials were set for it"):
         door.update_endpoint("erp", url="https://evil.example/")
     assert door.update_endpoint("erp", url=URL, description="ERP").url == URL
+
+
+def test_a_customer_is_not_told_what_went_wrong_on_the_hosts_side(wal):
+    """Names of variables and files, and what the host's own code raises."""
+
+    def broken(event: Any) -> None:
+        raise OSError("10.1.2.3 refused canary77")
+
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)), senders={"canary77": broken})
+    outbox.add_endpoint(URL, id="env", tenant="c42", secret="env:CANARY77")
+    outbox.add_endpoint("call:canary77", id="call", tenant="c42")
+    id = emit(outbox, tenant="c42")
+    assert outbox.drain(once=True).failed == 2
+    door = outbox.tenant("c42")
+    assert "CANARY77" in str(outbox.failed()) and "10.1.2.3" in str(outbox.failed())
+    told = [*door.failed(), *door.attempts(id), door.ping("env")]
+    assert {row.error for row in told} == {"it could not be sent"} and len(told) == 5
+    assert {e.last_error for e in door.stats().endpoints} == {"it could not be sent"}
+    with portal_of(outbox) as visitor:
+        pages = [visitor.get(path).text for path in ("/endpoint/env", f"/endpoint/env/event/{id}")]
+    assert all("could not be sent" in page and "CANARY77" not in page for page in pages)
 
 
 def test_an_internal_type_reaches_no_customer_who_did_not_get_it_by_name(wal):
@@ -7158,6 +7182,19 @@ def test_an_error_names_no_inside_address_the_log_does(wal, caplog, address):
     assert said == ["inside.test is not a public address"] * 4 and pinged.reason == "blocked"
     lines = [line for line in caplog.messages if line.startswith("inside.test resolves to")]
     assert len(lines) == 2 and all(address in line for line in lines)
+
+
+def test_an_error_names_no_proxy_the_log_does(wal, serve, caplog):
+    proxy = serve(b"HTTP/1.1 403 ask 10.1.2.3\r\nContent-Length: 0\r\n\r\n")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nowhere = f"127.0.0.1:{closed.getsockname()[1]}"
+    for address, said, logged in (
+        (nowhere, "the proxy cannot be reached", nowhere.rpartition(":")[2]),
+        (f"127.0.0.1:{proxy.port}", "the proxy answered HTTP 403", "10.1.2.3"),
+    ):
+        outbox = make_outbox(wal, proxy=f"http://{address}")
+        id = outbox.add_endpoint(URL).id
+        assert outbox.ping(id).error == said and logged in caplog.text
 
 
 def test_each_connection_is_judged_on_its_own_lookup_so_that_dns_cannot_rebind(wal, serve):

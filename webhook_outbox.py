@@ -85,7 +85,7 @@ import time
 import urllib.parse
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict, TypeVar
 
 import requests
 import requests.adapters
@@ -1929,6 +1929,10 @@ class _Opener:
             sock: socket.socket = connection.sock
             connection.sock = None  # ours now
             return sock
+        except Exception as error:
+            if not isinstance(error, (ssl.SSLError, urllib3.exceptions.SSLError)):
+                _log.warning("the proxy: %s", _one_line(str(error)))  # a customer reads less
+            raise
         finally:
             connection.close()
 
@@ -1970,8 +1974,13 @@ def _explain(error: BaseException) -> tuple[str, str]:
         or type(error).__name__ == "CertificateError"
     ):
         return "tls", getattr(error, "verify_message", "") or text
-    if isinstance(error, (OSError, urllib3.exceptions.HTTPError)):
-        return "connect", text
+    if isinstance(error, urllib3.exceptions.HTTPError):  # its text names the proxy's address
+        return "connect", "the proxy cannot be reached"
+    if isinstance(error, OSError):
+        # What the proxy says beside its status is about our network too.
+        return "connect", re.sub(
+            "Tunnel connection failed: ([0-9]*).*", r"the proxy answered HTTP \1", text
+        )
     if isinstance(error, (OutboxError, _Unready)):
         return "internal", text
     return "internal", f"{type(error).__name__}: {text}"
@@ -7698,6 +7707,8 @@ _TRIED = """SELECT a.endpoint_id, a.at, a.duration, a.reason, a.error
    AND a.at >= :since"""
 _DELIVERIES = """webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event
                     LEFT JOIN webhook_endpoints AS p ON p.id = d.endpoint_id"""
+_OUR_SIDE = ("internal", "sender")  # reasons that are about our side, and not the receiver's
+_NOT_SENT = "it could not be sent"  # what a customer is told of these
 # A tenant's own: CROSS JOIN has SQLite begin with the tenant's events, whatever it counted of the
 # others'. What '*' endpoints got of them, and what removed endpoints had, is not among these.
 _DELIVERIES_OF_TENANT = """webhook_events AS e CROSS JOIN webhook_deliveries AS d ON d.event = e.seq
@@ -9128,8 +9139,9 @@ class Outbox:
             rows = cursor.fetchall()
             most = max(20, 20_000 // (len(rows) or 1))
             cursor.execute(f"{_TRIED} AND {of} ORDER BY a.id", {**values, "most": most})
-            for id, *attempt in cursor.fetchall():
-                tried[id].append(attempt)
+            for id, at, duration, reason, error in cursor.fetchall():
+                hidden = tenant is not None and reason in _OUR_SIDE
+                tried[id].append((at, duration, reason, _NOT_SENT if hidden else error))
             failed = sum(row[1] for row in rows)
             if tenant is None:
                 (failed,) = cursor.execute("SELECT count(*) FROM webhook_failed").fetchone()
@@ -9207,6 +9219,17 @@ class Outbox:
 # Promises: whoever holds a customer's door reaches nothing of anybody else. Each verb looks in one
 # transaction whose it is, then does what the outbox's verb of that name does. Knows no SQL but its
 # own scope.
+
+
+_Tried = TypeVar("_Tried", Attempt, FailedDelivery)
+
+
+def _told(row: _Tried) -> _Tried:
+    """Return an attempt or a failed row as its customer may read it: what went wrong on our side
+    names our files, variables and servers."""
+    if row.reason not in _OUR_SIDE:
+        return row
+    return dataclasses.replace(row, error=_NOT_SENT, response=None)
 
 
 class Tenant:
@@ -9374,7 +9397,7 @@ class Tenant:
             self._outbox._catalogue.public().example(type)
         if self._outbox._refusal():  # it names the file
             raise OutboxError("nothing is sent from here now; ask who runs this")
-        return self._outbox.ping(id, type=type)
+        return _told(self._outbox.ping(id, type=type))
 
     # Events.
 
@@ -9388,6 +9411,8 @@ class Tenant:
     def _scope(self, filters: Mapping[str, Any], conn: Any = None) -> dict[str, Any]:
         """Return filters in the scope of this tenant; an id in them that is not the customer's is
         NotFound."""
+        if filters.get("tenant", self.id) != self.id:
+            raise PayloadError(f"this is the door of {self.id}; leave the tenant out")
         if filters.get("endpoint") is not None:
             self.endpoint(filters["endpoint"], conn=conn)
         if filters.get("event_id") is not None:
@@ -9447,16 +9472,16 @@ class Tenant:
         """Return what was tried for an event at the customer's endpoints, oldest first."""
         self._scope({"event_id": event_id, "endpoint": endpoint})
         scope = f"""endpoint_id IN (SELECT id FROM webhook_endpoints WHERE tenant = '{self.id}')"""
-        return self._outbox._attempts(event_id, endpoint, scope)
+        return [_told(attempt) for attempt in self._outbox._attempts(event_id, endpoint, scope)]
 
     def failed(
         self, *, limit: int = 100, after: int | None = None, **filters: Unpack[Filters]
     ) -> list[FailedDelivery]:
         """Return failed rows of the customer's endpoints, oldest first, as Outbox.failed."""
-        chosen = self._scope({**filters, "tenant": None})
+        chosen = {**self._scope(filters), "tenant": None}
         source = f"""(SELECT id AS of FROM webhook_endpoints WHERE tenant = '{self.id}')
                       CROSS JOIN webhook_failed INDEXED BY webhook_failed_endpoint ON endpoint_id = of"""
-        return self._outbox._failed(source, chosen, limit, after)
+        return [_told(row) for row in self._outbox._failed(source, chosen, limit, after)]
 
     def replay(
         self,
@@ -9467,8 +9492,8 @@ class Tenant:
         **filters: Unpack[Filters],
     ) -> int:
         """Make failed rows of the customer's endpoints pending again, as Outbox.replay."""
+        scope = {**self._scope(filters, conn), "tenant": None, "_of": self.id}
         chosen = {name: value for name, value in filters.items() if name != "tenant"}
-        scope = {**self._scope(chosen, conn), "_of": self.id}
         return self._outbox._replay(all, dry_run, conn, chosen, scope)
 
     def cancel(

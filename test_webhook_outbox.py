@@ -4641,6 +4641,47 @@ def test_forget_leaves_nothing_of_a_customer_and_all_of_the_others(database):
     assert len(outbox.failed(endpoint="all")) == 2  # of c43 and of nobody
 
 
+@pytest.mark.parametrize("status", [200, 500])
+def test_what_comes_back_after_forget_is_not_kept(wal, serve, status):
+    go = threading.Event()
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        go.wait(10)
+        sock.sendall(answer(status, b"canary77"))
+        return True
+
+    receiver = serve(play)
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    for tenant in ("c42", "*"):
+        outbox.add_endpoint(receiver.url(), tenant=tenant)
+    emit(outbox, tenant="c42")
+    with outbox:
+        eventually(lambda: len(receiver.requests) == 2)
+        outbox.tenant("c42").forget()
+        go.set()
+        id = emit(outbox, tenant="c43")
+        eventually(lambda: outbox.attempts(id))
+    rest = [e.id for e in outbox.endpoints()]
+    assert {a.endpoint_id for a in outbox.attempts(id)} == set(rest) and len(rest) == 1
+    seqs = "(SELECT seq FROM webhook_events)"
+    for table in ("deliveries", "attempts", "failed"):
+        assert query(wal, f"SELECT 1 FROM webhook_{table} WHERE event NOT IN {seqs}") == []
+
+
+def test_a_customers_ping_from_a_copied_file_tells_nothing_of_the_file(wal):
+    make_outbox(wal, home="production").drain(once=True)
+    outbox = make_outbox(wal, home="staging")
+    outbox.add_endpoint(URL, id="mine", tenant="c42")
+    with pytest.raises(OutboxError, match=r"^nothing is sent from here now") as error:
+        outbox.tenant("c42").ping("mine")
+    with portal_of(outbox) as visitor:
+        action, fields = visitor.form("endpoint/mine/ping", path="/endpoint/mine")
+        shown = visitor.post(action, fields)
+    assert shown.status_code == 200 and str(error.value) in shown.text
+    assert "production" not in shown.text and wal not in shown.text
+    assert outbox.tenant("c42").stats().refusal is None
+
+
 class WatchedOutbox(Outbox):
     """An outbox that notes the SQL of its reads and how many steps SQLite's machine took."""
 
@@ -17781,6 +17822,12 @@ def test_data_that_python_cannot_parse_is_shown_as_text_and_no_page_is_large(wal
     for event in (outbox.event(id), *outbox.events(), *outbox.tenant("c42").events()):
         assert event.data == ODD_DATA[what] or event.data == json.loads(ODD_DATA[what])
     assert isinstance(outbox.event(id).data, str) or "deep" in what
+    data = outbox.event(id).data
+    tracemalloc.start()
+    webhook_outbox._pretty(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6  # it is cut while it is made
     app, portal = webhook_outbox.dashboard_app(outbox), webhook_outbox.portal_app(outbox, C42)
     with dash_served(app) as base, DashVisitor(base) as visitor:
         pages = [visitor.get(path).text for path in ("/", f"/event/{id}", f"/search?q={id}")]

@@ -21202,6 +21202,65 @@ def readme_billing(folder: pathlib.Path, server: str, *options: str) -> Iterator
         yield where
 
 
+@readme
+def test_the_readmes_triggers_emit_what_happens_to_a_row_and_the_doctor_lists_them(database, serve):
+    """Insert, update with the previous values, delete, undone and muted writes; and what a rebuild
+    of the table does to triggers."""
+    (sql,) = (text for _, text in readme_blocks("sql") if "orders_webhooks.sql" in text)
+    receiver, outbox = serve(), make_outbox(database)
+    outbox.add_endpoint(receiver.url(), body="data")
+    listed = (
+        "triggers that emit: orders_webhook_delete on orders, orders_webhook_insert on orders, "
+    )
+
+    def said() -> list[str]:
+        return [found.text for found in webhook_outbox._findings(outbox) if "emit:" in found.text]
+
+    def came(*statements: str, end: str = "COMMIT") -> list[Any]:
+        before = len(receiver.requests)
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as conn:
+            for statement in ("BEGIN", *statements, end):
+                conn.execute(statement)
+        outbox.drain(once=True)
+        types = [event.type.removeprefix("order.") for event in outbox.events(limit=1_000)]
+        new = [json.loads(request.body) for request in receiver.requests[before:]]
+        return [*zip(types[: len(new)][::-1], new, strict=True)]
+
+    query(database, "ALTER TABLE orders ADD COLUMN status TEXT")
+    query(database, "ALTER TABLE orders ADD COLUMN note TEXT")
+    assert said() == []
+    with contextlib.closing(sqlite3.connect(database)) as conn:
+        conn.executescript(sql)
+    assert said() == [listed + "orders_webhook_update on orders"]
+    one = {"id": 1, "total": 5.0, "status": "new"}
+    assert came("INSERT INTO orders VALUES (1, 5, 'new', 'secret')") == [("created", one)]
+    paid = {**one, "status": "paid", "previous": {"total": 5.0, "status": "new"}}
+    assert came("UPDATE orders SET status = 'paid'") == [("updated", paid)]
+    assert (
+        came("UPDATE orders SET status = 'paid', note = 'x'", "UPDATE orders SET note = 'y'") == []
+    )
+    assert came("DELETE FROM orders", end="ROLLBACK") == []
+    quiet = (
+        "INSERT INTO orders_muted VALUES ('import')",
+        "UPDATE orders SET total = 6",
+        "DELETE FROM orders_muted",
+    )
+    assert came(*quiet) == []
+    upsert = "INSERT INTO orders VALUES (1, 7, 'paid', '') ON CONFLICT (id) DO UPDATE SET total = excluded.total"
+    assert [type for type, _ in came(upsert)] == ["updated"]
+    many = [f"UPDATE orders SET total = {n}" for n in range(20)]  # one key: in this order
+    assert [data["total"] for _, data in came(*many)] == list(range(20))
+    assert came("DELETE FROM orders") == [("deleted", {"id": 1})]
+    query(database, "ALTER TABLE orders RENAME TO purchases")
+    assert said() == [
+        listed.replace("on orders", "on purchases") + "orders_webhook_update on purchases"
+    ]
+    assert [type for type, _ in came("INSERT INTO purchases VALUES (2, 1, '', '')")] == ["created"]
+    rebuild = ("CREATE TABLE new (id INTEGER PRIMARY KEY, total REAL, status TEXT)", "INSERT INTO new SELECT id, total, status FROM purchases",
+               "DROP TABLE purchases", "ALTER TABLE new RENAME TO purchases", "INSERT INTO purchases VALUES (3, 1, '')")  # fmt: skip
+    assert came(*rebuild) == [] and said() == []
+
+
 class Accounting:
     """A real mail server, and what came: the Message-ID and the subject of each e-mail."""
 

@@ -9793,6 +9793,18 @@ def _look_at_drain(outbox: Outbox, stats: Stats) -> Iterator[_Finding]:
         yield _note(holder)
 
 
+def _look_at_triggers(db: sqlite3.Connection) -> Iterator[_Finding]:
+    """List the app's own triggers that emit: a migration that rebuilds a table drops them without a
+    word."""
+    rows = db.execute(
+        """SELECT name || ' on ' || tbl_name FROM sqlite_master
+            WHERE type = 'trigger' AND sql LIKE '%webhook^_emit%' ESCAPE '^'
+              AND tbl_name NOT LIKE 'webhook^_%' ESCAPE '^' ORDER BY tbl_name, name"""
+    ).fetchall()
+    if rows:
+        yield _note(f"triggers that emit: {_one_line(', '.join(row[0] for row in rows), 2_000)}")
+
+
 def _look_at_clock(now: float, db: sqlite3.Connection) -> Iterator[_Finding]:
     (newest,) = db.execute(
         """SELECT max(coalesce((SELECT created_at FROM webhook_events ORDER BY seq DESC LIMIT 1), 0),
@@ -9862,6 +9874,7 @@ def _findings(outbox: Outbox) -> Iterator[_Finding]:
             yield from _look_at_schema(db)
             yield from _look_at_owners(outbox.path)
             yield from _look_at_clock(outbox.clock(), db)
+            yield from _look_at_triggers(db)
             stats = outbox.stats()
             if stats.refusal:
                 yield _problem(stats.refusal)

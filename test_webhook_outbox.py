@@ -20297,7 +20297,12 @@ def test_the_demo_can_fail(tmp_path):
     source = (ROOT / "webhook_outbox.py").read_text(encoding="utf-8")
     started = []
     for right, wrong, unseen in (
-        ("first = cursor.rowcount == 1", "first = True", "there is still one invoice"),
+        ("return _changes(cursor) == 1", "return True", "there is still one invoice"),
+        (
+            'self.mails().emit(conn, "invoice.created"',
+            'print("", "invoice.created"',
+            "accounting has",
+        ),
         (
             "SET status = 'pending', attempts = 0, first",
             "SET status = 'failed', attempts = 0, first",

@@ -649,6 +649,13 @@ def test_a_trigger_that_is_not_ours_is_found_by_the_doctor(wal, cli):
     assert "problem  the trigger webhook_failed_discard is not as webhook_outbox makes it" in said
 
 
+def test_no_sql_is_newer_than_sqlite_3_34():
+    source = pathlib.Path(webhook_outbox.__file__).read_text(encoding="utf-8")
+    newer = r"""\bRETURNING\b|\)\s*STRICT\b|unixepoch\(|->>|\b(?:RIGHT|FULL) JOIN|\bMATERIALIZED\b
+        |ON\ CONFLICT\ DO\ UPDATE|IS\ (?:NOT\ )?DISTINCT\ FROM|DROP\ COLUMN|octet_length\("""
+    assert re.findall(newer, source, re.VERBOSE) == []
+
+
 def test_webhook_failed_has_exactly_its_public_columns(wal):
     Outbox(wal)
     columns = [

@@ -672,7 +672,7 @@ END""",
     """CREATE TRIGGER webhook_record_counts INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'count' BEGIN
   INSERT INTO webhook_counts SELECT NEW.endpoint_id, key, value FROM json_each(NEW.response)
    WHERE EXISTS (SELECT 1 FROM webhook_endpoints WHERE id = NEW.endpoint_id)
-      ON CONFLICT DO UPDATE SET value = value + excluded.value;
+      ON CONFLICT (endpoint_id, name) DO UPDATE SET value = value + excluded.value;
 END""",
     # What endpoints that subscribe to webhook.* by name are told: type as status, data as response.
     # Nobody subscribed: no event.

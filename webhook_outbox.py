@@ -11556,9 +11556,16 @@ def _endpoint_rotate(outbox: Outbox, options: Any) -> None:
 
 
 def _endpoint_ping(outbox: Outbox, options: Any) -> int:
-    attempt = outbox.ping(options.id)
+    """Say what came of it; where an endpoint answers again, also what waits for its next try."""
+    failed = outbox.endpoint(options.id).failures > 0
+    attempt = outbox.ping(options.id, type=options.type)
     answer = attempt.error or f"HTTP {attempt.status_code}"
-    _say(f"{attempt.reason or 'delivered'}: {answer}, after {_age(attempt.duration)}")
+    said = f"{attempt.reason or 'delivered'}: {answer}, after {_age(attempt.duration)}"
+    if failed and not attempt.reason:
+        waiting = {e.id: e.pending for e in outbox.stats().endpoints}.get(options.id, 0)
+        retry = f"`endpoint retry {options.id}` makes what waits due now ({waiting})"
+        said += f"; {retry}" if waiting else ""
+    _say(said)
     return 1 if attempt.reason else 0
 
 
@@ -12115,6 +12122,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--type": dict(help="a type, or a group: 'order.*'"),
     "--since": dict(type=_when, help="UTC seconds, or 2026-01-31T12:00"),
     "--until": dict(type=_when),
+    "endpoint ping --type": dict(help="the catalogue's example of this type instead"),
     "init --wal": dict(_FLAG, help="also switch to WAL"),
     "endpoint add url": dict(metavar="URL"),
     **{f"--{name.replace('_', '-')}": option.argument for name, option in _OPTIONS.items()},
@@ -12196,7 +12204,7 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
     ("endpoint remove", _endpoint_set, "delete it with its waiting deliveries", "id"),
     ("endpoint rotate", _endpoint_rotate, "give it a new secret", "id --secret --grace"),
     ("endpoint secret", lambda o, a: _say(o._secret(a.id)), "print its secret", "id"),
-    ("endpoint ping", _endpoint_ping, "send it a webhook.ping now", "id"),
+    ("endpoint ping", _endpoint_ping, "send it a webhook.ping now", "id --type"),
     (
         "endpoint retry",
         _endpoint_retry,

@@ -29,6 +29,7 @@ import html.parser
 import http.server
 import importlib
 import importlib.machinery
+import io
 import ipaddress
 import itertools
 import json
@@ -11277,7 +11278,7 @@ def test_no_statement_of_a_turn_takes_longer_beside_a_large_backlog(wal, serve, 
         outbox.stats()
         monkeypatch.undo()
         once = (
-            "count(*)",
+            "count(*",
             "CROSS JOIN",
         )  # for a report; and at a start, among what is due in more than a day
         most.append(
@@ -16051,6 +16052,139 @@ def test_drain_once_ends_when_nothing_is_due_that_may_be_sent_and_not_before(
         0, 0, 0, DRAIN_ONCE[situation][3]
     )
     assert time.monotonic() - begun < 2
+
+
+# ── poison: any value in any column ──────────────────────────────────────────────────────────────
+
+POISON_VALUES = {
+    "null": "NULL",
+    "infinite": "9e999",
+    "minus infinite": "-9e999",
+    "nothing": "''",
+    "text": "'x'",
+    "control": "'a' || char(27, 0, 10, 13, 155, 8238, 127) || '[31m'",
+    "half a surrogate": "CAST(x'EDA080' AS TEXT)",
+    "no utf-8": "CAST(x'ff00fe' AS TEXT)",
+    "blob": "x'00ff1b'",
+    "negative": "-1",
+    "huge": "9223372036854775807",
+    "real": "0.5",
+    "long": "hex(zeroblob(60000))",
+    "json": "'{\"a\": [1, 2]}'",
+    "list": "'[[null, \"x\"], 3]'",
+    "infinity in json": "'[1e999, NaN, Infinity]'",
+    "many digits": "'[' || replace(hex(zeroblob(2200)), '0', '1') || ']'",
+    "deep": "replace(hex(zeroblob(450)), '00', '[') || replace(hex(zeroblob(450)), '00', ']')",
+}
+POISON_TABLES = ("endpoints", "events", "deliveries", "attempts", "failed", "counts", "patterns")
+
+
+def poison_shop(path: str, receiver: Receiver) -> None:
+    """A file with a row of everything for the endpoint `bad`, and an endpoint `good`."""
+    outbox = make_outbox(path, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(receiver.url("/good"), id="good", events=["well"])
+    outbox.add_endpoint(receiver.url("/sick"), id="bad", events=["order.*"], ordered=True)
+    emit(outbox, data={"n": 1}, key="k", headers={"X-A": "b"})
+    outbox.drain(once=True)
+    assert outbox.failed()
+    emit(outbox, data={"n": 2}, key="k")
+
+
+def poison_columns() -> list[tuple[str, str]]:
+    with contextlib.closing(sqlite3.connect(":memory:")) as conn:
+        conn.executescript(webhook_outbox.schema_sql())
+        return [
+            (table, row[1])
+            for table in POISON_TABLES
+            for row in conn.execute(f"PRAGMA table_xinfo(webhook_{table})")
+            if not row[6]  # a column that is computed from another
+        ]
+
+
+def poison_pages(outbox: Outbox, ids: list[str]) -> Iterator[tuple[str, str]]:
+    app = webhook_outbox.dashboard_app(outbox)
+    for page in ("/", "/?endpoint=bad", *(f"/event/{id}" for id in ids)):
+        status: list[str] = []
+        path, _, query_string = page.partition("?")
+        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "QUERY_STRING": query_string}
+        environ |= {"wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(), "HTTP_HOST": "x"}
+        start = lambda line, headers, status=status: status.append(line)  # noqa: E731  a callback
+        body = b"".join(app(environ, start)).decode()
+        yield f"GET {page}: {status[0]}", body
+
+
+def poison_looked_at(path: str, outbox: Outbox, capsys: Any) -> None:
+    """Everything that shows the file answers, within bounds, and prints nothing that a terminal
+    obeys."""
+    ids = [event.id for event in outbox.events()]
+    outbox.stats(), outbox.metrics(), outbox.failed(), outbox.deliveries()
+    for id in ids:
+        outbox.event(id), outbox.attempts(id)
+    for what, page in poison_pages(outbox, ids):
+        assert what.endswith("200 OK") and len(page) < 1_000_000, what
+    commands = [
+        "status",
+        "events list",
+        "failed list",
+        "doctor",
+        "metrics",
+        "check",
+        "endpoint list",
+    ]
+    commands += [f"events show {id}" for id in ids]
+    for command_line in commands:
+        code = webhook_outbox.main(["--db", path, *command_line.split()])
+        out, err = capsys.readouterr()
+        assert code in (0, 1) and "Traceback" not in err, (command_line, err)
+        assert all(c.isprintable() or c == "\n" for c in out + err), (command_line, out)
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 14))]
+)
+def test_poison_in_a_column_neither_ends_the_drain_nor_stops_who_looks(
+    tmp_path, serve, capsys, caplog, seed
+):
+    """What plain SQL can store in any column: after it the next good event is delivered, and all
+    that shows the file still answers."""
+    answers = lambda self, sock, request: (  # noqa: E731  a play
+        sock.sendall(OK if "/good" in request.line else answer(500, b"no")) or True
+    )
+    receiver, whole, stored = serve(answers), tmp_path / "whole.db", 0
+    poison_shop(str(whole), receiver)
+    with contextlib.closing(sqlite3.connect(whole)) as conn:
+        conn.execute("PRAGMA journal_mode = DELETE")
+    cases = [(*column, value) for column in poison_columns() for value in POISON_VALUES]
+    for number, (table, column, value) in enumerate(sorted(cases)[seed::97]):
+        path = str(tmp_path / f"{number}.db")
+        shutil.copy(whole, path)
+        with contextlib.closing(sqlite3.connect(path)) as conn:
+            bad = {"events": "type <> 'well'", "endpoints": "id = 'bad'"}.get(
+                table, "endpoint_id = 'bad'"
+            )
+            try:
+                conn.execute(
+                    f"UPDATE webhook_{table} SET {column} = {POISON_VALUES[value]} WHERE {bad}"
+                )
+                conn.commit()
+            except sqlite3.Error:
+                continue  # refused: as good
+        stored += 1
+        what = table, column, value
+        outbox, clock = make_outbox(path, retry=RetryPolicy((0, 60))), Clock(time.time())
+        outbox.clock = clock
+        good = emit(outbox, "well")
+        outbox.drain(once=True)
+        assert statuses(outbox, good) == {"good": "delivered"}, what
+        clock.now -= 1e8  # the clock was set back: chores look at the times of all rows
+        later = emit(outbox, "well")
+        outbox.drain(once=True)
+        assert statuses(outbox, later) == {"good": "delivered"}, what
+        try:
+            poison_looked_at(path, outbox, capsys)
+        except Exception as error:
+            raise AssertionError(what) from error
+    assert stored >= 3
 
 
 # ── crashes ───────────────────────────────────────────────────────────────────────────────────────

@@ -371,9 +371,21 @@ _AFTER_TRY = """
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id
      AND (status = 'pending' OR status = 'queued'{});"""
 
+
+def _checks(condition: str, columns: str) -> str:
+    """Return a check for each column; one that is NULL passes. What the drain reckons with must be
+    what it takes it for, or one row that plain SQL wrote would stop it."""
+    return ",\n".join(f"  CHECK ({condition.format(name)})" for name in columns.split())
+
+
+# In SQLite text and blobs are greater than every number.
+_numbers = functools.partial(_checks, "{} BETWEEN -1e15 AND 1e15")
+_wholes = functools.partial(_checks, "typeof({0}) <> 'real' AND {0} BETWEEN -1e12 AND 1e12")
+_texts = functools.partial(_checks, "typeof({}) IN ('text', 'null')")
+
 _FIRST_SCHEMA = (
     """CREATE TABLE webhook_meta (key TEXT PRIMARY KEY NOT NULL, value) WITHOUT ROWID""",
-    """CREATE TABLE webhook_endpoints (
+    f"""CREATE TABLE webhook_endpoints (
   id TEXT PRIMARY KEY NOT NULL CHECK (id NOT GLOB '*[^A-Za-z0-9_-]*'),
   url TEXT NOT NULL,
   events TEXT NOT NULL DEFAULT '["*"]',        -- JSON list of patterns
@@ -381,7 +393,7 @@ _FIRST_SCHEMA = (
     CHECK (tenant = '*' OR length(tenant) BETWEEN 1 AND 64 AND tenant NOT GLOB '*[^A-Za-z0-9_-]*'),
   filter TEXT,                                 -- JSON object: path -> list of values
   description TEXT NOT NULL DEFAULT '',
-  headers TEXT NOT NULL DEFAULT '{}',          -- JSON object
+  headers TEXT NOT NULL DEFAULT '{{}}',          -- JSON object
   body TEXT NOT NULL DEFAULT 'standard',
   signing TEXT NOT NULL DEFAULT 'standard',
   secrets TEXT NOT NULL,                       -- JSON list of [secret, valid until or null], current first
@@ -402,11 +414,10 @@ _FIRST_SCHEMA = (
   bad INTEGER NOT NULL DEFAULT 0,              -- and failures
   paused_until REAL NOT NULL DEFAULT 0,        -- Retry-After, or the pause before the next probe
   version INTEGER NOT NULL DEFAULT 0,          -- kept by triggers: of what the drain must know
-  CHECK (typeof(rate) = 'real' OR rate IS NULL), CHECK (typeof(timeout) = 'real' OR timeout IS NULL),
-  CHECK (typeof(max_in_flight) = 'integer' AND max_in_flight > 0 AND typeof(failures) = 'integer'),
-  CHECK (typeof(failing_since) = 'real' OR failing_since IS NULL), CHECK (typeof(paused_until) = 'real'),
-  CHECK (typeof(unsteady_since) = 'real' OR unsteady_since IS NULL),
-  CHECK (typeof(good) = 'integer' AND typeof(bad) = 'integer')
+{_numbers("rate timeout created_at failing_since unsteady_since paused_until")},
+{_wholes("max_in_flight ordered enabled failures good bad version")},
+{_texts("id url events body signing secrets on_dead disabled_reason description headers")},
+  CHECK (max_in_flight > 0)
 )""",
     """CREATE INDEX webhook_endpoints_version ON webhook_endpoints (version)""",
     # What a customer looks at costs what that customer has, however much the others have.
@@ -418,7 +429,8 @@ _FIRST_SCHEMA = (
   endpoint_id TEXT NOT NULL,
   ordered INTEGER NOT NULL,
   filter TEXT,
-  PRIMARY KEY (tenant, pattern, endpoint_id)
+  PRIMARY KEY (tenant, pattern, endpoint_id),
+  CHECK (length(pattern) <= 256)
 ) WITHOUT ROWID""",
     """CREATE INDEX webhook_patterns_filter ON webhook_patterns (tenant) WHERE filter IS NOT NULL""",
     """CREATE INDEX webhook_patterns_endpoint ON webhook_patterns (endpoint_id)""",
@@ -435,7 +447,10 @@ _FIRST_SCHEMA = (
   key TEXT,
   idempotency_key TEXT,
   headers TEXT,                                -- JSON object
-  created_at REAL NOT NULL
+  created_at REAL NOT NULL,
+{_numbers("created_at")},
+{_texts("type tenant data key idempotency_key headers")},
+  CHECK (seq BETWEEN 0 AND 6900000000000000000)  -- beyond it there would soon be no key left
 )""",
     """CREATE INDEX webhook_events_of ON webhook_events (tenant, seq) WHERE tenant IS NOT NULL""",
     """CREATE INDEX webhook_events_key ON webhook_events (key) WHERE key IS NOT NULL""",
@@ -447,7 +462,7 @@ _FIRST_SCHEMA = (
 )""",
     """CREATE UNIQUE INDEX webhook_events_once ON webhook_events (idempotency_key, coalesce(tenant, ''))
  WHERE idempotency_key IS NOT NULL""",
-    """CREATE TABLE webhook_deliveries (
+    f"""CREATE TABLE webhook_deliveries (
   event INTEGER NOT NULL,                      -- webhook_events.seq
   endpoint_id TEXT NOT NULL,
   status TEXT NOT NULL DEFAULT 'pending',      -- pending, queued, delivered, failed, discarded, cancelled
@@ -457,8 +472,9 @@ _FIRST_SCHEMA = (
   delivered_at REAL,
   queue TEXT,                                  -- the event's key; '' on an ordered endpoint
   PRIMARY KEY (event, endpoint_id),
-  CHECK (typeof(attempts) = 'integer' AND typeof(due_at) = 'real'),
-  CHECK (typeof(first_attempt_at) = 'real' OR first_attempt_at IS NULL)
+{_numbers("due_at first_attempt_at delivered_at")},
+{_wholes("attempts")},
+{_texts("endpoint_id")}
 ) WITHOUT ROWID""",
     """CREATE INDEX webhook_deliveries_due ON webhook_deliveries (endpoint_id, due_at, event)
  WHERE status = 'pending'""",
@@ -466,7 +482,7 @@ _FIRST_SCHEMA = (
     # look.
     """CREATE INDEX webhook_deliveries_queue ON webhook_deliveries (endpoint_id, queue, status, event)
  WHERE queue IS NOT NULL AND (status = 'pending' OR status = 'queued' OR status = 'failed')""",
-    """CREATE TABLE webhook_attempts (
+    f"""CREATE TABLE webhook_attempts (
   id INTEGER PRIMARY KEY,
   event INTEGER NOT NULL,
   endpoint_id TEXT NOT NULL,
@@ -475,7 +491,10 @@ _FIRST_SCHEMA = (
   status_code INTEGER,
   reason TEXT,                                 -- NULL: delivered
   error TEXT,
-  response TEXT
+  response TEXT,
+{_numbers("at duration")},
+{_wholes("id status_code")},
+{_texts("endpoint_id reason error response")}
 )""",
     """CREATE INDEX webhook_attempts_event ON webhook_attempts (event)""",
     # What each endpoint was tried for lately: a busy one must not hide the others.
@@ -494,14 +513,19 @@ _FIRST_SCHEMA = (
   response TEXT,
   first_attempt_at REAL,
   failed_at REAL NOT NULL,
-  UNIQUE (event, endpoint_id)
+  UNIQUE (event, endpoint_id),
+{_numbers("first_attempt_at failed_at")},
+{_wholes("id attempts status_code")},
+{_texts("endpoint_id type key reason error response")}
 )""",
     """CREATE INDEX webhook_failed_endpoint ON webhook_failed (endpoint_id, failed_at)""",
-    """CREATE TABLE webhook_counts (            -- what metrics counts; the rows themselves leave after a while
+    f"""CREATE TABLE webhook_counts (            -- what metrics counts; the rows themselves leave after a while
   endpoint_id TEXT NOT NULL,
   name TEXT NOT NULL,
   value REAL NOT NULL,
-  PRIMARY KEY (endpoint_id, name)
+  PRIMARY KEY (endpoint_id, name),
+{_numbers("value")},
+{_texts("endpoint_id name")}
 ) WITHOUT ROWID""",
     """CREATE TABLE webhook_inbox (id TEXT PRIMARY KEY NOT NULL, received_at REAL NOT NULL) WITHOUT ROWID""",
     # The library's own way in: it checked the row already, so its trigger needs no JSON function,
@@ -3099,17 +3123,26 @@ def _checked_switch(name: str, value: Any) -> int:
     return int(value)
 
 
-@functools.lru_cache(maxsize=1_024)  # thousands of customers subscribe to the same few
-def _loaded_patterns(text: str) -> tuple[str, ...]:
-    return tuple(json.loads(text))
+def _loaded_texts(text: str) -> tuple[str, ...]:
+    """Return the texts of a JSON list; ValueError where plain SQL wrote something else."""
+    found = json.loads(text)
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise ValueError("not a list of texts")
+    return tuple(found)
+
+
+# Thousands of customers subscribe to the same few.
+_loaded_patterns = functools.lru_cache(maxsize=1_024)(_loaded_texts)
 
 
 def _loaded_headers(text: str) -> dict[str, str]:
-    return {} if text == "{}" else dict(json.loads(text))
+    return {} if text == "{}" else _checked_headers(json.loads(text))
 
 
 def _loaded_cert(text: str) -> str | tuple[str, str]:
-    paths = json.loads(text)
+    paths = _loaded_texts(text)
+    if not 1 <= len(paths) <= 2:
+        raise ValueError("not one path, or two")
     return paths[0] if len(paths) == 1 else (paths[0], paths[1])
 
 
@@ -3223,14 +3256,22 @@ def _checked_options(options: Mapping[str, Any], known: _Known, update: bool) ->
     return {name: _OPTIONS[name].check(value, known) for name, value in options.items()}
 
 
-def _endpoint(row: Sequence[Any]) -> Endpoint:
-    """Return the Endpoint of a row of _ENDPOINT_COLUMNS; raise ValueError or TypeError where it is
-    damaged."""
+def _endpoint(row: Sequence[Any], lenient: bool = False) -> Endpoint:
+    """Return the Endpoint of a row of _ENDPOINT_COLUMNS; ValueError where plain SQL damaged it.
+    lenient, for who only looks: what cannot be read is then empty, and the drain says that."""
     values = dict(zip(_ENDPOINT_FIELDS, row, strict=True))
     for name, load in _LOADS:
         if values[name] is not None:
-            values[name] = load(values[name])
+            try:
+                values[name] = load(values[name])
+            except (ValueError, RecursionError):
+                if not lenient:
+                    raise ValueError(f"{name} is damaged") from None
+                values[name] = _EMPTY.get(name)
     return Endpoint(**values)
+
+
+_EMPTY: dict[str, Any] = {"events": (), "headers": {}}
 
 
 # ── storage ───────────────────────────────────────────────────────────────────────────────────────
@@ -4070,9 +4111,9 @@ class _EndpointRow(NamedTuple):
     failures: int
     failing_since: float | None
     paused_until: float
-    unsteady_since: float | None
-    good: int
-    bad: int
+    unsteady_since: float | None = None
+    good: int = 0
+    bad: int = 0
 
     @property
     def id(self) -> str:
@@ -4111,7 +4152,7 @@ def _load_endpoints(db: sqlite3.Connection, source: str, *values: Any) -> list[_
         try:
             pairs = _read_secrets(db.cursor(), stored)
             found.append(_EndpointRow(_endpoint(columns), pairs, *state))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             found.append(_EndpointRow(columns[0], [], *state))
     return found
 
@@ -7567,11 +7608,18 @@ class _Unparsed(str):
     __slots__ = ()
 
 
+def _finite(text: str) -> float:
+    """Return a number of JSON text that JSON text can hold again."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError("not finite")
+    return value
+
+
 def _data_of(text: str) -> Any:
     """Return the value of stored data. Plain SQL can write what SQLite takes for JSON and Python
     does not; nobody who only looks at an event should fail over it."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
         return _Unparsed(text)
 
@@ -8187,7 +8235,7 @@ class Outbox:
         rows = cursor.fetchall()
         if not rows:
             raise self._no_endpoint(id)
-        return _endpoint(rows[0])
+        return _endpoint(rows[0], lenient=True)
 
     def _no_endpoint(self, id: object) -> NotFound:
         return NotFound(
@@ -8210,7 +8258,7 @@ class Outbox:
                      WHERE {where} ORDER BY created_at, id""",
                 values,
             )
-            return [_endpoint(row) for row in cursor.fetchall()]
+            return [_endpoint(row, lenient=True) for row in cursor.fetchall()]
 
     def _set(self, conn: Any, id: str, columns: Mapping[str, Any]) -> Endpoint:
         with self._writing(conn) as cursor:

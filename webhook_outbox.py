@@ -969,8 +969,8 @@ class EventType:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Attempt:
     """One HTTP try, or one call of a sender. `reason` is None on success, else one of: dns blocked
-    connect tls timeout protocol status gone aborted expired sender internal. `response` is the start
-    of the answer's body, at most 4 KiB, undecoded but for UTF-8."""
+    connect tls timeout protocol status gone aborted expired sender internal. `response` is the
+    start of the answer's body, at most 4 KiB, undecoded but for UTF-8."""
 
     event_id: str
     endpoint_id: str
@@ -2139,8 +2139,8 @@ _DERIVED = "master:"  # begins a secret of which the file holds the number only
 
 
 class _MasterKey:
-    """The key from which secrets are derived, where the host gives one: then the file, a backup or a
-    copy holds nothing that could sign.
+    """The key from which secrets are derived, where the host gives one: then the file, a backup or
+    a copy holds nothing that could sign.
 
     A secret is HMAC-SHA256 of the key over the outbox's identity, the endpoint's id and a number.
     The file holds `master:NUMBER`, and a check value of the key; who loads an endpoint completes it
@@ -2171,8 +2171,8 @@ class _MasterKey:
         if self._key is None:
             if self.source is None:
                 raise _NoMasterKey(
-                    "the secret is derived from a master key, which is not here: give master_key= or "
-                    "set WEBHOOK_OUTBOX_MASTER_KEY"
+                    "the secret is derived from a master key, which is not here: "
+                    "give master_key= or set WEBHOOK_OUTBOX_MASTER_KEY"
                 )
             try:
                 key = _resolve_value(self.source).strip()
@@ -3808,8 +3808,8 @@ def _refusal(db: sqlite3.Connection, path: str, home: str | None) -> str | None:
     if theirs is None or theirs == home:
         return None
     if home is None:
-        cure = f"if it is that place, say home={theirs!r} or set WEBHOOK_OUTBOX_HOME={theirs}; if it is a copy, "
-        cure += "give this place a name of its own in the same way and run `adopt`"
+        cure = f"if it is that place, say home={theirs!r} or set WEBHOOK_OUTBOX_HOME={theirs}; "
+        cure += "if it is a copy, give this place a name of its own in the same way and run `adopt`"
         return (
             f"nothing is sent: the home of {path} is {theirs!r}, and this place has no name; {cure}"
         )
@@ -4131,7 +4131,8 @@ def _read_secrets(cursor: sqlite3.Cursor, stored: str) -> _Secrets:
     if _DERIVED not in stored:
         return pairs
     cursor.execute(
-        "SELECT value FROM main.webhook_meta WHERE key IN ('outbox', 'master_check') ORDER BY key DESC"
+        """SELECT value FROM main.webhook_meta
+            WHERE key IN ('outbox', 'master_check') ORDER BY key DESC"""
     )
     of = ":".join(str(row[0]) for row in cursor.fetchall())
     return [(f"{s}:{of}" if s.startswith(_DERIVED) else s, until) for s, until in pairs]
@@ -7891,21 +7892,20 @@ class Outbox:
     retry: RetryPolicy. timeout, connect_timeout: seconds of wall clock an attempt, or its lookup
     and connect, may last. workers: attempts under way at once, in all. allow_networks: CIDR texts
     that may be reached although private, also over http. max_body: bytes. retention: seconds that
-    delivered events are kept. failed_retention: the same for failed rows; None: until somebody acts.
-    json_default: makes JSON of values that are none (Decimal, datetime), as json.dumps' default.
-    sqlite_only: nothing but the standard library's sqlite3 opens this file in this process,
-    although apsw or pysqlite3 is loaded. proxy: http://host:port; the network guard then is the
-    proxy's duty.
-    app_name: put into User-Agent. transforms: name -> callable(Event) -> bytes or (bytes, content
-    type), a pure function, for endpoints whose `body` names it. senders: name -> callable(Event), for
-    endpoints whose url is call:NAME: to return is success, to raise a failed attempt. event_types:
-    the catalogue, names or name -> EventType: emit refuses others, an endpoint's patterns must match
-    one. home: the name of this place (production, say), else the variable WEBHOOK_OUTBOX_HOME: the
-    first drain writes it into the file, and no drain of another place sends from a copy until
-    `adopt`. master_key: env:NAME or file:PATH of a key (32 characters at least) from which secrets
-    are derived, so that the file holds none. observer: called with each Notice, in order, after it
-    was recorded, in a thread of its own; one that falls 1,000 notices behind misses some. clock,
-    rng, resolver: seams for tests.
+    delivered events are kept. failed_retention: the same for failed rows; None: until somebody
+    acts. json_default: makes JSON of values that are none (Decimal, datetime), as json.dumps'
+    default. sqlite_only: nothing but the standard library's sqlite3 opens this file in this
+    process, although apsw or pysqlite3 is loaded. proxy: http://host:port; the network guard then
+    is the proxy's duty. app_name: put into User-Agent. transforms: name -> callable(Event) -> bytes
+    or (bytes, content type), a pure function, for endpoints whose `body` names it. senders: name ->
+    callable(Event), for endpoints whose url is call:NAME: to return is success, to raise a failed
+    attempt. event_types: the catalogue, names or name -> EventType: emit refuses others, an
+    endpoint's patterns must match one. home: the name of this place (production, say), else the
+    variable WEBHOOK_OUTBOX_HOME: the first drain writes it into the file, and no drain of another
+    place sends from a copy until `adopt`. master_key: env:NAME or file:PATH of a key (32 characters
+    at least) from which secrets are derived, so that the file holds none. observer: called with
+    each Notice, in order, after it was recorded, in a thread of its own; one that falls 1,000
+    notices behind misses some. clock, rng, resolver: seams for tests.
 
     Safe to share between threads. Holds no connection, but for a drain that runs.
     """
@@ -8145,13 +8145,14 @@ class Outbox:
         **options: Unpack[EndpointOptions],
     ) -> Endpoint:
         """Register where events go; the returned Endpoint is one of two places that show the
-        secret. url: where they are sent, or call:NAME, a function of Outbox(senders=...) that is called
-        with each Event; what shapes a request (body, signing, headers, cert, ca) plays no part then.
+        secret. url: where they are sent, or call:NAME, a function of Outbox(senders=...) that is
+        called with each Event; what shapes a request (body, signing, headers, cert, ca) plays no
+        part then.
 
         events: types (order.created), groups (order.*) or *. tenant: your customer whose events it
         gets, for life; None gets those without one, '*' all. filter: paths in the data and values,
-        {"status": ["paid"], "shop.region": ["eu"]}: it gets the events that have one of the values at
-        each of the paths, an array counting as its elements. enabled: False registers it without
+        {"status": ["paid"], "shop.region": ["eu"]}: it gets the events that have one of the values
+        at each of the paths, an array counting as its elements. enabled: False registers it without
         sending. secret: whsec_ and base64 of 24 to 64 bytes, generated when None; env:NAME and
         file:PATH are read at send time. headers: values may be env:NAME. body: standard, data,
         cloudevents, slack, discord or the name of a transform. signing: standard, stripe, github,
@@ -8393,8 +8394,8 @@ class Outbox:
             return dataclasses.replace(self._endpoint_on(cursor, id), secret=secret)
 
     def _given_secret(self, secret: str | None) -> str | None:
-        """Return a checked secret; a random one where none is given; None where it is to be derived,
-        once it is clear that the key is here."""
+        """Return a checked secret; a random one where none is given; None where it is to be
+        derived, once it is clear that the key is here."""
         if secret is not None or self.master.source is None:
             return _checked_secret(secret)
         try:
@@ -8605,13 +8606,13 @@ class Outbox:
         identity. Secrets derived from a master key change with it. Returns how many deliveries were
         cancelled.
 
-        keep: the file was moved, not copied. Everything stays, and drains that wait go on. A file that
-        is this home's already is left alone. Needs a `home`; `neutralize` does without.
+        keep: the file was moved, not copied. Everything stays, and drains that wait go on. A file
+        that is this home's already is left alone. Needs a `home`; `neutralize` does without.
         """
         if self.home is None:
             raise PayloadError(
-                "adopt gives the file the name of this place: say home= or set WEBHOOK_OUTBOX_HOME; "
-                "`neutralize` makes a copy harmless without a name"
+                "adopt gives the file the name of this place: say home= or set "
+                "WEBHOOK_OUTBOX_HOME; `neutralize` makes a copy harmless without a name"
             )
         if self._home() == self.home:
             return 0
@@ -8622,15 +8623,15 @@ class Outbox:
         return 0
 
     def neutralize(self) -> int:
-        """Do what adopt does, without a name: for scripts that sanitise a copy. The file belongs to no
-        place afterwards; the first drain with a `home` writes its own into it. Returns how many
+        """Do what adopt does, without a name: for scripts that sanitise a copy. The file belongs to
+        no place afterwards; the first drain with a `home` writes its own into it. Returns how many
         deliveries were cancelled."""
         return self._disarm(None)
 
     def _disarm(self, home: str | None) -> int:
-        """Cancel what waits, disable all endpoints, take a new identity. Endpoints come first, so that
-        nothing goes out and nothing new waits; what waits is cancelled in batches, for an app that
-        writes; the name comes last. Cut off between, it sends nothing, and is run again."""
+        """Cancel what waits, disable all endpoints, take a new identity. Endpoints come first, so
+        that nothing goes out and nothing new waits; what waits is cancelled in batches, for an app
+        that writes; the name comes last. Cut off between, it sends nothing, and is run again."""
         with self._writing(None) as cursor:
             cursor.execute(
                 """UPDATE main.webhook_endpoints
@@ -10395,11 +10396,13 @@ class _Dashboard(_Site):
         more += [f"{sum(rest)} that are well"] if any(rest) else []
         others = self.link("and " + " and ".join(more), "endpoints") if rest else ""
         search = _entry("q", "Find an event by id or type", "", "search")
+        refusal = [_fill('<p class="card bad" role="alert">{}</p>', stats.refusal)]
+        refusal = refusal if stats.refusal else []
         return self.page(
             f"Webhooks: {stats.failed} failed",
             _fill('<header class="row ends"><h1>Webhooks</h1><p class="soft">{} {}</p></header>', _moment(now),
                   self.link("Refresh", **self.filters)),
-            _fill('<p class="card bad" role="alert">{}</p>', stats.refusal) if stats.refusal else _Html(""),
+            *refusal,
             _facts(tiles, "tiles"),
             self.failed(now),
             _fill("<h2>Endpoints</h2>{}<p>{}</p>", self.endpoints(ranked[:_MOST_ENDPOINTS], now), others),

@@ -173,6 +173,9 @@ _REASONS = (
 )
 _CALL = "call:"  # begins the url of an endpoint that is a function of the host's, a sender
 
+# No CASE in it, but iif(): tools that cut SQL into statements (sqlparse, which Django uses) take an
+# END for that of the trigger.
+
 # In a queue (one key of one endpoint, or an ordered endpoint) only the oldest unfinished delivery
 # is 'pending'; those behind it are 'queued' and not in the index that the drain reads, so a long
 # queue costs a pick nothing. {row} is NEW or OLD. The head is the oldest unfinished delivery, or a
@@ -207,7 +210,7 @@ _SUBSCRIBE = """
    WHERE json_array_length(NEW.events) > 100;
   SELECT RAISE(ABORT, 'webhook_endpoints: filter must be a JSON object of paths and lists of values')
    WHERE NEW.filter IS NOT NULL
-     AND CASE WHEN json_valid(NEW.filter) THEN json_type(NEW.filter) <> 'object' ELSE 1 END;
+     AND iif(json_valid(NEW.filter), json_type(NEW.filter) <> 'object', 1);
   DELETE FROM webhook_patterns WHERE endpoint_id = NEW.id;
   INSERT INTO webhook_patterns (tenant, pattern, endpoint_id, ordered, filter)
   SELECT DISTINCT coalesce(NEW.tenant, ''), one.value, NEW.id, NEW.ordered, nullif(NEW.filter, '{}') FROM json_each(NEW.events) AS one
@@ -244,14 +247,13 @@ def _refuse(why: str, when: str) -> str:
 _DEEPEST = 500  # levels of nested data; Python and SQLite give up at a thousand
 # Whether data is nested deeper: counted level by level, where there are brackets enough for that.
 _TOO_DEEP = f"""
-     CASE WHEN length(NEW.data) - length(replace(replace(NEW.data, '[', ''), '{{', '')) > {_DEEPEST}
-     THEN EXISTS (
+     iif(length(NEW.data) - length(replace(replace(NEW.data, '[', ''), '{{', '')) > {_DEEPEST}, EXISTS (
        WITH RECURSIVE level(part, depth) AS (
          SELECT NEW.data, 1
           UNION ALL
          SELECT value, depth + 1 FROM level, json_each(part)
           WHERE type IN ('array', 'object') AND depth <= {_DEEPEST})
-       SELECT 1 FROM level WHERE depth > {_DEEPEST}) END"""
+       SELECT 1 FROM level WHERE depth > {_DEEPEST}), 0)"""
 _EMIT_CHECKS = "".join(
     _refuse(why, when)
     for when, why in (
@@ -313,20 +315,20 @@ _EMIT_CHECKS = "".join(
 # the head if nobody else is in it; a trigger that looked at each new row would cost an eighth of an
 # emit, in no queue too. Two selects and not IN: that builds a table for its two values.
 _MATCH = """
-  SELECT NEW.seq, endpoint_id, NEW.due_at, CASE WHEN ordered THEN '' ELSE NEW.key END,
-         CASE WHEN NOT ordered AND NEW.key IS NULL THEN 'pending'
-              WHEN EXISTS (
-                SELECT 1 FROM webhook_deliveries AS d
-                 WHERE d.endpoint_id = p.endpoint_id AND d.queue = CASE WHEN p.ordered THEN '' ELSE NEW.key END
-                   AND (d.status = 'pending' OR d.status = 'queued' OR d.status = 'failed')
-                   AND (d.status <> 'failed'
-                        OR EXISTS (SELECT 1 FROM webhook_endpoints WHERE id = p.endpoint_id AND on_dead = 'hold')))
-              THEN 'queued' ELSE 'pending' END
+  SELECT NEW.seq, endpoint_id, NEW.due_at, iif(ordered, '', NEW.key),
+         iif(EXISTS (
+           SELECT 1 FROM webhook_deliveries
+            WHERE (endpoint_id = p.endpoint_id AND queue = iif(ordered, '', NEW.key))
+              AND ((status = 'pending' OR status = 'queued' OR status = 'failed')
+                   AND (ordered OR NEW.key IS NOT NULL))
+              AND (status <> 'failed'
+                   OR EXISTS (SELECT 1 FROM webhook_endpoints WHERE id = endpoint_id AND on_dead = 'hold'))),
+           'queued', 'pending')
     FROM webhook_patterns AS p
    WHERE tenant = {} AND NEW.type GLOB pattern AND (pattern <> '*' OR NEW.type NOT GLOB 'webhook.*')
      AND (filter IS NULL
-          OR CASE WHEN NEW.matched IS NULL THEN RAISE(ABORT, 'webhook_emit: filters decide')
-                  ELSE instr(NEW.matched, ' ' || endpoint_id || ' ') END)"""
+          OR iif(NEW.matched IS NULL, RAISE(ABORT, 'webhook_emit: filters decide'),
+                 instr(NEW.matched, ' ' || endpoint_id || ' ')))"""
 # The patterns with a filter that match an event's type: {} is NEW., or : for parameters of that name.
 _FILTERED = """SELECT endpoint_id, filter FROM webhook_patterns
    WHERE tenant IN (coalesce({0}tenant, ''), '*') AND filter IS NOT NULL
@@ -344,13 +346,12 @@ def _met(filter: str, data: str) -> tuple[str, str]:
     return (
         f"""json_each({filter}) AS wanted, json_each({data}, {path}) AS found,
                   json_each({filter}, wanted.fullkey) AS value""",
-        f"""CASE WHEN json_type({data}, {path}) = 'object' THEN 0
-                      WHEN found.value IS NOT value.value THEN 0
-                      WHEN found.type = 'integer' THEN value.type IN ('integer', 'real')
-                      WHEN found.type = 'real' THEN value.type IN ('integer', 'real')
-                      WHEN found.type <> 'text' OR value.type <> 'text' THEN found.type = value.type
-                      ELSE instr(replace(json_extract({data}, found.fullkey, found.fullkey),
-                                         '\\\\', ''), '\\u0000') = 0 END""",
+        f"""found.value IS value.value
+             AND replace(found.type, 'integer', 'real') = replace(value.type, 'integer', 'real')
+             AND json_type({data}, {path}) <> 'object'
+             AND iif(found.type = 'text',
+                     instr(replace(json_extract({data}, found.fullkey, found.fullkey), char(92, 92), ''), '\\u0000'),
+                     0) = 0""",
     )
 
 
@@ -361,13 +362,11 @@ _ERASED = "EXISTS (SELECT 1 FROM webhook_erased WHERE event = NEW.event)"
 # the same makes it delivered, because that is what happened.
 _AFTER_TRY = """
   UPDATE webhook_deliveries
-     SET status = CASE WHEN NEW.status = 'pending' THEN status
-                       WHEN NEW.status = 'failed' AND status = 'cancelled' THEN status
-                       ELSE NEW.status END,
+     SET status = iif(NEW.status = 'pending' OR NEW.status = 'failed' AND status = 'cancelled', status, NEW.status),
          due_at = NEW.due_at,
          attempts = attempts + 1,
          first_attempt_at = coalesce(first_attempt_at, NEW.at),
-         delivered_at = CASE WHEN NEW.status = 'delivered' THEN NEW.at + NEW.duration ELSE delivered_at END
+         delivered_at = iif(NEW.status = 'delivered', NEW.at + NEW.duration, delivered_at)
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id
      AND (status = 'pending' OR status = 'queued'{});"""
 
@@ -536,19 +535,12 @@ _FIRST_SCHEMA = (
 SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, 0.0 AS due_at, NULL AS outbox,
        NULL AS internal, NULL AS matched FROM webhook_events""",
     f"""CREATE TRIGGER webhook_accept_insert INSTEAD OF INSERT ON webhook_accept BEGIN
-  SELECT CASE
-    WHEN NEW.outbox <> (SELECT value FROM webhook_meta WHERE key = 'outbox')
-    THEN RAISE(ABORT, 'webhook_emit: this is another outbox')
-    WHEN NEW.idempotency_key IS NULL THEN NULL
-    WHEN NOT EXISTS (
-      SELECT 1 FROM webhook_events
-       WHERE idempotency_key = NEW.idempotency_key AND coalesce(tenant, '') = coalesce(NEW.tenant, '')) THEN NULL
-    WHEN EXISTS (
-      SELECT 1 FROM webhook_events
-       WHERE idempotency_key = NEW.idempotency_key AND coalesce(tenant, '') = coalesce(NEW.tenant, '')
-         AND type = NEW.type AND data = NEW.data) THEN RAISE(IGNORE)
-    ELSE RAISE(ABORT, 'webhook_emit: this idempotency_key was used for another event')
-  END;
+  SELECT RAISE(ABORT, 'webhook_emit: this is another outbox')
+   WHERE NEW.outbox <> (SELECT value FROM webhook_meta WHERE key = 'outbox');
+  SELECT iif(type = NEW.type AND data = NEW.data, RAISE(IGNORE),
+             RAISE(ABORT, 'webhook_emit: this idempotency_key was used for another event'))
+    FROM webhook_events
+   WHERE idempotency_key = NEW.idempotency_key AND coalesce(tenant, '') = coalesce(NEW.tenant, '');
   SELECT RAISE(ABORT, 'webhook_emit: the key is not new')
    WHERE NEW.seq <= (SELECT max(seq) FROM webhook_events);
   INSERT INTO webhook_events (seq, type, tenant, data, key, idempotency_key, headers, created_at)
@@ -589,7 +581,7 @@ END""",
     """CREATE TRIGGER webhook_endpoints_order AFTER UPDATE OF ordered ON webhook_endpoints
 WHEN OLD.ordered <> NEW.ordered BEGIN
   UPDATE webhook_deliveries
-     SET queue = CASE WHEN NEW.ordered THEN '' ELSE (SELECT key FROM webhook_events WHERE seq = event) END
+     SET queue = iif(NEW.ordered, '', (SELECT key FROM webhook_events WHERE seq = event))
    WHERE endpoint_id = NEW.id AND status IN ('pending', 'queued', 'failed');
 END""",
     """CREATE TRIGGER webhook_endpoints_release AFTER UPDATE OF on_dead ON webhook_endpoints
@@ -630,8 +622,8 @@ END""",
     """CREATE TRIGGER webhook_deliveries_tell AFTER UPDATE OF status ON webhook_deliveries
 WHEN OLD.status <> 'pending' AND OLD.status <> 'queued' OR NEW.status = 'cancelled' BEGIN
   UPDATE webhook_meta SET value = value + 1
-   WHERE key IN (CASE WHEN NEW.status = 'cancelled' THEN 'cancelled' END,
-                 CASE WHEN NEW.status <> 'cancelled' OR NEW.queue IS NOT NULL THEN 'work' END);
+   WHERE key IN (iif(NEW.status = 'cancelled', 'cancelled', NULL),
+                 iif(NEW.status <> 'cancelled' OR NEW.queue IS NOT NULL, 'work', NULL));
   DELETE FROM webhook_failed
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND OLD.status = 'failed' AND NEW.status = 'pending';
 END""",
@@ -658,8 +650,8 @@ SELECT '' AS kind, event, endpoint_id, status, due_at, 0.0 AS at, 0.0 AS duratio
 BEGIN
   INSERT INTO webhook_attempts (event, endpoint_id, at, duration, status_code, reason, error, response)
   SELECT NEW.event, NEW.endpoint_id, NEW.at, NEW.duration, NEW.status_code, NEW.reason,
-         CASE WHEN NEW.error IS NULL OR {_ERASED} THEN NULL ELSE NEW.error END,
-         CASE WHEN NEW.response IS NULL OR {_ERASED} THEN NULL ELSE NEW.response END
+         iif(NEW.error IS NULL OR {_ERASED}, NULL, NEW.error),
+         iif(NEW.response IS NULL OR {_ERASED}, NULL, NEW.response)
    WHERE EXISTS (SELECT 1 FROM webhook_deliveries WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id);{_AFTER_TRY.format(" OR status = 'cancelled'")}
   UPDATE webhook_attempts SET response = NULL
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND response IS NOT NULL
@@ -3601,7 +3593,7 @@ def _repair(db: sqlite3.Connection) -> None:
     not know (Alembic's autogenerate), and leave the views that stand on them.
 
     What triggers keep is reckoned anew: each endpoint is switched off and on, or on and off. A file
-    whose webhook_meta was lost is another outbox from now on: whoever has the old one open is told.
+    whose webhook_meta was lost has a new identity from now on, as after `adopt`.
     """
     plan = _plan(_SCHEMA)
     for key in _lacking(db):

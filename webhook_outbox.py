@@ -2355,7 +2355,10 @@ class _Wire:
         try:
             returned = self.call(event)  # type: ignore[misc]
         except BaseException as error:  # its SystemExit is a failed attempt like any other
-            raise _SenderFailed(f"{type(error).__name__}: {error}") from None
+            text = ""
+            with contextlib.suppress(Exception):  # an exception's own text may raise
+                text = f": {error}"
+            raise _SenderFailed(type(error).__name__ + text) from None
         if inspect.isawaitable(returned):  # a lambda around an async function
             if inspect.iscoroutine(returned):
                 returned.close()  # else Python warns that nobody awaited it

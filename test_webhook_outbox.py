@@ -4886,6 +4886,11 @@ SCHEMES = ["standard", "stripe", "github"]
 Serve = Callable[..., Receiver]
 
 
+def hash_of(body: bytes) -> str:
+    """The id of an event whose scheme signs nothing but the body."""
+    return "sha256_" + hashlib.sha256(body).hexdigest()
+
+
 def hmac_by_hand(key: bytes, message: bytes) -> bytes:
     return hmac.new(key, message, hashlib.sha256).digest()
 
@@ -5033,6 +5038,9 @@ def catch_on_the_wire(folder: pathlib.Path, serve: Serve) -> Iterator[Caught]:
             "github": "x-hub-signature-256",
         }
         assert [scheme for scheme, name in names.items() if name in first.headers] == schemes
+        github = {"event": "order.created", "delivery": id} if "github" in schemes else {}
+        for word in ("event", "delivery"):
+            assert first.headers.get(f"x-github-{word}") == github.get(word)
         outbox.rotate_secret(endpoint.id, secret=SECRET_TWO, grace=30)
         emit(outbox)
         outbox.drain(once=True)
@@ -5074,12 +5082,13 @@ def accepts_stripe(body: bytes, headers: dict[str, str], secret: str) -> bool:
 def accepts_github(body: bytes, headers: dict[str, str], secret: str) -> bool:
     import gidgethub.sansio
 
+    if headers["content-type"] != "application/json":  # gidgethub reads no other kind
+        headers = {**headers, "content-type": "application/json"}
     try:
-        gidgethub.sansio.validate_event(
-            body, signature=headers["x-hub-signature-256"], secret=secret
-        )
+        event = gidgethub.sansio.Event.from_http(headers, body, secret=secret)
     except gidgethub.ValidationFailure:
         return False
+    assert event.delivery_id == headers["webhook-id"] and event.event == headers["x-github-event"]
     return True
 
 
@@ -5113,6 +5122,70 @@ def test_what_is_sent_verifies_with_the_libraries_of_others(
                 )
                 judged += 1
     assert judged == 2 * (4 + 4 + 4 + 8 + 12)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(-1e9, 1e9) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+class Sending:
+    """An endpoint that signs and writes its bodies in every way, and what it sent."""
+
+    def __init__(self, path: str, receiver: Receiver) -> None:
+        texts = {"text": lambda event: (f"{event.type} ✓ {event.data}".encode(), "text/plain")}
+        self.outbox, self.receiver = make_outbox(path, transforms=texts), receiver
+        self.outbox.add_endpoint(receiver.url(), id="a")
+
+    def send(self, data: Any, body: str, schemes: list[str], rotations: int) -> tuple[Any, ...]:
+        """Return the request, and the secrets of the endpoint, the newest first."""
+        self.outbox.update_endpoint("a", body=body, signing="+".join(schemes))
+        secrets = [self.outbox.rotate_secret("a", grace=0.0).secret]
+        secrets += [self.outbox.rotate_secret("a").secret for _ in range(rotations)]
+        with self.outbox.transaction() as conn:
+            self.outbox.emit(conn, "order.created", data)
+        assert self.outbox.drain(once=True).delivered == 1
+        return self.receiver.requests[-1], secrets[::-1]
+
+
+SEND_WAYS = (
+    json_values,
+    st.sampled_from(["standard", "data", "cloudevents", "text"]),
+    st.lists(st.sampled_from(SCHEMES), min_size=1, max_size=3, unique=True),
+    st.integers(0, 11),
+)
+
+
+def test_whatever_is_sent_is_accepted_by_verify_and_by_the_libraries_of_others(
+    wal: str, serve: Serve
+) -> None:
+    """Ten secrets sign at the most, the newest; in GitHub's one header the current one does."""
+    others = {"standard": accepts_standard, "stripe": accepts_stripe, "github": accepts_github}
+    sending = Sending(wal, serve())
+
+    @settings(max_examples=40)
+    @given(*SEND_WAYS)
+    def check(value: Any, body: str, schemes: list[str], rotations: int) -> None:
+        request, secrets = sending.send(value, body, schemes, rotations)
+        for scheme in schemes:
+            most = 1 if scheme == "github" else 10
+            judges = [accepts_ours(scheme)]
+            if body != "text" or scheme == "stripe":  # the others parse what they verified
+                judges.append(others[scheme])
+            for accepts, (age, secret) in itertools.product(judges, enumerate(secrets)):
+                verdict = accepts(request.body, request.headers, secret)
+                assert verdict is (age < most), (scheme, body, age, accepts)
+            event = verify(request.body, request.headers, secrets[0], scheme=scheme)
+            in_body = body == "cloudevents" or scheme == "standard"
+            assert event.id == (request.headers["webhook-id"] if in_body else hash_of(request.body))
+            if body in ("standard", "cloudevents"):
+                assert (event.type, event.data) == ("order.created", value)
+            elif not (isinstance(value, dict) and "type" in value):
+                assert (event.type, event.data) == ("", value if body == "data" else None)
+
+    check()
 
 
 VERIFY_IN_NODE = """
@@ -5188,6 +5261,17 @@ def test_what_is_sent_verifies_with_the_libraries_of_others_in_node(
                 cases.append({"scheme": scheme, "body": sent, "headers": headers, "secret": secret})
                 expected.append(verdict)
                 stories.append((caught.story, scheme))
+    sending = Sending(make_database(tmp_path / "app.db"), serve())
+    values = [None, 5, "Žofie ✓ \u2028", {"type": "card", "amount": 5}, {"a": [1.5, {}, True]}]
+    ways = itertools.product(values, ("standard", "data", "cloudevents"), SCHEMES, (0, 11))
+    for value, form, scheme, rotations in ways:
+        request, secrets = sending.send(value, form, [scheme, "stripe"], rotations)
+        body, most = base64.b64encode(request.body).decode(), 1 if scheme == "github" else 10
+        for age, secret in enumerate(secrets):
+            case = {"scheme": scheme, "body": body, "headers": request.headers, "secret": secret}
+            cases.append(case)
+            expected.append("true" if age < most else "false")
+            stories.append((form, scheme))
     done = subprocess.run(
         ["node", "verify.mjs"],
         input=json.dumps(cases),
@@ -5215,16 +5299,16 @@ def test_a_secret_outside_the_database_is_read_at_each_attempt(
     place = tmp_path / "secret"
     name = "WEBHOOK_TEST_SECRET" if source == "env" else str(place)
 
-    def put(value: str) -> None:
+    def put(value: str) -> None:  # with the line break that editors and `$(cat)`-less shells leave
         if source == "env":
-            monkeypatch.setenv(name, value)
+            monkeypatch.setenv(name, f" {value}\r\n")
         else:
             place.write_text(value + "\n")
 
     monkeypatch.delenv("WEBHOOK_TEST_SECRET", raising=False)
     receiver, clock = serve([answer(500), OK]), Clock()
     outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 1, 1, 1), 0.0))
-    outbox.add_endpoint(receiver.url(), secret=f"{source}:{name}")
+    outbox.add_endpoint(receiver.url(), secret=f"{source}:{name}", signing="standard+stripe+github")
     id = emit(outbox)
     broken = f"whsec_{CANARY}!"
     for ready in (lambda: None, lambda: put(broken), lambda: put(SECRET), lambda: put(SECRET_TWO)):
@@ -5239,6 +5323,8 @@ def test_a_secret_outside_the_database_is_read_at_each_attempt(
         receiver.requests, (SECRET, SECRET_TWO), (refused, delivered), strict=True
     ):
         assert verify(request.body, request.headers, secret, now=attempt.at).id == id
+        for scheme in SCHEMES[1:]:
+            assert verify(request.body, request.headers, secret, scheme=scheme, now=attempt.at)
     written = "".join(
         map(
             str,
@@ -5248,6 +5334,60 @@ def test_a_secret_outside_the_database_is_read_at_each_attempt(
     )
     for text in (CANARY, SECRET[6:], SECRET_TWO[6:]):
         assert text not in caplog.text and text not in written
+
+
+def test_at_most_ten_secrets_sign_the_newest_ones(wal: str, serve: Serve) -> None:
+    """More signatures than 16 are refused by verify, our own and others'."""
+    receiver, outbox = serve(), make_outbox(wal)
+    secrets = [outbox.add_endpoint(receiver.url(), id="a", signing="standard+stripe").secret]
+    secrets += [outbox.rotate_secret("a").secret for _ in range(16)]
+    ((kept,),) = query(wal, "SELECT secrets FROM webhook_endpoints")
+    assert [secret for secret, _ in json.loads(kept)] == secrets[:6:-1]
+    many = json.dumps([[secret, None] for secret in secrets[::-1]])  # of plain SQL, say
+    query(wal, "UPDATE webhook_endpoints SET secrets = ?", many)
+    assert outbox.ping("a").reason is None
+    (request,) = receiver.requests
+    assert request.headers["webhook-signature"].count("v1,") == 10
+    for number, secret in enumerate(secrets):
+        assert accepts_ours("standard")(request.body, request.headers, secret) is (number > 6)
+        assert accepts_ours("stripe")(request.body, request.headers, secret) is (number > 6)
+
+
+UNREADY = [  # a header's value in the environment, or a content type; whether it can be sent
+    ("token", True),
+    (" token\n", True),
+    ("Müller", False),
+    ("Магазин", False),
+    ("a\nX-Other: b", False),
+    ("a\x00b", False),
+]
+
+
+def test_what_goes_into_a_header_from_outside_the_file_is_ascii_on_one_line(
+    wal: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver, made = serve(), {"text": lambda event: (b"{}", event.data)}
+    outbox = make_outbox(wal, transforms=made, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(receiver.url(), id="env", events=["a"], headers={"X-Key": "env:WEBHOOK_X"})
+    outbox.add_endpoint(receiver.url(), id="text", events=["b"], body="text")
+    for value, good in UNREADY:
+        if "\x00" not in value:
+            monkeypatch.setenv("WEBHOOK_X", value)
+            attempt = outbox.ping("env")
+            assert attempt.reason == (None if good else "internal"), value
+            assert good or "X-Key" in attempt.error and "ASCII" in attempt.error, attempt
+        report = (emit(outbox, "b", value), outbox.drain(once=True))[1]
+        assert report.delivered == (good and value == "token"), value
+    assert {r.headers.get("x-key", r.headers["content-type"]) for r in receiver.requests} == {
+        "token"
+    }
+    for row in outbox.failed():
+        assert "content type" in row.error and "'text'" in row.error and "ASCII" in row.error
+    query(wal, """UPDATE webhook_endpoints SET headers = '{"X-Key": "a\\r\\nX-Other: b"}'""")
+    assert "X-Key" in outbox.ping("env").error
+    for name in ("Müller", "Магазин", "a\nb"):
+        with pytest.raises(PayloadError, match="app_name"):
+            Outbox(wal, app_name=name)
 
 
 def test_an_empty_secret_signs_nothing(
@@ -5329,7 +5469,7 @@ def test_verify_takes_headers_and_body_from_any_framework(scheme: str) -> None:
             {"name": "Žofie ✓"},
             SIGNED_BODY,
         ), form
-        assert event.id == ("msg_1" if scheme == "standard" else "")
+        assert event.id == ("msg_1" if scheme == "standard" else hash_of(SIGNED_BODY))
         assert event.timestamp == (None if scheme == "github" else SIGNED_AT)
     for buffer in (bytearray, memoryview):
         event = verify(
@@ -5355,6 +5495,44 @@ def test_one_of_several_secrets_is_enough(scheme: str) -> None:
             verify(SIGNED_BODY, headers, secrets, scheme=scheme, now=SIGNED_AT).body == SIGNED_BODY
         )
     refusal(headers, [SECRET_TWO, "whsec_" + "A" * 32], scheme=scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_secret_is_taken_with_white_space_around_it_and_without_its_padding(scheme: str) -> None:
+    """A copied secret, or the content of a file, is the same key; the signature's own base64 stays
+    strict."""
+    padded = "whsec_" + base64.b64encode(bytes(range(25))).decode()  # ends with ==
+    spellings = [f" {padded}", f"{padded}\n", f"\t{padded}\r\n"]
+    if scheme == "standard":
+        bare = padded.removeprefix("whsec_")
+        spellings += [padded[:-1], padded[:-2], f"{bare[:-2]}\n", f"  {bare}"]
+    headers = signed_by_hand(scheme, secret=padded)
+    for secret in (*spellings, [SECRET_TWO, spellings[0]]):
+        event = verify(SIGNED_BODY, headers, secret, scheme=scheme, now=SIGNED_AT)
+        assert event.body == SIGNED_BODY
+    for secret in (" ", "\n", "\t \n", [SECRET_TWO, " "]):  # what an unset variable gives
+        assert "needs a secret" in str(refusal(headers, secret, scheme=scheme))
+    if scheme == "standard":
+        for secret in (f"whsec_ {bare}", padded[:-3], bare[:9] + " " + bare[9:], padded + "!"):
+            refusal(headers, secret)
+    else:  # where the key is the text itself, white space may be a part of it
+        headers = signed_by_hand(scheme, secret=f" {padded} ")
+        event = verify(SIGNED_BODY, headers, f" {padded} ", scheme=scheme, now=SIGNED_AT)
+        assert event.body == SIGNED_BODY
+
+
+def test_svixs_names_of_the_headers_are_read_where_none_of_todays_is_there() -> None:
+    headers = signed_by_hand("standard")
+    old = {name.replace("webhook-", "svix-"): value for name, value in headers.items()}
+    other = signed_by_hand("standard", id="msg_2", secret=SECRET_TWO)
+    for form in (old, {name.upper(): value for name, value in old.items()}, {**old, **headers}):
+        assert verify(SIGNED_BODY, form, SECRET, now=SIGNED_AT).id == "msg_1"
+    hop = {name.replace("webhook-", "svix-"): value for name, value in other.items()}
+    assert verify(SIGNED_BODY, {**hop, **headers}, SECRET, now=SIGNED_AT).id == "msg_1"
+    for name, value in headers.items():  # never one of each
+        mixed = {key: text for key, text in old.items() if not key.endswith(name[-5:])}
+        assert "missing" in str(refusal({**mixed, name: value}))
+    refusal({**old, "svix-id": "msg_2"})
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -5602,6 +5780,11 @@ def test_errors_of_a_frameworks_headers_are_named_without_what_they_say() -> Non
     assert str(refusal(Headers())).endswith("RuntimeError")
 
 
+STRIPE_THIN = (
+    b'{"id":"evt_2","object":"v2.core.event","type":"v1.a","related_object":{"id":"me_1"}}'
+)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_authentic_body_need_not_be_an_envelope_or_json(scheme: str) -> None:
     for body in (
@@ -5617,31 +5800,42 @@ def test_an_authentic_body_need_not_be_an_envelope_or_json(scheme: str) -> None:
         assert (event.type, event.data, event.body) == ("", None, body)
     for body, type, data in (
         (b"[1]", "", [1]),
-        (b'{"type":5}', "", {"type": 5}),
-        (b'{"type":"a"}', "a", None),
+        (b'{"type":5,"data":1}', "", {"type": 5, "data": 1}),
+        (b'{"type":"card","amount":5}', "", {"type": "card", "amount": 5}),  # body="data"
+        (b'{"data":1}', "", {"data": 1}),
+        (b'{"type":"a","data":null}', "a", None),
+        (b'{"type":"a","data":{"type":"b"}}', "a", {"type": "b"}),
+        (b'{"id":"evt_1","object":"event","type":"a","data":{"object":{}}}', "a", {"object": {}}),
+        (STRIPE_THIN, "v1.a", json.loads(STRIPE_THIN)),
+        (b'{"id":5,"object":"event","type":"a"}', "", {"id": 5, "object": "event", "type": "a"}),
     ):
         event = verify(body, signed_by_hand(scheme, body), SECRET, scheme=scheme, now=SIGNED_AT)
         assert (event.type, event.data, event.body) == (type, data, body)
 
 
-def test_an_id_that_is_signed_goes_before_one_that_is_not() -> None:
-    """Else who records a Stripe request replays it with a webhook-id of his own, past the inbox."""
-    event, ours = (
-        b'{"id":"evt_1","object":"event","type":"a","data":{}}',
-        b'{"id":"order_1","type":"a"}',
-    )
-    for scheme, body, header, id in (
-        ("standard", event, "msg_1", "msg_1"),
-        ("stripe", ours, "", "order_1"),
-        ("stripe", event, "", "evt_1"),
-        ("stripe", event, "msg_invented", "evt_1"),
-        ("stripe", ours, "msg_1", "msg_1"),
-        ("github", ours, "msg_1", "msg_1"),
-    ):
-        headers = {"webhook-id": header, **signed_by_hand(scheme, body)}
-        assert verify(body, headers, SECRET, scheme=scheme, now=SIGNED_AT).id == id
-    headers = {"X-GitHub-Delivery": "72d3162e", **signed_by_hand("github", ours)}
-    assert verify(ours, headers, SECRET, scheme="github").id == "72d3162e"
+SIGNED_IDS: list[tuple[str, bytes, str]] = [  # scheme, body, what the id is
+    ("standard", b'{"id":"evt_1","object":"event","type":"a","data":{}}', "msg_1"),
+    ("stripe", b'{"id":"evt_1","object":"event","type":"a","data":{}}', "evt_1"),
+    ("stripe", STRIPE_THIN, "evt_2"),
+    ("github", b'{"specversion":"1.0","id":"ab.c","type":"a","data":{}}', "ab.c"),
+    *((scheme, b'{"id":"order_1","type":"a","data":{}}', "hash") for scheme in SCHEMES[1:]),
+    *((scheme, b"no json", "hash") for scheme in SCHEMES[1:]),
+    *(("stripe", b'{"object":"event","type":"a","id":"%b"}' % id, "hash")
+      for id in (b"", b"a" * 257, b"\\u0007", "\x9b".encode())),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheme", "body", "id"), SIGNED_IDS)
+def test_an_events_id_comes_from_what_is_signed(scheme: str, body: bytes, id: str) -> None:
+    """Else who overhears one request sends it again with ids of his own, past the inbox."""
+    id = hash_of(body) if id == "hash" else id
+    signed = signed_by_hand(scheme, body)
+    names = ("webhook-id", "X-GitHub-Delivery", "svix-id")
+    for invented in [{}] if scheme == "standard" else [{}, *({name: "msg_x"} for name in names)]:
+        event = verify(body, {**signed, **invented}, SECRET, scheme=scheme, now=SIGNED_AT)
+        assert event.id == id
+    for odd in ("a" * 257, "a.b", "é", "a\x07"):  # its form is checked all the same
+        refusal({**signed, "webhook-id": odd}, body=body, scheme=scheme)
 
 
 def test_signatures_are_compared_in_constant_time() -> None:
@@ -6119,7 +6313,7 @@ def test_retry_after_is_read_as_the_rfc_says() -> None:
         "",
         "+5",
         "0x10",
-        "5 ",
+        "5 6",
         "1_0",
         "١٢",
         "²",
@@ -6138,6 +6332,18 @@ def test_retry_after_is_read_as_the_rfc_says() -> None:
     assert read("Tue, 14 Nov 2023 22:11:20 GMT") == 0
     assert read("Fri, 31 Dec 9999 23:59:59 GMT") == DAY
     assert read("5", "120") == 120 and read("nan", "7") == 7 and read() is None
+    date = "Tue, 14 Nov 2023 22:15:20 GMT"  # 120 s from now
+    for joined in (
+        "2814, 2",
+        "2,2814",
+        "2 ,\t2814 ",
+        f"2814, {date}",
+        f"{date}, 2814",
+        f"x,{date},2814,",
+    ):
+        assert read(joined) == 2814, joined
+    assert read(f"5, {date}") == read(f"{date},5") == read("Tue Nov 14 22:15:20 2023, 5") == 120
+    assert read(",") is None and read("1," * 100_000) == 1
 
 
 def retry_times(outbox: Outbox, clock: Clock, event: str) -> list[float]:
@@ -6581,6 +6787,23 @@ def test_an_event_is_accepted_once(inbox: Inbox, database: str) -> None:
             *[True] * 3,
         ]
         assert [Inbox(database).accept(conn, id) for id in ("msg_3", "msg_1")] == [False, False]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_request_that_was_overheard_is_handled_once_whatever_its_headers_say(
+    inbox: Inbox, database: str, scheme: str
+) -> None:
+    signed, accepted = signed_by_hand(scheme), 0
+    names = ("webhook-id", "X-GitHub-Delivery", "X-GitHub-Event", "svix-id")
+    changes = [{}, {}, *({name: f"msg_{n}"} for name in names for n in range(3))]
+    for change in [*changes, {"webhook-id": "x" * 300}, {"webhook-id": ""}]:
+        try:
+            event = verify(SIGNED_BODY, {**signed, **change}, SECRET, scheme=scheme, now=SIGNED_AT)
+        except SignatureError:
+            continue
+        with receiving(database) as conn:
+            accepted += inbox.accept(conn, event.id)
+    assert accepted == 1
 
 
 def test_a_handler_that_fails_leaves_no_trace(inbox: Inbox, database: str) -> None:
@@ -7049,7 +7272,9 @@ def test_an_address_is_known_in_every_spelling_that_needs_no_lookup():
     private = "127.1 127.0.1 127.0.0.1. 0x7f.1 0X7F.0x0.0X0.0xA 0x7f000001 0xA9FEA9FE 017700000001 0177.0.0.01 2130706433"
     for host in f"{private} [::1] [::FFFF:7f00:1] 10 0 1.0xAbCdEf 172.16.1".split():
         refused = host != "1.0xAbCdEf"
-        with pytest.raises(UnsafeURL, match="private") if refused else contextlib.nullcontext():
+        with (
+            pytest.raises(UnsafeURL, match="not a public") if refused else contextlib.nullcontext()
+        ):
             webhook_outbox._prepare_url(f"https://{host}/", webhook_outbox._Guard())
     for host in "134744072 0x8.8.0x8.010 1.2.3.4.5 0x7f.example 127.0.0.1.example 0xg a0 1-2 8.8.8.8.".split():
         webhook_outbox._prepare_url(f"https://{host}/", webhook_outbox._Guard())
@@ -7134,8 +7359,9 @@ def test_a_plain_url_is_prepared_as_requests_would_prepare_it(url):
         return
     prepared, parts = requests.Request("POST", url).prepare(), urllib.parse.urlsplit(url)
     assert webhook_outbox._check_authority(url) == target.scheme == parts.scheme
-    assert webhook_outbox._spelled(url) == target.url == prepared.url
+    assert webhook_outbox._spelled(url) == prepared.url
     assert target.path == prepared.path_url
+    assert target.url == f"{target.scheme}://{target.netloc}{target.path}"
     own_port = {"https": 443, "http": 80}[parts.scheme]
     assert (target.host, target.port) == (parts.hostname, parts.port or own_port)
     assert target.netloc == (parts.hostname if target.port == own_port else parts.netloc)
@@ -7197,13 +7423,13 @@ HOST_NAMES: list[
         None,
     ),  # its address may be one of them: that is seen when it is dialled
     ("example.com", "http", "http", None),
-    ("10.0.0.1", "https", "", "private"),
+    ("10.0.0.1", "https", "", "not a public"),
     ("10.0.0.1", "http", "networks", None),
-    ("0x0a.1", "https", "", "10.0.0.1 is a private"),
+    ("0x0a.1", "https", "", "10.0.0.1 is not a public"),
     ("8.8.8.8", "https", "", None),
     ("8.8.8.8", "http", "networks", "plain http"),
     ("8.8.8.8", "http", "http", None),
-    ("::1", "https", "http", "private"),
+    ("::1", "https", "http", "not a public"),
 ]
 
 
@@ -7510,20 +7736,63 @@ def test_all_addresses_are_judged_before_one_is_dialled_and_the_next_is_tried_wh
         assert receiver.connections == 0
 
 
-def test_an_address_that_does_not_answer_leaves_time_for_the_next(serve):
-    """The backlog of its listener is full, so that nobody takes the connection."""
-    receiver, guard = serve(), webhook_outbox._Guard((ipaddress.ip_network("127.0.0.0/8"),))
-    lookups = webhook_outbox._Lookups(lambda host, port: ["127.0.0.9", "127.0.0.1"])
-    place = webhook_outbox._Place("http", "x.test", receiver.port, None, ())
+@contextlib.contextmanager
+def black_hole(address: str, port: int) -> Iterator[None]:
+    """Have connections to an address hang: its listener's backlog is full, and nobody accepts."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(socket.create_server(("127.0.0.9", receiver.port), backlog=0))
+        stack.enter_context(socket.create_server((address, port), backlog=0))
         for _ in range(4):
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
-            waiting.connect_ex(("127.0.0.9", receiver.port))
+            waiting.connect_ex((address, port))
+        yield
+
+
+def test_the_next_address_is_tried_after_a_quarter_second_and_the_one_that_worked_comes_first(
+    serve,
+):
+    receiver, guard = serve(), webhook_outbox._Guard((ipaddress.ip_network("127.0.0.0/8"),))
+    holes = [f"127.0.0.{n}" for n in (9, 8, 7)]
+    place = webhook_outbox._Place("http", "x.test", receiver.port, None, ())
+    worked: dict[str, str] = {}
+
+    def seconds(addresses: list[str], patience: float = 3.0) -> float:
+        lookups = webhook_outbox._Lookups(lambda host, port: addresses)
         begun = time.monotonic()
-        sock = stack.enter_context(webhook_outbox._dial(guard, lookups, place, begun + 2))
-        assert sock.getpeername()[0] == "127.0.0.1" and 1 <= time.monotonic() - begun < 2
+        with webhook_outbox._dial(guard, lookups, place, begun + patience, worked) as sock:
+            assert sock.getpeername()[0] == "127.0.0.1"
+        return time.monotonic() - begun
+
+    with contextlib.ExitStack() as stack:
+        for hole in holes[:2]:
+            stack.enter_context(black_hole(hole, receiver.port))
+        assert 0.25 <= seconds([holes[0], "127.0.0.1"]) < 0.5 and worked == {"x.test": "127.0.0.1"}
+        assert seconds([*holes, "127.0.0.1"]) < 0.2  # the next one is no black hole, and last
+        worked.clear()
+        assert 0.5 <= seconds([*holes, "127.0.0.1"]) < 0.7  # one that refuses costs no time
+        worked["x.test"] = holes[0]
+        assert 0.25 <= seconds(["127.0.0.1", holes[0]]) < 0.5 and worked["x.test"] == "127.0.0.1"
+        del worked["x.test"]
+        with pytest.raises(TimeoutError):
+            seconds(holes[:2], 0.4)
+
+
+IN_TURN = [  # what a name resolves to, which one worked last; in which order they are tried
+    ("a", None, "a"),
+    ("a b c", None, "a b c"),
+    ("a b c", "c", "c a b"),
+    ("a b c", "gone", "a b c"),
+    ("6: 7: 8: a b", None, "6: a 7: b 8:"),  # with broken IPv6 one wait, not three
+    ("a b 6:", None, "a 6: b"),
+    ("6: 7: a", "7:", "7: 6: a"),
+]
+
+
+@pytest.mark.parametrize(("addresses", "last", "expected"), IN_TURN)
+def test_families_of_addresses_take_turns_and_the_one_that_worked_last_comes_first(
+    addresses, last, expected
+):
+    assert webhook_outbox._in_turn(addresses.split(), last) == expected.split()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0x7f.1", "::1"])
@@ -7536,7 +7805,7 @@ def test_a_host_that_is_an_address_is_not_looked_up(serve, host):
     place = webhook_outbox._Place("http", host, receiver.port, None, ())
     lookups = webhook_outbox._Lookups(resolver)
     webhook_outbox._dial(guard, lookups, place, time.monotonic() + 20).close()
-    with pytest.raises(webhook_outbox._Blocked, match="private"):
+    with pytest.raises(webhook_outbox._Blocked, match="not a public"):
         webhook_outbox._dial(webhook_outbox._Guard(), lookups, place, time.monotonic() + 20)
 
 
@@ -7598,6 +7867,115 @@ def test_every_certificate_that_is_not_the_hosts_own_and_trusted_is_refused_befo
         assert receiver.requests == [] and outbox.ping(name).reason == "tls"
 
 
+@pytest.mark.parametrize("form", ["root", "intermediate", "own", "other", "other own"])
+def test_a_ca_may_be_any_certificate_of_the_receivers_chain(wal, serve, tmp_path, form):
+    """A private authority is often known by its intermediate, and a single server by the
+    certificate that it shows."""
+    root = trustme.CA()
+    middle = root.create_child_ca()
+    leaf, other = middle.issue_cert("127.0.0.1"), middle.issue_cert("127.0.0.1")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    leaf.configure_cert(context)
+    receiver, path = serve(tls=context), tmp_path / "ca.pem"
+    path.write_bytes(
+        {
+            "root": root.cert_pem,
+            "intermediate": middle.cert_pem,
+            "own": leaf.cert_chain_pems[0],
+            "other": root.create_child_ca().cert_pem,
+            "other own": other.cert_chain_pems[0],
+        }[form].bytes()
+    )
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(receiver.url(), id="a", ca=str(path))
+    assert outbox.ping("a").reason == ("tls" if form.startswith("other") else None)
+
+
+@pytest.mark.parametrize("certificate", [True, False])
+def test_a_receiver_may_ask_for_the_certificate_when_it_has_seen_the_request(
+    wal, serve, authority, certificate
+):
+    """TLS 1.3 calls it post-handshake authentication; Apache does it for a <Location>."""
+    context = authority.server()
+    context.post_handshake_auth, context.verify_mode = True, ssl.CERT_OPTIONAL
+    context.load_verify_locations(authority.path)
+
+    def play(receiver: Receiver, sock: Any, request: Request) -> bool:
+        with contextlib.suppress(ssl.SSLError):
+            sock.verify_client_post_handshake()
+            sock.sendall(b"HTTP/1.1 102 Processing\r\n\r\n")  # writes the question
+            sock.settimeout(0.2)
+            with contextlib.suppress(TimeoutError):
+                sock.recv(1)  # reads the reply
+        sock.sendall(answer(200 if sock.getpeercert() else 403))
+        return False
+
+    outbox = make_outbox(wal)
+    cert = authority.client() if certificate else None
+    outbox.add_endpoint(
+        serve(play, tls=context).url(), id="a", ca=authority.path, cert=cert, body="data"
+    )
+    event_id = emit(outbox, data="x" * 200_000)
+    outbox.drain(once=True)
+    status = 200 if certificate else 403
+    assert outbox.attempts(event_id)[0].status_code == outbox.ping("a").status_code == status
+
+
+APACHE = """
+ServerRoot {folder}
+PidFile pid
+ErrorLog error.log
+Listen 127.0.0.1:{port}
+LoadModule mpm_event_module {modules}/mod_mpm_event.so
+LoadModule authz_core_module {modules}/mod_authz_core.so
+LoadModule alias_module {modules}/mod_alias.so
+LoadModule ssl_module {modules}/mod_ssl.so
+Mutex posixsem
+SSLEngine on
+SSLProtocol {protocol}
+SSLCertificateFile server.pem
+SSLCACertificateFile ca.pem
+<Location /hook>
+    SSLVerifyClient require
+    SSLRenegBufferSize 300000
+    Redirect 204 /hook
+</Location>
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("protocol", ["TLSv1.3", "TLSv1.2"])
+def test_apache_may_ask_for_the_certificate_in_a_location(wal, authority, tmp_path, protocol):
+    modules = "/usr/lib/apache2/modules"
+    program = shutil.which("apache2") or "/usr/sbin/apache2"
+    if not os.path.exists(program) or not os.path.exists(f"{modules}/mod_ssl.so"):
+        pytest.skip("there is no Apache here")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    settings = dict(folder=tmp_path, port=port, modules=modules, protocol=protocol)
+    (tmp_path / "conf").write_text(APACHE.format(**settings))
+    shutil.copy(authority.path, tmp_path / "ca.pem")
+    authority.ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(
+        tmp_path / "server.pem"
+    )
+    process = subprocess.Popen([program, "-f", tmp_path / "conf", "-DFOREGROUND"])
+    try:
+        eventually((tmp_path / "pid").exists)
+        outbox, url = make_outbox(wal), f"https://127.0.0.1:{port}/hook"
+        outbox.add_endpoint(url, id="known", ca=authority.path, cert=authority.client())
+        outbox.add_endpoint(url, id="bare", ca=authority.path)
+        for data in ({}, "x" * 200_000):
+            event_id = emit(outbox, data=data)
+            outbox.drain(once=True)
+            (known,) = outbox.attempts(event_id, "known")
+            (bare,) = outbox.attempts(event_id, "bare")
+            assert (known.reason, known.status_code) == (None, 204), (known, protocol)
+            assert bare.status_code == 403 or bare.reason in ("tls", "connect", "protocol"), bare
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
 @pytest.mark.parametrize("kind", ["path", "pair", None])
 def test_a_client_certificate_opens_a_receiver_that_asks_for_one(
     wal, serve, authority, tmp_path, kind
@@ -7649,7 +8027,9 @@ def test_an_explicit_proxy_carries_https_and_http_and_judges_in_the_guards_place
     wal, serve, authority, credentials
 ):
     receiver = serve(tls=authority.server("hooks.test"))
-    proxy = serve(transport_proxy({"hooks.test:8443": receiver.port}))
+    proxy = serve(
+        transport_proxy({"hooks.test:8443": receiver.port, "hooks.test:443": receiver.port})
+    )
 
     def resolver(host: str, port: int) -> list[str]:
         raise AssertionError("looked up")
@@ -7661,6 +8041,7 @@ def test_an_explicit_proxy_carries_https_and_http_and_judges_in_the_guards_place
     assert outbox.ping("https").reason is None and outbox.ping("http").response == "from the proxy"
     emit(outbox)
     assert outbox.drain(once=True).delivered == 2
+    assert {r.headers["host"] for r in receiver.requests} == {"hooks.test:8443"}
     assert {r.line for r in receiver.requests} == {"POST /a?b=c HTTP/1.1"} and len(
         receiver.requests
     ) == 2
@@ -7914,12 +8295,22 @@ def test_in_a_network_where_every_address_answers_connections_land_only_where_th
 # ── exchange ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def exchange_cut(data: bytes) -> Callable[..., bool]:
+class ExchangePlay:
+    """What a receiver does, and the bytes that it begins with."""
+
+    def __init__(self, play: Callable[..., bool], stream: bytes) -> None:
+        self.play, self.stream = play, stream
+
+    def __call__(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        return self.play(receiver, sock, request)
+
+
+def exchange_cut(data: bytes) -> ExchangePlay:
     """Send bytes and close."""
-    return lambda receiver, sock, request: bool(sock.sendall(data))
+    return ExchangePlay(lambda receiver, sock, request: bool(sock.sendall(data)), data)
 
 
-def exchange_endless(head: bytes, piece: bytes, pause: float = 0.0) -> Callable[..., bool]:
+def exchange_endless(head: bytes, piece: bytes, pause: float = 0.0) -> ExchangePlay:
     """Send a head, then the same piece for ever; count what it got rid of."""
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
@@ -7931,10 +8322,10 @@ def exchange_endless(head: bytes, piece: bytes, pause: float = 0.0) -> Callable[
             time.sleep(pause)
         return False
 
-    return play
+    return ExchangePlay(play, head + piece * (70_000 // len(piece) + 1))
 
 
-def exchange_drip(data: bytes) -> Callable[..., bool]:
+def exchange_drip(data: bytes) -> ExchangePlay:
     """Send one byte each 0.1 s."""
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
@@ -7943,7 +8334,7 @@ def exchange_drip(data: bytes) -> Callable[..., bool]:
             time.sleep(0.1)
         return True
 
-    return play
+    return ExchangePlay(play, data)
 
 
 def exchange_reset(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
@@ -8011,18 +8402,32 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     # socket.
     "4 reset": (lambda r, s, q: s.recv(9) and exchange_reset(r, s, q), ("tls", "connect"), None),
     "5 header drip": (exchange_drip(answer(200, b"", "X: " + "x" * 99)), "timeout", None),
-    "6 body drip": (exchange_endless(EXCHANGE_LONG % 200, b"x", 0.1), "timeout", None),
-    "6 chunk drip": (exchange_endless(EXCHANGE_CHUNKED % 200, b"1\r\nx\r\n", 0.1), "timeout", None),
-    "6 redirect drip": (exchange_endless(EXCHANGE_LONG % 302, b"x", 0.1), "timeout", None),
+    # Where a status was read, it decides; the body may go on for ever.
+    "6 body drip": (exchange_endless(EXCHANGE_LONG % 200, b"x", 0.1), None, 200),
+    "6 chunk drip": (exchange_endless(EXCHANGE_CHUNKED % 200, b"1\r\nx\r\n", 0.1), None, 200),
+    "6 redirect drip": (
+        exchange_endless((EXCHANGE_LONG % 302)[:-2] + b"Location: /x\r\n\r\n", b"x", 0.1),
+        "status",
+        302,
+    ),
+    "6 gone drip": (exchange_endless(EXCHANGE_LONG % 410, b"x", 0.1), "gone", 410),
+    "6 unframed drip": (exchange_endless(b"HTTP/1.1 404 X\r\n\r\n", b"x", 0.1), "status", 404),
     "7 continue fast": (exchange_endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "protocol", None),
     "7 continue slow": (
         exchange_endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.1),
         "timeout",
         None,
     ),
-    "8 processing": (b"HTTP/1.1 102 Processing\r\n\r\n", "protocol", None),
-    "8 hints": (b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + OK, "protocol", None),
-    "8 odd": (b"HTTP/1.1 199 Odd\r\n\r\n", "protocol", None),
+    # Interim answers are dropped until the final one; here it waits for another request.
+    "8 processing": (b"HTTP/1.1 102 Processing\r\n\r\n", "timeout", None),
+    "8 odd": (b"HTTP/1.1 199 Odd\r\n\r\n", "timeout", None),
+    "8 hints": (b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + OK, None, 200),
+    "8 many hints": (b"HTTP/1.1 102 P\r\n\r\nHTTP/1.1 199 X\r\nA: b\r\n\r\n" * 99 + OK, None, 200),
+    "8 endless hints": (
+        exchange_endless(b"", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"),
+        "protocol",
+        None,
+    ),
     "8 two answers": (OK + answer(200, b"stale"), None, 200),
     "9 upgrade": (
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
@@ -8109,11 +8514,13 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     "20 503": (answer(503), "status", 503),
     "20 504": (answer(504), "status", 504),
     "25 latency": (lambda r, s, q: time.sleep(0.5) or not s.sendall(answer(500)), "status", 500),
-    "25 partition": (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", "timeout", None),
+    "25 partition": (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", None, 200),
 }
 EXCHANGE_TIMEOUT = 1.0
 EXCHANGE_KEPT = (
     "1 ",
+    "8 hints",
+    "8 many hints",
     "11",
     "13",
     "14",
@@ -8121,6 +8528,13 @@ EXCHANGE_KEPT = (
     "20",
     "25 latency",
 )  # whole answers: the connection may carry the next event
+
+
+def exchange_lasts(name: str) -> bool:
+    """Say whether an attempt against a fault lasts until its time is over."""
+    return EXCHANGE_FAULTS.get(name, (0, None))[1] == "timeout" or name.startswith(
+        ("6 ", "25 partition")
+    )
 
 
 def exchange_once(name: str, fault: Any) -> Callable[..., bool]:
@@ -8145,17 +8559,15 @@ def exchange_once(name: str, fault: Any) -> Callable[..., bool]:
 
 
 def exchange_check(
-    attempt: Any, receiver: Receiver, reason: Any, status: int | None, late: float
+    attempt: Any, receiver: Receiver, reason: Any, status: int | None, late: float, lasts: bool
 ) -> None:
     """The attempt came to what the table says, in time, read little, and has one clean line of
     error."""
     assert attempt.status_code == status, attempt
     assert attempt.reason in (reason if isinstance(reason, tuple) else (reason,)), attempt
-    assert attempt.duration < (EXCHANGE_TIMEOUT + 0.5 + 3 * late if reason == "timeout" else 20), (
-        attempt,
-        late,
-    )
-    assert getattr(receiver, "sent", 0) < 1_000_000 and len(attempt.response or "") <= 4096, attempt
+    assert attempt.duration < (EXCHANGE_TIMEOUT + 0.5 + 3 * late if lasts else 20), (attempt, late)
+    kept = 4096 if reason is not None else 512
+    assert getattr(receiver, "sent", 0) < 1_000_000 and len(attempt.response or "") <= kept, attempt
     if reason is not None:
         assert (
             attempt.error.isprintable()
@@ -8207,7 +8619,8 @@ def test_no_fault_of_a_receiver_costs_time_or_memory_or_reaches_the_next_event_o
         url = receiver.url("/hook?canary").replace("http:", "https:" if deaf else "http:")
         if name in dead:
             url = url.replace(str(receiver.port), str(dead[name].getsockname()[1]))
-        timeout = EXCHANGE_TIMEOUT if reason == "timeout" else None  # the others end by themselves
+        lasts = reason == "timeout" or exchange_lasts(name)
+        timeout = EXCHANGE_TIMEOUT if lasts else None  # the others end by themselves
         events = ["a.first"] if name in dead else ["a.*"]
         outbox.add_endpoint(
             url, id=ids[name], events=events, ca=authority.path, timeout=timeout, max_in_flight=1
@@ -8228,23 +8641,24 @@ def test_no_fault_of_a_receiver_costs_time_or_memory_or_reaches_the_next_event_o
         )
     for name, (_, *end) in faults.items():
         (attempt,) = outbox.attempts(first, ids[name])
-        exchange_check(attempt, servers[name], *end, worst[0])
+        lasts = end[0] == "timeout" or exchange_lasts(name)
+        exchange_check(attempt, servers[name], *end, worst[0], lasts)
         assert (
-            end[0] != "timeout"
-            or servers[name].lasted.get(1, 0) < EXCHANGE_TIMEOUT + 0.5 + 3 * worst[0]
+            not lasts or servers[name].lasted.get(1, 0) < EXCHANGE_TIMEOUT + 0.5 + 3 * worst[0]
         ), (name, worst)
     assert victim.connections == 0 and lookups == []
     states = {None: "delivered", "gone": "failed"}
     wanted = {ids[name]: states.get(reason, "pending") for name, (_, reason, _) in faults.items()}
     assert statuses(outbox, first) == wanted | dict.fromkeys(healthy, "delivered")
     others = dict.fromkeys({*wanted, *healthy} - {"1-refused", "1-full"}, "delivered")
-    assert statuses(outbox, second) == others | {"19-gone": "held"}
+    assert statuses(outbox, second) == others | {"19-gone": "held", "6-gone-drip": "held"}
     assert {
         d.due_at - clock.now for d in outbox.event(first).deliveries if d.status == "pending"
     } == {1.0}
     for name in dead:
         outbox.update_endpoint(ids[name], url=servers[name].url())
-    outbox.enable_endpoint("19-gone")
+    for name in ("19-gone", "6-gone-drip"):
+        outbox.enable_endpoint(name)
     clock.advance(1)
     assert outbox.drain(once=True).pending == 0
     assert {d.status for d in outbox.deliveries(limit=1000)} == {"delivered", "failed"}
@@ -8259,10 +8673,10 @@ def test_a_ping_ends_like_an_attempt_whatever_the_receiver_does(wal, serve):
     """It reads its answer with a loop of its own, because its caller waits."""
     faults = {name: fault for name, fault in EXCHANGE_FAULTS.items() if not name.startswith("4")}
     outbox, servers = make_outbox(wal, timeout=20), {}
-    for name, (play, reason, _) in faults.items():
+    for name, (play, *_) in faults.items():
         servers[name] = receiver = serve(play)
         receiver.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
-        timeout = EXCHANGE_TIMEOUT if reason == "timeout" else None
+        timeout = EXCHANGE_TIMEOUT if exchange_lasts(name) else None
         outbox.add_endpoint(receiver.url(), id=name.replace(" ", "-"), timeout=timeout)
     with exchange_lateness() as worst, concurrent.futures.ThreadPoolExecutor(len(faults)) as pool:
         attempts = dict(
@@ -8273,7 +8687,39 @@ def test_a_ping_ends_like_an_attempt_whatever_the_receiver_does(wal, serve):
             )
         )
     for name, (_, *end) in faults.items():
-        exchange_check(attempts[name], servers[name], *end, worst[0])
+        exchange_check(attempts[name], servers[name], *end, worst[0], exchange_lasts(name))
+
+
+EXCHANGE_ENDLESS = [  # status and header of an answer whose body never ends; what follows
+    (200, "X: y", None, "delivered"),
+    (200, "webhook-delivery: disable", None, "delivered"),
+    (500, "X: y", "status", 1.0),
+    (503, "Retry-After: 120", "status", 120.0),
+    (410, "X: y", "gone", "failed"),
+    (400, "webhook-delivery: abort-message", "aborted", "failed"),
+]
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 9999", "Transfer-Encoding: chunked"])
+def test_where_the_deadline_passes_after_a_status_was_read_the_status_decides(wal, serve, framing):
+    outbox = make_outbox(wal, clock=Clock(), timeout=0.3)
+    for number, (status, header, *_) in enumerate(EXCHANGE_ENDLESS):
+        head = f"HTTP/1.1 {status} X\r\n{framing}\r\n{header}\r\n\r\n"
+        outbox.add_endpoint(serve(head.encode() + b"5\r\nabcde\r\n").url(), id=str(number))
+    pings = [outbox.ping(str(number)) for number in range(len(EXCHANGE_ENDLESS))]
+    event_id = emit(outbox)
+    outbox.drain(once=True)
+    for delivery in outbox.event(event_id).deliveries:
+        number = int(delivery.endpoint_id)
+        status, header, reason, then = EXCHANGE_ENDLESS[number]
+        (attempt,) = outbox.attempts(event_id, str(number))
+        for made in (attempt, pings[number]):
+            assert (made.status_code, made.reason) == (status, reason)
+            assert made.duration >= 0.3 and "abcde" in made.response
+        waits = delivery.due_at - outbox.clock()
+        assert (waits if delivery.status == "pending" else delivery.status) == pytest.approx(then)
+        enabled = status != 410 and "disable" not in header
+        assert outbox.endpoint(str(number)).enabled is enabled
 
 
 def test_retry_after_moves_the_next_attempt_back_and_never_forward(wal, serve):
@@ -8365,6 +8811,42 @@ def test_a_connection_that_is_closed_between_requests_costs_no_failure_and_no_du
                     sock.shutdown(socket.SHUT_RDWR)
     assert [request.headers["webhook-id"] for request in receiver.requests] == ids
     assert [len(outbox.attempts(id)) for id in ids] == [1] * 4 and receiver.connections == 4
+
+
+class ExchangeHasty(Receiver):
+    """Refuses what is large before it has read it, and closes at once; keeps others connected."""
+
+    def serve(self, sock: socket.socket, number: int) -> None:
+        while True:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                if not (data := sock.recv(1_024)):
+                    return
+                head += data
+            length = int(re.search(rb"(?i)content-length: ([0-9]+)", head)[1])
+            self.requests.append(Request("", {}, b"", head, number))
+            if length > 10_000:
+                sock.sendall(answer(413, b"too large"))
+                return
+            while len(head.partition(b"\r\n\r\n")[2]) < length:
+                head += sock.recv(65_536)
+            sock.sendall(OK)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("size", [20_000, 3_000_000])
+def test_a_large_request_that_is_refused_on_a_kept_connection_goes_out_once(
+    wal, serve, authority, tls, size
+):
+    receiver = serve(kind=ExchangeHasty, tls=authority.server() if tls else None)
+    outbox = make_outbox(wal, max_body=1 << 24, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(receiver.url(), ca=authority.path, max_in_flight=1)
+    for _ in range(5):
+        ids = [emit(outbox), emit(outbox, data="x" * size)]
+        assert outbox.drain(once=True).failed == 1
+        small, large = (outbox.attempts(id)[0] for id in ids)
+        assert (small.status_code, large.status_code) == (200, 413)
+    assert receiver.connections == 5 and len(receiver.requests) == 10
 
 
 class ExchangeSlow(Receiver):
@@ -8497,7 +8979,7 @@ def test_no_bytes_make_the_reader_raise_and_every_answer_has_a_status_or_an_erro
     reader = exchange_read([start, *pieces], end)
     assert (reader.status is not None) != bool(reader.error) or not end
     assert reader.status is None or 200 <= reader.status <= 599
-    assert len(reader.body) <= 65_536 + 4096 and not (end and reader.error and reader.reusable)
+    assert len(reader.body) <= 8_192 and not (end and reader.error and reader.reusable)
     outcome = webhook_outbox._judge(reader, ["secret"], 0.0)
     assert outcome.error is None or outcome.error.isprintable()
     json.dumps(outcome.response).encode()
@@ -8623,16 +9105,18 @@ EXCHANGE_KNOWN = [  # bytes, whether the outcome is known before the end of the 
     (b"HTTP/1.1 299 X\r\n\r\nok", True, b"ok"),
     (b"HTTP/1.1 500 X\r\nTransfer-Encoding: gzip\r\n\r\nno", False, b"no"),
     (EXCHANGE_CHUNKED % 500 + b"2\r\nn", False, b"n"),
-    (b"HTTP/1.1 199 X\r\n\r\n", True, b""),
+    (b"HTTP/1.1 199 X\r\n\r\n", False, b""),
+    (b"HTTP/1.1 101 X\r\n\r\n", True, b""),
     (b"HTTP/1.1 200 X\r\n\r\nok", True, b"ok"),
     (b"HTTP/1.1 300 X\r\n\r\nno", False, b"no"),
-    (b"HTTP/1.1 500 X\r\n\r\n" + b"y" * 65_535, False, b"y" * 65_535),
-    (b"HTTP/1.1 500 X\r\n\r\n" + b"y" * 65_536, True, b"y" * 65_536),
+    # Heads and framing count too, and each read and each chunk as 64 bytes.
+    (b"HTTP/1.1 500 X\r\n\r\n".ljust(65_471, b"y"), False, b"y" * 65_453),
+    (b"HTTP/1.1 500 X\r\n\r\n".ljust(65_472, b"y"), True, b"y" * 65_454),
     (answer(500, b"no")[:-1], False, b"n"),
     (answer(500, b"no"), True, b"no"),
     (answer(500, b"no") + b"x", True, b"no"),
-    (EXCHANGE_LONG % 500 + b"y" * 65_535, False, b"y" * 65_535),
-    (EXCHANGE_LONG % 500 + b"y" * 65_536, True, b"y" * 65_536),
+    ((EXCHANGE_LONG % 500).ljust(65_471, b"y"), False, b"y" * 8_192),
+    ((EXCHANGE_LONG % 500).ljust(65_472, b"y"), True, b"y" * 8_192),
     (EXCHANGE_CHUNKED % 500 + b"2\r\nno\r\n", False, b"no"),
     (EXCHANGE_CHUNKED % 500 + b"2\r\nno", False, b"no"),
     (EXCHANGE_CHUNKED % 500 + b"2\r\nno\r", False, b"no"),
@@ -8645,8 +9129,10 @@ EXCHANGE_KNOWN = [  # bytes, whether the outcome is known before the end of the 
     (EXCHANGE_CHUNKED % 500 + b"2\r\nno\r\n0\r\n\r", False, b"no"),
     (EXCHANGE_CHUNKED % 500 + b"2\r\nno\r\n0\r\n\r\n", True, b"no"),
     (EXCHANGE_CHUNKED % 500 + b"2\r\nno\r\n0\r\nab", True, b"no"),
-    (EXCHANGE_CHUNKED % 500 + b"ffff\r\n" + b"y" * 65_535 + b"\r\n", False, b"y" * 65_535),
-    (EXCHANGE_CHUNKED % 500 + b"10000\r\n" + b"y" * 65_536 + b"\r\n", True, b"y" * 65_536),
+    ((EXCHANGE_CHUNKED % 500 + b"ffff\r\n").ljust(65_407, b"y"), False, b"y" * 8_192),
+    ((EXCHANGE_CHUNKED % 500 + b"ffff\r\n").ljust(65_408, b"y"), True, b"y" * 8_192),
+    (EXCHANGE_CHUNKED % 500 + b"1\r\ny\r\n" * 930, False, b"y" * 930),
+    (EXCHANGE_CHUNKED % 500 + b"1\r\ny\r\n" * 940, True, b"y" * 935),
 ]
 
 
@@ -8655,7 +9141,7 @@ def test_the_outcome_is_the_valid_status_and_whatever_is_odd_ends_the_connection
         for pieces in (
             [data],
             exchange_split(data, [len(data) // 2]),
-            exchange_split(data, list(range(0, len(data), 7))),
+            exchange_split(data, list(range(0, len(data), max(7, len(data) // 400)))),
         ):
             reader = exchange_read(pieces)
             assert reader.status == status and bool(reader.error) is (status is None), data[:99]
@@ -8665,7 +9151,7 @@ def test_the_outcome_is_the_valid_status_and_whatever_is_odd_ends_the_connection
 def test_an_answer_is_known_as_soon_as_it_can_be_and_no_sooner():
     for data, known, body in EXCHANGE_KNOWN:
         reader = webhook_outbox._Answer()
-        assert reader.feed(data) is known and reader.body == body, data[:99]
+        assert reader.feed(data) is known and reader.body == body[:8_192], data[:99]
         assert not known or bool(reader.error) is (reader.status is None), data[:99]
         if not known and reader.status is None:
             reader.end()
@@ -8684,6 +9170,97 @@ def test_an_answer_is_known_as_soon_as_it_can_be_and_no_sooner():
         False,
         True,
     ] and reader.reusable
+
+
+EXCHANGE_COSTLY = {  # bytes that were dear to read, beside those of the faults
+    "status line": b"HTTP/1.1 200 ".ljust(70_000, b"x"),
+    "head": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 12_000,
+    "lines": b"HTTP/1.1 200 OK\r\n" + b"\r" * 16_000 + b"y\n" * 9_000,
+    "no text": b"HTTP/1.1 500 X\r\n\r\n".ljust(70_000, b"\xff"),
+    "text": b"HTTP/1.1 500 X\r\n\r\n" + b"value-1-value-11-" * 5_000,
+    "chunks": EXCHANGE_CHUNKED % 500 + b"1\r\nx\r\n" * 12_000,
+    "extensions": EXCHANGE_CHUNKED % 500 + (b"1;" + b"x" * 250 + b"\r\nx\r\n") * 300,
+    "hints": b"HTTP/1.1 103 E\r\nLink: </x>\r\n\r\n" * 3_000,
+    "retry": answer(503, b"", "Retry-After: " + "1," * 8_000),
+    "location": answer(302, b"", "Location: /" + "\xff" * 8_000),
+} | {
+    name: getattr(fault, "stream", fault)
+    for name, (fault, *_) in EXCHANGE_FAULTS.items()
+    if isinstance(fault, (bytes, ExchangePlay)) and not name.startswith("4")
+}
+EXCHANGE_URL = "https://a.b/?" + "&".join(f"{n:03}xff" for n in range(280))
+
+
+EXCHANGE_DRIPPER = """if True:
+    import socket, sys, threading, time
+    data, listener = eval(sys.stdin.readline()), socket.create_server(("127.0.0.1", 0), backlog=99)
+    def serve(sock):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.recv(65536)
+        try:
+            for byte in data:
+                sock.sendall(bytes([byte]))
+                time.sleep(0.00005)
+            time.sleep(60)
+        except OSError:
+            pass
+    print(listener.getsockname()[1], flush=True)
+    while True:
+        threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["status line", "head", "chunks", "hints", "no text"])
+def test_sixty_four_answers_that_are_dear_to_read_end_in_time_and_cost_little(wal, serve, name):
+    dripper, well = run_python(EXCHANGE_DRIPPER, stdin=subprocess.PIPE), serve()
+    try:
+        dripper.stdin.write(repr(EXCHANGE_COSTLY[name]) + "\n")
+        dripper.stdin.flush()
+        url = f"http://127.0.0.1:{int(dripper.stdout.readline())}/"
+        outbox = make_outbox(wal, timeout=3.0, clock=Clock())
+        for number in range(64):
+            outbox.add_endpoint(f"{url}{number}?{EXCHANGE_URL.partition('?')[2]}")
+        outbox.add_endpoint(well.url(), id="well")
+        event_id, began = emit(outbox), time.thread_time()
+        with exchange_lateness() as worst:
+            outbox.drain(once=True)
+        assert time.thread_time() - began < 0.05 * 65
+        attempts = outbox.attempts(event_id)
+        assert len(attempts) == 65 and {a.endpoint_id for a in attempts if not a.reason} == {"well"}
+        assert max(attempt.duration for attempt in attempts) < 3.0 + 0.5 + 3 * worst[0]
+    finally:
+        dripper.kill()
+        dripper.communicate()
+
+
+@pytest.mark.parametrize("step", [1, 70_000])
+def test_reading_an_answer_costs_little_and_64_kib_at_most_a_byte_at_a_time_too(exchanging, step):
+    target = webhook_outbox._prepare_url(EXCHANGE_URL, webhook_outbox._Guard())
+    few = [f"value-{n}{n}" for n in range(120)]
+    for hidden in (few, webhook_outbox._hidden_of(target, [(SECRET, None)], {})):
+        for name, stream in EXCHANGE_COSTLY.items():
+            connection, theirs = exchanging.open()
+            exchanging.exchanges.begin(connection, attempt_of(request=b"x"), 0.0)
+            exchanging.exchanges.flush()
+            began, ended, sent = time.thread_time(), [], 0
+            while not ended and sent < len(stream):
+                sent += theirs.send(stream[sent : sent + step])
+                ended = exchanging.exchanges.wait(0)
+            if not ended:  # the end of the connection, or of the time
+                connection.answer.end()
+            answer = connection.answer
+            outcome = webhook_outbox._judge(answer, hidden, 0.0)
+            cost = time.thread_time() - began
+            with contextlib.suppress(BlockingIOError):
+                sent -= len(connection.sock.recv(1 << 20))
+            exchanging.exchanges.shut(connection)
+            whole = exchange_read([stream])
+            assert cost < 0.05 and sent <= 65_536 and len(outcome.response or "") <= 4_096, name
+            if answer.error.endswith("too many pieces"):  # a thousand reads, for a head alone
+                assert step == 1 and len(stream) > 1_000, name
+            else:
+                assert answer.status == whole.status and bool(answer.error) == bool(whole.error)
 
 
 # an answer, and what it comes to: reason, error, response, seconds of Retry-After, whether the
@@ -8753,6 +9330,32 @@ def test_the_kept_response_is_four_kib_of_printable_text(wal, serve):
         assert attempt.response.isprintable() and (
             number > 1 or body.decode().startswith(attempt.response)
         )
+
+
+LONG, OTHER = "".join(map(str, range(1_900)))[:4_000], "".join(map(str, range(2_000, 3_000)))
+ECHOES: list[tuple[int, list[str], str, str]] = [  # status, secrets; body, what is kept of it
+    (500, [LONG, OTHER], LONG + LONG + OTHER, ""),  # cut inside a secret: none of it is shown
+    (
+        500,
+        [OTHER[:300]],
+        "x" * 99 + OTHER[:300] + "y" * 9_000,
+        "x" * 99 + "[redacted]" + "y" * 3_697,
+    ),
+    (200, [OTHER], "x" * 500 + OTHER, "x" * 500 + "[redacted]"[:12]),
+    (200, [OTHER], "x" * 9_000, "x" * 512),
+    (500, ["5hort-5hort", "5hort-5hort-5hort"], "5hort-5hort-5hort", "[redacted]"),
+    (500, [f"value{n}" for n in range(128)], "value7, x", "[redacted], x"),
+    (500, [f"value{n}" for n in range(129)], "no value at all", "[redacted]"),
+    (500, ["longer than the body"] * 999, "no value at all", "no value at all"),
+]
+
+
+@pytest.mark.parametrize(("status", "secrets", "body", "kept"), ECHOES)
+def test_only_what_is_kept_is_searched_for_secrets_and_what_cannot_be_searched_is_not_kept(
+    status, secrets, body, kept
+):
+    reader = exchange_read([answer(status, body.encode())])
+    assert webhook_outbox._judge(reader, secrets, 0.0).response == kept
 
 
 def test_a_connection_to_the_old_url_carries_nothing_for_the_new_one(wal, serve):
@@ -12637,6 +13240,11 @@ ENDINGS = [  # whether the connection carried one before, what comes, how it end
     (True, OK[:9], "close", "closed before an answer was complete"),
     (True, OK[:9], "reset", "ECONNRESET"),
     (True, OK[:-1], "close", 200),
+    (False, answer(408), "close", 408),
+    (True, answer(408), "", None),  # it lost patience before the request came: once more too
+    (True, answer(408, b"slow", "Connection: close"), "close", None),
+    (True, b"HTTP/1.1 102 P\r\n\r\n", "close", "closed before an answer was complete"),
+    (False, b"HTTP/1.1 401 No\r\n\r\nwrong key", "reset", 401),
     (False, answer(413), "reset", 413),  # it answered, and did not read on
     (True, answer(413), "reset", 413),
 ]
@@ -21560,6 +22168,13 @@ def test_the_readmes_receivers_make_one_invoice_of_an_order_whatever_comes(
         outbox.resend(first)
         assert sent(first) == [good, good] and left() == ([("1", 49.99)], [(1,)])
         assert sent(emit(outbox, "forged", {"order_id": "2", "total": 1})) == [(400, "HTTP 400")]
+        for type in (
+            "order.cancelled",
+            "order.items.changed",
+        ):  # nothing that it does something for
+            assert sent(emit(outbox, type, {"order_id": "1", "total": 49.99})) == [good]
+        assert sent(emit(outbox, "order.nothing", {})) == [good]
+        assert outbox.ping("billing").reason is None and left() == ([("1", 49.99)], [(1,)])
         clock.advance(-301)
         late = emit(outbox, data={"order_id": "3", "total": 3.0})
         assert sent(late) == [(400, "HTTP 400")] and left() == ([("1", 49.99)], [(1,)])

@@ -162,9 +162,11 @@ _SQLITE_NEEDED = (3, 34, 0)
 _MAX_BODY = 262_144  # bytes
 _WARN_BODY = 20_480  # bytes; Standard Webhooks asks for small bodies
 _RETENTION = 30 * 86_400.0  # seconds
-_KEPT_RESPONSE = 4_096  # bytes of the answer that are stored
-_READ_RESPONSE = 65_536  # bytes of the answer that are read
+_KEPT_RESPONSE = 4_096  # bytes of an answer that are stored
+_KEPT_SUCCESS = 512  # the same of a 2xx: nobody looks at those, and there are many
+_READ_RESPONSE = 65_536  # bytes of an answer that are read, with its heads and framing
 _READ_HEAD = 16_384  # bytes of status line and headers that are read
+_READ_COST = 64  # bytes that a read, or a chunk, counts as beside its own: what it costs in time
 _IDLE_CONNECTION = (
     60.0  # seconds until an idle connection is closed, so that DNS changes are followed
 )
@@ -1067,7 +1069,8 @@ class ReceivedEvent:
 # (standardwebhooks.com), Stripe's scheme and GitHub's. verify raises SignatureError and nothing
 # else, whatever bytes arrive, and parses last.
 
-_MAX_SIGNATURES = 16
+_MAX_SIGNATURES = 16  # that verify looks at
+_MAX_SECRETS = 10  # that sign one request: the newest ones
 
 
 def _key(secret: str | bytes, least: int = 16, most: int = 1 << 16) -> bytes:
@@ -1151,7 +1154,7 @@ def _signature_headers(
 
 
 _SIGNING_HEADER = re.compile(
-    r"webhook-|stripe-signature$|x-hub-signature-256$|x-github-delivery$", re.IGNORECASE
+    r"(webhook|svix)-|stripe-signature$|x-hub-signature-256$", re.IGNORECASE
 )
 
 
@@ -1200,45 +1203,81 @@ _SCHEMES = ("standard", "stripe", "github")
 
 def _claims(scheme: str, headers: Mapping[str, str]) -> tuple[str, str | None, list[str]]:
     """Return what a request says of itself, unproven: its id, its timestamp and its signatures."""
-    id = headers.get("webhook-id", "")
     if scheme == "github":
         signature = headers.get("x-hub-signature-256")
         if not signature:
             raise SignatureError("X-Hub-Signature-256 is missing")
-        return id or headers.get("x-github-delivery", ""), None, [signature]
+        return headers.get("webhook-id", ""), None, [signature]
     if scheme == "stripe":
         parts = headers.get("stripe-signature", "").split(",", 2 * _MAX_SIGNATURES)
         times = [part[2:] for part in parts if part.startswith("t=")]
         if len(times) != 1:
             raise SignatureError("Stripe-Signature is missing, or does not hold exactly one t=")
-        return id, times[0], [part for part in parts if part.startswith("v1=")]
-    timestamp, signatures = headers.get("webhook-timestamp"), headers.get("webhook-signature")
-    if not (id and timestamp and signatures):
+        signatures = [part for part in parts if part.startswith("v1=")]
+        return headers.get("webhook-id", ""), times[0], signatures
+    names = ("id", "timestamp", "signature")
+    # Svix's older names of the same three: only where none of today's is there, else one of each
+    # could be signed for.
+    brand = "webhook" if any(f"webhook-{name}" in headers for name in names) else "svix"
+    id, timestamp, signature = (headers.get(f"{brand}-{name}") for name in names)
+    if not (id and timestamp and signature):
         raise SignatureError(
             "a header is missing: webhook-id, webhook-timestamp and webhook-signature are needed"
         )
-    if len(id) > 256 or not id.isascii() or not id.isprintable() or "." in id:
-        raise SignatureError("webhook-id is not a plain identifier")
-    return id, timestamp, signatures.split(" ", _MAX_SIGNATURES)
+    return id, timestamp, signature.split(" ", _MAX_SIGNATURES)
 
 
-def _parsed(id: str, id_is_signed: bool, signed_at: int | None, body: bytes) -> ReceivedEvent:
+def _is_stripe_event(data: Mapping[str, Any]) -> bool:
+    return data.get("object") in ("event", "v2.core.event") and isinstance(data.get("id"), str)
+
+
+def _signed_id(data: Any, body: bytes) -> str:
+    """Return an event's id where the scheme signs the body alone: what a header says could be
+    changed in a request that was overheard, and the Inbox would let it in again each time.
+
+    A Stripe event and a CloudEvent say their id in the body. Of other bodies it is their hash: a
+    retry has the same one, and so have two events whose bodies are equal to the byte.
+    """
+    if isinstance(data, dict) and (_is_stripe_event(data) or "specversion" in data):
+        id = data.get("id")
+        if isinstance(id, str) and 1 <= len(id) <= 256 and id.isprintable():
+            return id
+    return "sha256_" + hashlib.sha256(body).hexdigest()
+
+
+def _parsed(scheme: str, id: str, signed_at: int | None, body: bytes) -> ReceivedEvent:
+    """Return the event of a body that is genuine. It is an envelope only with both type and data:
+    what an app sends as the data alone may well have a field `type` of its own."""
     try:
-        data = json.loads(body)
-    except (
-        ValueError,
-        RecursionError,
-    ):  # signed, so authentic; a transform may send something else than JSON
-        return ReceivedEvent(id, signed_at, "", None, body)
-    if isinstance(data, dict) and isinstance(data.get("type"), str):
-        # Stripe's own events: their id is signed with the body, a webhook-id beside it would not
-        # be.
-        if isinstance(data.get("id"), str) and (
-            not id or (not id_is_signed and data.get("object") == "event")
-        ):
-            id = data["id"]
-        return ReceivedEvent(id, signed_at, data["type"], data.get("data"), body)
-    return ReceivedEvent(id, signed_at, "", data, body)
+        whole = json.loads(body)
+    except (ValueError, RecursionError):  # a transform may send something else than JSON
+        whole = None
+    type, data = "", whole
+    typed = isinstance(whole, dict) and isinstance(whole.get("type"), str)
+    if typed and ("data" in whole or _is_stripe_event(whole)):
+        type, data = whole["type"], whole.get("data", whole)
+    if scheme != "standard":
+        id = _signed_id(whole, body)
+    return ReceivedEvent(id, signed_at, type, data, body)
+
+
+def _candidate_keys(scheme: str, secret: Any) -> list[str | bytes]:
+    """Return the keys that verify tries: each secret as it is, and as whoever copied it meant it,
+    without white space around it and with the padding of its base64."""
+    given = [secret] if isinstance(secret, (str, bytes)) else list(secret)
+    keys: list[str | bytes] = []
+    for each in given:
+        if isinstance(each, str):
+            bare = each.strip()
+            if scheme == "standard":
+                bare = bare.rstrip("=")
+                each = bare = bare + "=" * (-len(bare.removeprefix("whsec_")) % 4)
+            keys += [each, bare] if bare else [""]
+        else:
+            keys.append(each)
+    if not keys or not all(keys):
+        raise SignatureError("verify needs a secret")
+    return list(dict.fromkeys(keys))
 
 
 def verify(
@@ -1255,9 +1294,11 @@ def verify(
 
     body: the raw bytes as received, before any JSON or text handling. headers: any mapping, names
     in any case. secret: one or several, while you rotate. tolerance: seconds, before and after.
-    scheme: standard (Standard Webhooks 1.0), stripe, or github, which signs neither time nor id:
-    there a replay cannot be told from the original. Not a guarantee against duplicates: pass the id
-    to Inbox.accept.
+    scheme: standard (Standard Webhooks 1.0, with Svix's names of the headers too), stripe, or
+    github. The latter two sign the body and not the header webhook-id, so the event's id is taken
+    from the body: what a Stripe event or a CloudEvent says there, or the hash of the body. github
+    signs no time either: a replay cannot be told from the original. Not a guarantee against
+    duplicates: pass the id to Inbox.accept.
     """
     try:
         if not isinstance(body, (bytes, bytearray, memoryview)):
@@ -1265,10 +1306,12 @@ def verify(
                 "the body must be the raw bytes of the request, not text or parsed JSON"
             )
         body = bytes(body)
-        keys = [secret] if isinstance(secret, (str, bytes)) else list(secret)
-        if not keys or not all(keys) or scheme not in _SCHEMES:
-            raise SignatureError("verify needs a secret, and a scheme of: " + ", ".join(_SCHEMES))
+        if scheme not in _SCHEMES:
+            raise SignatureError("verify knows the schemes " + ", ".join(_SCHEMES))
+        keys = _candidate_keys(scheme, secret)
         id, timestamp, signatures = _claims(scheme, _received_headers(headers))
+        if len(id) > 256 or not id.isascii() or not id.isprintable() or "." in id:
+            raise SignatureError("webhook-id is not a plain identifier")
         signed_at = None if timestamp is None else _signed_at(timestamp, tolerance, now)
         if not _any_equal(
             (_signature(scheme, key, id, signed_at or 0, body) for key in keys), signatures
@@ -1278,12 +1321,10 @@ def verify(
             )
     except SignatureError:
         raise
-    except (
-        Exception
-    ) as error:  # hostile headers reach odd corners; a receiver answers 400, never 500
+    except Exception as error:  # hostile headers reach odd corners; answer 400, never 500
         why = str(error) if isinstance(error, OutboxError) else type(error).__name__
         raise SignatureError(f"the request cannot be verified: {why}") from None
-    return _parsed(id, scheme == "standard", signed_at, body)
+    return _parsed(scheme, id, signed_at, body)
 
 
 # ── retry policy ──────────────────────────────────────────────────────────────────────────────────
@@ -1399,17 +1440,21 @@ def _held(failures: int, paused_until: float, now: float) -> str:
     return f"held by its Retry-After, next try in {rest}"
 
 
+_MOST_HINTS = 16
+_DAY_AND_DATE = r"[A-Z][a-z]{2,8},? "  # each of the three date formats of RFC 9110 begins like this
+_HINT = re.compile(rf"\s*({_DAY_AND_DATE}[^,]*|[^,]+)")
+
+
 def _retry_after(values: Sequence[str], now: float) -> float | None:
     """Return the seconds of Retry-After (RFC 9110, 10.2.3), 0 to a day; None when absent or not
-    well-formed."""
+    well-formed. A proxy on the way may have joined two of them with a comma; the latest holds."""
     hints: list[float] = []
-    for value in values:
+    for value in itertools.islice(_HINT.findall(",".join(values)), _MOST_HINTS):
+        value = value.strip()
         if re.fullmatch(r"[0-9]+", value, re.ASCII):
             hints.append(float(value))
-        with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):
-            if re.match(
-                r"[A-Z][a-z]{2,8},? ", value
-            ):  # each of RFC 9110's three date formats is GMT
+        elif re.match(_DAY_AND_DATE, value):
+            with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):
                 hints.append(_seconds(email.utils.parsedate_to_datetime(value)) - now)
     return min(max(0.0, *hints), _LONGEST_HINT) if hints else None
 
@@ -1550,7 +1595,7 @@ def _check_authority(url: str) -> str:
 class _Target(NamedTuple):
     """An endpoint's URL as it goes over the wire."""
 
-    url: str
+    url: str  # what a proxy is asked for
     scheme: str
     host: str  # without brackets
     port: int
@@ -1605,10 +1650,9 @@ def _prepare_url(url: str, guard: _Guard) -> _Target:
     if why := _check_host(host, scheme, guard):
         _refuse_url(why)
     netloc = f"[{host}]" if ":" in host else host
-    spelled = f"{netloc}:{port}" if named_port else netloc
-    netloc = netloc if port == (443 if scheme == "https" else 80) else spelled
+    netloc += "" if port == (443 if scheme == "https" else 80) else f":{port}"
     path = (path or "/") + (query or "")
-    return _Target(f"{scheme}://{spelled}{path}", scheme, host, port, netloc, path)
+    return _Target(f"{scheme}://{netloc}{path}", scheme, host, port, netloc, path)
 
 
 def _barred(url: str, guard: _Guard) -> str | None:
@@ -1807,26 +1851,131 @@ class _Lookups:
             answer.set_exception(failure)
 
 
-def _connect(address: str, port: int, patience: float) -> socket.socket:
-    """Return a socket that is connected to an address, and to no other; patience: seconds."""
+_NEXT_ADDRESS = 0.25  # seconds after which the next address of a name is tried too (RFC 8305, 8)
+_REMEMBERED_HOSTS = 1_024
+
+
+def _check_peer(sock: socket.socket, address: str) -> None:
+    peer = sock.getpeername()[0]
+    if peer != address and ipaddress.ip_address(peer) != ipaddress.ip_address(address):
+        raise _Blocked("connected to another address than the one that was dialled")
+
+
+def _new_socket(address: str) -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.settimeout(patience)
-        sock.connect((address, port))
-        peer = sock.getpeername()[0]
-        if peer != address and ipaddress.ip_address(peer) != ipaddress.ip_address(address):
-            raise _Blocked("connected to another address than the one that was dialled")
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def _dial(guard: _Guard, lookups: _Lookups, place: _Place, until: float) -> socket.socket:
+def _connect(address: str, port: int, patience: float) -> socket.socket:
+    """Return a socket that is connected to an address, and to no other; patience: seconds."""
+    sock = _new_socket(address)
+    try:
+        sock.settimeout(patience)
+        sock.connect((address, port))
+        _check_peer(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class _Race:
+    """Connections under way to the addresses of one name."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.failure: OSError = TimeoutError("no time left to connect")
+        self.selector = selectors.DefaultSelector()
+        self.under_way = 0
+
+    def start(self, address: str) -> None:
+        """Begin to connect to one more address."""
+        try:
+            sock = _new_socket(address)
+        except OSError as error:
+            self.failure = error
+            return
+        sock.setblocking(False)
+        error_number = sock.connect_ex((address, self.port))
+        self.selector.register(sock, selectors.EVENT_WRITE, address)
+        self.under_way += 1
+        if error_number not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            self._fail(sock, error_number)
+
+    def _fail(self, sock: socket.socket, error_number: int) -> None:
+        self.failure = OSError(error_number, os.strerror(error_number))
+        self.selector.unregister(sock)
+        self.under_way -= 1
+        sock.close()
+
+    def wait(self, pause: float) -> tuple[socket.socket, str] | None:
+        """Return a socket that is connected, and to which address, if one is within so many
+        seconds."""
+        for key, _ in self.selector.select(max(0.0, pause)):
+            sock: Any = key.fileobj
+            if error_number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self._fail(sock, error_number)
+                continue
+            _check_peer(sock, key.data)
+            self.selector.unregister(sock)
+            return sock, key.data
+        return None
+
+    def close(self) -> None:
+        for key in list(self.selector.get_map().values()):
+            loser: Any = key.fileobj
+            loser.close()
+        self.selector.close()
+
+
+def _connect_to_one(addresses: Sequence[str], port: int, until: float) -> tuple[socket.socket, str]:
+    """Return a socket that is connected to one of the addresses, and to which; until: monotonic.
+
+    The next address is tried beside those before when one has failed, or after a quarter of a
+    second, and whichever answers first is taken. To wait for each in turn would make a name whose
+    first address is a black hole cost seconds at each new connection.
+    """
+    race, left, next_at = _Race(port), collections.deque(addresses), 0.0
+    try:
+        while (now := _monotonic()) < until and (left or race.under_way):
+            before = race.under_way
+            if left and (now >= next_at or not before):
+                race.start(left.popleft())
+                next_at = now + _NEXT_ADDRESS
+            elif winner := race.wait((min(until, next_at) if left else until) - now):
+                return winner
+            if race.under_way < before:
+                next_at = now  # one has failed
+        raise race.failure
+    finally:
+        race.close()
+
+
+def _in_turn(addresses: Sequence[str], last: str | None) -> list[str]:
+    """Return addresses in the order in which they are tried: the one that worked last, then the two
+    families in turn, so that a host whose IPv6 is broken costs one wait (RFC 8305, 4)."""
+    families: tuple[list[str], list[str]] = [], []
+    for address in addresses:
+        families[(":" in address) != (":" in addresses[0])].append(address)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*families))
+    return sorted((address for address in turns if address), key=lambda address: address != last)
+
+
+def _dial(
+    guard: _Guard,
+    lookups: _Lookups,
+    place: _Place,
+    until: float,
+    worked: dict[str, str] | None = None,
+) -> socket.socket:
     """Resolve once, judge every answer, connect to a judged one; until: monotonic. One refused
     answer refuses the name: a DNS that mixes inside and outside addresses is lying about one of
-    them."""
+    them. worked: which address of each host answered last, kept here by the caller."""
     literal = _literal(place.host)
     addresses = [literal] if literal else lookups.find(place.host, place.port, until)
     for address in addresses:
@@ -1836,16 +1985,17 @@ def _dial(guard: _Guard, lookups: _Lookups, place: _Place, until: float) -> sock
             # A customer reads the error, and must not learn from it what is inside our network.
             _log.warning("%s resolves to %s: %s", place.host, address, why)
             raise _Blocked(f"{place.host} is not a public address")
-    failure: OSError = TimeoutError("no time left to connect")
-    for tried, address in enumerate(addresses):
-        patience = (until - _monotonic()) / (len(addresses) - tried)
-        if patience <= 0:
-            break
-        try:
-            return _connect(address, place.port, patience)
-        except OSError as error:
-            failure = error
-    raise failure
+    patience = until - _monotonic()
+    if patience <= 0:
+        raise TimeoutError("no time left to connect")
+    if len(addresses) == 1:
+        return _connect(addresses[0], place.port, patience)
+    worked = {} if worked is None else worked
+    ordered = _in_turn(addresses, worked.get(place.host))
+    sock, worked[place.host] = _connect_to_one(ordered, place.port, until)
+    while len(worked) > _REMEMBERED_HOSTS:
+        worked.pop(next(iter(list(worked))), None)  # list: other threads write to it too
+    return sock
 
 
 class _Contexts:
@@ -1861,25 +2011,30 @@ class _Contexts:
     def get(
         self, ca: str | None, cert: tuple[str, ...], check_hostname: bool = True
     ) -> ssl.SSLContext:
-        ca = ca or requests.utils.DEFAULT_CA_BUNDLE_PATH
-        key = (ca, cert, check_hostname, *(os.stat(path).st_mtime_ns for path in (ca, *cert)))
+        bundle = ca or requests.utils.DEFAULT_CA_BUNDLE_PATH
+        key = (ca, cert, check_hostname, *(os.stat(path).st_mtime_ns for path in (bundle, *cert)))
         with self._lock:
             if key not in self._made:
-                context = ssl.SSLContext(
-                    ssl.PROTOCOL_TLS_CLIENT
-                )  # create_default_context reads SSLKEYLOGFILE
-                context.minimum_version = ssl.TLSVersion.TLSv1_2
-                context.set_alpn_protocols(["http/1.1"])
-                context.load_verify_locations(cafile=ca)
+                context = self._make(bundle, ca is not None, cert)
                 context.check_hostname = check_hostname
-                if cert:
-                    context.load_cert_chain(
-                        cert[0], cert[-1], password=""
-                    )  # never ask on a terminal
                 self._made = {k: v for k, v in self._made.items() if k[:3] != key[:3]} | {
                     key: context
                 }
             return self._made[key]
+
+    def _make(self, bundle: str, is_own: bool, cert: tuple[str, ...]) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the default one reads SSLKEYLOGFILE
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        context.load_verify_locations(cafile=bundle)
+        if is_own:  # it may hold an intermediate, or the receiver's own certificate, and no root
+            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        if cert:
+            context.load_cert_chain(cert[0], cert[-1], password="")  # never ask on a terminal
+            context.post_handshake_auth = True  # receivers may ask when they have seen the path
+        else:
+            context.options |= ssl.OP_NO_RENEGOTIATION  # we would have nothing new to say
+        return context
 
 
 _OLD_URLLIB3 = getattr(urllib3, "__version__", "").startswith("1.")
@@ -1895,6 +2050,7 @@ class _Opener:
             settings.proxy,
         )
         self.lookups, self.contexts = _Lookups(settings.resolver), _Contexts()
+        self.worked: dict[str, str] = {}  # host -> the address that answered last
         self.adapter = requests.adapters.HTTPAdapter() if settings.proxy else None
 
     def close(self) -> None:
@@ -1909,9 +2065,8 @@ class _Opener:
         return sock
 
     def _directly(self, place: _Place, deadline: float) -> socket.socket:
-        sock = _dial(
-            self.guard, self.lookups, place, min(deadline, _monotonic() + self.connect_timeout)
-        )
+        until = min(deadline, _monotonic() + self.connect_timeout)
+        sock = _dial(self.guard, self.lookups, place, until, self.worked)
         if place.scheme == "http":
             return sock
         try:
@@ -2113,7 +2268,7 @@ def _resolve_value(value: str) -> str:
     kind, _, name = value.partition(":")
     found = value
     if kind == "env":
-        found = os.environ.get(name, "")
+        found = os.environ.get(name, "").strip()
     elif kind == "file":
         try:
             with open(name, encoding="utf-8") as file:
@@ -2193,12 +2348,15 @@ class _MasterKey:
 
 _RESERVED_HEADER = re.compile(
     r"(connection|keep-alive|te|trailer|transfer-encoding|upgrade|expect|host|accept-encoding|user-agent"
-    r"|stripe-signature|x-hub-signature-256|proxy-.*|content-.*|webhook-.*)",
+    r"|stripe-signature|x-hub-signature-256|x-github-(event|delivery)|proxy-.*|content-.*|webhook-.*)",
     re.IGNORECASE,
 )
 
 
 _MOST_HEADERS = 16_384  # characters of custom headers in all; receivers refuse more
+_HEADER_VALUE = re.compile(
+    r"[!-~\xa1-\xac\xae-\xff]([ -~\xa1-\xac\xae-\xff]{0,8190}[!-~\xa1-\xac\xae-\xff])?"
+)
 
 
 def _checked_headers(headers: Any) -> dict[str, str]:
@@ -2218,10 +2376,7 @@ def _checked_headers(headers: Any) -> dict[str, str]:
             raise PayloadError(
                 f"the header {name} is set by the outbox or the connection; leave it out"
             )
-        if not isinstance(value, str) or not re.fullmatch(
-            r"[!-~\xa1-\xac\xae-\xff]([ -~\xa1-\xac\xae-\xff]{0,8190}[!-~\xa1-\xac\xae-\xff])?",
-            value,
-        ):
+        if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
             raise PayloadError(
                 f"the value of header {name} must be one line of printable Latin-1 text"
             )
@@ -2232,11 +2387,11 @@ def _checked_headers(headers: Any) -> dict[str, str]:
     return dict(headers)
 
 
-def _clean(value: str) -> str:
-    """Return a header value that came from outside the file; a line break would start a header of
-    its own."""
-    if not value.isprintable():
-        raise _Unready("a header value holds a control character")
+def _clean(what: str, value: str) -> str:
+    """Return what came from outside the file as part of a header. A line break would start a header
+    of its own, and there is no agreed way to write letters beyond ASCII."""
+    if not (value.isascii() and value.isprintable()):
+        raise _Unready(f"{what} must be one line of printable ASCII")
     return value
 
 
@@ -2374,15 +2529,13 @@ class _Wire:
             body, content_type = (
                 made if isinstance(made, tuple) and len(made) == 2 else (made, "application/json")
             )
-            if (
-                not isinstance(body, bytes)
-                or not isinstance(content_type, str)
-                or not content_type.isprintable()
-            ):
+            if not isinstance(body, bytes) or not isinstance(content_type, str):
                 raise _Unready(
                     f"the transform {self.endpoint.body!r} must return bytes, or (bytes, content type)"
                 )
-            return body, content_type
+            return body, _clean(
+                f"the content type of transform {self.endpoint.body!r}", content_type
+            )
         if self.endpoint.body == "data":
             return (picked.data or "").encode(), "application/json"
         if self.endpoint.body == "cloudevents":
@@ -2391,11 +2544,8 @@ class _Wire:
 
     def keys(self, now: float) -> list[str]:
         """Return the secrets that sign now, current first."""
-        valid = [
-            s if s.startswith("whsec_") else self._resolved(s)
-            for s, until in self.secrets
-            if until is None or until > now
-        ]
+        valid = [s for s, until in self.secrets if until is None or until > now]
+        valid = [s if s.startswith("whsec_") else self._resolved(s) for s in valid[:_MAX_SECRETS]]
         if not valid:
             raise _Unready("the endpoint has no valid secret; rotate it")
         return valid
@@ -2411,10 +2561,13 @@ class _Wire:
     def own_headers(self) -> dict[str, str]:
         """Return the endpoint's headers; only these may name the environment, an event's may
         not."""
-        return {
-            name: _resolve_value(value) if value.startswith("env:") else value
-            for name, value in self.endpoint.headers.items()
-        }
+        own = dict(self.endpoint.headers)
+        for name, value in own.items():
+            if value.startswith("env:"):
+                own[name] = _clean(f"the value of header {name} ({value})", _resolve_value(value))
+            elif not _HEADER_VALUE.fullmatch(value):
+                raise _Unready(f"the value of header {name} is damaged; update the endpoint")
+        return own
 
     def _custom_headers(self, picked: _Picked) -> list[tuple[str, str]]:
         """Return the endpoint's headers and the event's; the endpoint's win: an event must not
@@ -2424,7 +2577,7 @@ class _Wire:
         of_event = {
             n: v for n, v in _stored_headers(picked.headers).items() if n.lower() not in taken
         }
-        return [(name, _clean(value)) for name, value in {**own, **of_event}.items()]
+        return list({**own, **of_event}.items())
 
     def request(self, picked: _Picked, now: float) -> tuple[bytes, list[str]]:
         """Return the bytes of one attempt, and what must not be stored if the receiver echoes
@@ -2440,6 +2593,8 @@ class _Wire:
             else []
         )
         extra = "".join([f"{name}: {value}\r\n" for name, value in custom + signed])
+        if "github" in self.schemes:  # its receivers want these two before they verify
+            extra += f"X-GitHub-Event: {picked.type}\r\nX-GitHub-Delivery: {id}\r\n"
         head = (
             f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
             f"webhook-id: {id}\r\nwebhook-timestamp: {int(now)}\r\n{extra}\r\n"
@@ -2450,28 +2605,34 @@ class _Wire:
 
 
 _RUN = re.compile(r"[A-Za-z0-9]+")
+_MOST_HIDDEN = 128  # values that a text is searched for
 
 
 def _redacted(text: str, hidden: Iterable[str]) -> str:
     """Return text without the secrets that a receiver echoed, as they are or as JSON and URLs spell
-    them. Not a guarantee against other encodings, or against a part of a secret."""
+    them. Not a guarantee against other encodings, or against a part of a secret.
+
+    Each value costs a search through the text, and a URL may hold three hundred. Where there are
+    more than can be searched for, nothing of the text is shown.
+    """
     if len(text) < _LEAST_HIDDEN:
         return text
-    for value in hidden:
-        value = value.removeprefix("whsec_")
+    longest = len(text) + len("whsec_")
+    fitting = [value for value in hidden if len(value) <= longest]
+    if not fitting:
+        return text
+    values = {value.removeprefix("whsec_") for value in fitting}
+    if len(values) > _MOST_HIDDEN:
+        return "[redacted]"
+    for value in sorted(values, key=len, reverse=True):  # a value may be a part of another
         # No spelling changes letters and digits; they rule most values out at little cost.
         if _LEAST_HIDDEN <= len(value) <= len(text) and all(
             run in text for run in _RUN.findall(value)
         ):
             in_json = json.dumps(value)[1:-1]
             in_url = urllib.parse.quote(value, errors="replace")
-            for spelling in (
-                value,
-                in_json,
-                in_json.replace("/", "\\/"),
-                in_url,
-                in_url.replace("/", "%2F"),
-            ):
+            spellings = [value, in_json, in_json.replace("/", "\\/")]
+            for spelling in {*spellings, in_url, in_url.replace("/", "%2F")}:
                 text = text.replace(spelling, "[redacted]")
     return text
 
@@ -2513,12 +2674,16 @@ def _read_fields(
 
 
 class _Answer:
-    """Reads one answer, byte by byte if need be, at a cost that grows with what arrived.
+    """Reads one answer, byte by byte if need be, at a bounded cost.
 
-    feed() returns True when the outcome is known. `status` is None where no valid answer came.
-    `reusable`: the connection may carry another request; anything odd (no framing, two lengths, a
-    bad chunk, bytes after the end, a body over the cap) makes it False, and the outcome is then
-    what a valid status says.
+    feed() returns True when the outcome is known. `status` is None until the head of a final answer
+    has come whole; interim ones (1xx) are dropped. `reusable`: the connection may carry another
+    request; anything odd (no framing, two lengths, a bad chunk, bytes after the end, a body beyond
+    what is read) makes it False, and the outcome is then what a valid status says.
+
+    room is what may still be read. All that arrives counts, heads, framing and interim answers too,
+    and each read and each chunk counts as 64 bytes more. So a receiver that sends single bytes gets
+    a thousand reads, which take 0.03 s; counted by bytes alone, they were 65,536 reads.
     """
 
     __slots__ = (
@@ -2527,11 +2692,13 @@ class _Answer:
         "error",
         "headers",
         "reusable",
+        "room",
         "status",
         "_at",
         "_framing",
         "_left",
     )
+    _BODY = 2 * _KEPT_RESPONSE  # bytes that are kept here: see _kept
 
     def __init__(self) -> None:
         self.buffer = bytearray()
@@ -2540,27 +2707,46 @@ class _Answer:
         self.headers: Mapping[bytes, list[bytes]] = {}
         self.error = ""
         self.reusable = True
+        self.room = _READ_RESPONSE
         self._framing = ""  # "", then length, chunked or close
         self._left = 0  # bytes of this body or chunk that are to come; -1: a chunk size is next
         self._at = 0  # what was searched already
 
     def feed(self, data: bytes) -> bool:
+        self.room -= len(data) + _READ_COST
         self.buffer += data
         if not self._framing and not self._read_head():
-            return bool(self.error)
-        return self._read_body()
+            known = bool(self.error)
+        else:
+            known = self._read_body()
+        return self._spent() if self.room <= 0 else known
+
+    def read_nothing(self) -> bool:
+        """Count a read that brought no byte, as TLS makes them; True when that was the last."""
+        self.room -= _READ_COST
+        return self.room <= 0 and self._spent()
 
     def started(self) -> bool:
         """Say whether a byte has come."""
         return bool(self.buffer) or self.status is not None or self._left > 0
+
+    def cut(self) -> _Answer:
+        """There is no time left for the rest of the body; what the status says holds."""
+        self.reusable = False
+        return self
 
     def end(self) -> None:
         """The receiver closed the connection."""
         self.reusable = False
         if self.status is None and not self.error:
             self.error = "the connection was closed before an answer" + (
-                " was complete" if self.buffer else ""
+                " was complete" if self.started() else ""
             )
+
+    def _spent(self) -> bool:
+        if self.status is None and not self.error:
+            self._fail("the answer came in too many pieces")
+        return self._odd()
 
     def _fail(self, error: str) -> bool:
         self.status, self.error, self.reusable = None, error, False
@@ -2571,34 +2757,27 @@ class _Answer:
         return True
 
     def _read_head(self) -> bool:
+        """Say whether the head of a final answer is there. Interim answers (RFC 9110, 15.2) are
+        dropped, but for 101: what follows that is of a protocol that we do not speak."""
         while True:
-            line = _STATUS_LINE.match(self.buffer)
-            if line is None and (
-                b"\n" in self.buffer or not b"HTTP/1.".startswith(bytes(self.buffer[:7]))
-            ):
-                return self._fail("the answer is not HTTP/1.1")
             end = _HEAD_END.search(self.buffer, max(0, self._at - 2))
-            if end is None or line is None:
-                self._at = len(self.buffer)
-                return (
-                    self._fail("the answer's head is too large") if self._at > _READ_HEAD else False
-                )
+            if end is None:
+                return self._await_head()
+            line = _STATUS_LINE.match(self.buffer)
+            if line is None:
+                return self._fail("the answer is not HTTP/1.1")
             if end.end() > _READ_HEAD:
                 return self._fail("the answer's head is too large")
-            if line[2] != b"100":
+            status = int(line[2])
+            if status >= 200:
                 break
-            del self.buffer[
-                : end.end()
-            ]  # 100 Continue: skipped, but what it costs counts against the cap
+            if status == 101:
+                return self._fail("the answer was 101, another protocol")
+            del self.buffer[: end.end()]
             self._left += end.end()
             self._at = 0
             if self._left > _READ_HEAD:
-                return self._fail("endless 100 Continue answers")
-        status = int(line[2])
-        if (
-            status < 200
-        ):  # 101 or an early hint: whatever follows belongs to a protocol that we do not speak
-            return self._fail(f"the answer was {status}, which is not final")
+                return self._fail("endless interim answers")
         self.status = status
         block = bytes(self.buffer[line.end() : end.end()])
         fields = _read_fields(block, line[1] == b"1", status in (204, 304))
@@ -2606,27 +2785,38 @@ class _Answer:
         del self.buffer[: end.end()]
         return True
 
+    def _await_head(self) -> bool:
+        """The head is not whole yet. What came is looked at once: a status line when its end has
+        come, before that only its first seven bytes."""
+        if self.buffer.find(b"\n", self._at) >= 0:
+            sound = _STATUS_LINE.match(self.buffer) is not None
+        else:
+            sound = b"HTTP/1.".startswith(bytes(self.buffer[:7]))
+        self._at = len(self.buffer)
+        if not sound:
+            return self._fail("the answer is not HTTP/1.1")
+        return self._fail("the answer's head is too large") if self._at > _READ_HEAD else False
+
     def _read_body(self) -> bool:
-        if (
-            self._framing == "close"
-        ):  # to the end of the connection; a success needs no waiting for it
+        if self._framing == "close":
+            # It goes to the end of the connection; a success needs no waiting for that.
             self.reusable = False
             self._take(len(self.buffer))
-            return len(self.body) >= _READ_RESPONSE or 200 <= (self.status or 0) < 300
+            return 200 <= (self.status or 0) < 300
         if self._framing == "chunked":
             return self._read_chunks()
         self._left -= self._take(min(self._left, len(self.buffer)))
-        if self._left and len(self.body) < _READ_RESPONSE:
+        if self._left:
             return False
-        return self._odd() if self._left or self.buffer else True
+        return self._odd() if self.buffer else True
 
     def _take(self, count: int) -> int:
-        self.body += self.buffer[:count]
+        self.body += self.buffer[: min(count, self._BODY - len(self.body))]
         del self.buffer[:count]
         return count
 
     def _read_chunks(self) -> bool:
-        while len(self.body) < _READ_RESPONSE:
+        while self.room > 0:
             if self._left == -1:
                 size = _CHUNK.match(self.buffer)
                 if size is None:
@@ -2635,6 +2825,7 @@ class _Answer:
                 if self._left == 0:
                     return self._read_trailer(size.end())
                 del self.buffer[: size.end()]
+                self.room -= _READ_COST
             self._left -= self._take(min(self._left, len(self.buffer)))
             if self._left:
                 return False
@@ -2650,9 +2841,8 @@ class _Answer:
         end = re.match(rb"\r?\n", memoryview(self.buffer)[start:])
         if end is not None:
             return True if start + end.end() == len(self.buffer) else self._odd()
-        return (
-            self._odd() if len(self.buffer) > start + 1 else False
-        )  # trailers: nobody sends them; close
+        # Trailers: nobody sends them, so the connection is closed.
+        return self._odd() if len(self.buffer) > start + 1 else False
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -2673,25 +2863,42 @@ class _Outcome(NamedTuple):
         return self.reason == "timeout" or self.status_code in (429, 502, 504)
 
 
+def _kept(body: bytearray, most: int, hidden: Iterable[str]) -> str | None:
+    """Return what is stored of an answer's body: at most so many bytes, as one printable text.
+
+    A receiver may send 64 KiB of echoed secrets. Only what can be kept is searched for them, and
+    4 KiB more. Where the body was longer, those 4 KiB are thrown away again, because a secret may
+    have been cut at their end.
+    """
+    if not body:
+        return None
+    searched = most + _KEPT_RESPONSE
+    text = body.decode("utf-8", "backslashreplace")
+    if len(text) < searched and len(body) < searched:
+        text = _redacted(text, hidden)
+    else:
+        cut = len(text[:searched]) * _KEPT_RESPONSE // searched
+        text = _redacted(text[:searched], hidden)
+        text = text[: max(0, len(text) - cut)]
+    text = text if text.isprintable() else _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+    return text if len(text) * 4 <= most else text.encode()[:most].decode("utf-8", "ignore")
+
+
 def _judge(answer: _Answer, hidden: Iterable[str], now: float) -> _Outcome:
-    """Return the outcome that a read answer means (SPEC 4)."""
+    """Return the outcome that a read answer means."""
     if answer.status is None:
         return _Outcome(reason="protocol", error=answer.error)
     status, header = answer.status, answer.headers
-    response = None
-    if answer.body:
-        text = _redacted(bytes(answer.body).decode("utf-8", "backslashreplace"), hidden)[
-            :_KEPT_RESPONSE
-        ]
-        text = text if text.isprintable() else _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
-        response = text.encode()[:_KEPT_RESPONSE].decode("utf-8", "ignore")
+    success = 200 <= status < 300
+    response = _kept(answer.body, _KEPT_SUCCESS if success else _KEPT_RESPONSE, hidden)
     order = header.get(b"webhook-delivery", [b""])[-1].lower()
-    if 200 <= status < 300:
+    if success:
         return _Outcome(status, None, None, response, disable=order == b"disable")
     error = f"HTTP {status}"
     if 300 <= status < 400 and b"location" in header:
-        location = header[b"location"][0].decode("latin-1")
-        error += f": redirects are not followed (Location: {_one_line(_redacted(_masked(location), hidden), 200)})"
+        location = _masked(header[b"location"][0].decode("latin-1")[: 200 + _KEPT_RESPONSE])
+        location = _one_line(_redacted(location, hidden), 200)
+        error += f": redirects are not followed (Location: {location})"
     reason = "gone" if status == 410 else "aborted" if order == b"abort-message" else "status"
     hint = None
     if status in (429, 503):
@@ -2704,6 +2911,15 @@ def _judge(answer: _Answer, hidden: Iterable[str], now: float) -> _Outcome:
 def _failure(error: BaseException, hidden: Iterable[str] = ()) -> _Outcome:
     reason, text = _explain(error)
     return _Outcome(reason=reason, error=_redacted(text, hidden))
+
+
+def _result(
+    end: _Answer | BaseException, hidden: Iterable[str], clock: Callable[[], float]
+) -> _Outcome:
+    """Return the outcome of an exchange that ended with an answer, or with an error."""
+    if isinstance(end, _Answer):
+        return _judge(end, hidden, clock())
+    return _failure(end, hidden)
 
 
 # ── catalogue ─────────────────────────────────────────────────────────────────────────────────────
@@ -3082,6 +3298,12 @@ def _checked_proxy(proxy: Any) -> str | None:
     if proxy is not None and not re.fullmatch(r"http://[^/\s]+/?", proxy):
         raise PayloadError("proxy must be http://host:port")
     return proxy  # type: ignore[no-any-return]
+
+
+def _checked_app_name(name: Any) -> str:
+    if not _line("app_name", name, 100).isascii():
+        raise PayloadError("app_name goes into a header: write it in ASCII letters")
+    return str(name)
 
 
 def _checked_home(home: Any) -> str | None:
@@ -5305,6 +5527,7 @@ class _Connection:
     attempt: _Attempt | None = None
     answer: _Answer = dataclasses.field(default_factory=_Answer)
     out: memoryview = _NOTHING  # what of the request is still to be sent
+    failed: OSError | None = None  # sending did; an answer may have come before that
     writing: bool = False  # the selector watches for room to write
     used: bool = False  # was idle before
     proven: bool = False  # has brought an answer
@@ -5658,39 +5881,56 @@ class _Exchanges:
         try:
             while connection.out:
                 connection.out = connection.out[connection.sock.send(connection.out) :]
-        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+        except (BlockingIOError, ssl.SSLWantWriteError):
             pass
-        except (
-            OSError
-        ) as error:  # an answer may have come before the receiver stopped reading: 413, say
-            return self._receive(connection, error)
-        if connection.writing != bool(connection.out):
-            connection.writing = bool(connection.out)
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.writing else 0)
-            self.selector.modify(connection.sock, events, connection)
-
-    def _receive(self, connection: _Connection, failed: OSError | None = None) -> None:
-        try:
-            data = connection.sock.recv(65_536)
-            while data and isinstance(connection.sock, ssl.SSLSocket) and connection.sock.pending():
-                data += connection.sock.recv(65_536)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            if failed is None:
-                return
-            data = b""
+        except ssl.SSLWantReadError:  # a new handshake, which the next read goes on with
+            return self._watch(connection, False)
         except OSError as error:
-            data, failed = b"", failed or error
-        attempt, answer = connection.attempt, connection.answer
+            # A receiver may have answered before it stopped reading: 413, say. Its answer is
+            # looked for before the request, which may be large, goes out once more.
+            connection.failed, connection.out = error, _NOTHING
+            self._watch(connection, False)
+            return self._receive(connection)
+        if connection.writing != bool(connection.out):
+            self._watch(connection, bool(connection.out))
+
+    def _watch(self, connection: _Connection, writing: bool) -> None:
+        """Have wait() look at a connection when there is something to read, and room to write if
+        that is asked."""
+        connection.writing = writing
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
+        self.selector.modify(connection.sock, events, connection)
+
+    def _receive(self, connection: _Connection) -> None:
+        """Read once from a connection: a receiver that sends without end gets one read a turn, and
+        what one answer may hold in all."""
+        attempt, answer, sock = connection.attempt, connection.answer, connection.sock
+        if connection.writing != bool(connection.out):
+            self._watch(connection, bool(connection.out))
+        try:
+            data = sock.recv(answer.room)
+            while data and isinstance(sock, ssl.SSLSocket) and sock.pending():
+                data += sock.recv(sock.pending())
+        except (BlockingIOError, ssl.SSLWantReadError):
+            if attempt is not None and answer.read_nothing():
+                self._end(connection, attempt, answer)
+            return
+        except ssl.SSLWantWriteError:  # TLS itself has something to say: a client certificate
+            return self._watch(connection, True)
+        except OSError as error:
+            data, connection.failed = b"", connection.failed or error
         if attempt is None:  # idle: closed by the receiver, or it speaks out of turn
             self.shut(connection)
-        elif not data and self._dead(connection):
-            pass
-        elif not data and failed is not None and answer.status is None:
-            self._end(connection, attempt, failed)
-        elif not data:
+        elif data:
+            if answer.feed(data):
+                again = answer.status == 408 and self._may_try_again(connection)
+                self._end(connection, attempt, None if again else answer)
+        elif not answer.started() and self._may_try_again(connection):
+            self._end(connection, attempt, None)
+        elif connection.failed is not None and answer.status is None:
+            self._end(connection, attempt, connection.failed)
+        else:
             answer.end()
-            self._end(connection, attempt, answer)
-        elif answer.feed(data):
             self._end(connection, attempt, answer)
 
     def _end(
@@ -5699,21 +5939,15 @@ class _Exchanges:
         connection.ended = True
         self._ended.append((connection, attempt, result))
 
-    def _dead(self, connection: _Connection) -> bool:
-        """A kept-alive connection that ends before a byte of the answer was most likely closed
-        before our request came: the attempt is tried once more, as every HTTP client does. If it
-        was not, the receiver gets a duplicate with the same id (P3)."""
-        attempt, answer = connection.attempt, connection.answer
-        if (
-            attempt is None
-            or not connection.used
-            or attempt.resent
-            or answer.buffer
-            or answer.status
-        ):
+    def _may_try_again(self, connection: _Connection) -> bool:
+        """Say whether an attempt whose first news is the end of its connection, or a 408, is tried
+        once more, as every HTTP client does: on a connection used before, the receiver most likely
+        closed it, or had lost patience, before the request came. If it had not, it gets a duplicate
+        with the same id."""
+        attempt = connection.attempt
+        if attempt is None or not connection.used or attempt.resent:
             return False
         attempt.resent = True
-        self._end(connection, attempt, None)
         return True
 
     def keep(self, connection: _Connection, mono: float) -> None:
@@ -6185,11 +6419,9 @@ class _Sender:
             return self._place(attempt, mono)
         if isinstance(result, _Answer):
             origin.answered(connection, attempt, mono)
-            outcome = _judge(result, attempt.hidden, self.settings.clock())
-        else:
-            outcome = _failure(result, attempt.hidden)
-        fits = not self.stopping and origin.keeps(mono)
-        if fits and isinstance(result, _Answer) and result.reusable and not connection.out:
+        outcome = _result(result, attempt.hidden, self.settings.clock)
+        fits = not (self.stopping or connection.out or connection.failed) and origin.keeps(mono)
+        if fits and isinstance(result, _Answer) and result.reusable:
             self._keep(connection, mono)
         else:
             self.exchanges.shut(connection)
@@ -6302,17 +6534,23 @@ class _Sender:
             self._serve(origin, mono)
 
     def _expire(self, attempt: _Attempt, mono: float) -> None:
-        if attempt.connection is not None:
-            self.exchanges.shut(attempt.connection)
-        elif (
-            attempt.step == "making"
-        ):  # opening a connection ends in time, the host's own code need not
+        """End an attempt whose time is over: with what its status says where one was read, of an
+        answer that never ends."""
+        connection = attempt.connection
+        if connection is not None and connection.ended:
+            return  # the next wait() tells what came of it
+        if connection is not None and connection.answer.status is not None:
+            return self._carried(connection, attempt, connection.answer.cut(), mono)
+        if connection is not None:
+            self.exchanges.shut(connection)
+        elif attempt.step == "making":
+            # Opening a connection ends in time, the host's own code need not.
             self.openers.busy -= 1
             attempt.lane.making -= 1
             attempt.lane.lost += 1
         elif attempt.step == "calling":
             attempt.lane.lost += 1
-        waited = "for a connection" if attempt.connection is None else "for the answer"
+        waited = "for a connection" if connection is None else "for the answer"
         waited = "for its sender" if attempt.step == "calling" else waited
         error = f"no time left after {mono - attempt.started:.1f} s, waiting {waited}"
         self._finish(attempt, _Outcome(reason="timeout", error=error))
@@ -6381,12 +6619,10 @@ def _send_once(
         exchanges.begin(connection, attempt, mono)
         exchanges.flush()
         while (left := deadline - _monotonic()) > 0:
-            for _, _, result in exchanges.wait(left):
-                return (
-                    _judge(result, hidden, now)
-                    if isinstance(result, _Answer)
-                    else _failure(result or OSError())
-                )
+            for _, _, end in exchanges.wait(left):
+                return _result(end or OSError(), hidden, settings.clock)
+        if connection.answer.status is not None:
+            return _result(connection.answer.cut(), hidden, settings.clock)
         raise TimeoutError
     except Exception as error:
         return _failure(error, hidden)
@@ -7945,7 +8181,7 @@ class Outbox:
             if failed_retention is None
             else _number("failed_retention", failed_retention, 0, 1e11)
         )
-        self.app_name = _line("app_name", app_name, 100)
+        self.app_name = _checked_app_name(app_name)
         self.home = _checked_home(home)
         self.proxy, self.observer = _checked_proxy(proxy), observer
         self.transforms = {**_TRANSFORMS, **(transforms or {})}
@@ -8371,7 +8607,7 @@ class Outbox:
         self, id: str, *, secret: str | None = None, grace: float = 86_400.0, conn: Any = None
     ) -> Endpoint:
         """Give an endpoint a new secret; for `grace` seconds requests carry signatures of the old
-        ones too."""
+        ones too, of the newest ten in all."""
         secret = self._given_secret(secret)
         until = self.clock() + _number("grace", grace, 0, 1e9)
         with self._writing(conn) as cursor:
@@ -8383,6 +8619,7 @@ class Outbox:
                 if s != stored
             ]
             valid = [(stored, None), *(pair for pair in old if pair[1] > self.clock())]
+            valid = valid[:_MAX_SECRETS]
             cursor.execute(
                 "UPDATE main.webhook_endpoints SET secrets = ? WHERE id = ?", (_dumps(valid), id)
             )
@@ -12017,7 +12254,7 @@ class _Demo:
             return 400
         self.received.append(event.id)
         with contextlib.closing(sqlite3.connect(self.billing)) as conn, conn:
-            if self.inbox.accept(conn, event.id):
+            if event.type == "order.created" and self.inbox.accept(conn, event.id):
                 conn.execute(
                     "INSERT INTO invoices VALUES (?, ?)",
                     (event.data["order_id"], event.data["total"]),

@@ -22915,7 +22915,10 @@ def measured(*rows: str, rounds: int = 3, **case: Any) -> Callable[[Any], Any]:
 
 class BenchReceiver(asyncio.Protocol):
     """Answers with the time it is (/), the same 50 ms later (/slow), and closes (/close), with 500
-    (/refuse), or never (/hang)."""
+    (/refuse), or never (/hang); after 14 s (/late), one request of six (/odd), with a success that
+    drips (/drip), or in 60 kB of chunks of one byte (/work)."""
+
+    asked = 0  # by /odd
 
     def connection_made(self, transport: Any) -> None:
         self.transport, self.buffer = transport, b""
@@ -22930,12 +22933,26 @@ class BenchReceiver(asyncio.Protocol):
                 status,
                 time.monotonic(),
             )
-            if kind == b"s":
-                asyncio.get_running_loop().call_later(0.05, self.transport.write, reply)
+            loop = asyncio.get_running_loop()
+            if kind == b"o":
+                BenchReceiver.asked += 1
+                kind = b"h" if BenchReceiver.asked % 6 else b""
+            if kind in (b"s", b"l"):
+                loop.call_later(0.05 if kind == b"s" else 14, self.transport.write, reply)
+            elif kind == b"d":
+                self.drip(reply, 0)
+            elif kind == b"w":
+                head = b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n"
+                self.transport.write(head + b"1;x\r\n \r\n" * 6_000)
             elif kind != b"h":
                 self.transport.write(reply)
                 if kind == b"c":
                     self.transport.close()
+
+    def drip(self, reply: bytes, at: int) -> None:
+        if at < len(reply) and not self.transport.is_closing():
+            self.transport.write(reply[at : at + 1])
+            asyncio.get_running_loop().call_later(0.2, self.drip, reply, at + 1)
 
 
 def bench_receiver(certificate: str) -> None:
@@ -23515,6 +23532,82 @@ def endpoints_that_hang_or_refuse_cost_the_others_nothing(
     rate, p99 = healthy(bench, path, False)
     rate_beside, p99_beside = healthy(bench, path.with_suffix(".trouble"), True)
     yield from (rate_beside / rate, p99_beside / p99, (rate, rate_beside), (p99, p99_beside))
+
+
+STRANGERS = {  # what they do: how many, events for each
+    "hang": (100, 20),
+    "late": (5, 200),  # answer 200 after 14 s
+    "odd": (40, 200),  # answer one request of six, and hang on the rest
+    "drip": (200, 20),  # a success, a byte each 0.2 s
+    "work": (40, 200),  # answers that are expensive to read
+    "refuse": (100, 20),
+    "backlog": (1, BENCH_ROWS // 4),  # that hangs
+    "names": (40, 20),  # whose lookup hangs
+    "changed": (200, 1),  # a secret is rotated ten times a second
+}
+
+
+def strangers_come(bench: Bench, path: pathlib.Path, outbox: Outbox, kind: str) -> None:
+    number, events = STRANGERS[kind]
+    page = {"backlog": "hang", "names": "", "changed": ""}.get(kind, kind)
+    port = urllib.parse.urlsplit(bench.own).port
+    with outbox.transaction() as conn:
+        for n in range(number):
+            host = f"hangs{n}.test" if kind == "names" else f"127.0.3.{n + 1}"
+            url = f"http://{host}:{port}/{page}"
+            outbox.add_endpoint(url, id=f"stranger{n}", events=["none"], conn=conn)
+    ids = [f"stranger{n}" for n in range(number)]
+    for some in range(0, events, 2_000):  # a transaction of ours must not hold the host up
+        bench_fill(path, min(2_000, events - some), *ids)
+
+
+def beside_strangers(bench: Bench, path: pathlib.Path, kind: str) -> Iterator[Any]:
+    """Measure 50 healthy endpoints at 100 events a second, before strangers come and with them."""
+    release = threading.Event()
+    outbox = bench_outbox(
+        make_database(path), resolver=lambda host, port: release.wait(60) or ["127.0.0.1"]
+    )
+    with outbox.transaction() as conn:
+        for n in range(50):
+            outbox.add_endpoint(bench.own, id=f"ok{n}", events=[f"ok.{n}"], conn=conn)
+
+    def emitted(seconds: float) -> list[str]:
+        ids, begun = [], time.monotonic()
+        for n in range(int(100 * seconds)):
+            time.sleep(max(0.0, begun + n / 100 - time.monotonic()))
+            ids.append(emit(outbox, f"ok.{n % 50}", BENCH_DATA))
+            if kind == "changed" and n % 10 == 0 and outbox.endpoints()[50:]:
+                outbox.rotate_secret(f"stranger{n // 10 % 200}")
+        return ids
+
+    outbox.start()
+    emitted(1.0)  # each is known to answer
+    before = emitted(4.0)
+    strangers_come(bench, path, outbox, kind)
+    beside = emitted(8.0)
+    time.sleep(2.0)
+    outbox.stop(0.1)
+    release.set()
+    took = dict(
+        query(path, "SELECT e.id, 1e3 * (delivered_at - created_at) FROM webhook_events AS e"
+                    " JOIN webhook_deliveries ON event = seq WHERE type GLOB 'ok*'")
+    )  # fmt: skip
+    one, two = ([took[id] or 1e6 for id in ids] for ids in (before, beside))
+    yield part(two, 0.99) / part(one, 0.99)
+    yield part(one, 0.5), part(one, 0.99)
+    yield part(two, 0.5), part(two, 0.99)
+    yield 100 * sum(milliseconds < 2_000 for milliseconds in two) / len(two)
+
+
+for _kind in STRANGERS:
+    measured(
+        f"{_kind} p99 of healthy endpoints with such strangers, of before; <= 10 x",
+        f"{_kind} - p50 / p99 before; ms",
+        f"{_kind} - p50 / p99 with them; ms",
+        f"{_kind} - arrived within two seconds; >= 99 %",
+        rounds=1,
+        kind=_kind,
+    )(beside_strangers)
 
 
 @measured("N9 receiver that takes 50 ms, 64 at once, of the bound; >= 0.95 x", workers=64)

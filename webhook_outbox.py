@@ -3294,6 +3294,10 @@ def _checked_events(events: Any, known: _Known) -> str:
     return _dumps(patterns)
 
 
+def _checked_retention(seconds: Any) -> float | None:
+    return None if seconds is None else _number("failed_retention", seconds, 0, 1e11)
+
+
 def _checked_proxy(proxy: Any) -> str | None:
     if proxy is not None and not re.fullmatch(r"http://[^/\s]+/?", proxy):
         raise PayloadError("proxy must be http://host:port")
@@ -8169,28 +8173,26 @@ class Outbox:
         rng: Callable[[], float] = random.random,
         resolver: _Resolver | None = None,
     ) -> None:
-        self.path = _path(database)
-        self.retry = retry or RetryPolicy()
+        self.path, self.retry = _path(database), retry or RetryPolicy()
         self.timeout = _number("timeout", timeout, 0.01, 3600)
         self.connect_timeout = _number("connect_timeout", connect_timeout, 0.01, 3600)
         self.workers = int(_number("workers", workers, 1, 10_000))
         self.max_body = int(_number("max_body", max_body, 1, 1 << 30))
         self.retention = _number("retention", retention, 0, 1e11)
-        self.failed_retention = (
-            None
-            if failed_retention is None
-            else _number("failed_retention", failed_retention, 0, 1e11)
-        )
+        self.failed_retention = _checked_retention(failed_retention)
         self.app_name = _checked_app_name(app_name)
-        self.home = _checked_home(home)
-        self.proxy, self.observer = _checked_proxy(proxy), observer
+        self.home, self.master = _checked_home(home), _MasterKey(master_key)
+        self.proxy = _checked_proxy(proxy)
+        self.observer, self.json_default = observer, json_default
         self.transforms = {**_TRANSFORMS, **(transforms or {})}
         self.senders = _checked_senders(senders)
         self.clock, self.rng, self.resolver = clock, rng, resolver
-        self.master = _MasterKey(master_key)
         self._guard = _Guard(_networks(allow_networks), allow_http)
         self._catalogue = _Catalogue(event_types)
-        self.json_default = json_default
+        self._open(create, sqlite_only)
+
+    def _open(self, create: bool, sqlite_only: bool) -> None:
+        """Make or check the tables; have the process know of this outbox."""
         if sqlite_only:
             _PROCESS.sqlite_only.add(self.path)
         self._identity = _prepare_file(self.path, create)

@@ -1008,13 +1008,14 @@ def emit_bad_values(option: str) -> list[Any]:
         "data": data,
         "headers": headers,
         "delay": delays,
+        "expires": [0, -1, math.nan, math.inf, "1", True, 1e10, 1e-4],
     }
     bad["tenant"] = tenants
     return bad.get(option, lines)
 
 
 @pytest.mark.parametrize(
-    "option", ["type", "data", "headers", "delay", "key", "idempotency_key", "tenant"]
+    "option", ["type", "data", "headers", "delay", "expires", "key", "idempotency_key", "tenant"]
 )
 def test_a_bad_value_is_refused_before_anything_is_written(wal, option):
     outbox, statements = make_outbox(wal), []
@@ -1742,6 +1743,10 @@ SQL_EMITS: dict[str, tuple[str, str | None]] = {
     "nul data": ("'a', '{}' || char(0) || 'x', NULL, NULL", "data must be JSON"),
     "large": ("'a', '\"' || printf('%.262143c', 'x') || '\"', NULL, NULL", "data is too large"),
     "headers": ("'a', '{}', NULL, '[]'", "headers must be"),
+    "no expires": ("'a', '{}', NULL, NULL, 0", "expires must be"),
+    "text expires": ("'a', '{}', NULL, NULL, '5'", "expires must be"),
+    "endless expires": ("'a', '{}', NULL, NULL, 9e999", "expires must be"),
+    "some expires": ("'order.created', '{\"n\": 1}', NULL, NULL, 5", None),
     "tenant": ("'a', '{}', NULL, NULL, 'c 42'", "tenant must be"),
     "tenant of all": ("'a', '{}', NULL, NULL, '*'", "tenant must be"),
     "empty tenant": ("'a', '{}', NULL, NULL, ''", "tenant must be"),
@@ -1761,7 +1766,8 @@ def test_plain_sql_emits_under_the_same_rules(wal, language):
     outbox, wrong = make_outbox(wal), []
     outbox.add_endpoint("https://example.com/", tenant="*")
     for name, (values, refusal) in SQL_EMITS.items():
-        columns = "type, data, key, headers" + (", tenant" if "tenant" in name else "")
+        columns = "type, data, key, headers"
+        columns += "".join(f", {last}" for last in ("tenant", "expires") if last in name)
         insert = f"INSERT INTO webhook_emit ({columns}) VALUES ({values})"
         said, ((before,),) = "", query(wal, "SELECT count(*) FROM webhook_events")
         if language == "shell":
@@ -6605,6 +6611,106 @@ def test_a_delivery_expires_when_its_endpoint_failed_for_its_whole_window(
         [] if break_ else [(id, 3, "expired", 500)]
     )
     assert len(receiver.requests) == 3 + break_
+
+
+def emit_expiring(path: str, outbox: Outbox, way: str, **options: Any) -> str:
+    """Emit what expires, by the library or in plain SQL at the same time."""
+    if way == "library":
+        return emit(outbox, **options)
+    named = {"type": "order.created", "data": "{}", **options, "created_at": outbox.clock()}
+    columns, marks = ", ".join(named), ", ".join("?" * len(named))
+    query(path, f"INSERT INTO webhook_emit ({columns}) VALUES ({marks})", *named.values())
+    return outbox.events(limit=1)[0].id
+
+
+@pytest.mark.parametrize("way", ["library", "plain SQL"])
+def test_what_is_not_delivered_when_it_expires_ends_in_the_failed_table_without_an_attempt(
+    database: str, serve: Serve, way: str
+) -> None:
+    """By emission, whatever the delay was; what is delivered before is not concerned."""
+    clock, receiver, notices = Clock(), serve([answer(500), OK]), list[webhook_outbox.Notice]()
+    outbox = make_outbox(
+        database, clock=clock, retry=RetryPolicy((0, 100, 100), 0.0), observer=notices.append
+    )
+    outbox.add_endpoint(receiver.url(), id="crm", max_in_flight=1)
+    tried = emit_expiring(database, outbox, way, expires=50)
+    outbox.drain(once=True)
+    good = emit_expiring(database, outbox, way, expires=50)
+    never = emit_expiring(database, outbox, way, expires=50, delay=70)
+    held = emit_expiring(database, outbox, way, expires=60)
+    outbox.disable_endpoint("crm")
+    clock.advance(49)
+    assert outbox.drain(once=True) == webhook_outbox.DrainReport(0, 0, 0, 0)
+    outbox.enable_endpoint("crm")
+    assert outbox.drain(once=True).delivered == 2  # good, and held
+    assert {statuses(outbox, id)["crm"] for id in (good, held)} == {"delivered"}
+    clock.advance(1)
+    report = outbox.drain(once=True)
+    assert (report.failed, report.pending, len(receiver.requests)) == (2, 0, 3)
+    assert {
+        (f.event_id, f.attempts, f.reason, f.status_code, f.response, f.failed_at)
+        for f in outbox.failed()
+    } == {(tried, 1, "expired", None, None, clock()), (never, 0, "expired", None, None, clock())}
+    assert all("2023-11-14" in f.error for f in outbox.failed())
+    assert len(outbox.attempts(tried)) == 1 and not outbox.attempts(never)
+    assert collections.Counter(notice.kind for notice in notices)["gave_up"] == 2
+    counted = [line for line in outbox.metrics().splitlines() if not line.startswith("#")]
+    assert 'webhook_outbox_given_up_total{endpoint="crm"} 2' in counted
+    assert not any("attempts_total" in line and "expired" in line for line in counted)
+    assert outbox.replay(ids=[outbox.failed()[0].id]) == 1 == outbox.resend(never)
+    clock.advance(1000)
+    assert outbox.drain(once=True).delivered == 2  # somebody's word overrules it
+    outbox.add_endpoint(receiver.url(), id="late")
+    fresh = emit_expiring(database, outbox, way, expires=5000)
+    query(database, "DELETE FROM webhook_deliveries WHERE endpoint_id = 'late'")
+    assert outbox.backfill("late", since=0.0) == 1 and statuses(outbox, fresh)["late"] == "pending"
+    clock.advance(5000)
+    assert outbox.drain(once=True).failed == 2
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("on_dead", ["skip", "hold"])
+def test_what_expires_in_a_queue_lets_those_behind_it_go_unless_the_endpoint_holds_queues(
+    database: str, serve: Serve, ordered: bool, on_dead: str
+) -> None:
+    clock, receiver = Clock(), serve([answer(500), OK])
+    outbox = make_outbox(database, clock=clock, retry=RetryPolicy((0, 1000), 0.0))
+    outbox.add_endpoint(receiver.url(), id="a", ordered=ordered, on_dead=on_dead)
+
+    def say(*numbers: int, **options: Any) -> None:
+        with outbox.transaction() as conn:
+            for n in numbers:
+                outbox.emit(conn, "order.created", {"n": n}, key="k", **options)
+
+    say(0, expires=100)
+    outbox.drain(once=True)  # it waits 1,000 s for its next try, and is worth something for 100
+    say(*range(1, 300), expires=100)
+    say(300, 301)
+    clock.advance(100)
+    outbox.drain(once=True)
+    sent = [json.loads(request.body)["data"]["n"] for request in receiver.requests]
+    assert sent == ([0, 300, 301] if on_dead == "skip" else [0])
+    assert len(outbox.failed(limit=999)) == (300 if on_dead == "skip" else 1)
+    if on_dead == "hold":
+        assert outbox.discard(all=True) == 1
+        assert outbox.drain(once=True).failed == 1  # the next one holds it in its turn
+        outbox.update_endpoint("a", on_dead="skip")
+        assert outbox.drain(once=True).delivered == 2
+
+
+def test_a_row_that_was_sent_again_by_hand_just_as_it_expired_is_not_given_up(wal: str) -> None:
+    """The drain decided, and has not recorded it yet."""
+    outbox = make_outbox(wal)
+    outbox.add_endpoint("https://example.com/", id="a")
+    id = emit(outbox, expires=10)
+    (seq,) = query(wal, "SELECT seq FROM webhook_events")[0]
+    outbox.resend(id)
+    with contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as db:
+        row = webhook_outbox._Row(
+            "expired", seq, "a", "failed", 2e9, 2e9, 0.0, None, "expired", "late"
+        )
+        webhook_outbox._write_record(db, [row])
+    assert statuses(outbox, id) == {"a": "pending"} and not outbox.failed()
 
 
 def test_a_drain_that_was_off_for_a_week_delivers(database: str, serve: Serve) -> None:

@@ -302,6 +302,11 @@ _EMIT_CHECKS = "".join(
             "delay must be seconds, 0 to 1e9",
         ),
         (
+            "NEW.expires IS NOT NULL AND (typeof(NEW.expires) NOT IN ('real', 'integer')"
+            " OR NEW.expires NOT BETWEEN 0.001 AND 1e9)",
+            "expires must be seconds, 0.001 to 1e9",
+        ),
+        (
             "length(NEW.key) > 256 OR instr(NEW.key, char(0))",
             "key must be text of at most 256 characters",
         ),
@@ -317,7 +322,7 @@ _EMIT_CHECKS = "".join(
 # the head if nobody else is in it; a trigger that looked at each new row would cost an eighth of an
 # emit, in no queue too. Two selects and not IN: that builds a table for its two values.
 _MATCH = """
-  SELECT NEW.seq, endpoint_id, NEW.due_at, iif(ordered, '', NEW.key),
+  SELECT NEW.seq, endpoint_id, NEW.due_at, NEW.expires_at, iif(ordered, '', NEW.key),
          iif(EXISTS (
            SELECT 1 FROM webhook_deliveries
             WHERE (endpoint_id = p.endpoint_id AND queue = iif(ordered, '', NEW.key))
@@ -371,6 +376,13 @@ _AFTER_TRY = """
          delivered_at = iif(NEW.status = 'delivered', NEW.at + NEW.duration, delivered_at)
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id
      AND (status = 'pending' OR status = 'queued'{});"""
+_GIVE_UP = """
+  INSERT OR IGNORE INTO webhook_failed
+         (event, endpoint_id, type, key, attempts, reason, status_code, error, response, first_attempt_at, failed_at)
+  SELECT d.event, d.endpoint_id, coalesce(e.type, ''), e.key, d.attempts,
+         NEW.reason, NEW.status_code, NEW.error, NEW.response, d.first_attempt_at, NEW.at + NEW.duration
+    FROM webhook_deliveries AS d LEFT JOIN webhook_events AS e ON e.seq = d.event
+   WHERE NEW.status = 'failed' AND d.status = 'failed' AND d.event = NEW.event AND d.endpoint_id = NEW.endpoint_id;"""
 
 
 def _checks(condition: str, columns: str) -> str:
@@ -449,7 +461,8 @@ _FIRST_SCHEMA = (
   idempotency_key TEXT,
   headers TEXT,                                -- JSON object
   created_at REAL NOT NULL,
-{_numbers("created_at")},
+  expires_at REAL,                             -- from then on it is worth nothing
+{_numbers("created_at expires_at")},
 {_texts("type tenant data key idempotency_key headers")},
   CHECK (seq BETWEEN 0 AND 6900000000000000000)  -- beyond it there would soon be no key left
 )""",
@@ -469,11 +482,12 @@ _FIRST_SCHEMA = (
   status TEXT NOT NULL DEFAULT 'pending',      -- pending, queued, delivered, failed, discarded, cancelled
   attempts INTEGER NOT NULL DEFAULT 0,
   due_at REAL NOT NULL,
+  expires_at REAL,                             -- the event's, until somebody replays or resends it
   first_attempt_at REAL,
   delivered_at REAL,
   queue TEXT,                                  -- the event's key; '' on an ordered endpoint
   PRIMARY KEY (event, endpoint_id),
-{_numbers("due_at first_attempt_at delivered_at")},
+{_numbers("due_at expires_at first_attempt_at delivered_at")},
 {_wholes("attempts")},
 {_texts("endpoint_id")}
 ) WITHOUT ROWID""",
@@ -534,7 +548,7 @@ _FIRST_SCHEMA = (
     # reason filters are decided outside: `matched` are the endpoints that let the event through, each
     # between blanks. The library leaves it out until it is told that there are filters.
     """CREATE VIEW webhook_accept AS
-SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, 0.0 AS due_at, NULL AS outbox,
+SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, expires_at, 0.0 AS due_at, NULL AS outbox,
        NULL AS internal, NULL AS matched FROM webhook_events""",
     f"""CREATE TRIGGER webhook_accept_insert INSTEAD OF INSERT ON webhook_accept BEGIN
   SELECT RAISE(ABORT, 'webhook_emit: this is another outbox')
@@ -545,21 +559,25 @@ SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, 0.0 A
    WHERE idempotency_key = NEW.idempotency_key AND coalesce(tenant, '') = coalesce(NEW.tenant, '');
   SELECT RAISE(ABORT, 'webhook_emit: the key is not new')
    WHERE NEW.seq <= (SELECT max(seq) FROM webhook_events);
-  INSERT INTO webhook_events (seq, type, tenant, data, key, idempotency_key, headers, created_at)
-  VALUES (NEW.seq, NEW.type, NEW.tenant, NEW.data, NEW.key, NEW.idempotency_key, NEW.headers, NEW.created_at);
-  INSERT INTO webhook_deliveries (event, endpoint_id, due_at, queue, status){_MATCH.format("coalesce(NEW.tenant, '')")}
+  INSERT INTO webhook_events (seq, type, tenant, data, key, idempotency_key, headers, created_at, expires_at)
+  VALUES (NEW.seq, NEW.type, NEW.tenant, NEW.data, NEW.key, NEW.idempotency_key, NEW.headers, NEW.created_at,
+          NEW.expires_at);
+  INSERT INTO webhook_deliveries (event, endpoint_id, due_at, expires_at, queue, status){_MATCH.format("coalesce(NEW.tenant, '')")}
      AND (NEW.internal IS NULL OR pattern = NEW.type)
    UNION ALL{_MATCH.format("'*'")};
 END""",
     """CREATE VIEW webhook_emit AS
-SELECT type, data, tenant, key, idempotency_key, 0.0 AS delay, headers, created_at FROM webhook_events""",
+SELECT type, data, tenant, key, idempotency_key, 0.0 AS delay, 0.0 AS expires, headers, created_at
+  FROM webhook_events""",
     f"""CREATE TRIGGER webhook_emit_insert INSTEAD OF INSERT ON webhook_emit BEGIN{_EMIT_CHECKS}
-  INSERT INTO webhook_accept (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, matched)
+  INSERT INTO webhook_accept
+         (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, expires_at, matched)
   SELECT max((min(CAST({_NOW}000 AS INTEGER), {_LAST_MILLISECOND}) << {_CHANCE_BITS}) | {_CHANCE},
              coalesce((SELECT max(seq) FROM webhook_events), 0) + 1 + {_CHANCE}),
          NEW.type, CAST(NEW.tenant AS TEXT), CAST(NEW.data AS TEXT), nullif(NEW.key, ''),
          NEW.idempotency_key, NEW.headers, coalesce(NEW.created_at, {_NOW}),
-         coalesce(NEW.created_at, {_NOW}) + coalesce(NEW.delay, 0.0),
+         coalesce(NEW.created_at, {_NOW}) + min(coalesce(NEW.delay, 0.0), coalesce(NEW.expires, 1e9)),
+         coalesce(NEW.created_at, {_NOW}) + NEW.expires,
          coalesce(' ' || group_concat(endpoint_id, ' ') || ' ', ' ')
     FROM (SELECT endpoint_id FROM ({_FILTERED.format("NEW.")}) AS p,
                   {_MET_BY_NEW[0]}
@@ -663,12 +681,15 @@ BEGIN
                 WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id)
      AND (SELECT attempts FROM webhook_deliveries
            WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id) > 2;
-  INSERT OR IGNORE INTO webhook_failed
-         (event, endpoint_id, type, key, attempts, reason, status_code, error, response, first_attempt_at, failed_at)
-  SELECT d.event, d.endpoint_id, coalesce(e.type, ''), e.key, d.attempts,
-         NEW.reason, NEW.status_code, NEW.error, NEW.response, d.first_attempt_at, NEW.at + NEW.duration
-    FROM webhook_deliveries AS d LEFT JOIN webhook_events AS e ON e.seq = d.event
-   WHERE NEW.status = 'failed' AND d.status = 'failed' AND d.event = NEW.event AND d.endpoint_id = NEW.endpoint_id;
+{_GIVE_UP}
+END""",
+    # What was worth nothing any more when its turn came: no attempt. Unless it was sent again by hand
+    # meanwhile.
+    f"""CREATE TRIGGER webhook_record_expired INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'expired'
+BEGIN
+  UPDATE webhook_deliveries SET status = 'failed'
+   WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND expires_at <= NEW.at
+     AND (status = 'pending' OR status = 'queued');{_GIVE_UP}
 END""",
     # Only the delivery's part of an outcome, ahead of the outcomes of a batch. Of a queue that went
     # on from memory the last success is marked first: each one that is recorded as the head of its
@@ -2199,6 +2220,7 @@ class _Picked(NamedTuple):
     headers: str | None
     created_at: float
     tenant: str | None
+    expires_at: float | None = None
 
     @property
     def id(self) -> str:
@@ -4387,7 +4409,7 @@ _READ_AHEAD = 8 << 20  # characters of data that are read ahead, in all
 _PICK_COLUMNS = f"""d.event, d.due_at, d.attempts, d.first_attempt_at, d.queue, e.type,
        CASE WHEN length(e.data) <= {_LARGE} THEN e.data END,
        CASE WHEN length(e.data) <= {_LARGE} THEN json_valid(e.data) END,
-       e.key, e.headers, e.created_at, e.tenant
+       e.key, e.headers, e.created_at, e.tenant, d.expires_at
   FROM webhook_deliveries AS d LEFT JOIN webhook_events AS e ON e.seq = d.event"""
 
 
@@ -6001,7 +6023,8 @@ class _Row(NamedTuple):
     """A row of the view webhook_record, which the drain writes. What a column means depends on the
     kind:
 
-    kind         outcome, mark      endpoint        count               notice
+    kind         outcome, mark,     endpoint        count               notice
+                 expired
     event        of the delivery    good            -                   -
     status       the delivery's     -               -                   type of the event
     due_at       of the next try    paused_until    -                   -
@@ -7439,7 +7462,7 @@ class _Drain:
                 if self.finder.lanes
                 else _READ_AHEAD
             )
-            picked = lane.backlog.take(self.file.db, now, most)
+            picked = self._take(lane, now, most)
         except sqlite3.Error as error:
             if _is_busy(error) or self.mode != "forever":
                 self.finder.schedule.turns.join(lane, lane.rank(_monotonic()))
@@ -7455,7 +7478,27 @@ class _Drain:
                 self._take_ended(now, _monotonic())
         return len(self.ledger.rows) < _UNRECORDED
 
+    def _take(self, lane: _Lane, now: float, most: int) -> _Picked | None:
+        """Return the endpoint's next delivery that is worth an attempt. What has expired by now ends
+        here, as many as may wait to be recorded."""
+        while len(self.ledger.rows) < _UNRECORDED:
+            picked = lane.backlog.take(self.file.db, now, most)
+            if picked is None or picked.expires_at is None or now < picked.expires_at:
+                return picked
+            self._expire(lane, picked, picked.expires_at, now)
+        return None
+
     # Outcomes.
+
+    def _expire(self, lane: _Lane, picked: _Picked, expired_at: float, now: float) -> None:
+        """A delivery that is worth nothing any more goes to the failed table without an attempt. Its
+        queue goes on at once, unless the endpoint holds queues."""
+        outcome = _Outcome(None, "expired", f"it was worth nothing after {_moment(expired_at)}")
+        self._add_row(picked, lane.id, "failed", now, now, 0.0, outcome, "expired")
+        self.counts.failed += 1
+        self.ledger.count(lane.id, "given up")
+        self._tell(["gave_up"], lane, picked, outcome, now)
+        self._next_of_queue(lane, picked, lane.endpoint.on_dead == "skip", now)
 
     def _take_ended(self, now: float, mono: float) -> None:
         for attempt, outcome in self.sender.ended():
@@ -7488,6 +7531,8 @@ class _Drain:
         )
         if picked.type is None or picked.valid != 1:  # a damaged row does not heal
             status = "failed"
+        if status == "pending" and picked.expires_at is not None:
+            due_at = min(due_at, picked.expires_at)  # then it ends, and holds up nobody
         if reason is not outcome.reason:
             outcome = outcome._replace(reason=reason)
         self._add_row(
@@ -7495,10 +7540,7 @@ class _Drain:
         )
         if status == "failed" and lane.enabled and (why := self._hopeless(lane, now)):
             lane.disable, lane.enabled = why, False
-        if picked.queue is not None:
-            self._next_of_queue(lane, picked, picked.queue, status, now)
-        elif lane.endpoint.ordered:  # it was not yet, when this delivery was read
-            self.ledger.queues[lane.id, picked.event] = ""
+        self._next_of_queue(lane, picked, status == "delivered", now)
         self._count(status, lane, picked, outcome, now)
         disabled = "disabled" if was_enabled and not lane.enabled else None
         told = self.settings.observer is not None or _log.isEnabledFor(logging.DEBUG)
@@ -7510,13 +7552,16 @@ class _Drain:
         if not lane.enabled:
             self.finder.retire(lane.id)
 
-    def _next_of_queue(
-        self, lane: _Lane, picked: _Picked, queue: str, status: str, now: float
-    ) -> None:
+    def _next_of_queue(self, lane: _Lane, picked: _Picked, at_once: bool, now: float) -> None:
         """A queue goes on at once after a success. After a failure the file says who is next, once
         that is recorded."""
+        queue = picked.queue
+        if queue is None:
+            if lane.endpoint.ordered:  # it was not yet, when this delivery was read
+                self.ledger.queues[lane.id, picked.event] = ""
+            return
         self.ledger.queues[lane.id, picked.event] = queue
-        if status == "delivered" and lane.enabled and len(self.ledger.rows) < _UNRECORDED:
+        if at_once and lane.enabled and len(self.ledger.rows) < _UNRECORDED:
             with contextlib.suppress(
                 sqlite3.Error
             ):  # a rollback-mode host is committing, or a page is damaged
@@ -7532,12 +7577,13 @@ class _Drain:
         at: float,
         duration: float,
         outcome: _Outcome,
+        kind: str = "outcome",
     ) -> None:
         if not self.ledger.rows:
             self.record_at = max(self.record_at, _monotonic())
         self.ledger.rows.append(
             _Row(
-                "outcome", picked.event, id, status, due_at, at, duration,
+                kind, picked.event, id, status, due_at, at, duration,
                 outcome.status_code, outcome.reason, outcome.error, outcome.response,
             )
         )  # fmt: skip
@@ -7704,8 +7750,8 @@ class _Drain:
 # of sockets.
 
 _EMIT = """INSERT INTO main.webhook_accept
-       (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, internal, matched, outbox)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+       (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, expires_at, internal, matched, outbox)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _FILTERS_OF = _FILTERED.replace("webhook_p", "main.webhook_p").format(":")
 _MET = _met("p.filter", "e.data")
 _LETS_THROUGH = f"""CASE WHEN p.filter IS NULL THEN 1
@@ -7870,6 +7916,34 @@ def _is_json_already(data: Any) -> bool:
         return False
 
 
+def _warn_of(type: str, data: Any, size: int) -> None:
+    """Log what receivers will not like about an event's data."""
+    if size > _WARN_BODY:
+        _log.warning(
+            "%s carries %d bytes; receivers expect less than 20 KiB, consider sending a link",
+            type,
+            size,
+        )
+    if _is_json_already(data):
+        _log.warning(
+            "%s carries text that is JSON already, so receivers get it encoded twice: pass the "
+            "object itself (json.loads)",
+            type,
+        )
+
+
+def _emit_times(
+    now: float, delay: float, expires: float | None, first: float
+) -> tuple[float, float, float | None]:
+    """Return when an event is emitted, due and worth nothing any more. One that is worth nothing
+    before it is due ends then, and holds up nobody behind it."""
+    due_at = now + _number("delay", delay, 0, 1e9) + first
+    if expires is None:
+        return now, due_at, None
+    expires_at = now + _number("expires", expires, 0.001, 1e9)
+    return now, min(due_at, expires_at), expires_at
+
+
 def _path(database: str | os.PathLike[str]) -> str:
     path = os.fsdecode(os.fspath(database))
     if path in ("", ":memory:") or path.startswith("file:"):
@@ -7897,6 +7971,7 @@ class EmitOptions(TypedDict, total=False):
     key: str | None
     idempotency_key: str | None
     delay: float
+    expires: float | None
     headers: Mapping[str, str] | None
 
 
@@ -8243,6 +8318,7 @@ class Outbox:
         key: str | None = None,
         idempotency_key: str | None = None,
         delay: float = 0.0,
+        expires: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> str:
         """Record an event for every enabled endpoint of its tenant whose patterns match, in conn's
@@ -8254,7 +8330,9 @@ class Outbox:
         commit, nothing if you roll back. tenant: your customer whom it concerns; endpoints of that
         tenant get it, and those of tenant '*'. key: events with the same key reach an endpoint in
         this order. idempotency_key: a second emit with it for that tenant, and the same type and
-        data, returns the first id. delay: seconds. headers: sent with the event (traceparent); not
+        data, returns the first id. delay: seconds until the first attempt. expires: seconds from now
+        after which it is worth nothing: what is not delivered by then ends in the failed table, reason
+        expired, without another attempt. headers: sent with the event (traceparent); not
         for credentials, which belong to endpoints.
 
         Raises PayloadError before anything is written, NotInTransaction, SchemaError (another
@@ -8267,18 +8345,7 @@ class Outbox:
             raise PayloadError(
                 f"data is {size:,} bytes, the limit is {self.max_body:,}; send a link instead"
             )
-        if size > _WARN_BODY:
-            _log.warning(
-                "%s carries %d bytes; receivers expect less than 20 KiB, consider sending a link",
-                type,
-                size,
-            )
-        if _is_json_already(data):
-            _log.warning(
-                "%s carries text that is JSON already, so receivers get it encoded twice: pass the "
-                "object itself (json.loads)",
-                type,
-            )
+        _warn_of(type, data, size)
         if _checked_tenant(tenant) is not None and type.startswith("webhook."):
             raise PayloadError("events of type webhook.* have no tenant; leave it out")
         if key is not None:
@@ -8287,9 +8354,9 @@ class Outbox:
             _line("idempotency_key", idempotency_key, 256, 1)
         header_text = _dumps(_checked_headers(headers)) if headers else None
         now = self.clock()
-        due_at = now + _number("delay", delay, 0, 1e9) + self.retry.delays[0]
         internal = 1 if tenant is not None and type in self._catalogue.internal else None
-        kept = (key, idempotency_key, header_text, now, due_at, internal, None)
+        times = _emit_times(now, delay, expires, self.retry.delays[0])
+        kept = (key, idempotency_key, header_text, *times, internal, None)
         row = (self._keys.new(now), type, tenant, text, *kept)
         if _is_sqlite3(conn):
             return self._insert(row, now, conn)
@@ -8938,7 +9005,8 @@ class Outbox:
         now = float(self.clock())
         return self._act_on_failed(
             f"""UPDATE main.webhook_deliveries
-                   SET status = 'pending', attempts = 0, first_attempt_at = NULL, due_at = {now!r}
+                   SET status = 'pending', attempts = 0, first_attempt_at = NULL, due_at = {now!r},
+                       expires_at = NULL
                  WHERE status = 'failed' AND (event, endpoint_id) IN (
                    SELECT event, endpoint_id FROM {_FAILED} WHERE id BETWEEN ? AND ? AND {{where}})""",
             all, dry_run, conn, filters, scope, but=_WAS_ERASED.format("webhook_failed.event"),
@@ -9189,7 +9257,7 @@ class Outbox:
         cursor.execute(
             f"""UPDATE main.webhook_deliveries
                    SET status = CASE WHEN status = 'queued' THEN status ELSE 'pending' END,
-                       attempts = 0, first_attempt_at = NULL, due_at = ?, delivered_at = NULL,
+                       attempts = 0, first_attempt_at = NULL, due_at = ?, delivered_at = NULL, expires_at = NULL,
                        queue = {_QUEUE_OF}
                  WHERE event = ? AND ? IN ('', endpoint_id) AND EXISTS (
                    SELECT 1 FROM main.webhook_events AS e, main.webhook_endpoints AS p
@@ -9228,7 +9296,7 @@ class Outbox:
         """Give an endpoint the recorded events of a time that match it and that it has no delivery
         for: a new endpoint, or one that was disabled. Events of other tenants are not for it.
         since, until: UTC seconds of emission. Returns how many."""
-        since = _number("since", since, -1e12, 1e12)
+        since, now = _number("since", since, -1e12, 1e12), float(self.clock())
         where, chosen = _chosen(_OF_EVENT, {"since": since, "until": until, "type": type})
         values = list(chosen)
         with self._reading(conn) as cursor:
@@ -9236,7 +9304,7 @@ class Outbox:
             events = self._events_for(tenant)
             rows = f"main.webhook_endpoints AS p, {events}"
             missed = f"""p.id = ? AND {where} AND NOT {_WAS_ERASED.format("e.seq")} AND {_MAY_HAVE}
-              AND {_LETS_THROUGH}
+              AND {_LETS_THROUGH} AND coalesce(e.expires_at > {now!r}, 1)
               AND EXISTS (SELECT 1 FROM json_each(p.events) AS one
                            WHERE e.type GLOB one.value AND (one.value <> '*' OR e.type NOT GLOB 'webhook.*'))
               AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries WHERE event = e.seq AND endpoint_id = p.id)"""
@@ -9249,8 +9317,8 @@ class Outbox:
             if dry_run:
                 cursor.execute(f"SELECT count(*) FROM {rows} WHERE {missed}", (endpoint, *values))
                 return int(cursor.fetchone()[0])
-        statement = f"""INSERT INTO main.webhook_deliveries (event, endpoint_id, due_at)
-                        SELECT e.seq, p.id, {float(self.clock())!r}
+        statement = f"""INSERT INTO main.webhook_deliveries (event, endpoint_id, due_at, expires_at)
+                        SELECT e.seq, p.id, {now!r}, e.expires_at
                           FROM {rows} WHERE e.seq BETWEEN ? AND ? AND {missed} ORDER BY e.seq"""
         line_up = f"""UPDATE main.webhook_deliveries SET queue = {_QUEUE_OF}
                        WHERE event BETWEEN ? AND ? AND endpoint_id = ? AND queue IS NULL
@@ -11607,7 +11675,10 @@ def _emit_by_hand(outbox: Outbox, options: Any) -> None:
         raise PayloadError(f"the data is not JSON: {_one_line(str(error), 100)}") from None
     with outbox.transaction() as conn:
         id = outbox.emit(
-            conn, options.type, data, **_given(options, "tenant key idempotency_key delay headers")
+            conn,
+            options.type,
+            data,
+            **_given(options, "tenant key idempotency_key delay expires headers"),
         )
     _say(id)
     if not outbox.event(id).deliveries:
@@ -12421,6 +12492,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--key": dict(help="events with one key go out in order"),
     "--idempotency-key": dict(help="a second event with it is the first one"),
     "--delay": dict(type=float, help="seconds"),
+    "--expires": dict(type=float, help="seconds after which it is worth nothing"),
     "--once": dict(_FLAG, help="until nothing is due now"),
     "--quiet": dict(
         _FLAG, help="for cron: say only what went wrong; with --once, leave where another drains"
@@ -12506,7 +12578,7 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
         "emit",
         _emit_by_hand,
         "record an event by hand",
-        "type data --tenant --key --idempotency-key --delay --headers",
+        "type data --tenant --key --idempotency-key --delay --expires --headers",
     ),
     ("drain", _drain_here, "deliver what is due; for ever unless told otherwise", _DRAINING),
     ("status", _status, "show endpoints and what waits", "--json --watch --all"),

@@ -394,7 +394,9 @@ def _checks(condition: str, columns: str) -> str:
 # In SQLite text and blobs are greater than every number.
 _numbers = functools.partial(_checks, "{} BETWEEN -1e15 AND 1e15")
 _wholes = functools.partial(_checks, "typeof({0}) <> 'real' AND {0} BETWEEN -1e12 AND 1e12")
-_texts = functools.partial(_checks, "typeof({}) IN ('text', 'null')")
+_texts = functools.partial(
+    _checks, "typeof({0}) = 'text' OR {0} IS NULL"
+)  # sqlacodegen trips over IN
 
 _FIRST_SCHEMA = (
     """CREATE TABLE webhook_meta (key TEXT PRIMARY KEY NOT NULL, value) WITHOUT ROWID""",

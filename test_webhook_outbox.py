@@ -3942,7 +3942,7 @@ def test_a_busy_endpoint_hides_none_of_the_others_in_the_stats(wal):
     for id in ("quiet", "dead", "long ago", "busy"):
         outbox.add_endpoint("https://example.com/", id=id.replace(" ", "-"))
     rows = [
-        ("quiet", now - 3000, None),
+        ("quiet", now - 2900, None),
         ("dead", now - 3000, "status"),
         ("long-ago", now - 4000, None),
     ]
@@ -3956,7 +3956,9 @@ def test_a_busy_endpoint_hides_none_of_the_others_in_the_stats(wal):
     seen = {e.id: (e.attempts, e.delivered, e.last_error, e.p50) for e in outbox.stats().endpoints}
     assert seen["quiet"] == (1, 1, None, 0.1) and seen["dead"] == (1, 0, "HTTP 500", None)
     assert seen["long-ago"] == (0, 0, None, None)
-    assert seen["busy"] == (5_000, 5_000, None, 0.1), "its newest ones"
+    assert seen["busy"] == (25_000, 25_000, None, 0.1)
+    history = {e.id: e.history for e in outbox.stats().endpoints}
+    assert history["busy"][8] == 25_000 and sum(history["quiet"]) == history["quiet"][2] == 1
 
 
 def test_a_replay_leaves_the_failed_rows_of_other_endpoints_alone(database, serve):
@@ -14929,6 +14931,24 @@ def test_a_ping_that_is_answered_ends_the_hold_also_in_a_drain_that_runs(either,
     assert (endpoint.failures, endpoint.failing_since, endpoint.paused_until) == (0, None, 0.0)
 
 
+@pytest.mark.parametrize(("unrecorded", "kept"), [(3, 3), (12, 0)])
+def test_a_hold_that_somebody_ended_is_not_brought_back_by_what_is_unrecorded(
+    wal, unrecorded, kept
+):
+    """A drain whose last failure is not in the file yet reads the endpoint's row again."""
+    outbox = make_outbox(wal)
+    outbox.add_endpoint(URL, id="crm")
+    drain = webhook_outbox._Drain(outbox._settings(), "once")
+    drain.run()
+    lane, now = webhook_outbox._Lane("crm"), time.time()
+    lane.health = webhook_outbox._Health(unrecorded, now, now + 60)
+    drain.ledger.states["crm"] = lane
+    with contextlib.closing(sqlite3.connect(wal)) as db:
+        (row,) = webhook_outbox._load_endpoints(db, "webhook_endpoints")
+    drain.finder._configure(lane, row, 0.0)
+    assert lane.health.failures == kept and bool(lane.health.paused_until) == bool(kept)
+
+
 def test_a_drain_prunes_by_itself_and_prune_beside_it_takes_nothing_that_waits(wal, serve):
     clock, receiver = Clock(), serve(DrainFails(n1=9))
     outbox = make_outbox(wal, clock=clock, retention=100, retry=RetryPolicy((0,), jitter=0.0))
@@ -20445,7 +20465,7 @@ def test_options_may_stand_before_and_after_what_they_belong_to(wal, tmp_path, c
         f"{add} --events order.* user.created https://10.0.0.1/a --id a",
         f"{add} --id b --events order.* https://10.0.0.1/b --rate 5 --headers X:1 Y:2",
         "endpoint --db {} --allow-network 10.0.0.0/8 add https://10.0.0.1/c --events order.* --id c",
-        f"--db {{}} --allow-network 11.0.0.0/8 {add} --headers X:1 Y:2 https://10.0.0.1/d --id d",
+        f"--db {{}} --allow-network 11.0.0.0/8 {add} --events * https://10.0.0.1/d --id d --headers X:1 Y:2",
         "endpoint update --events order.* user.* a --db {}",
         "emit --headers X:1 order.paid {{}} --db {}",
     ]

@@ -2122,6 +2122,58 @@ def test_aemit_shares_the_fate_of_the_rows_on_asynchronous_connections(database,
 
 
 @pytest.mark.parametrize("kind", ["aiosqlite", "AsyncConnection", "AsyncSession"])
+def test_arun_calls_every_verb_in_the_transaction_of_an_asynchronous_connection(database, kind):
+    outbox, inbox = make_outbox(database), Inbox(database)
+    door = outbox.tenant("c42")
+    outbox.add_endpoint("https://example.com/", id="a", tenant="*")
+    late, gone = (emit(outbox, key=key, delay=100) for key in ("k", "l"))
+    dump = emit_dump(database)
+
+    async def verbs(conn: Any) -> None:
+        run = functools.partial(outbox.arun, conn)
+        id = await run(outbox.emit, "order.created", {"n": 1}, key="k", tenant="c42")
+        assert (await run(outbox.add_endpoint, "https://example.com/", id="b")).id == "b"
+        assert await run(outbox.ensure_endpoint, "https://example.com/x", id="b") is not None
+        assert (await run(outbox.update_endpoint, "a", rate=5)).rate == 5.0
+        assert (await run(door.add_endpoint, "https://example.com/", id="c")).tenant == "c42"
+        assert await run(door.emit, "order.created", {}) > id
+        assert await run(outbox.retry_now, event_id=late) == 1
+        assert (
+            await run(outbox.cancel, key="k", dry_run=True)
+            == 2
+            == await run(outbox.cancel, key="k")
+        )
+        assert await run(outbox.resend, late) == await run(outbox.erase, gone) == 1
+        assert await run(outbox.backfill, "b", since=0.0) == 1
+        assert [e.id for e in await run(outbox.endpoints)] == ["a", "b", "c"]
+        assert [await run(inbox.accept, "msg_1") for _ in range(2)] == [True, False]
+        with pytest.raises(NotFound):
+            await run(outbox.remove_endpoint, "nobody")
+        for wrong in (outbox.stats, "cancel", None):
+            with pytest.raises(PayloadError, match="bound method"):
+                await run(wrong)
+
+    async def play(end: str) -> None:
+        if kind == "aiosqlite":
+            async with aiosqlite.connect(database) as conn:
+                await verbs(conn)
+                return await getattr(conn, end)()
+        engine = create_async_engine(f"sqlite+aiosqlite:///{database}")
+        make: Any = engine.connect if kind == "AsyncConnection" else lambda: AsyncSession(engine)
+        async with make() as conn:
+            await verbs(conn)
+            await getattr(conn, end)()
+        await engine.dispose()
+
+    asyncio.run(play("rollback"))
+    assert emit_dump(database) == dump
+    asyncio.run(play("commit"))
+    assert [e.id for e in outbox.endpoints()] == ["a", "b", "c"] and len(outbox.events()) == 4
+    with pytest.raises(PayloadError, match="on others call the method itself"):
+        asyncio.run(outbox.arun(object(), outbox.cancel, all=True))
+
+
+@pytest.mark.parametrize("kind", ["aiosqlite", "AsyncConnection", "AsyncSession"])
 def test_emit_on_an_asynchronous_connection_says_that_aemit_is_meant(wal, kind):
     outbox = make_outbox(wal)
 
@@ -2310,7 +2362,7 @@ def test_every_verb_says_the_same_on_any_connection(tmp_path, library, odd):
     with_conn = {
         verb.__qualname__ for verb in verbs if "conn" in getattr(verb, "__annotations__", ())
     }
-    assert with_conn - asked == {"Outbox.aemit"}
+    assert with_conn - asked == {"Outbox.aemit", "Outbox.arun"}
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="setlimit is new in Python 3.11")

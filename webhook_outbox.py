@@ -4028,7 +4028,7 @@ def _changes(cursor: sqlite3.Cursor) -> int:
     return int(cursor.fetchall()[0][0])
 
 
-def _in_its_thread(conn: Any, do: Callable[[Any], str]) -> str:
+def _in_its_thread(conn: Any, do: Callable[[Any], Any]) -> Any:
     """Call do with the driver's connection: at once, or, under the synchronous side of SQLAlchemy's
     AsyncSession, in the thread that aiosqlite keeps for it."""
     with _begun(conn):
@@ -4039,7 +4039,21 @@ def _in_its_thread(conn: Any, do: Callable[[Any], str]) -> str:
             raise PayloadError("aiosqlite's Connection is asynchronous: await outbox.aemit(...)")
         util = sys.modules["sqlalchemy.util"]
         wait = getattr(util, "await_only", None) or util.concurrency.await_
-        return str(wait(db._execute(do, db._conn)))
+        return wait(db._execute(do, db._conn))
+
+
+def _on_connection(
+    method: Any, args: Sequence[Any], options: Mapping[str, Any]
+) -> Callable[[Any], Any]:
+    """Return the call of a method that lacks its connection: its first argument, or one by name."""
+    import inspect
+
+    names = list(inspect.signature(method).parameters) if callable(method) else []
+    if "conn" not in names:
+        raise PayloadError("arun takes a bound method that has conn, such as outbox.cancel")
+    if names[0] == "conn":
+        return lambda conn: method(conn, *args, **options)
+    return lambda conn: method(*args, conn=conn, **options)
 
 
 def _note_home(db: sqlite3.Connection, home: str) -> None:
@@ -8377,7 +8391,7 @@ class Outbox:
         row = (self._keys.new(now), type, tenant, text, *kept)
         if _is_sqlite3(conn):
             return self._insert(row, now, conn)
-        return _in_its_thread(conn, functools.partial(self._insert, row, now))
+        return str(_in_its_thread(conn, functools.partial(self._insert, row, now)))
 
     def _insert(self, row: tuple[Any, ...], now: float, conn: Any) -> str:
         db = _host(conn)
@@ -8400,16 +8414,26 @@ class Outbox:
     async def aemit(self, conn: Any, type: str, data: Any, **options: Unpack[EmitOptions]) -> str:
         """Emit on an aiosqlite Connection, or a SQLAlchemy AsyncSession or AsyncConnection on
         aiosqlite; as emit."""
+        return str(await self.arun(conn, self.emit, type, data, **options))
+
+    async def arun(self, conn: Any, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a method that takes a connection, this outbox's or a tenant's or an Inbox's, in the
+        transaction of an asynchronous connection (see aemit) and in its thread; return what it
+        returns.
+
+            await outbox.arun(session, outbox.cancel, key="order-17")
+
+        method: bound, without its conn.
+        """
+        do = _on_connection(method, args, options)
         if hasattr(conn, "run_sync"):
-            emit = functools.partial(self.emit, type=type, data=data, **options)
-            return str(await conn.run_sync(emit))
+            return await conn.run_sync(functools.partial(_in_its_thread, do=do))
         if not hasattr(conn, "_execute"):
             raise PayloadError(
-                "aemit takes an aiosqlite Connection or SQLAlchemy's AsyncSession; others take emit"
+                "this takes an aiosqlite Connection, or SQLAlchemy's AsyncSession or AsyncConnection; "
+                "on others call the method itself"
             )
-        return str(
-            await conn._execute(functools.partial(self.emit, conn._conn, type, data, **options))
-        )
+        return await conn._execute(do, conn._conn)
 
     # Endpoints.
 

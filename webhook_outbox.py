@@ -249,7 +249,8 @@ def _refuse(why: str, when: str) -> str:
 _DEEPEST = 500  # levels of nested data; Python and SQLite give up at a thousand
 # Whether data is nested deeper: counted level by level, where there are brackets enough for that.
 _TOO_DEEP = f"""
-     iif(length(NEW.data) - length(replace(replace(NEW.data, '[', ''), '{{', '')) > {_DEEPEST}, EXISTS (
+     iif(length(NEW.data) - length(replace(replace(NEW.data, '[', ''), '{{', '')) > {_DEEPEST},
+     EXISTS (
        WITH RECURSIVE level(part, depth) AS (
          SELECT NEW.data, 1
           UNION ALL
@@ -369,7 +370,8 @@ _ERASED = "EXISTS (SELECT 1 FROM webhook_erased WHERE event = NEW.event)"
 # the same makes it delivered, because that is what happened.
 _AFTER_TRY = """
   UPDATE webhook_deliveries
-     SET status = iif(NEW.status = 'pending' OR NEW.status = 'failed' AND status = 'cancelled', status, NEW.status),
+     SET status = iif(NEW.status = 'pending' OR NEW.status = 'failed' AND status = 'cancelled',
+                      status, NEW.status),
          due_at = NEW.due_at,
          attempts = attempts + 1,
          first_attempt_at = coalesce(first_attempt_at, NEW.at),
@@ -3982,8 +3984,9 @@ def _host(conn: Any) -> sqlite3.Connection:
     )  # the driver begins before our INSERT
     if not db.in_transaction and not opens_itself:
         raise NotInTransaction(
-            "the connection is in autocommit mode with no transaction open: begin one first (BEGIN, Django's atomic(), "
-            "SQLAlchemy's begin(), peewee's atomic()), or use `with outbox.transaction() as conn`"
+            "the connection is in autocommit mode with no transaction open: begin one first (BEGIN, "
+            "Django's atomic(), SQLAlchemy's begin(), peewee's atomic()), or use "
+            "`with outbox.transaction() as conn`"
         )
     return db  # type: ignore[no-any-return]
 
@@ -4118,11 +4121,8 @@ def _explained(db: Any, text: str, path: str) -> OutboxError | None:
             return SchemaError(
                 f"{path} has no webhook tables; `python -m webhook_outbox --db {path} init` makes them"
             )
-        return _other_file(
-            db,
-            path,
-            "whose main file has no webhook tables (an attached file cannot commit atomically in WAL mode)",
-        )
+        why = "whose main file has no webhook tables (an attached file cannot commit atomically in "
+        return _other_file(db, path, f"{why}WAL mode)")
     if "unsafe use of" in text:
         return OutboxError(
             f"{text}: SQLite 3.39.4 to 3.40.1 refuse it under PRAGMA trusted_schema = OFF; call it "
@@ -4144,10 +4144,11 @@ def _host_errors(db: sqlite3.Connection, path: str) -> Iterator[None]:
         text = str(error)
         ours = None if isinstance(error, OutboxError) else _explained(db, text, path)
         if not before and db.in_transaction:
-            db.rollback()  # the driver began it for our statement alone: nothing of the host's is in it
+            db.rollback()  # the driver began it for our statement: nothing of the host's is in it
         if before and not db.in_transaction:
             raise TransactionLost(
-                f"SQLite rolled your transaction back ({ours or text}): nothing of it is stored; do not go on, begin again"
+                f"SQLite rolled your transaction back ({ours or text}): nothing of it is stored; do "
+                "not go on, begin again"
             ) from error
         if ours is None:
             raise

@@ -539,6 +539,7 @@ _FIRST_SCHEMA = (
 {_texts("endpoint_id type key reason error response")}
 )""",
     """CREATE INDEX webhook_failed_endpoint ON webhook_failed (endpoint_id, failed_at)""",
+    """CREATE TABLE webhook_removed (id TEXT PRIMARY KEY NOT NULL) WITHOUT ROWID""",  # endpoints that were
     f"""CREATE TABLE webhook_counts (            -- what metrics counts; the rows themselves leave after a while
   endpoint_id TEXT NOT NULL,
   name TEXT NOT NULL,
@@ -624,7 +625,18 @@ END""",
   DELETE FROM webhook_deliveries WHERE endpoint_id = OLD.id AND status = 'pending';
   DELETE FROM webhook_failed WHERE endpoint_id = OLD.id;
   DELETE FROM webhook_counts WHERE endpoint_id = OLD.id;
+  INSERT OR IGNORE INTO webhook_removed VALUES (OLD.id);
   UPDATE webhook_meta SET value = value + 1 WHERE key IN ('endpoints_version', 'endpoints_removed');
+END""",
+    # What was delivered stays on record when its endpoint is removed, until another endpoint gets the
+    # id, which may be another customer's. It is seldom, so no index serves the search.
+    """CREATE TRIGGER webhook_endpoints_again AFTER INSERT ON webhook_endpoints
+WHEN EXISTS (SELECT 1 FROM webhook_removed WHERE id = NEW.id) BEGIN
+  DELETE FROM webhook_deliveries WHERE endpoint_id = NEW.id;
+  DELETE FROM webhook_attempts WHERE endpoint_id = NEW.id;
+  DELETE FROM webhook_failed WHERE endpoint_id = NEW.id;
+  DELETE FROM webhook_counts WHERE endpoint_id = NEW.id;
+  DELETE FROM webhook_removed WHERE id = NEW.id;
 END""",
     # One that left the queue from behind its head, because the drain went ahead, leaves the head as
     # it is.
@@ -8506,6 +8518,8 @@ class Outbox:
         id = "ep_" + secrets.token_hex(8) if id is None else _checked_id(id)
         secret = self._given_secret(secret)
         columns |= {"id": id, "created_at": self.clock()}
+        if conn is None:
+            self._clear_removed(id)
         with self._writing(conn) as cursor:
             stored, secret = self._new_secret(cursor, id, secret)
             columns["secrets"] = _dumps([[stored, None]])
@@ -8546,8 +8560,11 @@ class Outbox:
             _checked_secret(secret)
         if conn is None:  # without the write lock, for which others may have to wait
             with self._reading() as cursor:
-                if self._differing(cursor, id, tenant, columns) == {}:
+                changes = self._differing(cursor, id, tenant, columns)
+                if changes == {}:
                     return self._endpoint_on(cursor, id)
+            if changes is None:
+                self._clear_removed(id)
         with self._writing(conn) as cursor:
             changes = self._differing(cursor, id, tenant, columns)
             if changes is None:
@@ -8640,7 +8657,7 @@ class Outbox:
 
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
         """Delete an endpoint with its waiting and failed deliveries. What was delivered stays on
-        record."""
+        record, until another endpoint gets the id: that one starts empty."""
         if (
             conn is None
         ):  # what waits goes first, in batches, so that no commit of the host waits long
@@ -8653,6 +8670,28 @@ class Outbox:
         with self._writing(conn) as cursor:
             self._endpoint_on(cursor, id)
             cursor.execute("DELETE FROM main.webhook_endpoints WHERE id = ?", (id,))
+
+    def _clear_removed(self, id: str) -> None:
+        """Delete what a removed endpoint left on record, before another one gets its id. A trigger
+        does it too, in the transaction that adds it; here it goes in batches, so that no commit of
+        the host waits long."""
+        gone = "NOT EXISTS (SELECT 1 FROM main.webhook_endpoints WHERE id = ?)"
+        with self._reading() as cursor:
+            cursor.execute("SELECT 1 FROM main.webhook_removed WHERE id = ?", (id,))
+            if cursor.fetchone() is None:
+                return
+        deliveries = "main.webhook_deliveries"
+        ranges = self._ranges(deliveries, "event", "endpoint_id = ?", (id,), 1000, None)
+        self._in_batches(
+            f"DELETE FROM {deliveries} WHERE event BETWEEN ? AND ? AND endpoint_id = ? AND {gone}",
+            (id, id),
+            ranges,
+        )
+        batch = f"""DELETE FROM main.webhook_attempts WHERE id IN (
+                      SELECT id FROM main.webhook_attempts WHERE endpoint_id = ? AND {gone} LIMIT 1000)"""
+        self._in_batches(batch, (id, id))
+        with self._writing(None) as cursor:
+            cursor.execute(f"DELETE FROM main.webhook_removed WHERE id = ? AND {gone}", (id, id))
 
     def _in_batches(
         self,

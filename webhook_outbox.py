@@ -12348,7 +12348,8 @@ class _Mailbox:
                 say("451 later, please")
             elif word == b"DATA":
                 say("354 go on")
-                self.taken.append(b"".join(iter(lines.readline, b".\r\n")).decode())
+                text = itertools.takewhile(lambda part: part != b".\r\n", lines)
+                self.taken.append(b"".join(text).decode())
                 say("250 taken")
             else:
                 say("221 bye" if word == b"QUIT" else "250 fine")

@@ -2354,6 +2354,7 @@ class _MasterKey:
         return self._key is None and (self.source or "").startswith("file:")
 
     def _sign(self, text: str) -> bytes:
+        """Return HMAC-SHA256 of a text; raise _NoMasterKey where there is no key."""
         if self._key is None:
             if self.source is None:
                 raise _NoMasterKey(
@@ -3315,6 +3316,7 @@ class _Known(NamedTuple):
 
 
 def _checked_url(url: Any, known: _Known) -> str:
+    """Return a URL that may be sent to, or the call:NAME of a sender that is known here."""
     if isinstance(url, str) and url.startswith(_CALL):
         if url.removeprefix(_CALL) not in known.senders:
             there = f"there are {', '.join(known.senders)}" if known.senders else "there is none"
@@ -12336,6 +12338,8 @@ class _Mailbox:
                     self._talk(lines)
 
     def _talk(self, lines: Any) -> None:
+        """Speak with one peer until it leaves."""
+
         def say(text: str) -> None:
             lines.write(text.encode() + b"\r\n")
             lines.flush()
@@ -12456,6 +12460,7 @@ class _Demo:
         _say("\n" + _status_text(self.outbox.stats(), self.outbox.clock()))
 
     def play_invoice(self) -> None:
+        """An order makes an invoice and an e-mail, once, whatever comes twice or stops between."""
         _say("1. An order and its event commit together; the webhook arrives, signed.")
         id = self.order(49.99)
         self.outbox.drain(once=True)
@@ -12482,6 +12487,7 @@ class _Demo:
         self.step("no order, no event, no request", orders == (1,) and len(self.received) == 2)
 
     def play_failures(self) -> None:
+        """What is retried, given up and replayed."""
         _say("4. A flaky receiver is retried; a dead one ends in the failed table.")
         id = self.received[0]
         self.outbox.drain(until_empty=True)

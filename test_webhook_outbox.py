@@ -19829,7 +19829,7 @@ class OutboxMachine(RuleBasedStateMachine):
         return d.status == "pending" and (d.queue is None or d.seq == min(queue))
 
     def ready(self, slot: str, d: ModelDelivery) -> bool:
-        return d.due <= self.clock.now and self.head(slot, d)
+        return d.status == "pending" and d.due <= self.clock.now and self.head(slot, d)
 
     def open(self, slot: str) -> bool:
         return self.endpoints[slot].enabled and self.endpoints[slot].paused <= self.clock.now

@@ -9932,7 +9932,8 @@ class Tenant:
         """Return failed rows of the customer's endpoints, oldest first, as Outbox.failed."""
         chosen = {**self._scope(filters), "tenant": None}
         source = f"""(SELECT id AS of FROM webhook_endpoints WHERE tenant = '{self.id}')
-                      CROSS JOIN webhook_failed INDEXED BY webhook_failed_endpoint ON endpoint_id = of"""
+                      CROSS JOIN webhook_failed INDEXED BY webhook_failed_endpoint
+                              ON endpoint_id = of"""
         return [_told(row) for row in self._outbox._failed(source, chosen, limit, after)]
 
     def replay(
@@ -10352,56 +10353,84 @@ _FIRST_FAILED = 10  # failed rows on the first page, before the endpoints
 _MOST_ENDPOINTS = 20  # on the dashboard's first page; on a page of their list five times as many
 _MOST_SHOWN = 50_000  # characters of one event's data
 _STYLE = """
-:root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --text: #1a1e26; --soft: #566072; --line: #dde1e8;
-  --edge: #8a94a6; --link: #0b57d0; --on: #fff; --bar: #4c8df6; --good: #0b6138; --good-back: #dcf3e6; --bad: #a01c16;
-  --bad-back: #fde5e3 }
-@media (prefers-color-scheme: dark) { :root { --page: #0f1217; --card: #181c23; --text: #e7eaf0; --soft: #9da8ba;
-  --line: #2c323d; --edge: #6b7688; --link: #8ab4f8; --on: #0f1217; --bar: #6ea2f7; --good: #83dcab;
-  --good-back: #123524; --bad: #ffaca6; --bad-back: #45191a } }
-* { box-sizing: border-box; margin: 0 } body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem;
-  background: var(--page); color: var(--text); font: 0.9375rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem; line-height: 1.3 } h2 { font-size: 1.0625rem; margin: 2.25rem 0 0.75rem } h3 { font-size: 1em }
-a { color: var(--link) } small, .soft, dt { color: var(--soft) } small { font-size: 0.8125rem; display: block }
-.row { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center } .ends { justify-content: space-between }
-.card, table, .tiles > div { background: var(--card); border: 1px solid var(--line); border-radius: 0.75rem }
-.card { padding: 0.875rem 1rem; margin-bottom: 0.75rem } .card pre { max-height: 9.5rem; background: var(--page) }
-header { margin-bottom: 1.25rem } h1 + p { margin-top: 0.25rem } header p { margin-bottom: 0.25rem }
+:root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --text: #1a1e26; --soft: #566072;
+  --line: #dde1e8; --edge: #8a94a6; --link: #0b57d0; --on: #fff; --bar: #4c8df6; --good: #0b6138;
+  --good-back: #dcf3e6; --bad: #a01c16; --bad-back: #fde5e3 }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #0f1217; --card: #181c23; --text: #e7eaf0; --soft: #9da8ba; --line: #2c323d;
+    --edge: #6b7688; --link: #8ab4f8; --on: #0f1217; --bar: #6ea2f7; --good: #83dcab; --good-back:
+    #123524; --bad: #ffaca6; --bad-back: #45191a }
+}
+* { box-sizing: border-box; margin: 0 }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--page); color:
+  var(--text); font: 0.9375rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.5rem; line-height: 1.3 } h2 { font-size: 1.0625rem; margin: 2.25rem 0 0.75rem }
+h3 { font-size: 1em } a { color: var(--link) } small, .soft, dt { color: var(--soft) }
+small { font-size: 0.8125rem; display: block }
+.row { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center }
+.ends { justify-content: space-between }
+.card, table, .tiles > div { background: var(--card); border: 1px solid var(--line); border-radius:
+  0.75rem }
+.card { padding: 0.875rem 1rem; margin-bottom: 0.75rem }
+.card pre { max-height: 9.5rem; background: var(--page) } header { margin-bottom: 1.25rem }
+h1 + p { margin-top: 0.25rem } header p { margin-bottom: 0.25rem }
 .tiles { display: flex; flex-wrap: wrap; gap: 0.75rem } .tiles dd { font-size: 1.625rem }
-.tiles > div { padding: 0.625rem 1rem; flex: 1 1 6rem } h2 + .row { margin-bottom: 0.75rem; align-self: end }
-table { width: 100%; border-spacing: 0 } th, td { text-align: left; vertical-align: top; padding: 0.75rem }
+.tiles > div { padding: 0.625rem 1rem; flex: 1 1 6rem }
+h2 + .row { margin-bottom: 0.75rem; align-self: end } table { width: 100%; border-spacing: 0 }
+th, td { text-align: left; vertical-align: top; padding: 0.75rem }
 tbody > * > * { border-top: 1px solid var(--line); font-weight: 400 } tbody th { min-width: 13rem }
-thead th { color: var(--soft); font-size: 0.8125rem; font-weight: 500 } th, .line, .pill, button { white-space: nowrap }
-tbody th { white-space: normal } .good { color: var(--good); background: var(--good-back) }
-.bad { color: var(--bad); background: var(--bad-back) } .off { color: var(--soft); background: var(--line) }
+thead th { color: var(--soft); font-size: 0.8125rem; font-weight: 500 }
+th, .line, .pill, button { white-space: nowrap } tbody th { white-space: normal }
+.good { color: var(--good); background: var(--good-back) }
+.bad { color: var(--bad); background: var(--bad-back) }
+.off { color: var(--soft); background: var(--line) }
 .pill { border-radius: 1rem; padding: 0.0625rem 0.5625rem; font-size: 0.8125rem; font-weight: 500 }
-pre { margin-top: 0.5rem; padding: 0.625rem 0.75rem; max-height: 24rem; overflow: auto; white-space: pre-wrap;
-  background: var(--card); border-radius: 0.5rem; font: 0.8125rem/1.5 ui-monospace, monospace }
+pre { margin-top: 0.5rem; padding: 0.625rem 0.75rem; max-height: 24rem; overflow: auto; white-space:
+  pre-wrap; background: var(--card); border-radius: 0.5rem; font: 0.8125rem/1.5 ui-monospace,
+  monospace }
 code { font: 0.875rem/1.5 ui-monospace, monospace; user-select: all }
 svg { display: block; max-width: 100%; fill: var(--bar) } .none { fill: var(--line) }
-summary { cursor: pointer; color: var(--soft); padding: 0.375rem 0 } details form { margin-top: 0.375rem }
-button, .button { font: inherit; font-size: 0.875rem; min-height: 2.25rem; padding: 0.25rem 0.875rem;
-  border-radius: 0.5rem; border: 1px solid var(--edge); background: var(--card); color: var(--text); cursor: pointer }
+summary { cursor: pointer; color: var(--soft); padding: 0.375rem 0 }
+details form { margin-top: 0.375rem }
+button, .button { font: inherit; font-size: 0.875rem; min-height: 2.25rem; padding: 0.25rem
+  0.875rem; border-radius: 0.5rem; border: 1px solid var(--edge); background: var(--card); color:
+  var(--text); cursor: pointer }
 .button { display: inline-block; padding-top: 0.4375rem; text-decoration: none; line-height: 1.3 }
 .main { background: var(--link); border-color: var(--link); color: var(--on) }
 button.bad { color: var(--bad); background: var(--bad-back); border-color: var(--bad) }
 ol { padding: 0 0 0 0.375rem; list-style: none; margin-top: 0.5rem }
 li { padding: 0 0 1.25rem 1.25rem; border-left: 2px solid var(--line); position: relative }
-li::before { content: ""; position: absolute; left: -0.4375rem; top: 0.375rem; width: 0.75rem; height: 0.75rem;
-  border-radius: 50%; background: var(--good) } li.miss::before { background: var(--bad) }
-input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--edge);
-  border-radius: 0.5rem; padding: 0.25rem 0.625rem; min-height: 2.25rem; max-width: 100% }
-.field { margin-top: 1.125rem; border: 0; padding: 0; min-width: 0 } .field input { width: 100%; max-width: 44rem }
-.field > label, legend { font-weight: 600; padding: 0 } .top { align-items: start } .fault { color: var(--bad); margin-top: 0.25rem }
-.field .box { display: flex; gap: 0.625rem; align-items: baseline; padding: 0.375rem 0; max-width: 44rem }
-.box input { width: 1.125rem; height: 1.125rem; min-height: 0; flex: none; position: relative; top: 0.125rem }
+li::before { content: ""; position: absolute; left: -0.4375rem; top: 0.375rem; width: 0.75rem;
+  height: 0.75rem; border-radius: 50%; background: var(--good) }
+li.miss::before { background: var(--bad) }
+input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid
+  var(--edge); border-radius: 0.5rem; padding: 0.25rem 0.625rem; min-height: 2.25rem; max-width:
+  100% }
+.field { margin-top: 1.125rem; border: 0; padding: 0; min-width: 0 }
+.field input { width: 100%; max-width: 44rem }
+.field > label, legend { font-weight: 600; padding: 0 } .top { align-items: start }
+.fault { color: var(--bad); margin-top: 0.25rem }
+.field .box { display: flex; gap: 0.625rem; align-items: baseline; padding: 0.375rem 0; max-width:
+  44rem }
+.box input { width: 1.125rem; height: 1.125rem; min-height: 0; flex: none; position: relative; top:
+  0.125rem }
 .group { margin-top: 0.75rem; color: var(--soft); font-size: 0.8125rem }
-.pick { align-items: end; margin-bottom: 0.75rem } .pick label { font-size: 0.8125rem; color: var(--soft) }
-.pick label > * { display: block; font-size: 0.9375rem; color: var(--text) } .facts dt { font-size: 0.8125rem }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 0.75rem 1.5rem; flex: 1 }
-@media (max-width: 52rem) { thead { display: none } table, tbody, tbody th { display: block }
-  tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: 0.5rem 1rem; padding: 1rem }
-  tbody th { grid-column: 1 / -1 } tbody > * > * { border: 0; padding: 0 } tr + tr { border-top: 1px solid var(--line) }
-  td::before { content: attr(data-name); color: var(--soft); display: block; font-size: 0.8125rem } }
+.pick { align-items: end; margin-bottom: 0.75rem }
+.pick label { font-size: 0.8125rem; color: var(--soft) }
+.pick label > * { display: block; font-size: 0.9375rem; color: var(--text) }
+.facts dt { font-size: 0.8125rem }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 0.75rem
+  1.5rem; flex: 1 }
+@media (max-width: 52rem) {
+  thead { display: none }
+  table, tbody, tbody th { display: block }
+  tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: 0.5rem
+    1rem; padding: 1rem }
+  tbody th { grid-column: 1 / -1 }
+  tbody > * > * { border: 0; padding: 0 }
+  tr + tr { border-top: 1px solid var(--line) }
+  td::before { content: attr(data-name); color: var(--soft); display: block; font-size: 0.8125rem }
+}
 """
 
 
@@ -10454,6 +10483,10 @@ def _facts(facts: Mapping[str, object], kind: str) -> _Html:
         _fill("<div><dt>{}</dt><dd>{}</dd></div>", *fact) for fact in facts.items() if fact[1] != ""
     ]
     return _fill('<dl class="{}">{}</dl>', kind, shown)
+
+
+def _alert(text: str | None) -> _Html:
+    return _fill('<p class="card bad" role="alert">{}</p>', text) if text else _Html("")
 
 
 def _time(at: float | None, now: float) -> _Html:
@@ -10518,9 +10551,10 @@ def _bars(e: EndpointStats) -> _Html:
     bars = [
         _fill(bar, "" if e.history[n] else "none", 10 * n, 28 - h, h) for n, h in enumerate(heights)
     ]
-    title = f"{e.delivered} deliveries in the last hour; in each five minutes: {', '.join(map(str, e.history))}"
-    svg = '<div><svg role="img" viewBox="0 0 118 28" width="118" height="28"><title>{}</title>{}</svg>'
-    return _fill(svg + "<small>{} delivered</small></div>", title, bars, e.delivered)
+    each = ", ".join(map(str, e.history))
+    title = f"{e.delivered} deliveries in the last hour; in each five minutes: {each}"
+    svg = '<svg role="img" viewBox="0 0 118 28" width="118" height="28"><title>{}</title>{}</svg>'
+    return _fill(f"<div>{svg}<small>{{}} delivered</small></div>", title, bars, e.delivered)
 
 
 def _pinged(ping: Callable[[], Attempt]) -> _Html:
@@ -10530,7 +10564,7 @@ def _pinged(ping: Callable[[], Attempt]) -> _Html:
     except NotFound:
         raise
     except OutboxError as error:
-        return _fill('<p class="card bad" role="alert">{}</p>', error)
+        return _alert(str(error))
     took = "It did not work, after" if attempt.reason else "It was taken, after"
     return _fill(
         '<div class="card"><div class="row">{}<span>{} {}</span></div>{}</div>',
@@ -10581,7 +10615,8 @@ _Posts = Mapping[str, Callable[..., _Reply]]  # path -> what does it
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Site:
-    """What the pages of one request share: where they are, what was asked, links, forms, the frame."""
+    """What the pages of one request share: where they are, what was asked, links, forms, and the
+    frame of a page."""
 
     base: str  # the path that we are mounted under, percent-encoded
     query: Mapping[str, str]
@@ -10599,10 +10634,8 @@ class _Site:
         return _fill('<a class="{}" href="{}">{}</a>', kind, self.place(path, **query), text)
 
     def form(self, action: str, *parts: object) -> _Html:
-        return _fill(
-            '<form method="post" action="{}"><input type="hidden" name="token" value="{}">{}</form>',
-            action, self.token, list(parts),
-        )  # fmt: skip
+        token = _fill('<input type="hidden" name="token" value="{}">', self.token)
+        return _fill('<form method="post" action="{}">{}{}</form>', action, token, list(parts))
 
     def button(self, action: str, text: str, kind: str = "", **fields: object) -> _Html:
         """Return a form that is a button only."""
@@ -10615,10 +10648,13 @@ class _Site:
 
     def page(self, title: str, *parts: _Html) -> _Html:
         return _fill(
-            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{}</title><meta name="viewport" '
-            'content="width=device-width, initial-scale=1"><style>{}</style></head><body><main>{}</main></body></html>',
-            title, _Html(_STYLE), list(parts),
-        )  # fmt: skip
+            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{}</title>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            "<style>{}</style></head><body><main>{}</main></body></html>",
+            title,
+            _Html(_STYLE),
+            list(parts),
+        )
 
     def go(self, place: str) -> _Reply:
         return _Reply("303 See Other", self.page("Done"), [("Location", place)])
@@ -10630,10 +10666,11 @@ class _Site:
 
 def _choice_of(name: str, label: str, options: Mapping[str, str], chosen: str) -> _Html:
     """Return a list to choose from; options: value -> text."""
+    mark = {chosen: _Html(" selected")}
     shown = [
-        _fill('<option value="{}"{}>{}</option>', value, _Html(" selected" if value == chosen else ""), text)
+        _fill('<option value="{}"{}>{}</option>', value, mark.get(value, ""), text)
         for value, text in options.items()
-    ]  # fmt: skip
+    ]
     return _fill('<label>{}<select name="{}">{}</select></label>', label, name, shown)
 
 
@@ -10663,6 +10700,7 @@ def _is_ours(environ: WSGIEnvironment, token: str, form: Mapping[str, str]) -> b
 
 
 def _read_form(environ: WSGIEnvironment, token: str) -> _Form:
+    """Return the form of a request, once it is known to be ours; raise _Refusal or ValueError."""
     length = int(environ.get("CONTENT_LENGTH") or "x")
     if length > _LONGEST_FORM:
         raise _Refusal("413 Content Too Large", "The form is too long.")
@@ -10702,8 +10740,8 @@ def _reply_to(pages: _Site, environ: WSGIEnvironment) -> _Reply:
     if show is None and act is None:
         raise _Refusal("404 Not Found", "There is no such page.")
     if environ["REQUEST_METHOD"] in ("GET", "HEAD") and show is not None:
-        secure = "; Secure" if environ["wsgi.url_scheme"] == "https" else ""
-        cookie = f"webhook_outbox={pages.token}; Path={pages.base or '/'}; HttpOnly; SameSite=Lax{secure}"
+        cookie = f"webhook_outbox={pages.token}; Path={pages.base or '/'}; HttpOnly; SameSite=Lax"
+        cookie += "; Secure" if environ["wsgi.url_scheme"] == "https" else ""
         return _Reply("200 OK", show(pages, *parts[1::2]), [("Set-Cookie", cookie)])
     if environ["REQUEST_METHOD"] != "POST" or act is None:
         methods = (["GET", "HEAD"] if show else []) + (["POST"] if act else [])
@@ -10720,10 +10758,10 @@ def _site_app(name: str, open: Callable[[WSGIEnvironment, _Site], _Site]) -> WSG
     """Return a WSGI application; open: makes the pages for a request. It keeps no state, so any
     number of workers may serve it."""
     style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-    policy = "default-src 'none'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; style-src "
+    policy = "default-src 'none'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "
     always = [
         ("Content-Type", "text/html; charset=utf-8"),
-        ("Content-Security-Policy", f"{policy}'sha256-{style}'"),
+        ("Content-Security-Policy", f"{policy}style-src 'sha256-{style}'"),
         ("Cache-Control", "no-store"),
         # With no-referrer our own forms would come with Origin: null.
         ("Referrer-Policy", "same-origin"),
@@ -10794,6 +10832,7 @@ class _Dashboard(_Site):
         return self.button(self.place(verb, **self.filters), text, kind, **fields)
 
     def overview(self) -> _Html:
+        """Show what failed first, then the endpoints that need a look, then the latest events."""
         stats, now = self.outbox.stats(), self.outbox.clock()
         tiles: dict[str, object] = {"Pending": stats.pending, "Due now": stats.due}
         tiles |= {
@@ -10804,20 +10843,24 @@ class _Dashboard(_Site):
         ranked = sorted(stats.endpoints, key=_trouble)
         rest = ranked[_MOST_ENDPOINTS:]
         others = self.link(_others(rest), "endpoints") if rest else ""
-        search = _entry("q", "Find an event by id or type", "", "search")
-        refusal = [_fill('<p class="card bad" role="alert">{}</p>', stats.refusal)]
-        refusal = refusal if stats.refusal else []
+        shown = self.endpoints(ranked[:_MOST_ENDPOINTS], now)
+        events = self.events(self.outbox.events(limit=10), now)
+        head = '<header class="row ends"><h1>Webhooks</h1><p class="soft">{} {}</p></header>'
         return self.page(
             f"Webhooks: {stats.failed} failed",
-            _fill('<header class="row ends"><h1>Webhooks</h1><p class="soft">{} {}</p></header>', _moment(now),
-                  self.link("Refresh", **self.filters)),
-            *refusal,
+            _fill(head, _moment(now), self.link("Refresh", **self.filters)),
+            _alert(stats.refusal),
             _facts(tiles, "tiles"),
             self.failed(now),
-            _fill("<h2>Endpoints</h2>{}<p>{}</p>", self.endpoints(ranked[:_MOST_ENDPOINTS], now), others),
-            _fill('<h2>Latest events</h2><form class="row pick" action="{}">{}<button>Find</button></form>{}',
-                  self.place("search"), search, self.events(self.outbox.events(limit=10), now)),
-        )  # fmt: skip
+            _fill("<h2>Endpoints</h2>{}<p>{}</p>", shown, others),
+            _fill(
+                "<h2>Latest events</h2>{}{}", self.finder("Find an event by id or type", ""), events
+            ),
+        )
+
+    def finder(self, label: str, asked: str) -> _Html:
+        form = '<form class="row pick" action="{}">{}<button>Find</button></form>'
+        return _fill(form, self.place("search"), _entry("q", label, asked, "search"))
 
     def endpoints(self, some: Sequence[EndpointStats], now: float) -> _Html:
         rows = {e.id: e for e in self.outbox.endpoints()}
@@ -10825,6 +10868,7 @@ class _Dashboard(_Site):
         return _table(names, [self.endpoint(e, rows[e.id], now) for e in some if e.id in rows])
 
     def endpoint(self, e: EndpointStats, endpoint: Endpoint, now: float) -> tuple[object, ...]:
+        """Return an endpoint's row: whose it is and what it gets, its last hour, what to do."""
         held = _held(e.failures, e.paused_until or 0.0, now) if e.enabled else ""
         tenant = f"tenant {endpoint.tenant}" if endpoint.tenant else ""
         about = (tenant, _masked(endpoint.url), endpoint.description, endpoint.disabled_reason)
@@ -10845,7 +10889,7 @@ class _Dashboard(_Site):
             _bars(e),
             f"{100 * e.delivered // e.attempts}%" if e.attempts else "-",
             _fill('<span class="line">{} / {}</span>', _age(e.p50), _age(e.p95)),
-            f"{e.pending}, oldest {_age(e.oldest_due_age)}" if e.oldest_due_age is not None else e.pending,
+            f"{e.pending}, oldest {_age(e.oldest_due_age)}" if e.oldest_due_age else e.pending,
             self.link(e.failed, endpoint=e.id) if e.failed else 0,
             _fill('<div class="row">{}{}{}</div>', switch, self.act("ping", "Ping", id=e.id),
                   self.act("retry", "Try now", id=e.id) if held else ""),
@@ -10868,10 +10912,10 @@ class _Dashboard(_Site):
         )  # fmt: skip
 
     def events(self, events: Sequence[Event], now: float) -> _Html:
-        rows = [
-            (self.link(e.id, f"event/{e.id}"), e.type, e.tenant or "-", e.key or "-", _time(e.created_at, now))
-            for e in events
-        ]  # fmt: skip
+        rows = []
+        for e in events:
+            of = e.type, e.tenant or "-", e.key or "-"
+            rows.append((self.link(e.id, f"event/{e.id}"), *of, _time(e.created_at, now)))
         return _table(("Event", "Type", "Tenant", "Key", "Emitted"), rows)
 
     def search(self) -> _Html:
@@ -10891,15 +10935,15 @@ class _Dashboard(_Site):
             if len(found) > len(rows)
             else ""
         )
-        entry = _entry("q", "An id, a type or a part of it", asked, "search")
         return self.page(
             f"Events: {asked}",
             _fill("<p>{}</p><h1>Events</h1>", self.link("← Webhooks")),
-            _fill('<form class="row pick" action="{}">{}<button>Find</button></form>', self.place("search"), entry),
+            self.finder("An id, a type or a part of it", asked),
             _fill("{}<p>{}</p>", self.events(rows, self.outbox.clock()), more),
         )  # fmt: skip
 
     def failed(self, now: float) -> _Html:
+        """Show failed rows: a few, or a page of those of an endpoint, or behind one."""
         endpoint, after = self.filters.get("endpoint"), int(self.filters.get("after", 0))
         most = _ON_A_PAGE if self.filters else _FIRST_FAILED
         found = self.outbox.failed(limit=most + 1, after=after, endpoint=endpoint)
@@ -10910,22 +10954,28 @@ class _Dashboard(_Site):
         if len(rows) > 1:
             ids = ",".join(str(row.id) for row in rows)
             links.append(self.act("replay", f"Replay these {len(rows)}", ids=ids))
-        return _fill(
-            '<div class="row ends"><h2>Failed rows{}, oldest first</h2><div class="row">{}</div></div>{}',
-            f" of {endpoint}" if endpoint else "", links, [self.failed_row(row, now) for row in rows] or _table((), ()),
-        )  # fmt: skip
+        of, shown = (
+            f" of {endpoint}" if endpoint else "",
+            [self.failed_row(row, now) for row in rows],
+        )
+        head = '<div class="row ends"><h2>Failed rows{}, oldest first</h2>'
+        return _fill(head + '<div class="row">{}</div></div>{}', of, links, shown or _table((), ()))
 
     def failed_row(self, row: FailedDelivery, now: float) -> _Html:
+        """Return the card of a failed row; what deletes it takes a second click."""
         return _fill(
-            '<article class="card"><div class="row ends"><div class="row">{}<h3>{}</h3><span>to {}</span></div>'
+            '<article class="card"><div class="row ends">'
+            '<div class="row">{}<h3>{}</h3><span>to {}</span></div>'
             '<div class="row">{}<details><summary>Discard</summary>{}</details></div></div>'
             '<p class="soft">Given up {}, attempts: {}</p>{}</article>',
             _judged(row), self.link(row.type, f"event/{row.event_id}"), row.endpoint_id,
-            self.act("replay", "Replay", ids=row.id), self.act("discard", "Delete for good", "bad", ids=row.id),
+            self.act("replay", "Replay", ids=row.id),
+            self.act("discard", "Delete for good", "bad", ids=row.id),
             _time(row.failed_at, now), row.attempts, _answer_of(row),
         )  # fmt: skip
 
     def event(self, id: str) -> _Html:
+        """Show an event with its data, its deliveries and what was tried."""
         event, attempts, now = self.outbox.event(id), self.outbox.attempts(id), self.outbox.clock()
         about = f"{event.id}, emitted {_moment(event.created_at)}"
         about += "".join(
@@ -10941,6 +10991,7 @@ class _Dashboard(_Site):
             if len(event.deliveries) > 1
             else ""
         )
+        table = _table(names, [self.delivery(d, now) for d in event.deliveries[:200]])
         return self.page(
             f"{event.type} {event.id}",
             _fill(
@@ -10950,21 +11001,27 @@ class _Dashboard(_Site):
                 about,
             ),
             _fill('<h2>Data</h2><pre tabindex="0" class="card">{}</pre>', _pretty(event.data)),
-            _fill('<div class="row ends"><h2>Deliveries</h2><div class="row">{}</div></div>{}<p>{}</p>', again,
-                  _table(names, [self.delivery(d, now) for d in event.deliveries[:200]]), more),
+            _fill(
+                '<div class="row ends"><h2>Deliveries</h2>{}</div>{}<p>{}</p>', again, table, more
+            ),
             _timeline(attempts),
-        )  # fmt: skip
+        )
 
     def delivery(self, d: Delivery, now: float) -> tuple[object, ...]:
+        """Return a delivery's row; what waits can be sent now, or cancelled."""
         waits = d.status in ("pending", "held")
         again = "Send now" if waits else "Resend"
         of = {"event": d.event_id, "endpoint": d.endpoint_id}
         buttons = [self.button(self.place("resend"), again, **of)]
         buttons += [self.button(self.place("cancel"), "Cancel", "bad", **of)] if waits else []
         return (
-            d.endpoint_id, _status_pill(d), d.attempts, _time(d.due_at, now) if d.status == "pending" else "-",
-            _time(d.delivered_at, now), _fill('<div class="row">{}</div>', buttons),
-        )  # fmt: skip
+            d.endpoint_id,
+            _status_pill(d),
+            d.attempts,
+            _time(d.due_at if d.status == "pending" else None, now),
+            _time(d.delivered_at, now),
+            _fill('<div class="row">{}</div>', buttons),
+        )
 
     def ping(self, form: _Form) -> _Reply:
         said = _pinged(lambda: self.outbox.ping(form["id"]))
@@ -11047,10 +11104,10 @@ def _fault(text: str | None) -> _Html:
 
 def _box(value: str, text: str, hint: str, chosen: Sequence[str]) -> _Html:
     """Return an event type or pattern to tick."""
-    return _fill(
-        '<label class="box"><input type="checkbox" name="events" value="{}"{}><span>{}<small>{}</small></span></label>',
-        value, _Html(" checked" if value in chosen else ""), text, hint,
-    )  # fmt: skip
+    mark = _Html(" checked" if value in chosen else "")
+    box = _fill('<input type="checkbox" name="events" value="{}"{}>', value, mark)
+    label = '<label class="box">{}<span>{}<small>{}</small></span></label>'
+    return _fill(label, box, text, hint)
 
 
 def _patterns_shown(patterns: Sequence[str]) -> str:
@@ -11096,10 +11153,10 @@ class _PortalPages(_Site):
         return "There is no such page."
 
     def frame(self, title: str, *parts: object, back: _Html | None = None) -> _Html:
-        said = _SAID.get(self.query.get("said", ""))
+        said, back = _SAID.get(self.query.get("said", "")), back or self.link("← Webhooks")
         return self.page(
             title,
-            _fill("<header><p>{}</p><h1>{}</h1></header>", back or self.link("← Webhooks"), title),
+            _fill("<header><p>{}</p><h1>{}</h1></header>", back, title),
             _fill('<p class="card good" role="status">{}</p>', said) if said else _Html(""),
             _fill("{}", list(parts)),
         )
@@ -11107,6 +11164,7 @@ class _PortalPages(_Site):
     # The list of endpoints.
 
     def overview(self) -> _Html:
+        """Show the customer's endpoints, or what an endpoint is where there is none."""
         now, rows = self.outbox.clock(), {e.id: e for e in self.door.endpoints()}
         stats = [e for e in self.door.stats().endpoints if e.id in rows]
         said = _SAID.get(self.query.get("said", ""))
@@ -11115,8 +11173,9 @@ class _PortalPages(_Site):
         full = "" if room else f"You have {len(rows)} endpoints, as many as may be."
         names = ("Endpoint", "Events", "Last hour", "Waiting", "Failed")
         nothing = _Html(
-            '<div class="card"><h3>No endpoints yet</h3><p class="soft">An endpoint is an address of your server. '
-            "We send it a signed request for each event that you choose, and try again until it is taken.</p></div>"
+            '<div class="card"><h3>No endpoints yet</h3><p class="soft">An endpoint is an address '
+            "of your server. We send it a signed request for each event that you choose, and try "
+            "again until it is taken.</p></div>"
         )
         table = _table(names, [self.row(e, rows[e.id], now) for e in stats]) if stats else nothing
         return self.page(
@@ -11138,6 +11197,7 @@ class _PortalPages(_Site):
     # One endpoint.
 
     def endpoint(self, id: str) -> _Html:
+        """Show an endpoint: its state, what helps where it is in trouble, and its deliveries."""
         endpoint, now = self.door.endpoint(id), self.outbox.clock()
         stats = next((e for e in self.door.stats().endpoints if e.id == id), None)
         if stats is None:
@@ -11174,12 +11234,13 @@ class _PortalPages(_Site):
             cards.append(_fill(card, f"It fails since {_moment(stats.failing_since)}{why}.", ""))
         if missed := self.door._missed(endpoint):
             send = self.button(self.place(f"{at}/backfill"), "Send them", "main")
-            words = f"{missed} event{'s were' if missed > 1 else ' was'} missed: never sent to this endpoint."
+            words = f"{missed} event{'s were' if missed > 1 else ' was'} missed: never sent here."
             words += "" if endpoint.enabled else " Enable it to have them sent."
             cards.append(_fill(card, words, send if self.manage and endpoint.enabled else ""))
         return _fill("{}", cards)
 
     def actions(self, endpoint: Endpoint) -> _Html:
+        """Return what a customer may do with an endpoint; what needs a choice is folded."""
         at = f"endpoint/{endpoint.id}"
         types = {"": "webhook.ping"} | {type: type for type in self.types()}
         example = self.form(
@@ -11197,9 +11258,12 @@ class _PortalPages(_Site):
         folded = "<details><summary>{}</summary>{}</details>"
         return _fill(
             '<div class="row top">{}{}{}{}{}</div>',
-            self.link("Edit", f"{at}/edit", "button"), disable, _fill(folded, "Send an example", example),
-            _fill(folded, "New secret", rotate), _fill(folded, "Remove", remove),
-        )  # fmt: skip
+            self.link("Edit", f"{at}/edit", "button"),
+            disable,
+            _fill(folded, "Send an example", example),
+            _fill(folded, "New secret", rotate),
+            _fill(folded, "Remove", remove),
+        )
 
     def types(self) -> dict[str, EventType]:
         return self.outbox._catalogue.public().types or {}
@@ -11233,18 +11297,31 @@ class _PortalPages(_Site):
             more = self.link("Older", f"endpoint/{id}", **given, after=rows[-1].event_id)
         names = ("Event", "Emitted", "Status", "Attempts", "Next", "Delivered")
         shown = [
-            (_fill("{}<small>{}</small>", self.link(heads[d.event_id][0], f"endpoint/{id}/event/{d.event_id}"), d.event_id),
-             _time(heads[d.event_id][1], now), _status_pill(d), d.attempts,
-             _time(d.due_at, now) if d.status == "pending" else "-", _time(d.delivered_at, now))
-            for d in rows if d.event_id in heads
-        ]  # fmt: skip
+            self.delivery_row(id, d, heads[d.event_id], now) for d in rows if d.event_id in heads
+        ]
         return _fill(
-            '<h2>Deliveries</h2>{}{}{}<p>{}</p>', self.filter_form(id, asked),
-            _fill('<p class="card bad" role="alert">{}</p>', fault) if fault else "",
-            "" if fault else _table(names, shown), more,
-        )  # fmt: skip
+            "<h2>Deliveries</h2>{}{}{}<p>{}</p>",
+            self.filter_form(id, asked),
+            _alert(fault),
+            "" if fault else _table(names, shown),
+            more,
+        )
+
+    def delivery_row(
+        self, id: str, d: Delivery, head: tuple[str, float, Any], now: float
+    ) -> tuple[object, ...]:
+        link = self.link(head[0], f"endpoint/{id}/event/{d.event_id}")
+        return (
+            _fill("{}<small>{}</small>", link, d.event_id),
+            _time(head[1], now),
+            _status_pill(d),
+            d.attempts,
+            _time(d.due_at if d.status == "pending" else None, now),
+            _time(d.delivered_at, now),
+        )
 
     def filter_form(self, id: str, asked: Mapping[str, str]) -> _Html:
+        """Return the filter of the deliveries, as it is set; it asks by GET."""
         statuses = {"": "any", **{status: status for status in _STATUSES}}
         types = {"": "any", **{type: type for type in self.types()}}
         types.setdefault(asked["type"], asked["type"])
@@ -11256,12 +11333,15 @@ class _PortalPages(_Site):
         since, until = (_field_of(asked[name], name == "until") for name in ("since", "until"))
         return _fill(
             '<form class="row pick" action="{}">{}{}{}{}<button>Filter</button></form>',
-            self.place(f"endpoint/{id}"), _choice_of("status", "Status", statuses, asked["status"]), by_type,
+            self.place(f"endpoint/{id}"),
+            _choice_of("status", "Status", statuses, asked["status"]),
+            by_type,
             _entry("since", "From (UTC)", since, "datetime-local"),
             _entry("until", "Until (UTC)", until, "datetime-local"),
         )  # fmt: skip
 
     def delivery(self, id: str, event_id: str) -> _Html:
+        """Show one delivery: the body as it is sent, and what each attempt brought."""
         endpoint, now = self.door.endpoint(id), self.outbox.clock()
         found = self.door.deliveries(event_id=event_id, endpoint=id, limit=1)
         if not found:
@@ -11344,10 +11424,13 @@ class _Portal(_PortalPages):
         types = self.types()
         if not types:
             return _fill(
-                '<div class="field"><label for="events">Events</label><small>Types such as order.created, groups such '
-                'as order.*, or * for all; with spaces between them.</small><input id="events" name="events" value="{}">{}</div>',
-                " ".join(chosen) or "*", _fault(fault),
-            )  # fmt: skip
+                '<div class="field"><label for="events">Events</label>'
+                "<small>Types such as order.created, groups such as order.*, or * for all; "
+                "with spaces between them.</small>"
+                '<input id="events" name="events" value="{}">{}</div>',
+                " ".join(chosen) or "*",
+                _fault(fault),
+            )
         groups: dict[str, list[_Html]] = {"": [_box("*", "All events", "", chosen)]}
         others = {*chosen} - {*types} - {"*"} - self.outbox._catalogue.internal
         groups[""] += [_box(pattern, pattern, "", chosen) for pattern in sorted(others)]
@@ -11383,6 +11466,7 @@ class _Portal(_PortalPages):
         return found
 
     def add(self, form: _Form) -> _Reply:
+        """Add an endpoint and show its secret, or show the form again with what is wrong."""
         typed, once = self.typed(form), f"{self.door.id} {form['once']}"
         id = "ep_" + hashlib.sha256(once.encode()).hexdigest()[:16]  # never one that somebody has
         with contextlib.suppress(NotFound):
@@ -11398,6 +11482,7 @@ class _Portal(_PortalPages):
         return _Reply("400 Bad Request", page)
 
     def edit(self, form: _Form, id: str) -> _Reply:
+        """Save what was changed, or show the form again with what is wrong."""
         endpoint, typed = self.door.endpoint(id), self.typed(form)
         changes = {n: v for n, v in typed.items() if v != getattr(endpoint, n)}
         if set(typed["events"]) == set(endpoint.events):  # the same, in the order of the boxes
@@ -11413,10 +11498,11 @@ class _Portal(_PortalPages):
 
     def secret_page(self, title: str, endpoint: Endpoint) -> _Reply:
         said = _fill(
-            '<div class="card"><p>Its secret, with which your server verifies each request. Keep it safe: '
-            "it is not shown again.</p><p><code>{}</code></p></div><p>{}</p>",
-            endpoint.secret, self.link("Go on", f"endpoint/{endpoint.id}", "button"),
-        )  # fmt: skip
+            '<div class="card"><p>Its secret, with which your server verifies each request. '
+            "Keep it safe: it is not shown again.</p><p><code>{}</code></p></div><p>{}</p>",
+            endpoint.secret,
+            self.link("Go on", f"endpoint/{endpoint.id}", "button"),
+        )
         return _Reply("200 OK", self.frame(title, said))
 
     def rotate(self, form: _Form, id: str) -> _Reply:

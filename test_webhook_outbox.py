@@ -13146,6 +13146,20 @@ def test_large_bodies_are_read_when_their_attempt_starts_and_small_ones_ahead_wi
     assert sorted(drain_sent(receiver)) == list(range(12))
 
 
+def test_the_doctor_names_the_endpoint_that_holds_most_of_the_file(wal, serve):
+    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox.add_endpoint(serve(answer(500, b"x" * 4096)).url(), id="big")
+    outbox.add_endpoint(serve(answer(500)).url(), id="small")
+    for count, expected in ((1, 0), (19, 1)):
+        with outbox.transaction() as conn:
+            for _ in range(count):
+                outbox.emit(conn, "order.created", {})
+        outbox.drain(once=True)
+        query(wal, "UPDATE webhook_endpoints SET failures = 0, failing_since = NULL")
+        texts = [f.text for f in webhook_outbox._findings(outbox) if "holds most" in f.text]
+        assert len(texts) == expected and all(re.match(r"big .* 0\.\d MB", text) for text in texts)
+
+
 @pytest.mark.long
 def test_many_endpoints_that_hang_and_share_large_events_cost_a_few_megabytes(wal, serve):
     receiver, outbox = serve(hangs), make_outbox(wal, timeout=3600, workers=64)
@@ -13451,6 +13465,31 @@ def test_a_request_whose_attempt_ended_before_it_was_sent_is_not_sent(exchanging
     exchanging.exchanges.shut(connection)
     exchanging.exchanges.flush()
     assert theirs.recv(9) == b"" and connection.sock.fileno() == -1
+
+
+def test_answers_that_take_many_reads_leave_a_turn_to_those_that_take_one(exchanging, monkeypatch):
+    """Forty receivers send answers that are expensive to read, as fast as they can. One of them is
+    read on in a turn that has no time for more, the one that has cost the least; a short answer
+    is read whatever else is ready."""
+    monkeypatch.setattr(webhook_outbox, "_READ_TIME", 0.0)
+    pairs = [exchanging.open() for _ in range(41)]
+    for connection, _ in pairs:
+        exchanging.exchanges.begin(connection, attempt_of(request=b"x"), 0.0)
+    exchanging.exchanges.flush()
+    (quick, well), *strangers = pairs
+    for _, theirs in strangers:
+        theirs.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 9)
+    assert exchanging.exchanges.wait(1.0) == []
+    room = [connection.answer.room for connection, _ in strangers]
+    for _, theirs in strangers:
+        theirs.sendall(b"1\r\nx\r\n" * 9)
+    for turn in range(1, 4):
+        assert exchanging.exchanges.wait(1.0) == []
+        spent = [c.answer.room < before for (c, _), before in zip(strangers, room, strict=True)]
+        assert sum(spent) == turn
+    well.sendall(OK)
+    ((connection, _, result),) = exchanging.exchanges.wait(1.0)
+    assert connection is quick and result.status == 200
 
 
 ENDINGS = [  # whether the connection carried one before, what comes, how it ends; status or error
@@ -23813,7 +23852,7 @@ def beside_strangers(bench: Bench, path: pathlib.Path, kind: str) -> Iterator[An
     )
     with outbox.transaction() as conn:
         for n in range(50):
-            outbox.add_endpoint(bench.own, id=f"ok{n}", events=[f"ok.{n}"], conn=conn)
+            outbox.add_endpoint(bench.url, id=f"ok{n}", events=[f"ok.{n}"], conn=conn)
 
     def emitted(seconds: float) -> list[str]:
         ids, begun = [], time.monotonic()

@@ -164,6 +164,8 @@ _WARN_BODY = 20_480  # bytes; Standard Webhooks asks for small bodies
 _RETENTION = 30 * 86_400.0  # seconds
 _KEPT_RESPONSE = 4_096  # bytes of an answer that are stored
 _KEPT_SUCCESS = 512  # the same of a 2xx: nobody looks at those, and there are many
+_READ_AT_ONCE = 8_192  # bytes of an answer that are read in a turn of the loop
+_READ_TIME = 0.003  # seconds of a turn for answers that took more than one read
 _READ_RESPONSE = 65_536  # bytes of an answer that are read, with its heads and framing
 _READ_HEAD = 16_384  # bytes of status line and headers that are read
 _READ_COST = 64  # bytes that a read, or a chunk, counts as beside its own: what it costs in time
@@ -3529,11 +3531,8 @@ def _endpoint(row: Sequence[Any], lenient: bool = False) -> Endpoint:
             except (ValueError, RecursionError):
                 if not lenient:
                     raise ValueError(f"{name} is damaged") from None
-                values[name] = _EMPTY.get(name)
+                values[name] = {"events": (), "headers": {}}.get(name)
     return Endpoint(**values)
-
-
-_EMPTY: dict[str, Any] = {"events": (), "headers": {}}
 
 
 # ── storage ───────────────────────────────────────────────────────────────────────────────────────
@@ -5922,6 +5921,10 @@ class _Exchanges:
                 self._send(connection)
 
     def wait(self, pause: float) -> list[tuple[_Connection, _Attempt, _Answer | Exception | None]]:
+        """Do what is ready. Answers that have only begun to come are read first, and the rest of
+        longer ones for a few milliseconds: many that are expensive to read must not keep those
+        waiting that are complete with one read. What is left is ready in the next turn again."""
+        begun: list[_Connection] = []
         for key, mask in self.selector.select(0.0 if self._ended else pause):
             connection = key.data
             if not isinstance(connection, _Connection):
@@ -5930,10 +5933,24 @@ class _Exchanges:
                 continue
             elif mask & selectors.EVENT_WRITE and connection.out:
                 self._send(connection)
+            elif connection.answer.room < _READ_RESPONSE:
+                begun.append(connection)
             else:
                 self._receive(connection)
+        if begun:
+            self._read_on(begun)
         ended, self._ended = self._ended, []
         return ended
+
+    def _read_on(self, begun: list[_Connection]) -> None:
+        """Read answers that have begun, those first that have cost the least, until the turn has
+        taken its time."""
+        end = time.thread_time() + _READ_TIME
+        for connection in sorted(begun, key=lambda c: -c.answer.room):
+            if not connection.ended:
+                self._receive(connection)
+            if time.thread_time() > end:
+                return
 
     def _send(self, connection: _Connection) -> None:
         try:
@@ -5966,7 +5983,7 @@ class _Exchanges:
         if connection.writing != bool(connection.out):
             self._watch(connection, bool(connection.out))
         try:
-            data = sock.recv(answer.room)
+            data = sock.recv(min(answer.room, _READ_AT_ONCE))
             while data and isinstance(sock, ssl.SSLSocket) and sock.pending():
                 data += sock.recv(sock.pending())
         except (BlockingIOError, ssl.SSLWantReadError):
@@ -10258,6 +10275,28 @@ def _look_at_triggers(db: sqlite3.Connection) -> Iterator[_Finding]:
         yield _note(f"triggers that emit: {_one_line(', '.join(row[0] for row in rows), 2_000)}")
 
 
+_HOLDS_MUCH = 100_000  # characters
+
+
+def _look_at_size(db: sqlite3.Connection) -> Iterator[_Finding]:
+    """Name the endpoint whose attempts, answers and failed rows take the most room in the file."""
+    row = db.execute(
+        """SELECT endpoint_id, sum(size) FROM (
+             SELECT endpoint_id,
+                    sum(100 + coalesce(length(response), 0) + coalesce(length(error), 0)) AS size
+               FROM webhook_attempts GROUP BY endpoint_id
+              UNION ALL
+             SELECT endpoint_id,
+                    sum(200 + coalesce(length(response), 0) + coalesce(length(error), 0))
+               FROM webhook_failed GROUP BY endpoint_id)
+            GROUP BY endpoint_id ORDER BY 2 DESC LIMIT 1"""
+    ).fetchone()
+    if row and row[1] > _HOLDS_MUCH:
+        holds = f"{_one_line(row[0], 64)} holds most of the file, {row[1] / 1e6:.1f} MB in"
+        cure = "failed_retention, retention and `failed discard` bound them"
+        yield _note(f"{holds} attempts, answers and failed rows; {cure}")
+
+
 def _look_at_clock(now: float, db: sqlite3.Connection) -> Iterator[_Finding]:
     (newest,) = db.execute(
         """SELECT max(coalesce((SELECT created_at FROM webhook_events ORDER BY seq DESC LIMIT 1), 0),
@@ -10328,6 +10367,7 @@ def _findings(outbox: Outbox) -> Iterator[_Finding]:
             yield from _look_at_owners(outbox.path)
             yield from _look_at_clock(outbox.clock(), db)
             yield from _look_at_triggers(db)
+            yield from _look_at_size(db)
             stats = outbox.stats()
             if stats.refusal:
                 yield _problem(stats.refusal)

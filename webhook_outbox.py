@@ -7355,11 +7355,12 @@ class _Drain:
         return False
 
     def _refused(self) -> str | None:
-        """Return why nothing may be sent. A drain that ends by itself raises it: it would never
-        come to its end."""
+        """Return why nothing may be sent. A drain that ends by itself says and raises it: it would
+        never come to its end."""
         look = functools.partial(_refusal, self.file.db, self.settings.path, self.settings.home)
         refusal: str | None = self.file.patiently(look)
         if refusal is not None and self.mode != "forever":
+            _log.error("%s", refusal)
             raise OutboxError(refusal)
         return refusal
 
@@ -12043,9 +12044,9 @@ def _drain_here(outbox: Outbox, options: Any) -> int:
     """Drain, say what happens, and at the end what was left and why. For cron, once and quiet, it
     does not wait for another drain: the next minute brings the next try."""
     mode = _drain_mode(options.once, options.until_empty)
+    if mode != "forever" and (refusal := outbox._refusal()):  # in one line; the drain would log it
+        raise OutboxError(refusal)
     if options.quiet and mode != "forever" and _drainer(outbox.path) is not None:
-        if refusal := outbox._refusal():  # who has the lock sends nothing either
-            raise OutboxError(refusal)
         return 0
     terminal = sys.stderr.isatty()
     handler = logging.StreamHandler(sys.stderr)

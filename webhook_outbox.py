@@ -3520,6 +3520,9 @@ def _checked_options(options: Mapping[str, Any], known: _Known, update: bool) ->
     return {name: _OPTIONS[name].check(value, known) for name, value in options.items()}
 
 
+_EMPTY: dict[str, Any] = {"events": (), "headers": {}}
+
+
 def _endpoint(row: Sequence[Any], lenient: bool = False) -> Endpoint:
     """Return the Endpoint of a row of _ENDPOINT_COLUMNS; ValueError where plain SQL damaged it.
     lenient, for who only looks: what cannot be read is then empty, and the drain says that."""

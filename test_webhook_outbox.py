@@ -20657,16 +20657,19 @@ def test_what_a_terminal_would_obey_is_printed_as_its_escape(cli, wal):
 
 
 def test_json_holds_no_number_that_is_no_json(cli, wal):
+    """Plain SQL may write a number that is too large for Python, which calls it Infinity."""
+
     def strict(name: str) -> None:
         raise AssertionError(name)
 
-    outbox = make_outbox(wal)
-    query(wal, "INSERT INTO webhook_emit (type, data) VALUES ('a.b', ?)",
-          '[1e999, -1e999, "Infinity, NaN \\" -Infinity", 1]')  # fmt: skip
-    for line in (["events", "list"], ["events", "show", outbox.events()[0].id]):
-        event = json.loads(cli(*line, "--json"), parse_constant=strict)
-        data = (event[0] if isinstance(event, list) else event)["data"]
-        assert data == [math.inf, -math.inf, 'Infinity, NaN " -Infinity', 1]
+    make_outbox(wal).add_endpoint(URL, id="crm", description='Infinity, NaN " -Infinity')
+    query(wal, "UPDATE webhook_endpoints SET filter = ?", '{"data.n": [1e999, -1e999, 1]}')
+    query(wal, "INSERT INTO webhook_emit (type, data) VALUES ('a.b', '[1e999]')")
+    for line in ("endpoint list", "events list", "status"):
+        json.loads(cli(*line.split(), "--json"), parse_constant=strict)
+    shown = json.loads(cli("endpoint", "show", "crm", "--json"), parse_constant=strict)
+    assert shown["filter"] == {"data.n": [math.inf, -math.inf, 1]}
+    assert shown["description"] == 'Infinity, NaN " -Infinity'
 
 
 @pytest.mark.parametrize(
@@ -21563,7 +21566,8 @@ def test_a_forgotten_allow_network_costs_no_attempt_and_is_said_at_once(wal, ser
     outbox.remove_endpoint("plain")
     networks = {"WEBHOOK_OUTBOX_ALLOW_NETWORKS": "10.0.0.0/8, 127.0.0.0/8 ::1/128"}
     ended = command("--db", wal, "drain", "--once", env=networks)
-    assert (ended.returncode, ended.stderr) == (0, "") and "delivered 6," in ended.stdout
+    assert ended.returncode == 0 and "delivered 6," in ended.stdout
+    assert "nothing is sent" not in ended.stderr
     wrong = command("--db", wal, "status", env={"WEBHOOK_OUTBOX_ALLOW_NETWORKS": "10.0.0.0/33"})
     assert wrong.returncode == 1 and "10.0.0.0/33" in wrong.stderr
 
@@ -21683,7 +21687,8 @@ def test_a_reader_that_leaves_is_no_error(wal, line):
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()  # type: ignore[union-attr]  # before it has started to write
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (1, b"")
+    said = [text for text in err.splitlines() if b" INFO process " not in text]
+    assert (process.returncode, said) == (1, [])
 
 
 def test_listen_fails_at_first_and_takes_its_time_when_told_to(wal, tmp_path):

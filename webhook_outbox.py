@@ -7173,7 +7173,9 @@ class _Counts:
     progress_at: float = 0.0  # monotonic
     locked_at: float | None = None  # monotonic: since when another process has kept the file locked
 
-    def count(self, db: sqlite3.Connection, now: float, unrecorded: Sequence[_Row] = ()) -> None:
+    def count(
+        self, db: sqlite3.Connection, now: float = math.inf, unrecorded: Sequence[_Row] = ()
+    ) -> None:
         """Count what waits for enabled endpoints, and how much of it could go out now. The file does
         not know yet of what is unrecorded."""
         rows = db.execute(
@@ -7306,8 +7308,7 @@ class _Drain:
                     _log.warning("%s", warning)
                 self._check_writable()
                 self._loop()
-            now = self.settings.clock()
-            self.file.patiently(lambda: self.counts.count(self.file.db, now))
+            self.file.patiently(lambda: self.counts.count(self.file.db))
             return self.counts.report()
         finally:
             self._leave()

@@ -4721,7 +4721,19 @@ def test_a_customer_cannot_have_the_operators_credentials_sent_to_another_url(wa
     door = outbox.tenant("c42")
     with pytest.raises(PayloadError, match="credentials were set for it"):
         door.update_endpoint("erp", url="https://evil.example/")
+    with pytest.raises(PayloadError, match="credentials were set for it"):
+        door.ensure_endpoint("https://evil.example/", id="erp")
     assert door.update_endpoint("erp", url=URL, description="ERP").url == URL
+    told = [*door.endpoints(), door.endpoint("erp"), door.enable_endpoint("erp")]
+    told += [
+        door.disable_endpoint("erp"),
+        door.ensure_endpoint(URL, id="erp"),
+        door.rotate_secret("erp"),
+    ]
+    assert [dict(endpoint.headers) for endpoint in told] == [{"Authorization": "..."}] * 6
+    assert outbox.endpoint("erp").headers == headers
+    outbox.add_endpoint(URL, id="tls", tenant="c42", cert=__file__, ca=__file__)
+    assert (door.endpoint("tls").cert, door.endpoint("tls").ca) == ("...", "...")
 
 
 def test_a_customer_is_not_told_what_went_wrong_on_the_hosts_side(wal):
@@ -19380,7 +19392,7 @@ def test_a_customer_sees_what_was_sent_and_answered_why_it_is_disabled_and_sends
         ids.append(emit(outbox, "order.paid", {"n": n, "name": "Zoë"}, tenant="c42"))
         outbox.drain(once=True)
         clock.advance(3600)
-    outbox.drain(once=True)
+        outbox.drain(once=True)
     assert outbox.endpoint("mine").disabled_reason == "410 Gone"
     missed = [emit(outbox, "order.paid", n, tenant="c42") for n in range(2)]
     emit(outbox, "order.paid", tenant="c43")

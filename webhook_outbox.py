@@ -9706,12 +9706,21 @@ def _told(row: _Tried) -> _Tried:
     return dataclasses.replace(row, error=_NOT_SENT, response=None)
 
 
+def _bare(endpoint: Endpoint) -> Endpoint:
+    """Return an endpoint as its customer may have it: what the operator gave it to log in with, and
+    where that is kept, is left out."""
+    headers = dict.fromkeys(endpoint.headers, "...")
+    cert, ca = ("..." if path else None for path in (endpoint.cert, endpoint.ca))
+    return dataclasses.replace(endpoint, headers=headers, cert=cert, ca=ca)
+
+
 class Tenant:
     """The door of one customer: the outbox's verbs, in the scope of that tenant.
 
     What belongs to somebody else is NotFound, in the words for what does not exist; that holds for
     each id that a verb is given, also as a filter. What a customer chose is never a reference: no
     env:, no file:, no headers, only http addresses, and no event types that are the operator's.
+    What the operator gave an endpoint to log in with is left out of the Endpoints returned.
     What endpoints of tenant '*' got of the customer's events is neither shown nor touched.
     """
 
@@ -9811,8 +9820,10 @@ class Tenant:
         checked = self._checked(url, options, secret)
         with contextlib.suppress(NotFound), self._customers_words():
             self._keep_credentials(self.endpoint(id, conn=conn), url)
-            return self._outbox.ensure_endpoint(
-                url, id=id, secret=secret, tenant=self.id, conn=conn, **checked
+            return _bare(
+                self._outbox.ensure_endpoint(
+                    url, id=id, secret=secret, tenant=self.id, conn=conn, **checked
+                )
             )
         return self.add_endpoint(url, id=id, secret=secret, conn=conn, **options)
 
@@ -9824,7 +9835,7 @@ class Tenant:
         checked = self._checked(url, changes)
         with self._customers_words(), self._at(id, conn) as (own, endpoint):
             self._keep_credentials(endpoint, url)
-            return self._outbox.update_endpoint(id, url=url, conn=own, **checked)
+            return _bare(self._outbox.update_endpoint(id, url=url, conn=own, **checked))
 
     def _keep_credentials(self, endpoint: Endpoint, url: str | None) -> None:
         if url not in (None, endpoint.url) and (endpoint.headers or endpoint.cert):
@@ -9835,21 +9846,21 @@ class Tenant:
     def endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
         """Return an endpoint of this customer; raise NotFound."""
         with self._outbox._reading(conn) as cursor:
-            return self._own(cursor, id)
+            return _bare(self._own(cursor, id))
 
     def endpoints(self, *, conn: Any = None) -> list[Endpoint]:
         """Return the customer's endpoints, oldest first."""
-        return self._outbox.endpoints(tenant=self.id, conn=conn)
+        return [_bare(e) for e in self._outbox.endpoints(tenant=self.id, conn=conn)]
 
     def enable_endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
         """Resume an endpoint's held deliveries, with its failures forgotten."""
         with self._at(id, conn) as (own, _):
-            return self._outbox.enable_endpoint(id, conn=own)
+            return _bare(self._outbox.enable_endpoint(id, conn=own))
 
     def disable_endpoint(self, id: str, reason: str = "", *, conn: Any = None) -> Endpoint:
         """Hold an endpoint's deliveries."""
         with self._at(id, conn) as (own, _):
-            return self._outbox.disable_endpoint(id, reason, conn=own)
+            return _bare(self._outbox.disable_endpoint(id, reason, conn=own))
 
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
         """Delete an endpoint with its waiting and failed deliveries."""
@@ -9862,7 +9873,7 @@ class Tenant:
         """Give an endpoint a new secret; the old one signs too for `grace` seconds."""
         self._checked(None, {}, secret)
         with self._at(id, conn) as (own, _):
-            return self._outbox.rotate_secret(id, secret=secret, grace=grace, conn=own)
+            return _bare(self._outbox.rotate_secret(id, secret=secret, grace=grace, conn=own))
 
     def ping(self, id: str, *, type: str | None = None) -> Attempt:
         """Send a webhook.ping, or the catalogue's example of a type, at once."""
@@ -11216,13 +11227,15 @@ class _PortalPages(_Site):
         room = len(rows) < self.door.max_endpoints
         add = self.link("Add an endpoint", "add", "button main") if self.manage and room else ""
         full = "" if room else f"You have {len(rows)} endpoints, as many as may be."
+        stats.sort(key=_trouble)
         names = ("Endpoint", "Events", "Last hour", "Waiting", "Failed")
         nothing = _Html(
             '<div class="card"><h3>No endpoints yet</h3><p class="soft">An endpoint is an address '
             "of your server. We send it a signed request for each event that you choose, and try "
             "again until it is taken.</p></div>"
         )
-        table = _table(names, [self.row(e, rows[e.id], now) for e in stats]) if stats else nothing
+        shown = [self.row(e, rows[e.id], now) for e in stats[: 5 * _MOST_ENDPOINTS]]
+        table = _table(names, shown) if shown else nothing
         return self.page(
             "Webhooks",
             _fill('<header class="row ends"><h1>Webhooks</h1>{}</header>', add),
@@ -11254,6 +11267,7 @@ class _PortalPages(_Site):
             "Failed": stats.failed,
             "Added": _moment(endpoint.created_at),
             "Description": endpoint.description,
+            "Only where": _dumps(endpoint.filter) if endpoint.filter else "",
         }
         return self.frame(
             _masked(endpoint.url),

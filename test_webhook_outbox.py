@@ -4182,7 +4182,7 @@ def turn_statements(outbox: Outbox, clock: Clock) -> list[str]:
         emit(outbox)
         drain.finder.news.stale = True
         drain.finder.find([], now, time.monotonic())
-        drain._hopeless(drain.finder.lanes["a"], now + 1e9)
+        drain.outcomes._hopeless(drain.finder.lanes["a"], now + 1e9)
         webhook_outbox._work_left(db, math.inf)
         clock.advance(-1e8)
         drain.clock_seen = math.inf
@@ -13769,9 +13769,9 @@ def test_only_who_has_nothing_else_to_do_or_leaves_does_not_wait_to_record(
     outbox = make_outbox(wal)
     outbox.add_endpoint("https://example.com/", id="a")
     with drain_by_hand(outbox, mode) as drain:
-        drain.record_at = 0.0
-        drain._record(time.monotonic())
-        assert drain.record_at == 0.0  # nothing to write: no commit
+        drain.outcomes.record_at = 0.0
+        drain.outcomes.record(time.monotonic(), False, False)
+        assert drain.outcomes.record_at == 0.0  # nothing to write: no commit
         query(
             wal, "INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (1, 'a', 0.0)"
         )
@@ -13782,14 +13782,14 @@ def test_only_who_has_nothing_else_to_do_or_leaves_does_not_wait_to_record(
             drain.stop(60.0)
         mono = time.monotonic()
         if writes:
-            drain.budget.hosts.append(mono)
-        drain.record_at = mono + 1e-6
-        drain._record(mono)
+            drain.outcomes.budget.hosts.append(mono)
+        drain.outcomes.record_at = mono + 1e-6
+        drain.outcomes.record(mono, False, False)
         assert drain.ledger.rows
         before = time.monotonic()
-        drain._record(mono + 1e-6)
+        drain.outcomes.record(mono + 1e-6, attempts, stopping)
         assert not drain.ledger.rows
-        assert before + gap <= drain.record_at <= time.monotonic() + gap
+        assert before + gap <= drain.outcomes.record_at <= time.monotonic() + gap
         if attempts:
             drain.sender.attempts.discard(attempt)
     assert query(wal, "SELECT count(*) FROM webhook_attempts") == [(1,)]
@@ -13807,8 +13807,8 @@ def test_while_the_host_writes_commits_are_small(wal, monkeypatch, writes, count
         drain_turn(drain)
         assert len(drain.ledger.rows) == webhook_outbox._UNRECORDED
         if writes:
-            drain.budget.hosts.append(time.monotonic())
-        drain._record(time.monotonic())
+            drain.outcomes.budget.hosts.append(time.monotonic())
+        drain.outcomes.record(time.monotonic(), False, False)
         assert query(wal, "SELECT count(*) FROM webhook_attempts") == [(count,)]
         assert len(drain.ledger.rows) == webhook_outbox._UNRECORDED - count
 
@@ -14799,7 +14799,7 @@ def test_only_failed_rows_of_the_endpoint_itself_speak_for_disabling_it(wal):
                 webhook_outbox._Row("outcome", event, id, status) for event, id, status in outcomes
             ]
             lane = lane_of(health=webhook_outbox._Health(int(since is not None), since))
-            assert bool(drain._hopeless(lane, now)) is expected, (since, now)
+            assert bool(drain.outcomes._hopeless(lane, now)) is expected, (since, now)
         drain.ledger.rows = []
 
 
@@ -14867,7 +14867,7 @@ def test_the_loop_sleeps_until_the_next_thing_that_nobody_will_wake_it_for(wal, 
         drain.chores_at = mono + 0.2
         if "rows" in values:
             drain.ledger.rows.append(webhook_outbox._Row())
-            drain.record_at = mono + values["rows"]
+            drain.outcomes.record_at = mono + values["rows"]
         drain.finder.news.stale = values.get("stale", False)
         if "freed" in values:
             drain.sender.freed.append(lane_of())

@@ -7235,6 +7235,241 @@ class _Pruning:
         self.at = mono + (self._REST if done else 0.2 if removed else 0.02)
 
 
+class _Outcomes:
+    """Decides what outcomes mean for deliveries and endpoints, and brings them into the file.
+
+    Each outcome that it was given by end() or expire() is in the ledger until a statement that holds
+    it has committed; record() writes when the budget allows. While writing fails for another reason
+    than a lock (`storing` is False), nothing is to be sent: every answer would be forgotten.
+    """
+
+    __slots__ = (
+        "_file", "_finder", "_ledger", "_settings", "_teller", "budget", "counts", "ends", "record_at", "storing"
+    )  # fmt: skip
+
+    def __init__(
+        self, settings: _Settings, file: _DrainFile, finder: _Finder, ledger: _Ledger, ends: bool
+    ) -> None:
+        self._settings, self._file, self._finder, self._ledger = settings, file, finder, ledger
+        self._teller = _Teller(settings.observer)
+        self.budget, self.counts = _Budget(), _Counts()
+        self.ends = ends  # the drain is one that ends by itself
+        self.record_at = 0.0  # monotonic: not before
+        self.storing = True
+
+    def full(self) -> bool:
+        """Say whether so much waits to be recorded, or cannot be, that nothing more may begin."""
+        return not self.storing or len(self._ledger.rows) >= _UNRECORDED
+
+    def end(self, attempt: _Attempt, outcome: _Outcome, now: float, mono: float) -> None:
+        """Decide what an attempt's outcome means for its delivery and its endpoint."""
+        lane, picked, policy = attempt.lane, attempt.picked, self._settings.retry
+        was_enabled, health = lane.enabled, lane.health
+        lane.held(mono - attempt.started)
+        change = lane.learn(outcome, now, mono, policy)
+        first_at = attempt.wall if picked.first_attempt_at is None else picked.first_attempt_at
+        status, due_at, reason = _verdict(
+            picked.attempts + 1,
+            first_at,
+            lane.health.failing_since,
+            outcome,
+            policy,
+            now,
+            self._settings.rng,
+        )
+        if picked.type is None or picked.valid != 1:  # a damaged row does not heal
+            status = "failed"
+        if status == "pending" and picked.expires_at is not None:
+            due_at = min(due_at, picked.expires_at)  # then it ends, and holds up nobody
+        if reason is not outcome.reason:
+            outcome = outcome._replace(reason=reason)
+        self._add_row(
+            picked, lane.id, status, due_at, attempt.wall, mono - attempt.started, outcome
+        )
+        if status == "failed" and lane.enabled and (why := self._hopeless(lane, now)):
+            lane.disable, lane.enabled = why, False
+        self._next_of_queue(lane, picked, status == "delivered", now)
+        self._count(status, lane, picked, outcome, now)
+        disabled = "disabled" if was_enabled and not lane.enabled else None
+        told = self._settings.observer is not None or _log.isEnabledFor(logging.DEBUG)
+        if status != "delivered" or change or disabled or told:
+            what = {"delivered": "delivered", "failed": "gave_up"}.get(status, "attempt_failed")
+            self._tell([what, change, disabled], lane, picked, outcome, now)
+        if lane.disable or (lane.health is not health and lane.health.stored() != health.stored()):
+            self._ledger.states[lane.id] = lane
+        if not lane.enabled:
+            self._finder.retire(lane.id)
+
+    def expire(self, lane: _Lane, picked: _Picked, expired_at: float, now: float) -> None:
+        """A delivery that is worth nothing any more goes to the failed table without an attempt. Its
+        queue goes on at once, unless the endpoint holds queues."""
+        outcome = _Outcome(None, "expired", f"it was worth nothing after {_moment(expired_at)}")
+        self._add_row(picked, lane.id, "failed", now, now, 0.0, outcome, "expired")
+        self.counts.failed += 1
+        self._ledger.count(lane.id, "given up")
+        self._tell(["gave_up"], lane, picked, outcome, now)
+        self._next_of_queue(lane, picked, lane.endpoint.on_dead == "skip", now)
+
+    def give_up_orphans(self, now: float) -> None:
+        """Deliveries to an endpoint that does not exist go to the failed table."""
+        outcome = _Outcome(None, "internal", "there is no such endpoint")
+        while self._finder.orphans:
+            id = self._finder.orphans[-1]
+            waiting = {row.event for row in self._ledger.rows if row.endpoint_id == id}
+            for picked in _pick(self._file.db, id, math.inf)[0]:
+                if picked.event not in waiting:
+                    self._add_row(picked, id, "failed", now, now, 0.0, outcome)
+                    self.counts.failed += 1
+            self._finder.news.look_at_all(self._file.db)  # there may be more of them
+            self._finder.orphans.pop()
+
+    def _next_of_queue(self, lane: _Lane, picked: _Picked, at_once: bool, now: float) -> None:
+        """A queue goes on at once after a success. After a failure the file says who is next, once
+        that is recorded."""
+        queue = picked.queue
+        if queue is None:
+            if lane.endpoint.ordered:  # it was not yet, when this delivery was read
+                self._ledger.queues[lane.id, picked.event] = ""
+            return
+        self._ledger.queues[lane.id, picked.event] = queue
+        if at_once and lane.enabled and len(self._ledger.rows) < _UNRECORDED:
+            with contextlib.suppress(
+                sqlite3.Error
+            ):  # a rollback-mode host is committing, or a page is damaged
+                return lane.backlog.follow(self._file.db, queue, picked.event, now)
+        lane.backlog.leave(queue)
+
+    def _add_row(
+        self,
+        picked: _Picked,
+        id: str,
+        status: str,
+        due_at: float,
+        at: float,
+        duration: float,
+        outcome: _Outcome,
+        kind: str = "outcome",
+    ) -> None:
+        if not self._ledger.rows:
+            self.record_at = max(self.record_at, _monotonic())
+        self._ledger.rows.append(
+            _Row(
+                kind, picked.event, id, status, due_at, at, duration,
+                outcome.status_code, outcome.reason, outcome.error, outcome.response,
+            )
+        )  # fmt: skip
+
+    def _hopeless(self, lane: _Lane, now: float) -> str | None:
+        """Return why an endpoint is to be disabled, because hardly anything came through for five
+        days and deliveries were given up in that time; None where it is not."""
+        hopeless = lane.health.hopeless(now)
+        if hopeless is None:
+            return None
+        since, why = hopeless
+        count = sum(
+            row.endpoint_id == lane.id and row.status == "failed" for row in self._ledger.rows
+        )
+        with contextlib.suppress(sqlite3.OperationalError):  # a host commits: asked again later
+            count += self._file.db.execute(
+                "SELECT count(*) FROM webhook_failed WHERE endpoint_id = ? AND failed_at >= ?",
+                (lane.id, since),
+            ).fetchone()[0]
+        return why if count >= _HOPELESS[1] else None
+
+    def _count(
+        self, status: str, lane: _Lane, picked: _Picked, outcome: _Outcome, now: float
+    ) -> None:
+        counts, ledger = self.counts, self._ledger
+        if status == "delivered":
+            counts.delivered += 1
+            took = now - picked.created_at
+            return ledger.count(
+                lane.id, _BUCKET_NAMES[bisect.bisect_left(_BUCKETS, took)], seconds=max(0.0, took)
+            )
+        ledger.count(lane.id, outcome.reason or "")
+        if status == "failed":
+            counts.failed += 1
+            ledger.count(lane.id, "given up")
+        else:
+            counts.retried += 1
+
+    def _tell(
+        self, kinds: list[str | None], lane: _Lane, picked: _Picked, outcome: _Outcome, now: float
+    ) -> None:
+        """Log what happened; note it for the observer, and for who subscribes to webhook.*
+        events."""
+        _log_outcome(lane, picked, outcome, "gave_up" in kinds, "disabled" in kinds)
+        for kind in filter(None, kinds):
+            notice = Notice(
+                kind, lane.id, picked.id, outcome.reason, outcome.status_code, outcome.error
+            )
+            if self._settings.observer is not None:
+                self._ledger.notices.append(notice)
+            # Events about deliveries of such events would go on for ever between two endpoints that
+            # fail now and then.
+            if (
+                kind in _NOTICE_TYPES
+                and self._finder.monitored
+                and not str(picked.type).startswith("webhook.")
+            ):
+                data = json.dumps(
+                    dataclasses.asdict(notice), default=repr
+                )  # a damaged row may hold anything
+                self._ledger.rows.append(
+                    _Row("notice", status=_NOTICE_TYPES[kind], at=now, response=data)
+                )
+
+    def record(self, mono: float, sending: bool, stopping: bool) -> None:
+        """Write what came back, in one statement, within the budget: commits a second are what a
+        host feels."""
+        if not self._ledger or mono < self.record_at:
+            return
+        begun = time.thread_time()
+        try:
+            batch = self._ledger.write(self._file.db, self.budget.most(mono))
+        except sqlite3.Error as error:
+            if not _is_busy(error):
+                if self.storing:
+                    _log.error(
+                        "outcomes cannot be recorded (%s); sending pauses until they can", error
+                    )
+                self.storing = False
+                if stopping or self.ends:
+                    raise
+            else:
+                self.counts.locked(mono)
+            # Our own short retries: SQLite's busy handler sleeps up to 100 ms and starves beside a
+            # busy host. A refused try of a big batch costs milliseconds, so tries take at most a
+            # fifth of the time.
+            pause = max(0.0005, 4 * (time.thread_time() - begun)) if self.storing else 1.0
+            self.record_at = _monotonic() + pause
+            return
+        self.storing, self.counts.locked_at = True, None
+        took, mono = time.thread_time() - begun, _monotonic()
+        hurry = stopping or (self.ends and not sending)
+        gap = self.budget.gap(mono, took, len(batch), sending)
+        self.record_at = mono + (0.001 if hurry else gap)
+        self._file.watch.wrote(mono)
+        self._finder.recorded(batch, self._settings.clock(), mono)
+        for notice in self._ledger.notices:
+            self._teller.tell(notice)
+        self._ledger.notices = []
+
+    def leave(self) -> None:
+        """Write what is known and not written yet: the grace ran out, say. What cannot be written
+        now is delivered once more."""
+        if self._ledger or self._ledger.counts:
+            with contextlib.suppress(
+                Exception
+            ):  # MemoryError too: the lock must go, whatever happens
+                self._file.db.execute("PRAGMA busy_timeout = 1000")
+                while self._ledger or self._ledger.counts:
+                    self._ledger.write(self._file.db)
+
+    def close(self) -> None:
+        self._teller.close()
+
+
 # ── drain: the loop ───────────────────────────────────────────────────────────────────────────────
 # Promises: one process per file drains; one loop in one thread owns the database connection and
 # every decision, so order, rates, fair turns and breakers are plain state, exact by construction.
@@ -7252,28 +7487,24 @@ class _Drain:
     def __init__(
         self, settings: _Settings, mode: str, progress: Callable[[DrainReport], Any] | None = None
     ) -> None:
-        self.settings, self.mode, self.progress = (
-            settings,
-            mode,
-            progress,
-        )  # mode: forever, once, until_empty
+        self.settings, self.progress = settings, progress
+        self.mode = mode  # forever, once, until_empty
         self.bell = _Bell()
         self.file = _DrainFile(settings.path, self.bell.ring)
         self.lock = _Lock(settings.path)
         self.leave_at = (
             math.inf
-        )  # monotonic: when to leave attempts under way; before it: take nothing new
-        self.ledger, self.budget, self.teller = _Ledger(), _Budget(), _Teller(settings.observer)
+        )  # monotonic: when to leave what is under way; nothing new till then
+        self.ledger = _Ledger()
         self.sender = _Sender(settings, self.bell.ring)
         self.finder = _Finder(settings, self.file, self.ledger)
         self.places = _Places(settings.workers)
-        self.record_at = 0.0  # monotonic: not before
-        self.storing = True  # False: the last write failed for another reason than a lock; send nothing until one works
-        self.counts, self.pruning = _Counts(), _Pruning()
+        ends = mode != "forever"
+        self.outcomes = _Outcomes(settings, self.file, self.finder, self.ledger, ends)
+        self.counts, self.pruning = self.outcomes.counts, _Pruning()
         self.chores_at = 0.0  # monotonic
-        self.clock_seen = (
-            math.inf
-        )  # at the last chores; above now at the start and when the clock was set back
+        # At the last chores; above now at the start and when the clock was set back.
+        self.clock_seen = math.inf
 
     # What other threads and signal handlers may call.
 
@@ -7405,7 +7636,7 @@ class _Drain:
                 else:
                     freed, self.sender.freed = self.sender.freed, []
                     self.finder.find(freed, now, mono)
-                    self._give_up_orphans(now)
+                    self.outcomes.give_up_orphans(now)
                     self._start_attempts(now, mono)
                 if mono >= self.chores_at:
                     self._chores(now, mono)
@@ -7422,7 +7653,7 @@ class _Drain:
                 time.sleep(0.0005)
             self.sender.exchanges.flush()
             self._take_ended(self.settings.clock(), _monotonic())
-            self._record(_monotonic())
+            self.outcomes.record(_monotonic(), bool(self.sender.attempts), self.stopping)
             if self._finished(self.settings.clock()):
                 return
 
@@ -7474,7 +7705,7 @@ class _Drain:
             return 0.0
         until = min(self.chores_at - mono, self.finder.rest(self.settings.clock(), mono))
         if self.ledger:
-            until = min(until, self.record_at - mono)
+            until = min(until, self.outcomes.record_at - mono)
         return max(0.0, until)
 
     def _poll(self, at_once: bool = False) -> None:
@@ -7485,25 +7716,12 @@ class _Drain:
         if who is not None:
             self.finder.news.stale = True
         if who == "host":
-            self.budget.hosts.append(mono)
+            self.outcomes.budget.hosts.append(mono)
 
     # Starting attempts.
 
-    def _give_up_orphans(self, now: float) -> None:
-        """Deliveries to an endpoint that does not exist go to the failed table."""
-        outcome = _Outcome(None, "internal", "there is no such endpoint")
-        while self.finder.orphans:
-            id = self.finder.orphans[-1]
-            waiting = {row.event for row in self.ledger.rows if row.endpoint_id == id}
-            for picked in _pick(self.file.db, id, math.inf)[0]:
-                if picked.event not in waiting:
-                    self._add_row(picked, id, "failed", now, now, 0.0, outcome)
-                    self.counts.failed += 1
-            self.finder.news.look_at_all(self.file.db)  # there may be more of them
-            self.finder.orphans.pop()
-
     def _start_attempts(self, now: float, mono: float) -> None:
-        if self.storing and len(self.ledger.rows) < _UNRECORDED:
+        if not self.outcomes.full():
             start = functools.partial(self._start, now)
             self.places.serve(self.finder.schedule, self.sender, now, mono, start)
 
@@ -7530,34 +7748,24 @@ class _Drain:
             self.sender.begin(lane, picked, now)
             if self.sender.done:  # it failed at once: to be learned before the next is tried
                 self._take_ended(now, _monotonic())
-        return len(self.ledger.rows) < _UNRECORDED
+        return not self.outcomes.full()
 
     def _take(self, lane: _Lane, now: float, most: int) -> _Picked | None:
         """Return the endpoint's next delivery that is worth an attempt. What has expired by now ends
         here, as many as may wait to be recorded."""
-        while len(self.ledger.rows) < _UNRECORDED:
+        while not self.outcomes.full():
             picked = lane.backlog.take(self.file.db, now, most)
             if picked is None or picked.expires_at is None or now < picked.expires_at:
                 return picked
-            self._expire(lane, picked, picked.expires_at, now)
+            self.outcomes.expire(lane, picked, picked.expires_at, now)
         return None
 
     # Outcomes.
 
-    def _expire(self, lane: _Lane, picked: _Picked, expired_at: float, now: float) -> None:
-        """A delivery that is worth nothing any more goes to the failed table without an attempt. Its
-        queue goes on at once, unless the endpoint holds queues."""
-        outcome = _Outcome(None, "expired", f"it was worth nothing after {_moment(expired_at)}")
-        self._add_row(picked, lane.id, "failed", now, now, 0.0, outcome, "expired")
-        self.counts.failed += 1
-        self.ledger.count(lane.id, "given up")
-        self._tell(["gave_up"], lane, picked, outcome, now)
-        self._next_of_queue(lane, picked, lane.endpoint.on_dead == "skip", now)
-
     def _take_ended(self, now: float, mono: float) -> None:
         for attempt, outcome in self.sender.ended():
             if outcome is not None:
-                self._end(attempt, outcome, now, mono)
+                self.outcomes.end(attempt, outcome, now, mono)
             elif attempt.lane.enabled:
                 attempt.lane.backlog.put_back(attempt.picked)
             else:
@@ -7566,177 +7774,6 @@ class _Drain:
                 attempt.lane.line != 0 or attempt.lane.health is not _WELL
             ):  # else it stands where it belongs
                 self.finder.schedule.place(attempt.lane, now, mono)
-
-    def _end(self, attempt: _Attempt, outcome: _Outcome, now: float, mono: float) -> None:
-        """Decide what an attempt's outcome means for its delivery and its endpoint."""
-        lane, picked, policy = attempt.lane, attempt.picked, self.settings.retry
-        was_enabled, health = lane.enabled, lane.health
-        lane.held(mono - attempt.started)
-        change = lane.learn(outcome, now, mono, policy)
-        first_at = attempt.wall if picked.first_attempt_at is None else picked.first_attempt_at
-        status, due_at, reason = _verdict(
-            picked.attempts + 1,
-            first_at,
-            lane.health.failing_since,
-            outcome,
-            policy,
-            now,
-            self.settings.rng,
-        )
-        if picked.type is None or picked.valid != 1:  # a damaged row does not heal
-            status = "failed"
-        if status == "pending" and picked.expires_at is not None:
-            due_at = min(due_at, picked.expires_at)  # then it ends, and holds up nobody
-        if reason is not outcome.reason:
-            outcome = outcome._replace(reason=reason)
-        self._add_row(
-            picked, lane.id, status, due_at, attempt.wall, mono - attempt.started, outcome
-        )
-        if status == "failed" and lane.enabled and (why := self._hopeless(lane, now)):
-            lane.disable, lane.enabled = why, False
-        self._next_of_queue(lane, picked, status == "delivered", now)
-        self._count(status, lane, picked, outcome, now)
-        disabled = "disabled" if was_enabled and not lane.enabled else None
-        told = self.settings.observer is not None or _log.isEnabledFor(logging.DEBUG)
-        if status != "delivered" or change or disabled or told:
-            what = {"delivered": "delivered", "failed": "gave_up"}.get(status, "attempt_failed")
-            self._tell([what, change, disabled], lane, picked, outcome, now)
-        if lane.disable or (lane.health is not health and lane.health.stored() != health.stored()):
-            self.ledger.states[lane.id] = lane
-        if not lane.enabled:
-            self.finder.retire(lane.id)
-
-    def _next_of_queue(self, lane: _Lane, picked: _Picked, at_once: bool, now: float) -> None:
-        """A queue goes on at once after a success. After a failure the file says who is next, once
-        that is recorded."""
-        queue = picked.queue
-        if queue is None:
-            if lane.endpoint.ordered:  # it was not yet, when this delivery was read
-                self.ledger.queues[lane.id, picked.event] = ""
-            return
-        self.ledger.queues[lane.id, picked.event] = queue
-        if at_once and lane.enabled and len(self.ledger.rows) < _UNRECORDED:
-            with contextlib.suppress(
-                sqlite3.Error
-            ):  # a rollback-mode host is committing, or a page is damaged
-                return lane.backlog.follow(self.file.db, queue, picked.event, now)
-        lane.backlog.leave(queue)
-
-    def _add_row(
-        self,
-        picked: _Picked,
-        id: str,
-        status: str,
-        due_at: float,
-        at: float,
-        duration: float,
-        outcome: _Outcome,
-        kind: str = "outcome",
-    ) -> None:
-        if not self.ledger.rows:
-            self.record_at = max(self.record_at, _monotonic())
-        self.ledger.rows.append(
-            _Row(
-                kind, picked.event, id, status, due_at, at, duration,
-                outcome.status_code, outcome.reason, outcome.error, outcome.response,
-            )
-        )  # fmt: skip
-
-    def _hopeless(self, lane: _Lane, now: float) -> str | None:
-        """Return why an endpoint is to be disabled, because hardly anything came through for five
-        days and deliveries were given up in that time; None where it is not."""
-        hopeless = lane.health.hopeless(now)
-        if hopeless is None:
-            return None
-        since, why = hopeless
-        count = sum(
-            row.endpoint_id == lane.id and row.status == "failed" for row in self.ledger.rows
-        )
-        with contextlib.suppress(sqlite3.OperationalError):  # a host commits: asked again later
-            count += self.file.db.execute(
-                "SELECT count(*) FROM webhook_failed WHERE endpoint_id = ? AND failed_at >= ?",
-                (lane.id, since),
-            ).fetchone()[0]
-        return why if count >= _HOPELESS[1] else None
-
-    def _count(
-        self, status: str, lane: _Lane, picked: _Picked, outcome: _Outcome, now: float
-    ) -> None:
-        counts, ledger = self.counts, self.ledger
-        if status == "delivered":
-            counts.delivered += 1
-            took = now - picked.created_at
-            return ledger.count(
-                lane.id, _BUCKET_NAMES[bisect.bisect_left(_BUCKETS, took)], seconds=max(0.0, took)
-            )
-        ledger.count(lane.id, outcome.reason or "")
-        if status == "failed":
-            counts.failed += 1
-            ledger.count(lane.id, "given up")
-        else:
-            counts.retried += 1
-
-    def _tell(
-        self, kinds: list[str | None], lane: _Lane, picked: _Picked, outcome: _Outcome, now: float
-    ) -> None:
-        """Log what happened; note it for the observer, and for who subscribes to webhook.*
-        events."""
-        _log_outcome(lane, picked, outcome, "gave_up" in kinds, "disabled" in kinds)
-        for kind in filter(None, kinds):
-            notice = Notice(
-                kind, lane.id, picked.id, outcome.reason, outcome.status_code, outcome.error
-            )
-            if self.settings.observer is not None:
-                self.ledger.notices.append(notice)
-            # Events about deliveries of such events would go on for ever between two endpoints that
-            # fail now and then.
-            if (
-                kind in _NOTICE_TYPES
-                and self.finder.monitored
-                and not str(picked.type).startswith("webhook.")
-            ):
-                data = json.dumps(
-                    dataclasses.asdict(notice), default=repr
-                )  # a damaged row may hold anything
-                self.ledger.rows.append(
-                    _Row("notice", status=_NOTICE_TYPES[kind], at=now, response=data)
-                )
-
-    def _record(self, mono: float) -> None:
-        """Write what came back, in one statement, within the budget: commits a second are what a
-        host feels."""
-        if not self.ledger or mono < self.record_at:
-            return
-        begun = time.thread_time()
-        try:
-            batch = self.ledger.write(self.file.db, self.budget.most(mono))
-        except sqlite3.Error as error:
-            if not _is_busy(error):
-                if self.storing:
-                    _log.error(
-                        "outcomes cannot be recorded (%s); sending pauses until they can", error
-                    )
-                self.storing = False
-                if self.stopping or self.mode != "forever":
-                    raise
-            else:
-                self.counts.locked(mono)
-            # Our own short retries: SQLite's busy handler sleeps up to 100 ms and starves beside a
-            # busy host. A refused try of a big batch costs milliseconds, so tries take at most a
-            # fifth of the time.
-            pause = max(0.0005, 4 * (time.thread_time() - begun)) if self.storing else 1.0
-            self.record_at = _monotonic() + pause
-            return
-        self.storing, self.counts.locked_at = True, None
-        took, mono = time.thread_time() - begun, _monotonic()
-        hurry = self.stopping or (self.mode != "forever" and not self.sender.attempts)
-        gap = self.budget.gap(mono, took, len(batch), bool(self.sender.attempts))
-        self.record_at = mono + (0.001 if hurry else gap)
-        self.file.watch.wrote(mono)
-        self.finder.recorded(batch, self.settings.clock(), mono)
-        for notice in self.ledger.notices:
-            self.teller.tell(notice)
-        self.ledger.notices = []
 
     # Chores, about forty times a second, four while idle.
 
@@ -7748,7 +7785,11 @@ class _Drain:
         if not self.ledger:
             self.counts.locked_at = None
         self._show_progress(now, mono)
-        if mono >= self.pruning.at and not self.ledger.rows and not self.budget.host_rate(mono):
+        if (
+            mono >= self.pruning.at
+            and not self.ledger.rows
+            and not self.outcomes.budget.host_rate(mono)
+        ):
             self.pruning.some(self.file.db, self.settings, now, mono)
         if self.clock_seen > now + 1.0:
             if self.ledger.rows:  # whose due times may still be of the old time
@@ -7782,20 +7823,12 @@ class _Drain:
         if self.file.forked():
             return
         self.sender.close()
-        if (
-            self.ledger or self.ledger.counts
-        ):  # the grace ran out, say: what is known is not thrown away
-            with contextlib.suppress(
-                Exception
-            ):  # MemoryError too: the lock below must go whatever happens
-                self.file.db.execute("PRAGMA busy_timeout = 1000")
-                while self.ledger or self.ledger.counts:
-                    self.ledger.write(self.file.db)
+        self.outcomes.leave()
         self.bell.close()
         self.lock.release()
         _PROCESS.drains.discard(self.file)
         self.file.leave()
-        self.teller.close()
+        self.outcomes.close()
 
 
 # ── outbox ────────────────────────────────────────────────────────────────────────────────────────
@@ -11983,7 +12016,7 @@ class _Progress:
         ]  # fmt: skip
         if drain.stopping:
             return "", f"finishing {drain.under_way():,} under way"
-        if not drain.storing:
+        if not drain.outcomes.storing:
             return "", "nothing is sent: outcomes cannot be recorded"
         if locked >= 1.0:
             return "", f"file locked by another process for {_age(locked)}"

@@ -90,7 +90,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypedDict
 import requests
 import requests.adapters
 import requests.utils
-import urllib3
 
 if sys.platform == "win32":
     import msvcrt
@@ -1735,10 +1734,10 @@ class _Settings:
 
 # ── transport ─────────────────────────────────────────────────────────────────────────────────────
 # Promises: a connected, judged, TLS-checked socket, or one exception, within the deadline. Blocks:
-# the drain calls it from threads only. We dial ourselves and have the standard library do TLS;
-# requests opens a connection where there is a proxy. Through urllib3 an opening cost 450 of its 630
-# us, for pools that nobody used. Environment proxies, .netrc, cookies and CA variables play no
-# part: those live in requests.Session, not used here.
+# the drain calls it from threads only. We dial ourselves and have the standard library do TLS.
+# Through urllib3 an opening cost 450 of its 630 us, for pools that nobody used. Environment
+# proxies, .netrc, cookies and CA variables play no part: those live in requests.Session, not used
+# here.
 
 _MAX_LOOKUPS = 32
 _LOOKUP_TIMEOUT = 5.0  # seconds
@@ -2048,18 +2047,14 @@ class _Contexts:
         )  # guards _made; held while files are read, so that they are read once
         self._made: dict[tuple[Any, ...], ssl.SSLContext] = {}
 
-    def get(
-        self, ca: str | None, cert: tuple[str, ...], check_hostname: bool = True
-    ) -> ssl.SSLContext:
+    def get(self, ca: str | None, cert: tuple[str, ...]) -> ssl.SSLContext:
         bundle = ca or requests.utils.DEFAULT_CA_BUNDLE_PATH
-        key = (ca, cert, check_hostname, *(os.stat(path).st_mtime_ns for path in (bundle, *cert)))
+        key = (ca, cert, *(os.stat(path).st_mtime_ns for path in (bundle, *cert)))
         with self._lock:
             if key not in self._made:
                 context = self._make(bundle, ca is not None, cert)
-                context.check_hostname = check_hostname
-                self._made = {k: v for k, v in self._made.items() if k[:3] != key[:3]} | {
-                    key: context
-                }
+                kept = {k: v for k, v in self._made.items() if k[:2] != key[:2]}
+                self._made = kept | {key: context}
             return self._made[key]
 
     def _make(self, bundle: str, is_own: bool, cert: tuple[str, ...]) -> ssl.SSLContext:
@@ -2077,7 +2072,114 @@ class _Contexts:
         return context
 
 
-_OLD_URLLIB3 = getattr(urllib3, "__version__", "").startswith("1.")
+def _time_left(until: float) -> float:
+    """Return the seconds until a monotonic time; TimeoutError when it has passed."""
+    left = until - _monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class _Tls:
+    """TLS over a connected socket, through memory.
+
+    An SSLSocket reads from its socket by itself, and goes on for as long as messages of TLS's own
+    arrive (key updates, session tickets). A receiver that sends those without end held the loop in
+    one recv(). Here each recv() takes 16 KiB off the socket at the most, and says in `beside` how
+    many bytes came that were no data, so that they count against what an answer may hold.
+
+    The socket blocks until the handshake is done, and never after it. `unsent` is what waits for
+    room in it: flush() goes on with that.
+    """
+
+    __slots__ = ("_in", "_out", "_sock", "_tls", "beside", "unsent")
+    _AT_ONCE = 16_384  # bytes
+    _HANDSHAKE = 131_072  # bytes that one may take, each read counted as more, as in an answer
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
+        self._sock, self._in, self._out = sock, ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._in, self._out, server_hostname=host)
+        self.unsent = b""  # encrypted
+        self.beside = 0
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def shake_hands(self, until: float) -> None:
+        """Do the handshake; until: monotonic."""
+        room, done = self._HANDSHAKE, False
+        while not done:
+            try:
+                self._tls.do_handshake()
+                done = True
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError:
+                with contextlib.suppress(OSError):
+                    self._say(until)  # the alert, so that the receiver knows why
+                raise
+            self._say(until)
+            if not done:
+                self._sock.settimeout(_time_left(until))
+                data = self._sock.recv(self._AT_ONCE)
+                room -= len(data) + _READ_COST
+                if room < 0:
+                    raise ssl.SSLError("the handshake takes too long")
+                self._in.write(data) if data else self._in.write_eof()
+
+    def _say(self, until: float) -> None:
+        if self._out.pending:
+            self._sock.settimeout(_time_left(until))
+            self._sock.sendall(self._out.read())
+
+    def flush(self) -> None:
+        """Send what is waiting; BlockingIOError where there is no room for all of it."""
+        self.unsent += self._out.read()
+        while self.unsent:
+            self.unsent = self.unsent[self._sock.send(self.unsent) :]
+
+    def send(self, data: memoryview) -> int:
+        """Take some of the data, and return how much; BlockingIOError where there is no room."""
+        if self.unsent:
+            self.flush()
+        count = self._tls.write(data[:65_536])
+        made = self._out.read()
+        try:
+            self.unsent = made[self._sock.send(made) :]
+        except BlockingIOError:
+            self.unsent = made
+        return count
+
+    def recv(self, size: int) -> bytes:
+        """Return the data that one read of the socket brings, b"" at the end of the connection;
+        SSLWantReadError where it brings none."""
+        raw = self._sock.recv(size if size < self._AT_ONCE else self._AT_ONCE)
+        self._in.write(raw) if raw else self._in.write_eof()
+        data = b""
+        try:
+            data = self._tls.read(self._AT_ONCE)
+            while self._in.pending and (more := self._tls.read(self._AT_ONCE)):
+                data += more
+        except ssl.SSLError:  # also where the next record is not whole
+            if raw and not data:
+                raise
+        finally:
+            self.beside += len(raw) - len(data)
+            if self._out.pending:
+                with contextlib.suppress(OSError):  # else the next write, or read, tells
+                    self.flush()
+        return data
+
+
+_Stream = socket.socket | _Tls
+
+
+def _proxy_login(proxy: str | None) -> dict[str, str]:
+    """Return the header that logs in at the proxy."""
+    return dict(requests.adapters.HTTPAdapter().proxy_headers(proxy)) if proxy else {}
 
 
 class _Opener:
@@ -2091,81 +2193,67 @@ class _Opener:
         )
         self.lookups, self.contexts = _Lookups(settings.resolver), _Contexts()
         self.worked: dict[str, str] = {}  # host -> the address that answered last
-        self.adapter = requests.adapters.HTTPAdapter() if settings.proxy else None
 
-    def close(self) -> None:
-        if self.adapter is not None:
-            self.adapter.close()
-
-    def open(self, place: _Place, deadline: float) -> socket.socket:
-        """Return a connected socket, past TLS; raise what _explain understands. deadline:
-        monotonic."""
-        sock = self._by_proxy(place, deadline) if self.proxy else self._directly(place, deadline)
-        sock.setblocking(False)
-        return sock
-
-    def _directly(self, place: _Place, deadline: float) -> socket.socket:
+    def open(self, place: _Place, deadline: float) -> _Stream:
+        """Return a connection, past TLS; raise what _explain understands. deadline: monotonic."""
         until = min(deadline, _monotonic() + self.connect_timeout)
-        sock = _dial(self.guard, self.lookups, place, until, self.worked)
-        if place.scheme == "http":
-            return sock
+        if self.proxy:
+            sock = self._by_proxy(self.proxy, place, deadline)
+        else:
+            sock = _dial(self.guard, self.lookups, place, until, self.worked)
         try:
-            sock.settimeout(max(0.001, deadline - _monotonic()))  # do_handshake takes it as a total
-            return self.contexts.get(place.ca, place.cert).wrap_socket(
-                sock, server_hostname=place.host.rstrip(".")
-            )
+            made: _Stream = sock
+            if place.scheme == "https":
+                context = self.contexts.get(place.ca, place.cert)
+                made = tls = _Tls(sock, context, place.host.rstrip("."))
+                tls.shake_hands(deadline)
+            sock.setblocking(False)
+            return made
         except BaseException:
             sock.close()
             raise
 
-    def _by_proxy(self, place: _Place, deadline: float) -> socket.socket:
-        host = f"[{place.host}]" if ":" in place.host else place.host
-        prepared = requests.Request("POST", f"{place.scheme}://{host}:{place.port}/").prepare()
-        assert self.proxy is not None and self.adapter is not None
-        proxies = {"http": self.proxy, "https": self.proxy}
-        pool: Any = self.adapter.get_connection_with_tls_context(
-            prepared, verify=True, proxies=proxies
-        )
-        connection = pool._new_conn()
-        connection.timeout = max(0.001, deadline - _monotonic())
+    def _by_proxy(self, proxy: str, place: _Place, until: float) -> socket.socket:
+        """Return a socket that the proxy has connected to a place, or one to the proxy itself for
+        plain http. What went wrong there goes to the log: a customer reads the error, and must not
+        learn from it what is inside our network."""
+        parts = urllib.parse.urlsplit(proxy)
+        address = parts.hostname, parts.port or 80
         try:
+            sock = socket.create_connection(address, timeout=_time_left(until))
+        except OSError as error:
+            if _is_exhaustion(error) or isinstance(error, TimeoutError):
+                raise
+            _log.warning("the proxy %s:%d: %s", *address, _one_line(str(error)))
+            raise ConnectionError("the proxy cannot be reached") from None
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if place.scheme == "https":
-                # urllib3 1.26 gives Python no name to check where the host is an address; it then
-                # compares the certificate itself, provided that the context does not ask Python to.
-                python_checks = not (_OLD_URLLIB3 and _literal(place.host))
-                connection.ssl_context = self.contexts.get(place.ca, place.cert, python_checks)
-                self._tunnel(pool, connection, deadline)
-            else:
-                connection.connect()
-            sock: socket.socket = connection.sock
-            connection.sock = None  # ours now
-            return sock
-        except Exception as error:
-            if not isinstance(error, (ssl.SSLError, urllib3.exceptions.SSLError)):
-                _log.warning("the proxy: %s", _one_line(str(error)))  # a customer reads less
+                self._tunnel(sock, proxy, place, until)
+        except BaseException:
+            sock.close()
             raise
-        finally:
-            connection.close()
+        return sock
 
-    def _tunnel(self, pool: Any, connection: Any, deadline: float) -> None:
-        """CONNECT through the proxy, then TLS with the endpoint. http.client's timeout is for each
-        read, so a proxy that drips is cut off from outside."""
-
-        def cut() -> None:
-            with contextlib.suppress(OSError, AttributeError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
-
-        timer = threading.Timer(max(0.001, deadline - _monotonic()), cut)
-        timer.daemon = True
-        timer.start()
-        try:
-            pool._prepare_proxy(connection)
-        except Exception:
-            if _monotonic() >= deadline:
-                raise TimeoutError from None
-            raise
-        finally:
-            timer.cancel()
+    def _tunnel(self, sock: socket.socket, proxy: str, place: _Place, until: float) -> None:
+        """Have the proxy connect to a place (RFC 9110, 9.3.6); until: monotonic."""
+        host = f"[{place.host}]" if ":" in place.host else place.host
+        lines = [f"CONNECT {host}:{place.port} HTTP/1.1", f"Host: {host}:{place.port}"]
+        lines += [f"{name}: {value}" for name, value in _proxy_login(proxy).items()]
+        sock.settimeout(_time_left(until))
+        sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        head = b""
+        while not re.search(rb"\n\r?\n", head):
+            sock.settimeout(_time_left(until))
+            data = sock.recv(_READ_HEAD - len(head))
+            if not data:  # closed, or there is no room left
+                raise ConnectionError("the proxy gave no answer that can be read")
+            head += data
+        status = re.match(rb"HTTP/1\.[01] ([0-9]{3})", head)
+        if status is None or status[1][:1] != b"2":
+            _log.warning("the proxy: %s", _one_line(head.partition(b"\n")[0].decode("latin-1")))
+            said = "nothing of HTTP" if status is None else f"HTTP {status[1].decode()}"
+            raise ConnectionError(f"the proxy answered {said}")
 
 
 def _explain(error: BaseException) -> tuple[str, str]:
@@ -2180,18 +2268,10 @@ def _explain(error: BaseException) -> tuple[str, str]:
         return "dns", text
     if isinstance(error, (TimeoutError, socket.timeout)):
         return "timeout", "no time left: the receiver did not connect or answer in time"
-    if (
-        isinstance(error, (ssl.SSLError, urllib3.exceptions.SSLError))
-        or type(error).__name__ == "CertificateError"
-    ):
+    if isinstance(error, ssl.SSLError):
         return "tls", getattr(error, "verify_message", "") or text
-    if isinstance(error, urllib3.exceptions.HTTPError):  # its text names the proxy's address
-        return "connect", "the proxy cannot be reached"
     if isinstance(error, OSError):
-        # What the proxy says beside its status is about our network too.
-        return "connect", re.sub(
-            "Tunnel connection failed: ([0-9]*).*", r"the proxy answered HTTP \1", text
-        )
+        return "connect", text
     if isinstance(error, (OutboxError, _Unready)):
         return "internal", text
     return "internal", f"{type(error).__name__}: {text}"
@@ -2452,11 +2532,6 @@ _Secrets = list[tuple[str, float | None]]  # (secret, valid until), current firs
 _LEAST_HIDDEN = 6  # characters; shorter ones would blacken words that mean nothing
 
 
-def _proxy_login(proxy: str | None) -> dict[str, str]:
-    """Return the header that logs in at the proxy."""
-    return dict(requests.adapters.HTTPAdapter().proxy_headers(proxy)) if proxy else {}
-
-
 def _hidden_of(target: _Target, secrets: _Secrets, login: Mapping[str, str]) -> list[str]:
     """Return what of an endpoint's URL and secrets an echo must not carry into the tables."""
     query = target.path.partition("?")[2]  # as it goes over the wire, percent-encoded
@@ -2603,13 +2678,12 @@ class _Wire:
     def own_headers(self) -> dict[str, str]:
         """Return the endpoint's headers; only these may name the environment, an event's may
         not."""
-        own = dict(self.endpoint.headers)
-        for name, value in own.items():
-            if value.startswith("env:"):
-                own[name] = _clean(f"the value of header {name} ({value})", _resolve_value(value))
-            elif not _HEADER_VALUE.fullmatch(value):
-                raise _Unready(f"the value of header {name} is damaged; update the endpoint")
-        return own
+        return {
+            name: _clean(f"the value of header {name} ({value})", _resolve_value(value))
+            if value.startswith("env:")
+            else value
+            for name, value in self.endpoint.headers.items()
+        }
 
     def _custom_headers(self, picked: _Picked) -> list[tuple[str, str]]:
         """Return the endpoint's headers and the event's; the endpoint's win: an event must not
@@ -5582,7 +5656,7 @@ _CROWDED_FOR = 30.0  # seconds in which an origin then gets no more connections 
 class _Connection:
     """A connection to a receiver, idle at its origin or carrying one attempt."""
 
-    sock: socket.socket
+    sock: _Stream
     origin: _Origin
     attempt: _Attempt | None = None
     answer: _Answer = dataclasses.field(default_factory=_Answer)
@@ -5779,9 +5853,7 @@ class _Openers:
         "starved_until",
     )
 
-    def __init__(
-        self, open: Callable[[_Place, float], socket.socket], ring: Callable[[], None]
-    ) -> None:
+    def __init__(self, open: Callable[[_Place, float], _Stream], ring: Callable[[], None]) -> None:
         self._open, self._ring = open, ring
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = (
@@ -5846,7 +5918,7 @@ class _Openers:
         with self._lock:
             if not self._closed:
                 self._done.append(job)
-            elif isinstance(result, socket.socket):
+            elif isinstance(result, _Stream):
                 result.close()
         self._ring()
 
@@ -5866,7 +5938,7 @@ class _Openers:
             for _ in range(self.spare):
                 self._jobs.put(None)
         for job in left:
-            if isinstance(job.result[0], socket.socket):
+            if isinstance(job.result[0], _Stream):
                 job.result[0].close()
 
 
@@ -5900,7 +5972,7 @@ class _Exchanges:
                 self.selector.register(source, selectors.EVENT_READ, call)
             self._hints = source
 
-    def add(self, sock: socket.socket, origin: _Origin) -> _Connection:
+    def add(self, sock: _Stream, origin: _Origin) -> _Connection:
         connection = _Connection(sock, origin)
         self.selector.register(sock, selectors.EVENT_READ, connection)
         origin.open += 1
@@ -5934,7 +6006,7 @@ class _Exchanges:
                 connection()  # the bell, or the watch
             elif connection.ended:
                 continue
-            elif mask & selectors.EVENT_WRITE and connection.out:
+            elif mask & selectors.EVENT_WRITE and connection.writing:
                 self._send(connection)
             elif connection.answer.room < _READ_RESPONSE:
                 begun.append(connection)
@@ -5956,21 +6028,24 @@ class _Exchanges:
                 return
 
     def _send(self, connection: _Connection) -> None:
+        sock, blocked = connection.sock, False
         try:
             while connection.out:
-                connection.out = connection.out[connection.sock.send(connection.out) :]
-        except (BlockingIOError, ssl.SSLWantWriteError):
-            pass
+                connection.out = connection.out[sock.send(connection.out) :]
+            if isinstance(sock, _Tls) and sock.unsent:
+                sock.flush()
+        except BlockingIOError:
+            blocked = True
         except ssl.SSLWantReadError:  # a new handshake, which the next read goes on with
-            return self._watch(connection, False)
+            pass
         except OSError as error:
             # A receiver may have answered before it stopped reading: 413, say. Its answer is
             # looked for before the request, which may be large, goes out once more.
             connection.failed, connection.out = error, _NOTHING
             self._watch(connection, False)
             return self._receive(connection)
-        if connection.writing != bool(connection.out):
-            self._watch(connection, bool(connection.out))
+        if connection.writing != blocked:
+            self._watch(connection, blocked)
 
     def _watch(self, connection: _Connection, writing: bool) -> None:
         """Have wait() look at a connection when there is something to read, and room to write if
@@ -5983,22 +6058,22 @@ class _Exchanges:
         """Read once from a connection: a receiver that sends without end gets one read a turn, and
         what one answer may hold in all."""
         attempt, answer, sock = connection.attempt, connection.answer, connection.sock
-        if connection.writing != bool(connection.out):
-            self._watch(connection, bool(connection.out))
         try:
             data = sock.recv(min(answer.room, _READ_AT_ONCE))
-            while data and isinstance(sock, ssl.SSLSocket) and sock.pending():
-                data += sock.recv(sock.pending())
         except (BlockingIOError, ssl.SSLWantReadError):
-            if attempt is not None and answer.read_nothing():
-                self._end(connection, attempt, answer)
-            return
-        except ssl.SSLWantWriteError:  # TLS itself has something to say: a client certificate
-            return self._watch(connection, True)
+            data = None
         except OSError as error:
             data, connection.failed = b"", connection.failed or error
+        if isinstance(sock, _Tls):
+            answer.room, sock.beside = answer.room - sock.beside, 0
+            if not connection.writing and (sock.unsent or connection.out):
+                self._watch(connection, True)
+        if data is None and not answer.read_nothing():
+            return
         if attempt is None:  # idle: closed by the receiver, or it speaks out of turn
             self.shut(connection)
+        elif data is None:
+            self._end(connection, attempt, answer)
         elif data:
             if answer.feed(data):
                 again = answer.status == 408 and self._may_try_again(connection)
@@ -6499,7 +6574,8 @@ class _Sender:
         if isinstance(result, _Answer):
             origin.answered(connection, attempt, mono)
         outcome = _result(result, attempt.hidden, self.settings.clock)
-        fits = not (self.stopping or connection.out or connection.failed) and origin.keeps(mono)
+        busy = connection.out or connection.writing or connection.failed
+        fits = not (self.stopping or busy) and origin.keeps(mono)
         if fits and isinstance(result, _Answer) and result.reusable:
             self._keep(connection, mono)
         else:
@@ -6658,7 +6734,6 @@ class _Sender:
     def close(self) -> None:
         self.openers.close()
         self.exchanges.close()
-        self._opener.close()
 
 
 def _call_once(wire: _Wire, picked: _Picked, deadline: float) -> _Outcome:
@@ -6707,7 +6782,6 @@ def _send_once(
         return _failure(error, hidden)
     finally:
         exchanges.close()
-        opener.close()
 
 
 class _Schedule:

@@ -16366,16 +16366,17 @@ def test_what_was_read_ahead_is_not_sent_once_it_was_cancelled(wal, serve, word,
 
 
 @pytest.mark.parametrize(
-    ("plays", "status", "failed"),
+    ("plays", "status", "tries"),
     [
-        (OK, "delivered", 0),
-        (answer(500), "cancelled", 0),
-        (answer(400, b"", "webhook-delivery: abort-message"), "cancelled", 0),
+        (OK, "delivered", 2),
+        (answer(500), "cancelled", 2),
+        (answer(500), "cancelled", 1),
+        (answer(400, b"", "webhook-delivery: abort-message"), "cancelled", 2),
     ],
 )
 @pytest.mark.parametrize("key", [None, "k"])
 def test_an_attempt_under_way_when_it_is_cancelled_is_recorded_and_not_followed_by_another(
-    database, serve, plays, status, failed, key
+    database, serve, plays, status, tries, key
 ):
     gate = DrainGate()
 
@@ -16384,7 +16385,11 @@ def test_an_attempt_under_way_when_it_is_cancelled_is_recorded_and_not_followed_
         sock.sendall(plays)
         return True
 
-    receiver, outbox = serve(play), make_outbox(database, retry=RetryPolicy((0, 0), jitter=0.0))
+    notices = list[webhook_outbox.Notice]()
+    outbox = make_outbox(
+        database, retry=RetryPolicy((0,) * tries, jitter=0.0), observer=notices.append
+    )
+    receiver = serve(play)
     outbox.add_endpoint(receiver.url(), id="a")
     with outbox:
         id = emit(outbox, key=key)
@@ -16399,6 +16404,31 @@ def test_an_attempt_under_way_when_it_is_cancelled_is_recorded_and_not_followed_
     assert (attempt.reason is None) == (plays == OK) and statuses(outbox, id) == {"a": status}
     assert outbox.event(id).deliveries[0].attempts == 1
     assert [row for row in outbox.failed() if row.event_id == id] == []
+    assert "gave_up" not in [notice.kind for notice in notices if notice.event_id == id]
+
+
+@pytest.mark.parametrize("verb", ["cancel", "erase", "disable_endpoint"])
+def test_a_drain_until_nothing_waits_ends_when_the_last_that_waits_is_cancelled(
+    either, serve, verb
+):
+    outbox = make_outbox(either)
+    outbox.add_endpoint(serve().url(), id="a")
+    outbox.add_endpoint(serve(answer(500)).url(), id="b", events=["other"])
+    late = [emit(outbox, delay=86_400), emit(outbox, "other", delay=86_400)]
+    drain = threading.Thread(target=outbox.drain, kwargs={"until_empty": True})
+    drain.start()
+    for number, id in enumerate(late):
+        emit(outbox)
+        time.sleep(0.1)
+        assert drain.is_alive()
+        getattr(outbox, verb)("ab"[number]) if "disable" in verb else getattr(outbox, verb)(
+            event_id=id
+        )
+    drain.join(5)
+    ended = not drain.is_alive()
+    outbox.stop()
+    drain.join()
+    assert ended
 
 
 def test_the_answer_to_an_event_that_was_erased_under_way_is_not_kept(database, serve):

@@ -28,7 +28,7 @@ What does not hold
 Words
     event     what happened: a type and JSON data, written once, never changed
     endpoint  where to: a URL with its secret and its patterns of event types
-    delivery  one event to one endpoint, the unit of state: pending, delivered or failed
+    delivery  one event to one endpoint, the unit of state: pending, delivered, failed or cancelled
     attempt   one HTTP try of a delivery, or one call of a sender; its result is an outcome
     failed row  a delivery that was given up, in webhook_failed, until somebody replays or discards it
     queue     deliveries of one endpoint that go out strictly one after the other
@@ -6954,7 +6954,7 @@ class _Finder:
 
     __slots__ = (
         "_elsewhere", "_file", "_ledger", "_looking", "_net", "_settings", "lanes", "monitored", "news",
-        "orphans", "schedule",
+        "orphans", "recalled", "schedule",
     )  # fmt: skip
     _LANES = 2_048  # lanes without work that are remembered
     _TOLD = 4  # endpoints that the log names of those which the guard refuses
@@ -6972,6 +6972,7 @@ class _Finder:
             set()
         )  # endpoints whose sender is not known here, which was said
         self.monitored = False  # an endpoint subscribes to webhook.*
+        self.recalled = False  # something was cancelled during this run
         self.orphans: list[
             str
         ] = []  # ids with deliveries that are no endpoints: written in SQL, or restored
@@ -7037,7 +7038,7 @@ class _Finder:
         if cancelled != news.cancelled:
             for lane in self.lanes.values():
                 lane.backlog.recalled()
-            news.cancelled = cancelled
+            news.cancelled, self.recalled = cancelled, True
 
     def _read_news(self, now: float, mono: float) -> None:
         db, news = self._file.db, self.news
@@ -7353,6 +7354,8 @@ class _Outcomes:
         )
         if picked.type is None or picked.valid != 1:  # a damaged row does not heal
             status = "failed"
+        if status == "failed" and self._is_cancelled(lane, picked):
+            status = "pending"  # in the words of the ledger: no failed row, and it stays as it is
         if status == "pending" and picked.expires_at is not None:
             due_at = min(due_at, picked.expires_at)  # then it ends, and holds up nobody
         if reason is not outcome.reason:
@@ -7396,6 +7399,14 @@ class _Outcomes:
                     self.counts.failed += 1
             self._finder.news.look_at_all(self._file.db)  # there may be more of them
             self._finder.orphans.pop()
+
+    def _is_cancelled(self, lane: _Lane, picked: _Picked) -> bool:
+        """Say whether a delivery was cancelled while its attempt was under way: it is not given up."""
+        sql = "SELECT status FROM webhook_deliveries WHERE event = ? AND endpoint_id = ?"
+        with contextlib.suppress(sqlite3.Error):
+            row = self._file.db.execute(sql, (picked.event, lane.id)).fetchone()
+            return bool(row == ("cancelled",))
+        return False
 
     def _next_of_queue(self, lane: _Lane, picked: _Picked, at_once: bool, now: float) -> None:
         """A queue goes on at once after a success. After a failure the file says who is next, once
@@ -7748,7 +7759,16 @@ class _Drain:
         waits = schedule.turns or schedule.slots or self.sender.freed or self.sender.crowded
         if self.mode == "forever" or looking or waits:
             return False
-        return not schedule.due if self.mode == "until_empty" else schedule.due.next() > now
+        return self._is_empty() if self.mode == "until_empty" else schedule.due.next() > now
+
+    def _is_empty(self) -> bool:
+        """Say whether nothing waits for an enabled endpoint. What comes up later on the agenda may be
+        cancelled by now; once something was, the file is asked."""
+        if not self.finder.schedule.due or not self.finder.recalled:
+            return not self.finder.schedule.due
+        with contextlib.suppress(sqlite3.OperationalError):  # a rollback-mode host is committing
+            return not _work_left(self.file.db, math.inf, self.settings.senders)
+        return False
 
     # Waiting.
 
@@ -9624,7 +9644,7 @@ class Outbox:
         limit: int = 100,
         after: tuple[str, str] | None = None,
     ) -> list[Delivery]:
-        """Return deliveries, newest event first. status: pending, held, delivered or failed.
+        """Return deliveries, newest event first. status: pending, held, delivered, failed, cancelled.
         tenant, type, since, until: of the event. after: (event_id, endpoint_id) of the last one of
         the page before."""
         chosen = {

@@ -467,7 +467,7 @@ _FIRST_SCHEMA = (
   headers TEXT,                                -- JSON object
   created_at REAL NOT NULL,
   expires_at REAL,                             -- from then on it is worth nothing
-{_numbers("created_at expires_at")},
+{_numbers("created_at")},
 {_texts("type tenant data key idempotency_key headers")},
   CHECK (seq BETWEEN 0 AND 6900000000000000000)  -- beyond it there would soon be no key left
 )""",

@@ -883,7 +883,7 @@ def test_only_our_insert_runs_on_the_hosts_connection(wal, mode):
     ours = [
         text for text, _ in itertools.groupby(ours)
     ]  # a statement of a trigger shows under the one that fired it
-    insert, first = "INSERT INTO main.webhook_accept (seq,", "SELECT seq FROM main.webhook_events"
+    insert, first = "INSERT INTO main.webhook_accept (seq,", "SELECT +seq FROM main.webhook_events"
     assert ours == [insert, first] * 2 and len(outbox.events()) == 4
 
 

@@ -211,12 +211,13 @@ def _settle(row: str) -> str:
 _SUBSCRIBE = """
   SELECT RAISE(ABORT, 'webhook_endpoints: at most 100 patterns an endpoint')
    WHERE json_array_length(NEW.events) > 100;
-  SELECT RAISE(ABORT, 'webhook_endpoints: filter must be a JSON object of paths and lists of values')
+  SELECT RAISE(ABORT, 'webhook_endpoints: filter must be a JSON object, paths to lists of values')
    WHERE NEW.filter IS NOT NULL
      AND iif(json_valid(NEW.filter), json_type(NEW.filter) <> 'object', 1);
   DELETE FROM webhook_patterns WHERE endpoint_id = NEW.id;
   INSERT INTO webhook_patterns (tenant, pattern, endpoint_id, ordered, filter)
-  SELECT DISTINCT coalesce(NEW.tenant, ''), one.value, NEW.id, NEW.ordered, nullif(NEW.filter, '{}') FROM json_each(NEW.events) AS one
+  SELECT DISTINCT coalesce(NEW.tenant, ''), one.value, NEW.id, NEW.ordered, nullif(NEW.filter, '{}')
+    FROM json_each(NEW.events) AS one
    WHERE NEW.enabled AND NOT EXISTS (
      SELECT 1 FROM json_each(NEW.events) AS wider
       WHERE wider.value <> one.value AND one.value GLOB wider.value
@@ -338,15 +339,15 @@ _MATCH = """
      AND (filter IS NULL
           OR iif(NEW.matched IS NULL, RAISE(ABORT, 'webhook_emit: filters decide'),
                  instr(NEW.matched, ' ' || endpoint_id || ' ')))"""
-# The patterns with a filter that match an event's type: {} is NEW., or : for parameters of that name.
+# The patterns with a filter that match an event's type: {} is NEW., or : for parameters so named.
 _FILTERED = """SELECT endpoint_id, filter FROM webhook_patterns
    WHERE tenant IN (coalesce({0}tenant, ''), '*') AND filter IS NOT NULL
      AND {0}type GLOB pattern AND (pattern <> '*' OR {0}type NOT GLOB 'webhook.*')"""
 
 
 def _met(filter: str, data: str) -> tuple[str, str]:
-    """Return the SQL, a FROM and a WHERE, that finds the paths of a filter at which data has one of the
-    values, or an array with one of them, as `wanted.key`. _lets_through says the same in Python.
+    """Return the SQL, a FROM and a WHERE, that finds the paths of a filter at which data has one of
+    the values, or an array with one of them, as `wanted.key`. _lets_through says it in Python.
 
     Values compare as JSON values: SQL alone would take true for 1. SQLite before 3.45 ends a text
     at a NUL, so one with a NUL is like no value; there, two backslashes begin no escape.
@@ -359,11 +360,13 @@ def _met(filter: str, data: str) -> tuple[str, str]:
              AND replace(found.type, 'integer', 'real') = replace(value.type, 'integer', 'real')
              AND json_type({data}, {path}) <> 'object'
              AND iif(found.type = 'text',
-                     instr(replace(json_extract({data}, found.fullkey, found.fullkey), char(92, 92), ''), '\\u0000'),
+                     instr(replace(json_extract({data}, found.fullkey, found.fullkey),
+                                   char(92, 92), ''), '\\u0000'),
                      0) = 0""",
     )
 
 
+_MATCH_OWN = _MATCH.format("coalesce(NEW.tenant, '')")
 _MET_BY_NEW = _met("p.filter", "CAST(NEW.data AS TEXT)")
 # What receivers answer to an event that was erased is not kept.
 _ERASED = "EXISTS (SELECT 1 FROM webhook_erased WHERE event = NEW.event)"
@@ -379,13 +382,16 @@ _AFTER_TRY = """
          delivered_at = iif(NEW.status = 'delivered', NEW.at + NEW.duration, delivered_at)
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id
      AND (status = 'pending' OR status = 'queued'{});"""
+_AFTER_ANY_TRY = _AFTER_TRY.format(" OR status = 'cancelled'")
 _GIVE_UP = """
   INSERT OR IGNORE INTO webhook_failed
-         (event, endpoint_id, type, key, attempts, reason, status_code, error, response, first_attempt_at, failed_at)
-  SELECT d.event, d.endpoint_id, coalesce(e.type, ''), e.key, d.attempts,
-         NEW.reason, NEW.status_code, NEW.error, NEW.response, d.first_attempt_at, NEW.at + NEW.duration
+         (event, endpoint_id, type, key, attempts, reason, status_code, error, response,
+          first_attempt_at, failed_at)
+  SELECT d.event, d.endpoint_id, coalesce(e.type, ''), e.key, d.attempts, NEW.reason, NEW.status_code,
+         NEW.error, NEW.response, d.first_attempt_at, NEW.at + NEW.duration
     FROM webhook_deliveries AS d LEFT JOIN webhook_events AS e ON e.seq = d.event
-   WHERE NEW.status = 'failed' AND d.status = 'failed' AND d.event = NEW.event AND d.endpoint_id = NEW.endpoint_id;"""
+   WHERE NEW.status = 'failed' AND d.status = 'failed'
+     AND d.event = NEW.event AND d.endpoint_id = NEW.endpoint_id;"""
 
 
 def _checks(condition: str, columns: str) -> str:
@@ -450,7 +456,8 @@ _FIRST_SCHEMA = (
   PRIMARY KEY (tenant, pattern, endpoint_id),
   CHECK (length(pattern) <= 256)
 ) WITHOUT ROWID""",
-    """CREATE INDEX webhook_patterns_filter ON webhook_patterns (tenant) WHERE filter IS NOT NULL""",
+    """CREATE INDEX webhook_patterns_filter ON webhook_patterns (tenant)
+ WHERE filter IS NOT NULL""",
     """CREATE INDEX webhook_patterns_endpoint ON webhook_patterns (endpoint_id)""",
     # An event's key is made of the time and of chance. It only grows, because it is chosen under
     # the write lock, so a drain finds what is new behind the newest that it has seen; and it is not
@@ -473,9 +480,9 @@ _FIRST_SCHEMA = (
 )""",
     """CREATE INDEX webhook_events_of ON webhook_events (tenant, seq) WHERE tenant IS NOT NULL""",
     """CREATE INDEX webhook_events_key ON webhook_events (key) WHERE key IS NOT NULL""",
-    # A table and no column: it is looked into for each answer, and mostly empty, which is a third of the
-    # cost of the event's row.
-    """CREATE TABLE webhook_erased (            -- events whose data was erased: never delivered again
+    # A table and no column: it is looked into for each answer, and mostly empty, which is a third of
+    # the cost of the event's row.
+    """CREATE TABLE webhook_erased (            -- events whose data is gone: never delivered again
   event INTEGER PRIMARY KEY,                   -- webhook_events.seq
   erased_at REAL NOT NULL
 )""",
@@ -484,7 +491,7 @@ _FIRST_SCHEMA = (
     f"""CREATE TABLE webhook_deliveries (
   event INTEGER NOT NULL,                      -- webhook_events.seq
   endpoint_id TEXT NOT NULL,
-  status TEXT NOT NULL DEFAULT 'pending',      -- pending, queued, delivered, failed, discarded, cancelled
+  status TEXT NOT NULL DEFAULT 'pending',      -- queued, delivered, failed, discarded, cancelled
   attempts INTEGER NOT NULL DEFAULT 0,
   due_at REAL NOT NULL,
   expires_at REAL,                             -- the event's, until somebody replays or resends it
@@ -540,7 +547,9 @@ _FIRST_SCHEMA = (
 {_texts("endpoint_id type key reason error response")}
 )""",
     """CREATE INDEX webhook_failed_endpoint ON webhook_failed (endpoint_id, failed_at)""",
-    """CREATE TABLE webhook_removed (id TEXT PRIMARY KEY NOT NULL) WITHOUT ROWID""",  # endpoints that were
+    """CREATE TABLE webhook_removed (           -- endpoints that were there once
+  id TEXT PRIMARY KEY NOT NULL
+) WITHOUT ROWID""",
     f"""CREATE TABLE webhook_counts (            -- what metrics counts; the rows themselves leave after a while
   endpoint_id TEXT NOT NULL,
   name TEXT NOT NULL,
@@ -552,11 +561,11 @@ _FIRST_SCHEMA = (
     """CREATE TABLE webhook_inbox (id TEXT PRIMARY KEY NOT NULL, received_at REAL NOT NULL) WITHOUT ROWID""",
     # The library's own way in: it checked the row already, so its trigger needs no JSON function,
     # which hosts with PRAGMA trusted_schema = OFF refuse in some versions of SQLite. For the same
-    # reason filters are decided outside: `matched` are the endpoints that let the event through, each
-    # between blanks. The library leaves it out until it is told that there are filters.
+    # reason filters are decided outside: `matched` are the endpoints that let the event through,
+    # each between blanks. The library leaves it out until it is told that there are filters.
     """CREATE VIEW webhook_accept AS
-SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, expires_at, 0.0 AS due_at, NULL AS outbox,
-       NULL AS internal, NULL AS matched FROM webhook_events""",
+SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, expires_at, 0.0 AS due_at,
+       NULL AS outbox, NULL AS internal, NULL AS matched FROM webhook_events""",
     f"""CREATE TRIGGER webhook_accept_insert INSTEAD OF INSERT ON webhook_accept BEGIN
   SELECT RAISE(ABORT, 'webhook_emit: this is another outbox')
    WHERE NEW.outbox <> (SELECT value FROM webhook_meta WHERE key = 'outbox');
@@ -566,10 +575,12 @@ SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, expir
    WHERE idempotency_key = NEW.idempotency_key AND coalesce(tenant, '') = coalesce(NEW.tenant, '');
   SELECT RAISE(ABORT, 'webhook_emit: the key is not new')
    WHERE NEW.seq <= (SELECT max(seq) FROM webhook_events);
-  INSERT INTO webhook_events (seq, type, tenant, data, key, idempotency_key, headers, created_at, expires_at)
-  VALUES (NEW.seq, NEW.type, NEW.tenant, NEW.data, NEW.key, NEW.idempotency_key, NEW.headers, NEW.created_at,
-          NEW.expires_at);
-  INSERT INTO webhook_deliveries (event, endpoint_id, due_at, expires_at, queue, status){_MATCH.format("coalesce(NEW.tenant, '')")}
+  INSERT INTO webhook_events
+         (seq, type, tenant, data, key, idempotency_key, headers, created_at, expires_at)
+  VALUES (NEW.seq, NEW.type, NEW.tenant, NEW.data, NEW.key, NEW.idempotency_key, NEW.headers,
+          NEW.created_at, NEW.expires_at);
+  INSERT INTO webhook_deliveries
+         (event, endpoint_id, due_at, expires_at, queue, status){_MATCH_OWN}
      AND (NEW.internal IS NULL OR pattern = NEW.type)
    UNION ALL{_MATCH.format("'*'")};
 END""",
@@ -578,12 +589,14 @@ SELECT type, data, tenant, key, idempotency_key, 0.0 AS delay, 0.0 AS expires, h
   FROM webhook_events""",
     f"""CREATE TRIGGER webhook_emit_insert INSTEAD OF INSERT ON webhook_emit BEGIN{_EMIT_CHECKS}
   INSERT INTO webhook_accept
-         (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, expires_at, matched)
+         (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, expires_at,
+          matched)
   SELECT max((min(CAST({_NOW}000 AS INTEGER), {_LAST_MILLISECOND}) << {_CHANCE_BITS}) | {_CHANCE},
              coalesce((SELECT max(seq) FROM webhook_events), 0) + 1 + {_CHANCE}),
          NEW.type, CAST(NEW.tenant AS TEXT), CAST(NEW.data AS TEXT), nullif(NEW.key, ''),
          NEW.idempotency_key, NEW.headers, coalesce(NEW.created_at, {_NOW}),
-         coalesce(NEW.created_at, {_NOW}) + min(coalesce(NEW.delay, 0.0), coalesce(NEW.expires, 1e9)),
+         coalesce(NEW.created_at, {_NOW})
+         + min(coalesce(NEW.delay, 0.0), coalesce(NEW.expires, 1e9)),
          coalesce(NEW.created_at, {_NOW}) + NEW.expires,
          coalesce(' ' || group_concat(endpoint_id, ' ') || ' ', ' ')
     FROM (SELECT endpoint_id FROM ({_FILTERED.format("NEW.")}) AS p,
@@ -595,8 +608,8 @@ END""",
     f"""CREATE TRIGGER webhook_endpoints_insert AFTER INSERT ON webhook_endpoints BEGIN{_SUBSCRIBE}{_TOUCH}
 END""",
     f"""CREATE TRIGGER webhook_endpoints_subscribe AFTER UPDATE OF events, filter, ordered, enabled
-ON webhook_endpoints WHEN OLD.events <> NEW.events OR OLD.filter IS NOT NEW.filter OR OLD.ordered <> NEW.ordered
- OR OLD.enabled <> NEW.enabled BEGIN{_SUBSCRIBE}
+ON webhook_endpoints WHEN OLD.events <> NEW.events OR OLD.filter IS NOT NEW.filter
+ OR OLD.ordered <> NEW.ordered OR OLD.enabled <> NEW.enabled BEGIN{_SUBSCRIBE}
 END""",
     f"""CREATE TRIGGER webhook_endpoints_update AFTER UPDATE OF url, events, headers, body, signing, secrets, rate,
   max_in_flight, ordered, on_dead, timeout, cert, ca, enabled ON webhook_endpoints BEGIN{_TOUCH}
@@ -655,15 +668,16 @@ END""",
 WHEN OLD.queue IS NOT NULL AND OLD.status IN ('pending', 'failed') BEGIN{_settle("OLD")}
   {_WORK};
 END""",
-    # A drain looks over all that wait where something became due again, the next one of a queue say,
-    # and forgets what it read ahead where something was cancelled.
+    # A drain looks over all that wait where something became due again, the next one of a queue
+    # say, and forgets what it read ahead where something was cancelled.
     """CREATE TRIGGER webhook_deliveries_tell AFTER UPDATE OF status ON webhook_deliveries
 WHEN OLD.status <> 'pending' AND OLD.status <> 'queued' OR NEW.status = 'cancelled' BEGIN
   UPDATE webhook_meta SET value = value + 1
    WHERE key IN (iif(NEW.status = 'cancelled', 'cancelled', NULL),
                  iif(NEW.status <> 'cancelled' OR NEW.queue IS NOT NULL, 'work', NULL));
   DELETE FROM webhook_failed
-   WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND OLD.status = 'failed' AND NEW.status = 'pending';
+   WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id
+     AND OLD.status = 'failed' AND NEW.status = 'pending';
 END""",
     """CREATE TRIGGER webhook_failed_discard AFTER DELETE ON webhook_failed BEGIN
   UPDATE webhook_deliveries SET status = 'discarded'
@@ -690,7 +704,8 @@ BEGIN
   SELECT NEW.event, NEW.endpoint_id, NEW.at, NEW.duration, NEW.status_code, NEW.reason,
          iif(NEW.error IS NULL OR {_ERASED}, NULL, NEW.error),
          iif(NEW.response IS NULL OR {_ERASED}, NULL, NEW.response)
-   WHERE EXISTS (SELECT 1 FROM webhook_deliveries WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id);{_AFTER_TRY.format(" OR status = 'cancelled'")}
+   WHERE EXISTS (SELECT 1 FROM webhook_deliveries
+                  WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id);{_AFTER_ANY_TRY}
   UPDATE webhook_attempts SET response = NULL
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND response IS NOT NULL
      AND id < (SELECT max(id) FROM webhook_attempts
@@ -701,10 +716,10 @@ BEGIN
            WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id) > 2;
 {_GIVE_UP}
 END""",
-    # What was worth nothing any more when its turn came: no attempt. Unless it was sent again by hand
-    # meanwhile.
-    f"""CREATE TRIGGER webhook_record_expired INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'expired'
-BEGIN
+    # What was worth nothing any more when its turn came: no attempt. Unless it was sent again by
+    # hand meanwhile.
+    f"""CREATE TRIGGER webhook_record_expired INSTEAD OF INSERT ON webhook_record
+WHEN NEW.kind = 'expired' BEGIN
   UPDATE webhook_deliveries SET status = 'failed'
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND expires_at <= NEW.at
      AND (status = 'pending' OR status = 'queued');{_GIVE_UP}
@@ -966,7 +981,8 @@ class Delivery:
 
     event_id: str
     endpoint_id: str
-    status: str  # pending; held: its endpoint is disabled; delivered; failed, also once discarded; cancelled
+    # pending; held: its endpoint is disabled; delivered; failed, also once discarded; cancelled
+    status: str
     attempts: int  # since it was emitted or last replayed
     due_at: float
     delivered_at: float | None
@@ -7378,8 +7394,8 @@ class _Outcomes:
             self._finder.retire(lane.id)
 
     def expire(self, lane: _Lane, picked: _Picked, expired_at: float, now: float) -> None:
-        """A delivery that is worth nothing any more goes to the failed table without an attempt. Its
-        queue goes on at once, unless the endpoint holds queues."""
+        """A delivery that is worth nothing any more goes to the failed table without an attempt.
+        Its queue goes on at once, unless the endpoint holds queues."""
         outcome = _Outcome(None, "expired", f"it was worth nothing after {_moment(expired_at)}")
         self._add_row(picked, lane.id, "failed", now, now, 0.0, outcome, "expired")
         self.counts.failed += 1
@@ -7401,7 +7417,8 @@ class _Outcomes:
             self._finder.orphans.pop()
 
     def _is_cancelled(self, lane: _Lane, picked: _Picked) -> bool:
-        """Say whether a delivery was cancelled while its attempt was under way: it is not given up."""
+        """Say whether a delivery was cancelled while its attempt was under way: it is not given
+        up."""
         sql = "SELECT status FROM webhook_deliveries WHERE event = ? AND endpoint_id = ?"
         with contextlib.suppress(sqlite3.Error):
             row = self._file.db.execute(sql, (picked.event, lane.id)).fetchone()
@@ -7762,8 +7779,8 @@ class _Drain:
         return self._is_empty() if self.mode == "until_empty" else schedule.due.next() > now
 
     def _is_empty(self) -> bool:
-        """Say whether nothing waits for an enabled endpoint. What comes up later on the agenda may be
-        cancelled by now; once something was, the file is asked."""
+        """Say whether nothing waits for an enabled endpoint. What comes up later on the agenda may
+        be cancelled by now; once something was, the file is asked."""
         if not self.finder.schedule.due or not self.finder.recalled:
             return not self.finder.schedule.due
         with contextlib.suppress(sqlite3.OperationalError):  # a rollback-mode host is committing
@@ -7845,8 +7862,8 @@ class _Drain:
         return not self.outcomes.full()
 
     def _take(self, lane: _Lane, now: float, most: int) -> _Picked | None:
-        """Return the endpoint's next delivery that is worth an attempt. What has expired by now ends
-        here, as many as may wait to be recorded."""
+        """Return the endpoint's next delivery that is worth an attempt. What has expired by now
+        ends here, as many as may wait to be recorded."""
         while not self.outcomes.full():
             picked = lane.backlog.take(self.file.db, now, most)
             if picked is None or picked.expires_at is None or now < picked.expires_at:
@@ -7931,7 +7948,8 @@ class _Drain:
 # of sockets.
 
 _EMIT = """INSERT INTO main.webhook_accept
-       (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, expires_at, internal, matched, outbox)
+       (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, expires_at,
+        internal, matched, outbox)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _FILTERS_OF = _FILTERED.replace("webhook_p", "main.webhook_p").format(":")
 _MET = _met("p.filter", "e.data")
@@ -8278,7 +8296,8 @@ _ERASE = (
                             THEN 'failed' ELSE status END
         WHERE event = :seq AND queue IS NOT NULL""",
     """UPDATE main.webhook_attempts SET error = NULL, response = NULL WHERE event = :seq""",
-    """UPDATE main.webhook_failed SET key = NULL, error = NULL, response = NULL WHERE event = :seq""",
+    """UPDATE main.webhook_failed SET key = NULL, error = NULL, response = NULL
+        WHERE event = :seq""",
     """UPDATE main.webhook_events
           SET data = 'null', headers = NULL, key = NULL, idempotency_key = NULL
         WHERE seq = :seq""",
@@ -8525,9 +8544,9 @@ class Outbox:
         commit, nothing if you roll back. tenant: your customer whom it concerns; endpoints of that
         tenant get it, and those of tenant '*'. key: events with the same key reach an endpoint in
         this order. idempotency_key: a second emit with it for that tenant, and the same type and
-        data, returns the first id. delay: seconds until the first attempt. expires: seconds from now
-        after which it is worth nothing: what is not delivered by then ends in the failed table, reason
-        expired, without another attempt. headers: sent with the event (traceparent); not
+        data, returns the first id. delay: seconds until the first attempt. expires: seconds from
+        now after which it is worth nothing: what is not delivered by then ends in the failed table,
+        reason expired, without another attempt. headers: sent with the event (traceparent); not
         for credentials, which belong to endpoints.
 
         Raises PayloadError before anything is written, NotInTransaction, SchemaError (another
@@ -8594,8 +8613,8 @@ class Outbox:
             return await conn.run_sync(functools.partial(_in_its_thread, do=do))
         if not hasattr(conn, "_execute"):
             raise PayloadError(
-                "this takes an aiosqlite Connection, or SQLAlchemy's AsyncSession or AsyncConnection; "
-                "on others call the method itself"
+                "this takes an aiosqlite Connection, or SQLAlchemy's AsyncSession or "
+                "AsyncConnection; on others call the method itself"
             )
         return await conn._execute(do, conn._conn)
 
@@ -8839,7 +8858,8 @@ class Outbox:
             ranges,
         )
         batch = f"""DELETE FROM main.webhook_attempts WHERE id IN (
-                      SELECT id FROM main.webhook_attempts WHERE endpoint_id = ? AND {gone} LIMIT 1000)"""
+                      SELECT id FROM main.webhook_attempts
+                       WHERE endpoint_id = ? AND {gone} LIMIT 1000)"""
         self._in_batches(batch, (id, id))
         with self._writing(None) as cursor:
             cursor.execute(f"DELETE FROM main.webhook_removed WHERE id = ? AND {gone}", (id, id))
@@ -9320,7 +9340,8 @@ class Outbox:
         }
         if not all and set(filters.values()) == {None}:
             raise PayloadError(
-                "say which deliveries: event_id, endpoint, tenant, key, type, since, until or --all (all=True)"
+                "say which deliveries: event_id, endpoint, tenant, key, type, since, until "
+                "or --all (all=True)"
             )
         return self._change_waiting("status = 'cancelled'", filters, "1", dry_run, conn)
 
@@ -9345,14 +9366,15 @@ class Outbox:
             return sum(len(some) for some in rows)
         statement = f"""UPDATE main.webhook_deliveries SET {change}
                          WHERE status IN ('pending', 'queued') AND (event, endpoint_id) IN (
-                           SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))"""
+                           SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]')
+                             FROM json_each(?))"""
         batches = ((_dumps(some),) for some in rows)
         return self._in_batches(statement, (), batches, conn, also)
 
     def _waiting(
         self, filters: Mapping[str, Any], which: str, conn: Any
     ) -> Iterator[list[tuple[int, str]]]:
-        """Yield the deliveries that wait and are chosen, as (event, endpoint), a thousand at a time.
+        """Yield deliveries that wait and are chosen, as (event, endpoint), a thousand at a time.
 
         By the event or its key they are found from the event, else from each endpoint in question,
         through the indexes of what waits: however much was delivered, it is not read. Rows are read
@@ -9455,7 +9477,8 @@ class Outbox:
             with self._writing(conn) as cursor:
                 cursor.execute(
                     """UPDATE main.webhook_endpoints
-                          SET failures = 0, failing_since = NULL, paused_until = 0.0, enabled = enabled
+                          SET failures = 0, failing_since = NULL, paused_until = 0.0,
+                              enabled = enabled
                         WHERE id IN (SELECT value FROM json_each(?))""",
                     (held,),
                 )
@@ -9489,7 +9512,8 @@ class Outbox:
         cursor.execute(
             f"""UPDATE main.webhook_deliveries
                    SET status = CASE WHEN status = 'queued' THEN status ELSE 'pending' END,
-                       attempts = 0, first_attempt_at = NULL, due_at = ?, delivered_at = NULL, expires_at = NULL,
+                       attempts = 0, first_attempt_at = NULL, due_at = ?, delivered_at = NULL,
+                       expires_at = NULL,
                        queue = {_QUEUE_OF}
                  WHERE event = ? AND ? IN ('', endpoint_id) AND EXISTS (
                    SELECT 1 FROM main.webhook_events AS e, main.webhook_endpoints AS p
@@ -9644,8 +9668,8 @@ class Outbox:
         limit: int = 100,
         after: tuple[str, str] | None = None,
     ) -> list[Delivery]:
-        """Return deliveries, newest event first. status: pending, held, delivered, failed, cancelled.
-        tenant, type, since, until: of the event. after: (event_id, endpoint_id) of the last one of
+        """Return deliveries, newest event first. status: pending, held, delivered, failed or
+        cancelled. tenant, type, since, until: of the event. after: (event_id, endpoint_id) of the last one of
         the page before."""
         chosen = {
             "event_id": event_id,
@@ -12411,7 +12435,7 @@ def _endpoint_retry(outbox: Outbox, options: Any) -> None:
     _say(f"{count} deliveries {'would be' if options.dry_run else 'are'} due now")
     if not outbox.endpoint(options.id).enabled:
         print(
-            f"{options.id} is disabled, so they are held; `endpoint enable {options.id}` resumes them",
+            f"{options.id} is disabled, so they are held; `endpoint enable {options.id}` ends that",
             file=sys.stderr,
         )
 

@@ -47,6 +47,7 @@ from __future__ import annotations
 import atexit
 import base64
 import bisect
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -2995,6 +2996,20 @@ class _Outcome(NamedTuple):
         return self.reason == "timeout" or self.status_code in (429, 502, 504)
 
 
+def _as_text(body: bytearray, most: int) -> str:
+    """Return what bytes say; those that are no text are spelled out. Each of these costs as much as
+    200 others, so where there are any, only what can be shown is read: about `most` characters."""
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        decoder, text = codecs.getincrementaldecoder("utf-8")("backslashreplace"), ""
+    for start in range(0, len(body), 512):
+        text += decoder.decode(body[start : start + 512], start + 512 >= len(body))
+        if len(text) >= most:
+            break
+    return text
+
+
 def _kept(body: bytearray, most: int, hidden: Iterable[str]) -> str | None:
     """Return what is stored of an answer's body: at most so many bytes, as one printable text.
 
@@ -3005,7 +3020,7 @@ def _kept(body: bytearray, most: int, hidden: Iterable[str]) -> str | None:
     if not body:
         return None
     searched = most + _KEPT_RESPONSE
-    text = body.decode("utf-8", "backslashreplace")
+    text = _as_text(body, searched)
     if len(text) < searched and len(body) < searched:
         text = _redacted(text, hidden)
     else:

@@ -14550,7 +14550,7 @@ def test_an_attempt_begins_only_where_a_connection_or_a_thread_is_free(wal, serv
             for lane in lanes[2:]:
                 assert sender.may_begin(lane, 1.0, 0, mono) is None and sender.freed == []
             (origin,) = sender.crowded
-            assert list(origin.parked[1]) == lanes[2:]
+            assert list(origin.parked[0]) == lanes[2:]
         sender.openers.starved_until = mono + 9
         assert sender.may_begin(lane_to(sender, serve().url()), 1.0, 0, mono) is False
         sender.openers.starved_until = 0.0

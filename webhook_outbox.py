@@ -526,7 +526,7 @@ _FIRST_SCHEMA = (
 )""",
     """CREATE INDEX webhook_attempts_event ON webhook_attempts (event)""",
     # An endpoint's last hour is counted in this index alone, so that a busy one hides none of the
-    # others, and half a million of its attempts cost a look no more than a few hundredths of a second.
+    # others, and half a million of its attempts cost a look a few hundredths of a second.
     """CREATE INDEX webhook_attempts_endpoint ON webhook_attempts (endpoint_id, at, reason)""",
     f"""CREATE TABLE webhook_failed (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -7282,8 +7282,8 @@ class _Counts:
     def count(
         self, db: sqlite3.Connection, now: float = math.inf, unrecorded: Sequence[_Row] = ()
     ) -> None:
-        """Count what waits for enabled endpoints, and how much of it could go out now. The file does
-        not know yet of what is unrecorded."""
+        """Count what waits for enabled endpoints, and how much of it could go out now. The file
+        does not know yet of what is unrecorded."""
         rows = db.execute(
             """SELECT paused_until <= :now,
                       sum((SELECT count(*) FROM webhook_deliveries
@@ -9727,9 +9727,9 @@ class Outbox:
         return [Attempt(*row) for row in self._select(sql, event_id, seq, endpoint or "")]
 
     def stats(self) -> Stats:
-        """Return the outbox's numbers. Reads indexes, so it is quick beside a large backlog. What an
-        endpoint did in the last hour is counted in full; p50 and p95 are of its newest successes,
-        20,000 for all endpoints together but 20 at least for each."""
+        """Return the outbox's numbers. Reads indexes, so it is quick beside a large backlog. What
+        an endpoint did in the last hour is counted in full; p50 and p95 are of its newest
+        successes, 20,000 for all endpoints together but 20 at least for each."""
         return self._stats()
 
     # What pages show besides.
@@ -12272,7 +12272,8 @@ def _endpoint_add(outbox: Outbox, options: Any) -> None:
     if endpoint.url.startswith(_CALL):
         return _say(endpoint.id)
     _say(
-        f"{endpoint.id}\nsecret {endpoint.secret}\nGive the secret to the receiver; `endpoint secret` shows it again."
+        f"{endpoint.id}\nsecret {endpoint.secret}\n"
+        "Give the secret to the receiver; `endpoint secret` shows it again."
     )
 
 
@@ -12295,7 +12296,8 @@ def _endpoint_list(outbox: Outbox, options: Any) -> None:
     columns = "id tenant url events enabled disabled_reason failing_since"
     empty = "no endpoints yet: `endpoint add URL` makes one"
     if options.tenant:
-        empty = f"no endpoints of tenant {options.tenant}; `endpoint add URL --tenant {options.tenant}` makes one"
+        make = f"`endpoint add URL --tenant {options.tenant}` makes one"
+        empty = f"no endpoints of tenant {options.tenant}; {make}"
     _show(outbox.endpoints(tenant=options.tenant), columns, options.json, empty)
 
 
@@ -12463,8 +12465,8 @@ class _Clients:
     """Connections to a local server, oldest first, and when they came. The thread that accepts them
     adds them and cuts them off, which wakes the one that serves them; that one takes them out.
 
-    A client may be slow, or silent, or many: none stays longer than `patience` whatever it does, and
-    the oldest makes room where there are too many, so that whoever comes is served.
+    A client may be slow, or silent, or many: none stays longer than `patience` whatever it does,
+    and the oldest makes room where there are too many, so that whoever comes is served.
     """
 
     def __init__(self, patience: float) -> None:
@@ -12843,8 +12845,8 @@ def _demo(_: None, options: Any) -> int:
 
 
 def _load_app(name: str) -> Outbox:
-    """Return the host's own Outbox, MODULE:NAME; a function is called, and what it makes may also be
-    an app that has the Outbox as its `outbox`. The module may be this file under another name
+    """Return the host's own Outbox, MODULE:NAME; a function is called, and what it makes may also
+    be an app that has the Outbox as its `outbox`. The module may be this file under another name
     (vendored, or run with -m), so the object is known by what it can do."""
     import importlib
 
@@ -13100,8 +13102,8 @@ class _Missing(Exception):
 
 
 def _usage_text(prog: str, message: str, of_command: bool) -> str:
-    """Return what argparse says in better words; raise _Missing where a list of values may have what
-    is missing. of_command: it is not said of a group, or of what stands before the command."""
+    """Return what argparse says in better words; raise _Missing where a list of values may have
+    what is missing. of_command: it is not said of a group, or of what stands before the command."""
     last = prog.rpartition(" ")[2]
     if wrong := re.match(r"argument (COMMAND|VERB): invalid choice: '(.*?)'", message):
         return _no_command(last if wrong[1] == "VERB" else "", wrong[2])
@@ -13133,8 +13135,8 @@ def _untangled(argv: Sequence[str], verb: str, count: int) -> list[str]:
 
 
 def _parser() -> Any:
-    """Return the parser. What stands before the command may stand behind it too, or within: there it
-    has a name of its own, because argparse would put the one in the place of the other."""
+    """Return the parser. What stands before the command may stand behind it too, or within: there
+    it has a name of its own, because argparse would put the one in the place of the other."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -13157,7 +13159,8 @@ def _parser() -> Any:
 
     parser = Parser(
         prog="python -m webhook_outbox",
-        description="Webhooks from your SQLite transaction, signed, retried, delivered. `demo` shows the whole story.",
+        description="Webhooks from your SQLite transaction, signed, retried, delivered. "
+        "`demo` shows the whole story.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     for name, how in _GLOBALS.items():

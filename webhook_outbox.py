@@ -8555,7 +8555,7 @@ class Outbox:
 
         conn: a sqlite3 Connection or Cursor in any transaction mode, SQLAlchemy's Connection or
         Session (also the synchronous side of the async ones), Django's connection or its alias,
-        peewee's Database, apsw's Connection. Returns the event's id. Nothing is sent before you
+        peewee's Database, apsw's or pysqlite3's Connection. Returns the event's id. Nothing is sent before you
         commit, nothing if you roll back. tenant: your customer whom it concerns; endpoints of that
         tenant get it, and those of tenant '*'. key: events with the same key reach an endpoint in
         this order. idempotency_key: a second emit with it for that tenant, and the same type and

@@ -23178,8 +23178,8 @@ def test_all_names_what_is_public_and_that_is_documented():
 
 
 def test_the_licence_travels_with_the_file():
-    head, tail = SOURCE.splitlines()[:5], SOURCE.splitlines()[-25:]
-    assert head[0].startswith("# webhook_outbox.py") and head[1] == "# SPDX-License-Identifier: MIT"
+    head, tail = SOURCE.splitlines()[:8], SOURCE.splitlines()[-25:]
+    assert head[0].startswith("# webhook_outbox.py") and head[2] == "# SPDX-License-Identifier: MIT"
     assert "# MIT License" in tail and tail[-1].endswith("IN THE SOFTWARE.")
     assert "Permission is hereby granted, free of charge" in " ".join(
         line.lstrip("# ") for line in tail

@@ -1,45 +1,51 @@
-# webhook_outbox.py - webhooks from your SQLite transaction, signed and retried. One file: copy it
-# into your app. SPDX-License-Identifier: MIT /// script requires-python = ">=3.10" dependencies =
-# ["requests>=2.32.4"] ///
-"""Send webhooks from a small app, without a broker: the event commits with your data, or not at
-all.
+# webhook_outbox.py - webhooks from your SQLite transaction, signed and retried.
+# One file: copy it into your app.
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["requests>=2.32.4"]
+# ///
+"""Send webhooks from a small app, without a broker: the event commits with your data, or not at all.
 
-    outbox = Outbox("app.db")                                   # makes its own tables, prefix
-    webhook_ outbox.add_endpoint("https://example.com/hooks", events=["order.*"])
+    outbox = Outbox("app.db")                      # makes its own tables, prefix webhook_
+    outbox.add_endpoint("https://example.com/hooks", events=["order.*"])
 
-    with sqlite3.connect("app.db") as conn:                     # your transaction
+    with sqlite3.connect("app.db") as conn:        # your transaction
         conn.execute("INSERT INTO orders (total) VALUES (49.99)")
         outbox.emit(conn, "order.created", {"total": 49.99})
 
-    outbox.start()                                              # or: python -m webhook_outbox --db
-    app.db drain
+    outbox.start()                                 # or: python -m webhook_outbox --db app.db drain
 
 What holds
-    If your commit returned, every matching endpoint gets the event until it answers 2xx or 410, the delivery
-    lands in the table webhook_failed, or an operator says otherwise; across kill -9, and across power loss when
-    you commit with PRAGMA synchronous=FULL. After a rollback nothing is ever sent. An event may arrive twice after
-    a crash, a timeout or a replay, always with the same webhook-id and the same bytes: receivers deduplicate
-    (Inbox does it for you). Bytes go only to addresses that the guard allows; one attempt ends within its timeout.
+    If your commit returned, every matching endpoint gets the event until it answers 2xx or 410, the
+    delivery lands in the table webhook_failed, or an operator says otherwise; across kill -9, and
+    across power loss when you commit with PRAGMA synchronous=FULL. After a rollback nothing is ever
+    sent. An event may arrive twice after a crash, a timeout or a replay, always with the same
+    webhook-id and the same bytes: receivers deduplicate (Inbox does it for you). Bytes go only to
+    addresses that the guard allows; one attempt ends within its timeout. An endpoint that hangs,
+    fails or is slow costs the others nothing.
 
 What does not hold
-    No order between events, except between those of one endpoint with one key (or an endpoint that is ordered).
-    No exactly-once on the wire: nobody has that. No delivery while no process drains.
+    No order between events, except between those of one endpoint with one key (or an endpoint that
+    is ordered). No exactly-once on the wire: nobody has that. No delivery while no process drains.
 
 Words
-    event     what happened: a type and JSON data, written once, never changed
-    endpoint  where to: a URL with its secret and its patterns of event types
-    delivery  one event to one endpoint, the unit of state: pending, delivered, failed or cancelled
-    attempt   one HTTP try of a delivery, or one call of a sender; its result is an outcome
+    event       what happened: a type and JSON data, written once, never changed
+    endpoint    where to: a URL, or a sender of the host's, with its secret and its patterns of types
+    delivery    one event to one endpoint, the unit of state: pending, delivered, failed, cancelled
+    attempt     one HTTP try of a delivery, or one call of a sender; its result is an outcome
     failed row  a delivery that was given up, in webhook_failed, until somebody replays or discards it
-    queue     deliveries of one endpoint that go out strictly one after the other
-    host      the app whose file and process we live in; receiver: the server at the other end
-    tenant    a customer of the host; an endpoint of a tenant gets that tenant's events only
-    origin    scheme, host, port, certificate and CA: what connections belong to
-    drain     to send what is due; one process per file drains, others stand by
+    queue       deliveries of one endpoint that go out strictly one after the other
+    host        the app whose file and process we live in; receiver: the server at the other end
+    tenant      a customer of the host; an endpoint of a tenant gets that tenant's events only
+    origin      scheme, host, port, certificate and CA: what connections belong to
+    place       the right to have one attempt under way; there are `workers` of them
+    drain       to send what is due; one process per file drains, others stand by
 
 Contents: defaults and schema, errors, types, signing, retry policy, network guard, transport,
 exchange, catalogue, endpoint options, storage, drain (its rooms, then the loop), outbox, tenant,
-receiving, doctor, pages (dashboard and portal), command line, licence. Each section uses only what stands above it.
+receiving, doctor, pages (dashboard and portal), command line, licence. Each section uses only what
+stands above it.
 """
 
 from __future__ import annotations
@@ -240,6 +246,7 @@ _CHANCE = f"abs(random() % {1 << _CHANCE_BITS})"
 # by chance, with room for as many events again; at the end of 63 bits the next event would find no
 # key.
 _LAST_MILLISECOND = (1 << 42) - 1
+_LAST_SECOND = 1e12  # of an event: what the checks of the tables let through, with room
 
 
 def _refuse(why: str, when: str) -> str:
@@ -6253,7 +6260,8 @@ class _Ledger:
         states = [
             _Row(
                 "endpoint", lane.health.good, lane.id, None, lane.health.paused_until,
-                lane.health.failing_since, lane.health.failures, lane.health.bad, error=lane.disable, response=lane.health.unsteady_since,
+                lane.health.failing_since, lane.health.failures, lane.health.bad,
+                error=lane.disable, response=lane.health.unsteady_since,
             )
             for lane in lanes
         ]  # fmt: skip
@@ -6943,10 +6951,7 @@ class _Places:
                 turns.leave(lane)
                 schedule.place(lane, now, mono)
                 continue
-            under_way = len(sender.attempts)
-            idle = not lane.active and lane.steady(mono)
-            slow = under_way - len(quick) if rank else 0
-            why = _no_place(rank, idle, under_way, slow, self.workers, mono >= self._mixed_until)
+            why = self._refusal(lane, rank, len(sender.attempts), len(quick), mono)
             if why in ("full", "share"):  # for the whole line
                 break
             may_begin: bool | None = False
@@ -6960,9 +6965,7 @@ class _Places:
                 continue
             if may_begin:
                 passed = 0
-                if lane is not self._last:
-                    self._mixed_until = mono + self._LATELY if self._last else 0.0
-                    self._last = lane
+                self._note(lane, mono)
                 if not start(lane):
                     return False
                 if rank == lane.line == 0 and lane.may_start(now, mono):  # to the end of its line
@@ -6972,6 +6975,21 @@ class _Places:
             if may_begin:
                 schedule.place(lane, now, mono)
         return not fat or self._serve(rank, False, schedule, sender, now, mono, start)
+
+    def _refusal(
+        self, lane: _Lane, rank: int, under_way: int, quick: int, mono: float
+    ) -> str | None:
+        """Return why a lane of a rank gets no place now, or None. quick: how many of the attempts
+        under way are those of quick endpoints."""
+        idle = not lane.active and lane.steady(mono)
+        slow = under_way - quick if rank else 0
+        return _no_place(rank, idle, under_way, slow, self.workers, mono >= self._mixed_until)
+
+    def _note(self, lane: _Lane, mono: float) -> None:
+        """Remember who begins an attempt: an endpoint is alone when no other did for a minute."""
+        if lane is not self._last:
+            self._mixed_until = mono + self._LATELY if self._last else 0.0
+            self._last = lane
 
 
 class _Finder:
@@ -7775,9 +7793,10 @@ class _Drain:
                 return
 
     def _finished(self, now: float) -> bool:
-        # 1. told to stop, and everything that came back is recorded (or the grace is over) 2.
-        # `once`: nothing under way, nothing unrecorded, no endpoint has something due that it may
-        # send 3. `until_empty`: the same, and nothing pending for an enabled endpoint
+        # 1. told to stop, and everything that came back is recorded (or the grace is over)
+        # 2. `once`: nothing under way, nothing unrecorded, no endpoint has something due that it
+        #    may send
+        # 3. `until_empty`: the same, and nothing pending for an enabled endpoint
         if self.stopping and _monotonic() >= self.leave_at:
             return True
         if self.sender.attempts or self.ledger:
@@ -8582,7 +8601,7 @@ class Outbox:
         if idempotency_key is not None:
             _line("idempotency_key", idempotency_key, 256, 1)
         header_text = _dumps(_checked_headers(headers)) if headers else None
-        now = self.clock()
+        now = min(max(self.clock(), 0.0), _LAST_SECOND)  # a clock may be wrong beyond all measure
         internal = 1 if tenant is not None and type in self._catalogue.internal else None
         times = _emit_times(now, delay, expires, self.retry.delays[0])
         kept = (key, idempotency_key, header_text, *times, internal, None)
@@ -9583,7 +9602,10 @@ class Outbox:
                 None,
                 "*",
             ):  # only what the operator named
-                missed += " AND (e.type NOT IN (SELECT value FROM json_each(?)) OR e.type IN (SELECT value FROM json_each(p.events)))"
+                missed += (
+                    " AND (e.type NOT IN (SELECT value FROM json_each(?))"
+                    " OR e.type IN (SELECT value FROM json_each(p.events)))"
+                )
                 values.append(_dumps(sorted(self._catalogue.internal)))
             if dry_run:
                 cursor.execute(f"SELECT count(*) FROM {rows} WHERE {missed}", (endpoint, *values))
@@ -13277,9 +13299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if (
-        __spec__ is not None
-    ):  # python -m: run the module as the app imports it, so that --app has the same classes
+    # python -m: run the module as the app imports it, so that --app has the same classes.
+    if __spec__ is not None:
         import importlib
 
         main = importlib.import_module(__spec__.name).main
@@ -13289,15 +13310,17 @@ if __name__ == "__main__":
 #
 # Copyright (c) 2026 the webhook_outbox authors
 #
-# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
-# documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
-# rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
-# permit persons to whom the Software is furnished to do so, subject to the following conditions:
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+# associated documentation files (the "Software"), to deal in the Software without restriction,
+# including without limitation the rights to use, copy, modify, merge, publish, distribute,
+# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions:
 #
-# The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
-# Software.
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
 #
-# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
-# WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
-# COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
-# OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.

@@ -715,7 +715,8 @@ BEGIN
    WHERE EXISTS (SELECT 1 FROM webhook_deliveries
                   WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id);{_AFTER_ANY_TRY}
   UPDATE webhook_attempts SET response = NULL
-   WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND response IS NOT NULL
+   WHERE NEW.reason IS NOT NULL
+     AND event = NEW.event AND endpoint_id = NEW.endpoint_id AND response IS NOT NULL
      AND id < (SELECT max(id) FROM webhook_attempts
                 WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id)
      AND id > (SELECT min(id) FROM webhook_attempts
@@ -2577,6 +2578,11 @@ def _reads_files(secrets: _Secrets, master: _MasterKey) -> bool:
     )
 
 
+def _is_plain(secrets: _Secrets) -> bool:
+    """Say whether an endpoint has one secret, that stands in its row: most have."""
+    return len(secrets) == 1 and secrets[0][1] is None and secrets[0][0].startswith("whsec_")
+
+
 @dataclasses.dataclass(slots=True)
 class _Wire:
     """How requests for one endpoint are written; made once for each version of its row."""
@@ -2594,6 +2600,7 @@ class _Wire:
     origin: _Origin | None = None  # kept here by who sends, so that it is looked up once
     master: _MasterKey | None = None
     derived: dict[str, str] = dataclasses.field(default_factory=dict)  # secrets made of it so far
+    only: list[str] | None = None  # the secret that signs, where that is so at any time
 
     @classmethod
     def make(cls, endpoint: Endpoint, secrets: _Secrets, settings: _Settings) -> _Wire:
@@ -2631,6 +2638,7 @@ class _Wire:
             hidden=_hidden_of(target, secrets, login),
             slow=transform is not None or _reads_files(secrets, settings.master),
             master=settings.master,
+            only=[secrets[0][0]] if _is_plain(secrets) else None,
         )
 
     @classmethod
@@ -2685,6 +2693,8 @@ class _Wire:
 
     def keys(self, now: float) -> list[str]:
         """Return the secrets that sign now, current first."""
+        if self.only is not None:
+            return self.only
         valid = [s for s, until in self.secrets if until is None or until > now]
         valid = [s if s.startswith("whsec_") else self._resolved(s) for s in valid[:_MAX_SECRETS]]
         if not valid:
@@ -5641,9 +5651,9 @@ class _Lane:
         """Return failing or recovered, where that is to be told. An endpoint that answers and fails
         in turn would be told of with each answer: so it must have failed three times in a row or
         for a minute, and there is one pair of notices in ten minutes at most."""
-        if self.told and self.health.failing_since is None:
-            self.told = False
-            return "recovered"
+        if self.health.failing_since is None:
+            told, self.told = self.told, False
+            return "recovered" if told else None
         if self.told or mono < self.tell_at or not self.health.failing(now):
             return None
         self.told, self.tell_at = True, mono + _TELL_AGAIN
@@ -6867,6 +6877,11 @@ _KEPT = 8  # one in so many places is kept for the quick, and is what one endpoi
 _SHARES = (1.0, 0.5, 0.375)
 
 
+def _common(workers: int) -> int:
+    """Return how many places there are before those that are kept."""
+    return workers - workers // _KEPT
+
+
 def _no_place(
     rank: int, idle: bool, under_way: int, slow: int, workers: int, alone: bool
 ) -> str | None:
@@ -6880,7 +6895,7 @@ def _no_place(
         return "full"
     if rank and slow >= max(1, int(workers * _SHARES[rank])):
         return "share"
-    if not (alone or idle) and under_way >= workers - workers // _KEPT:
+    if not (alone or idle) and under_way >= _common(workers):
         return "kept"
     return None
 
@@ -6905,12 +6920,12 @@ class _Places:
     free and leave none to the others.
     """
 
-    __slots__ = ("_last", "_mixed_until", "workers")
+    __slots__ = ("_last", "_mixed_until", "common", "workers")
     _LATELY = 60.0  # seconds
     _TRIES = 32  # endpoints in a row that are passed over in a turn
 
     def __init__(self, workers: int) -> None:
-        self.workers = workers
+        self.workers, self.common = workers, _common(workers)
         self._last: _Lane | None = None  # that began the latest attempt
         self._mixed_until = 0.0  # monotonic: until then more than one endpoint counts as at work
 
@@ -6951,9 +6966,11 @@ class _Places:
                 turns.leave(lane)
                 schedule.place(lane, now, mono)
                 continue
-            why = self._refusal(lane, rank, len(sender.attempts), len(quick), mono)
-            if why in ("full", "share"):  # for the whole line
-                break
+            under_way, why = len(sender.attempts), None
+            if rank or under_way >= self.common:
+                why = self._refusal(lane, rank, under_way, len(quick), mono)
+                if why in ("full", "share"):  # for the whole line
+                    break
             may_begin: bool | None = False
             if why is None and lean and lane.active >= max(1, self.workers // _KEPT):
                 fat = True
@@ -7874,12 +7891,7 @@ class _Drain:
         """Start the endpoint's next attempt, if it has something due. False: no more for now, since
         too many outcomes wait to be recorded."""
         try:
-            most = (
-                max(_LARGE, _READ_AHEAD // len(self.finder.lanes))
-                if self.finder.lanes
-                else _READ_AHEAD
-            )
-            picked = self._take(lane, now, most)
+            picked = self._take(lane, now)
         except sqlite3.Error as error:
             if _is_busy(error) or self.mode != "forever":
                 self.finder.schedule.turns.join(lane, lane.rank(_monotonic()))
@@ -7895,15 +7907,17 @@ class _Drain:
                 self._take_ended(now, _monotonic())
         return not self.outcomes.full()
 
-    def _take(self, lane: _Lane, now: float, most: int) -> _Picked | None:
+    def _take(self, lane: _Lane, now: float) -> _Picked | None:
         """Return the endpoint's next delivery that is worth an attempt. What has expired by now
         ends here, as many as may wait to be recorded."""
-        while not self.outcomes.full():
-            picked = lane.backlog.take(self.file.db, now, most)
-            if picked is None or picked.expires_at is None or now < picked.expires_at:
-                return picked
+        most = 0 if lane.backlog.read else max(_LARGE, _READ_AHEAD // len(self.finder.lanes))
+        picked = lane.backlog.take(self.file.db, now, most)
+        while picked is not None and picked.expires_at is not None and picked.expires_at <= now:
             self.outcomes.expire(lane, picked, picked.expires_at, now)
-        return None
+            if self.outcomes.full():
+                return None
+            picked = lane.backlog.take(self.file.db, now, max(most, _LARGE))
+        return picked
 
     # Outcomes.
 

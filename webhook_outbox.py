@@ -6966,11 +6966,9 @@ class _Places:
                 turns.leave(lane)
                 schedule.place(lane, now, mono)
                 continue
-            under_way, why = len(sender.attempts), None
-            if rank or under_way >= self.common:
-                why = self._refusal(lane, rank, under_way, len(quick), mono)
-                if why in ("full", "share"):  # for the whole line
-                    break
+            why = self._refusal(lane, rank, len(sender.attempts), len(quick), mono)
+            if why in ("full", "share"):  # for the whole line
+                break
             may_begin: bool | None = False
             if why is None and lean and lane.active >= max(1, self.workers // _KEPT):
                 fat = True
@@ -6998,6 +6996,8 @@ class _Places:
     ) -> str | None:
         """Return why a lane of a rank gets no place now, or None. quick: how many of the attempts
         under way are those of quick endpoints."""
+        if not rank and under_way < self.common:  # as most often
+            return None
         idle = not lane.active and lane.steady(mono)
         slow = under_way - quick if rank else 0
         return _no_place(rank, idle, under_way, slow, self.workers, mono >= self._mixed_until)
@@ -10967,7 +10967,7 @@ def _read_form(environ: WSGIEnvironment, token: str) -> _Form:
         urllib.parse.parse_qsl(
             body,
             keep_blank_values=True,
-            strict_parsing=True,
+            strict_parsing=bool(body),  # an empty form is an error in Python 3.10
             errors="strict",
             max_num_fields=_MOST_FIELDS,
         )

@@ -176,9 +176,8 @@ class Receiver:
     ) -> None:
         self.play, self.tls = play, tls
         self.requests: list[Request] = []
-        self.lasted: dict[
-            int, float
-        ] = {}  # seconds that each connection was open, as seen from this side
+        # Seconds that each connection was open, as seen from this side.
+        self.lasted: dict[int, float] = {}
         self.connections = 0
         self.closed = False
         self.open: set[socket.socket] = set()
@@ -880,9 +879,8 @@ def test_only_our_insert_runs_on_the_hosts_connection(wal, mode):
     )
     assert [text.strip() for text in statements if text.startswith("BEGIN")] == begin
     ours = [" ".join(text.split()[:4]) for text in statements if not text.startswith("BEGIN")]
-    ours = [
-        text for text, _ in itertools.groupby(ours)
-    ]  # a statement of a trigger shows under the one that fired it
+    # A statement of a trigger shows under the one that fired it.
+    ours = [text for text, _ in itertools.groupby(ours)]
     insert, first = "INSERT INTO main.webhook_accept (seq,", "SELECT +seq FROM main.webhook_events"
     assert ours == [insert, first] * 2 and len(outbox.events()) == 4
 
@@ -1219,9 +1217,8 @@ def test_a_transaction_that_sqlite_rolled_back_is_reported(database, mode):
             finally:
                 conn.set_progress_handler(None, 0)
             assert not conn.in_transaction and conn.execute("SELECT * FROM orders").fetchall() == []
-            if (
-                mode == "autocommit off"
-            ):  # the driver does not notice either: its rollback() would raise now
+            # The driver does not notice either: its rollback() would raise now.
+            if mode == "autocommit off":
                 with pytest.raises(NotInTransaction):
                     outbox.emit(conn, "order.created", {})
                 conn.execute("BEGIN")
@@ -2928,11 +2925,8 @@ def test_the_options_of_an_endpoint_are_the_same_everywhere(wal):
         wal, "SELECT sql FROM sqlite_master WHERE name = 'webhook_endpoints_update'"
     )
     told = set(re.split(r",\s*", re.search(r"UPDATE OF (.*?) ON", trigger, re.S)[1]))
-    assert told == {*options, "secrets"} - {
-        "tenant",
-        "filter",
-        "description",
-    }  # what the drain has no use for
+    # What the drain has no use for.
+    assert told == {*options, "secrets"} - {"tenant", "filter", "description"}
     for words, fixed in (("add", ["tenant"]), ("update", [])):
         usage = command("endpoint", words, "--help").stdout.partition("positional")[0]
         flags = set(re.findall(r"--([a-z-]+)", usage)) - {
@@ -4509,9 +4503,8 @@ def test_a_drain_that_waits_goes_on_by_itself_after_adopt_keep(wal, tmp_path, se
         eventually(lambda: "nothing is sent" in caplog.text)
         assert make_outbox(copy, home="new machine").adopt(keep=True) == 0
         eventually(lambda: len(receiver.requests) == 6)
-        assert (
-            make_outbox(copy, home="old machine").adopt(keep=True) == 0
-        )  # under a drain that runs
+        # Under a drain that runs.
+        assert make_outbox(copy, home="old machine").adopt(keep=True) == 0
         eventually(lambda: "is 'old machine', and this is 'new machine'" in caplog.text)
         id = emit(outbox)
         outbox.adopt(keep=True)
@@ -5142,9 +5135,8 @@ def catch_on_the_wire(folder: pathlib.Path, serve: Serve) -> Iterator[Caught]:
     signing."""
     for signing in ("standard", "stripe", "github", "standard+github", "standard+stripe+github"):
         schemes = signing.split("+")
-        clock = Clock(
-            time.time() - 60
-        )  # the verifiers look at the real time, and take five minutes
+        # The verifiers look at the real time, and take five minutes.
+        clock = Clock(time.time() - 60)
         receiver = serve([answer(500), OK])
         outbox = make_outbox(
             make_database(folder / f"{signing}.db"), clock=clock, retry=RetryPolicy((0, 7), 0.0)
@@ -5176,9 +5168,8 @@ def catch_on_the_wire(folder: pathlib.Path, serve: Serve) -> Iterator[Caught]:
         outbox.rotate_secret(endpoint.id, secret=SECRET_TWO, grace=30)
         emit(outbox)
         outbox.drain(once=True)
-        both = [
-            scheme for scheme in schemes if scheme != "github"
-        ]  # its one header has room for the new one only
+        # Its one header has room for the new one only.
+        both = [scheme for scheme in schemes if scheme != "github"]
         yield Caught(
             "in the grace", receiver.requests[-1], both, [SECRET_TWO, SECRET], "whsec_" + "A" * 32
         )
@@ -5688,14 +5679,8 @@ def test_a_secret_of_the_wrong_type_opens_no_door(scheme: str) -> None:
     ]
     for secret in wrong:
         refusal(signed_by_hand(scheme), secret, scheme=scheme)
-    for secret in (
-        "",
-        b"",
-        [""],
-        [SECRET_TWO, ""],
-        [b"", SECRET_TWO],
-        [],
-    ):  # what an unset variable gives
+    # What an unset variable gives.
+    for secret in ("", b"", [""], [SECRET_TWO, ""], [b"", SECRET_TWO], []):
         assert "needs a secret" in str(
             refusal(signed_by_hand(scheme, secret=""), secret, scheme=scheme)
         )
@@ -5995,9 +5980,8 @@ def test_a_megabyte_of_header_is_refused_soon() -> None:
         for name in good:
             refusal({**good, name: filler * (1_000_000 // len(filler))}, scheme=scheme)
             refusal([*good.items(), *[(name, filler)] * 20_000], scheme=scheme)
-            with contextlib.suppress(
-                SignatureError
-            ):  # what follows the right signature of Stripe may be anything
+            # What follows the right signature of Stripe may be anything.
+            with contextlib.suppress(SignatureError):
                 verify(
                     SIGNED_BODY,
                     {**good, name: good[name] + filler * 100_000},
@@ -6257,9 +6241,8 @@ def test_a_fuzzer_led_by_coverage_finds_no_open_door_and_no_other_error(
         scheme, body, headers = corpus[int(len(corpus) * rng.random() ** 0.5)]  # mostly what is new
         for _ in range(rng.choice((1, 1, 2, 3, 8))):
             how, place = rng.random(), rng.randrange(len(headers))
-            if (
-                how < 0.4
-            ):  # by somebody who knows the secret, so that what lies behind is reached too
+            # By somebody who knows the secret, so that what lies behind is reached too.
+            if how < 0.4:
                 at = SIGNED_AT + rng.choice((0, 0, 0, 300, -300, 301, -301, -SIGNED_AT))
                 headers = signed(scheme, body, id=rng.choice(("msg_1", "msg_1", "", "a.b")), at=at)
             elif how < 0.6:
@@ -8747,17 +8730,8 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     "25 partition": (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", None, 200),
 }
 EXCHANGE_TIMEOUT = 1.0
-EXCHANGE_KEPT = (
-    "1 ",
-    "8 hints",
-    "8 many hints",
-    "11",
-    "13",
-    "14",
-    "19",
-    "20",
-    "25 latency",
-)  # whole answers: the connection may carry the next event
+# Whole answers: the connection may carry the next event.
+EXCHANGE_KEPT = ("1 ", "8 hints", "8 many hints", "11", "13", "14", "19", "20", "25 latency")
 
 
 def exchange_lasts(name: str) -> bool:
@@ -8832,9 +8806,8 @@ def test_no_fault_of_a_receiver_costs_time_or_memory_or_reaches_the_next_event_o
     dead = {name: stack.enter_context(socket.socket()) for name in ("1 refused", "1 full")}
     for sock in dead.values():
         sock.bind(("127.0.0.1", 0))
-    dead["1 full"].listen(
-        0
-    )  # takes one connection, which nobody accepts; whoever comes later gets no answer
+    # Takes one connection, which nobody accepts; whoever comes later gets no answer.
+    dead["1 full"].listen(0)
     for _ in range(3):
         sock = stack.enter_context(socket.socket())
         sock.setblocking(False)
@@ -8843,9 +8816,8 @@ def test_no_fault_of_a_receiver_costs_time_or_memory_or_reaches_the_next_event_o
         play, deaf = exchange_once(name, fault), name.startswith("4")
         servers[name] = receiver = serve(play, ExchangeDeaf) if deaf else serve(play, tls=context)
         receiver.later = secure
-        receiver.listener.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536
-        )  # else the kernel takes megabytes
+        # Else the kernel takes megabytes.
+        receiver.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         url = receiver.url("/hook?canary").replace("http:", "https:" if deaf else "http:")
         if name in dead:
             url = url.replace(str(receiver.port), str(dead[name].getsockname()[1]))
@@ -9388,12 +9360,8 @@ def test_an_answer_is_known_as_soon_as_it_can_be_and_no_sooner():
             assert reader.error == "the connection was closed before an answer was complete"
     assert exchange_read([]).error == "the connection was closed before an answer"
     reader = webhook_outbox._Answer()
-    pieces = (
-        EXCHANGE_CHUNKED % 200,
-        b"2\r\nok\r\n",
-        b"0\r\n",
-        b"\r\n",
-    )  # the last line comes alone
+    # The last line comes alone.
+    pieces = (EXCHANGE_CHUNKED % 200, b"2\r\nok\r\n", b"0\r\n", b"\r\n")
     assert [reader.feed(piece) for piece in pieces] == [
         False,
         False,
@@ -10440,9 +10408,8 @@ def test_cloudevents_are_read_by_the_library_of_their_project(wal, serve, app_na
     found = {}
     for request in receiver.requests:
         verify(request.body, request.headers, SECRET)
-        new = from_http_event(
-            HTTPMessage(dict(request.headers), request.body)
-        )  # in structured mode, by content-type
+        # In structured mode, by content-type.
+        new = from_http_event(HTTPMessage(dict(request.headers), request.body))
         old = from_http(request.headers, request.body)
         found[new.get_id()] = new.get_data()
         event = outbox.event(new.get_id())
@@ -10621,9 +10588,8 @@ def test_a_transform_that_fails_in_any_way_costs_only_its_own_attempts(wal, tmp_
             said = "one line of printable ASCII" if name == "split" else "(bytes, content type)"
             assert said in outcomes[name][1]
     upper = [request for request in receiver.requests if request.line.split()[1] == "/upper"]
-    assert [json.loads(request.body)[0] for request in upper] == [
-        id.upper() for id in ids
-    ]  # in the order of their key
+    # In the order of their key.
+    assert [json.loads(request.body)[0] for request in upper] == [id.upper() for id in ids]
     assert verify(upper[0].body, upper[0].headers, SECRET).data == [
         ids[0].upper(),
         "ORDER.CREATED",
@@ -11198,9 +11164,8 @@ def test_a_full_disk_is_found_out_before_anything_is_sent(database, serve):
         print(error)
     """
     receiver, outbox = serve(), make_outbox(database)
-    with contextlib.closing(
-        sqlite3.connect(database)
-    ) as host:  # keeps the WAL, whose end is past the limit
+    # Keeps the WAL, whose end is past the limit.
+    with contextlib.closing(sqlite3.connect(database)) as host:
         host.execute("SELECT * FROM orders").fetchall()
         outbox.add_endpoint(receiver.url())
         emit(outbox)
@@ -11226,9 +11191,8 @@ def test_a_database_that_cannot_be_written_gives_one_error_and_nothing_is_sent(s
             print(error)
     """
     receiver = serve()
-    folder = (
-        pathlib.Path("/tmp") / f"webhook_outbox_readonly_{os.getpid()}"
-    )  # tmp_path lets nobody else in
+    # Tmp_path lets nobody else in.
+    folder = pathlib.Path("/tmp") / f"webhook_outbox_readonly_{os.getpid()}"
     folder.mkdir(mode=0o777)
     try:
         folder.chmod(0o777)
@@ -11546,9 +11510,8 @@ def test_a_damaged_row_hurts_only_itself(wal, serve, caplog, sql, fails):
     receiver, outbox = serve(), make_outbox(wal, retry=RetryPolicy((0,), jitter=0.0))
     outbox.add_endpoint(receiver.url("/sick"), id="sick")
     outbox.add_endpoint(receiver.url("/well"), id="well")
-    outbox.add_endpoint(
-        receiver.url("/monitor"), id="monitor", events=["webhook.*"]
-    )  # is told of the sick ones
+    # Is told of the sick ones.
+    outbox.add_endpoint(receiver.url("/monitor"), id="monitor", events=["webhook.*"])
     drain_emit(outbox, [1])
     ((first,),) = query(wal, "SELECT min(seq) FROM webhook_events")
     try:
@@ -11630,10 +11593,8 @@ def test_while_outcomes_cannot_be_recorded_nothing_is_sent_and_then_all_goes_on(
     """The disk is full, or was remounted read-only, for the drain's connection alone: the host goes
     on emitting."""
     database = make_database(tmp_path / "app.db", journal)
-    receiver, outbox = (
-        serve(answer(200, b"x" * 4000)),
-        make_outbox(database),
-    )  # answers that need pages
+    # Answers that need pages.
+    receiver, outbox = (serve(answer(200, b"x" * 4000)), make_outbox(database))
     outbox.add_endpoint(receiver.url())
     with outbox:
         drain_emit(outbox, [0])
@@ -12157,10 +12118,8 @@ def test_no_statement_of_a_turn_takes_longer_beside_a_large_backlog(wal, serve, 
         emit(outbox, "b", key="k")
         outbox.stats()
         monkeypatch.undo()
-        once = (
-            "count(*",
-            "CROSS JOIN",
-        )  # for a report; and at a start, among what is due in more than a day
+        # For a report; and at a start, among what is due in more than a day.
+        once = ("count(*", "CROSS JOIN")
         most.append(
             max(n for text, n in Counted.steps.items() if not any(word in text for word in once))
         )
@@ -12400,9 +12359,8 @@ def test_endpoints_that_hang_while_a_connection_is_opened_leave_openers_to_the_p
         assert outbox.drain(once=True).retried == 20
     for number in range(20):
         outbox.update_endpoint(f"s{number}", url=f"https://s{number}.test:{silent.port}/")
-    receiver.play = answer(
-        200, b"", "Connection: close"
-    )  # so that each of its events needs an opener
+    # So that each of its events needs an opener.
+    receiver.play = answer(200, b"", "Connection: close")
     outbox.add_endpoint(receiver.url(), id="proven", events=["well"])
     with outbox:
         emit(outbox, "well")
@@ -12729,9 +12687,8 @@ def test_a_backlog_is_read_on_behind_the_last_row_read(wal):
         events = []
         while (row := backlog.take(db, 1000.0)) is not None:
             events.append(row.event)
-            backlog.recorded(
-                row.event, None
-            )  # its row is not deleted here, and yet it is not met again
+            # Its row is not deleted here, and yet it is not met again.
+            backlog.recorded(row.event, None)
         assert events == list(range(1, 301)) and backlog.after == (300.0, 300)
         assert len([sql for sql in read if "(d.due_at, d.event) >" in sql]) == 3  # 128, 128, 44
         backlog_add(db, (400, 400.0, None), (401, 20.0, None))
@@ -13317,9 +13274,8 @@ def test_an_attempt_presses_only_where_another_connection_could_make_room_for_it
     younger = connection_to(origin, 1.0)
     origin.answered(younger, attempt_of(), 1.5)
     older = connection_to(origin)
-    assert (
-        not origin.press(older, attempts[2], 2.0) and origin.hanging == 2
-    )  # workers take the oldest first
+    # Workers take the oldest first.
+    assert not origin.press(older, attempts[2], 2.0) and origin.hanging == 2
     for connection in (old, new, younger):
         origin.closed(connection, 2.0)
     assert not origin.press(older, attempts[3], 3.0)  # it is the only one
@@ -14135,9 +14091,8 @@ def test_new_deliveries_are_read_once_and_a_thousand_at_a_time(wal):
         db.executemany(events, [(5,), (6,), (7,)])
         for event, id in rows:
             db.execute(insert, (event, id.encode("utf-8", "surrogateescape")))
-        db.execute(
-            insert, (1 << 62, b"stray")
-        )  # of no event: what comes after it would never be new
+        # Of no event: what comes after it would never be new.
+        db.execute(insert, (1 << 62, b"stray"))
         found = [[row[:2] for row in news.new(db)] for _ in range(3)]
         assert list(map(len, found)) == [1000, 503, 0] and list(itertools.chain(*found)) == rows
         db.execute("DELETE FROM webhook_events WHERE seq > 5")
@@ -14275,10 +14230,8 @@ def test_an_endpoint_that_changes_keeps_nothing_that_was_read_and_the_others_kee
         assert finder.lanes == {"a": a, "b": b} and b.wire is wire
         assert (a.limit, a.endpoint.max_in_flight, b.limit) == (3, 3, 8)
         assert (len(a.backlog.read), len(b.backlog.read)) == (0, 1)
-        assert (len(a.backlog.known), len(b.backlog.known)) == (
-            1,
-            2,
-        )  # what is under way stays known
+        # What is under way stays known.
+        assert (len(a.backlog.known), len(b.backlog.known)) == (1, 2)
         outbox.disable_endpoint("a")
         outbox.remove_endpoint("b")
         find(finder)
@@ -14360,10 +14313,8 @@ def test_what_our_own_commit_made_due_is_looked_for(wal):
         batch = [outcome(1, "a", "delivered", 5.0), outcome(2, "b", "pending", 7.0)]
         finder.recorded([*batch, outcome(1, "gone", "pending", 1.0)], 6.0, 0.0)
         assert (a.backlog.known, b.backlog.known) == ({2}, {1})
-        assert (a.backlog.due, b.backlog.due) == (
-            -math.inf,
-            7.0,
-        )  # the next of the queue; the retry
+        # The next of the queue; the retry.
+        assert (a.backlog.due, b.backlog.due) == (-math.inf, 7.0)
         assert b.backlog.after == b.backlog._START
         assert standing(finder) == {"a": 1, "b": 7.0} and not finder.news.stale
         assert finder._ledger.queues == {("a", 2): "k", ("b", 7): "k"}
@@ -15042,9 +14993,8 @@ def test_a_struggling_endpoint_gets_one_probe_at_a_time_and_one_success_opens_it
     def sends(after: float) -> int:
         clock.advance(after)
         before = len(receiver.requests)
-        make_outbox(wal, **options).drain(
-            once=True
-        )  # what was learned outlives the object that learned it
+        # What was learned outlives the object that learned it.
+        make_outbox(wal, **options).drain(once=True)
         return len(receiver.requests) - before
 
     assert sends(after=0) == 10
@@ -15436,9 +15386,8 @@ def test_gunicorn_with_preload_and_three_workers_delivers_once_and_survives_the_
         eventually(lambda: received() >= set(ids), within=30)
     sent = [request.headers["webhook-id"] for request in receiver.requests]
     repeated = {id for id in sent if sent.count(id) > 1}
-    assert set(sent) == set(ids) and repeated <= set(
-        ids[:20]
-    )  # what was not recorded when it was killed
+    # What was not recorded when it was killed.
+    assert set(sent) == set(ids) and repeated <= set(ids[:20])
     assert all(sent.count(id) <= 2 for id in sent)
     outbox.drain(once=True)
     assert outbox.stats().pending == 0 and query(either, "SELECT count(*) FROM orders") == [(50,)]
@@ -15498,9 +15447,8 @@ def test_a_process_without_threads_or_descriptors_delivers_when_there_are_some_a
         outbox.add_endpoint(serve().url(), id=f"ep{n}", events=["order.refused"])
     out, err = run_python(EXHAUSTED, wal, what).communicate(timeout=60)
     error = {"threads": "RuntimeError", "descriptors": "OSError"}[what]
-    assert out.split() == [error, "True", "True", "['None']", "0"], (
-        out + err
-    )  # not the receivers' fault: no attempt
+    # Not the receivers' fault: no attempt.
+    assert out.split() == [error, "True", "True", "['None']", "0"], out + err
     assert (
         "no connection can be opened" in err
         and "draining stopped" not in err
@@ -17243,9 +17191,8 @@ class CrashesHerd:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process, self.lock = process, threading.RLock()
-        self.pids: dict[
-            str, int
-        ] = {}  # living, or struck but not yet reaped: no other process has such a number
+        # Living, or struck but not yet reaped: no other process has such a number.
+        self.pids: dict[str, int] = {}
         self.killed: dict[str, float] = {}  # when, by the wall clock, a moment before the signal
 
     def _ask(self, *words: Any) -> str:
@@ -17357,15 +17304,12 @@ def test_a_drain_killed_by_its_receiver_right_after_a_200_repeats_only_what_was_
     """What a process had sent but not recorded when it died comes exactly once more; everything
     else exactly once."""
     rng = random.Random(rounds)
-    name, turns = (
-        "",
-        itertools.repeat(0),
-    )  # whose answer is to be the last thing that it sees, when turns says 0
+    # Whose answer is to be the last thing that it sees, when turns says 0.
+    name, turns = ("", itertools.repeat(0))
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        ending = (
-            drain_sender(request) == name and next(turns) == 0
-        )  # some requests are read after their sender's death
+        # Some requests are read after their sender's death.
+        ending = drain_sender(request) == name and next(turns) == 0
         sock.sendall(OK)
         if ending:
             herd.signal(name, signal.SIGKILL)
@@ -17412,10 +17356,8 @@ class CrashesStorm:
 
     def __init__(self, path: str, folder: pathlib.Path, herd: CrashesHerd, seed: int) -> None:
         self.path, self.folder, self.herd = path, folder, herd
-        self.rng, self.moody = (
-            random.Random(seed),
-            random.Random(seed + 1),
-        )  # of the nemesis, of the receiver's threads
+        # Of the nemesis, of the receiver's threads.
+        self.rng, self.moody = (random.Random(seed), random.Random(seed + 1))
         self.receipts: list[CrashesReceipt] = []
         self.quiet, self.serials = threading.Event(), itertools.count(1)
         self.cancelled: set[str] = set()
@@ -17470,9 +17412,8 @@ class CrashesStorm:
             self.herd.signal(victim, signal.SIGCONT)
         if locked:
             conn.execute("COMMIT")
-        for struck in [
-            name for name in self.herd.pids if name in self.herd.killed
-        ]:  # by the receiver
+        # By the receiver.
+        for struck in [name for name in self.herd.pids if name in self.herd.killed]:
             self.herd.kill(struck)
             self.spawn("d")
 
@@ -17762,9 +17703,8 @@ def power_history(
     marks, images = [(0, "", power_state(path))], []
     reader, host = (sqlite3.connect(path, isolation_level=None) for _ in range(2))
     with contextlib.closing(reader), contextlib.closing(host):
-        reader.execute("BEGIN").execute(
-            "SELECT * FROM orders"
-        ).fetchall()  # keeps every checkpoint from the database
+        # Keeps every checkpoint from the database.
+        reader.execute("BEGIN").execute("SELECT * FROM orders").fetchall()
         host.execute("PRAGMA synchronous = FULL")
         host.execute("PRAGMA cache_size = 5")  # so that frames are written before the commit
         for step in range(steps):
@@ -17791,9 +17731,8 @@ def power_history(
         images.append((0, marks, *power_bytes(path, "", "-wal")))
         assert host.execute("PRAGMA synchronous").fetchone() == (2,)
     assert len({main for _, _, main, _ in images}) == 1
-    assert any(
-        len(wal) > 32 + 4120 * first for first, _, _, wal in images[:-1]
-    )  # what a rollback took back was there
+    # What a rollback took back was there.
+    assert any(len(wal) > 32 + 4120 * first for first, _, _, wal in images[:-1])
     return images
 
 
@@ -17892,9 +17831,8 @@ def test_a_power_cut_in_rollback_mode_takes_the_whole_transaction_back(tmp_path,
             host.execute("BEGIN IMMEDIATE")
             power_orders(host, outbox, rng, number)
             new, journal = power_bytes(path, "", "-journal")
-            header = journal.rindex(
-                b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"
-            )  # the last one: it is written by the sync
+            # The last one: it is written by the sync.
+            header = journal.rindex(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7")
             records, _, _, sector = struct.unpack_from(">4I", journal, header + 8)
             synced = header + sector + records * (4 + 4096 + 4)
             for _ in range(images if new != old else 0):
@@ -18194,9 +18132,8 @@ def test_an_endpoint_that_cannot_make_requests_does_not_keep_the_loop_from_the_o
         drain_turn(drain)
         assert len(drain.ledger.rows) == webhook_outbox._UNRECORDED
         assert drain.finder.lanes["broken"].health.failures == webhook_outbox._UNRECORDED
-    assert (
-        outbox.stats().failed == webhook_outbox._UNRECORDED
-    )  # leaving wrote all of them, in several statements
+    # Leaving wrote all of them, in several statements.
+    assert outbox.stats().failed == webhook_outbox._UNRECORDED
 
 
 @pytest.mark.parametrize("rate", [100, None])
@@ -18717,9 +18654,8 @@ def test_the_form_cookie_is_kept_hidden_from_scripts_and_bound_to_the_mount(wal,
     first = visitor.session.get(visitor.base, timeout=10).headers["Set-Cookie"]
     assert re.fullmatch(r"webhook_outbox=[\w-]{22}; Path=/; HttpOnly; SameSite=Lax", first)
     visitor.session.cookies.set("other", "1")
-    assert (
-        visitor.session.get(visitor.base, timeout=10).headers["Set-Cookie"] == first
-    )  # open tabs stay good
+    # Open tabs stay good.
+    assert visitor.session.get(visitor.base, timeout=10).headers["Set-Cookie"] == first
     app = webhook_outbox.dashboard_app(make_outbox(wal))
     seen: list[Any] = []
     environ = {
@@ -18789,9 +18725,8 @@ def test_head_is_get_without_the_page_and_a_get_changes_nothing(wal, visitor):
             and head.content == b""
             and "html" in head.headers["Content-Type"]
         )
-        assert (
-            abs(int(head.headers["Content-Length"]) - len(got.content)) < 20
-        )  # ages grow meanwhile
+        # Ages grow meanwhile.
+        assert abs(int(head.headers["Content-Length"]) - len(got.content)) < 20
     assert dash_state(wal) == before
 
 
@@ -19259,9 +19194,8 @@ def test_in_a_real_browser_no_page_is_wider_than_a_phone_and_all_text_is_legible
                 chromium.go(base)
                 assert chromium.ask("Math.min(...[...document.querySelectorAll('main > * button')]"
                                     ".filter(e => e.offsetHeight).map(e => e.offsetHeight))") >= 34  # fmt: skip
-    assert (
-        len(seen) == 2 and len({color for _, color in seen}) == 2
-    )  # the style passed the policy; dark is dark
+    # The style passed the policy; dark is dark.
+    assert len(seen) == 2 and len({color for _, color in seen}) == 2
 
 
 def test_in_a_real_browser_the_buttons_work_and_another_site_cannot_press_them(wal, chromium):
@@ -19283,10 +19217,8 @@ def test_in_a_real_browser_the_buttons_work_and_another_site_cannot_press_them(w
         chromium.show(360)
         chromium.go(base)
         tokens.append(chromium.ask("document.querySelector('[name=token]').value"))
-        for site in (
-            other,
-            other.replace("127.0.0.1", "localhost"),
-        ):  # same site but another origin; another site
+        # Same site but another origin; another site.
+        for site in (other, other.replace("127.0.0.1", "localhost")):
             chromium.go(site)
             eventually(lambda: "403" in str(chromium.ask("document.title")))
             assert chromium.ask("location.href") == f"{base}/replay" and row in outbox.failed()
@@ -19837,15 +19769,13 @@ class OutboxMachine(RuleBasedStateMachine):
         super().__init__()
         self.clock, self.seq = Clock(), itertools.count(1)
         self.path = str(folder / f"{len(os.listdir(folder))}.db")
-        self.events: dict[
-            str, tuple[int, dict[str, Any]]
-        ] = {}  # id -> order, what it was emitted with
+        # Id -> order, what it was emitted with.
+        self.events: dict[str, tuple[int, dict[str, Any]]] = {}
         self.endpoints: dict[str, ModelEndpoint] = {}
         self.deliveries: dict[tuple[str, str], ModelDelivery] = {}  # (endpoint, event)
         self.tried: dict[tuple[str, str], int] = {}
-        self.bodies: dict[
-            tuple[str, bool], bytes
-        ] = {}  # (event, for an endpoint that sees all) -> as first sent
+        # (event, for an endpoint that sees all) -> as first sent.
+        self.bodies: dict[tuple[str, bool], bytes] = {}
         self.arrived: list[tuple[str, str, Request]] = []
         self.plan, self.victim, self.kill_at = ["ok"], 0, 0
         self.receiver = Receiver(self.play)
@@ -19881,9 +19811,8 @@ class OutboxMachine(RuleBasedStateMachine):
                         and not d.attempts
                         and self.events[id][1]["at"] <= self.clock.now
                     ):
-                        self.resend(
-                            list(self.events).index(id), slot
-                        )  # asked for while the clock was ahead: ask again
+                        # Asked for while the clock was ahead: ask again.
+                        self.resend(list(self.events).index(id), slot)
                 self.deliver(["ok"])
                 self.clock.advance(DAY)
                 self.deliver(["ok"])
@@ -19926,10 +19855,8 @@ class OutboxMachine(RuleBasedStateMachine):
                 request.body, request.headers, self.endpoints[slot].secret, now=self.clock.now
             )
             assert (received.type, received.data) == (options["type"], options["data"])
-            assert (
-                slot,
-                id,
-            ) not in came or kind == "reset"  # which a kept-alive connection may be sent again
+            # Which a kept-alive connection may be sent again.
+            assert (slot, id) not in came or kind == "reset"
             came[slot, id] = kind
         return came
 
@@ -20178,9 +20105,8 @@ class OutboxMachine(RuleBasedStateMachine):
                 continue
             self.tried[pair] = seen[pair]
             assert self.ready(slot, self.deliveries[pair])
-            beyond[slot] = (
-                0 if self.open(slot) else beyond[slot] + 1
-            )  # once it is paused or disabled, only what was
+            # Once it is paused or disabled, only what was.
+            beyond[slot] = 0 if self.open(slot) else beyond[slot] + 1
             assert beyond[slot] < MODEL_ENDPOINTS[slot]["max_in_flight"]  # under way
             kind = came.pop(pair)
             self.learn(slot, kind, hinted)
@@ -20397,9 +20323,8 @@ def test_the_outbox_does_what_a_model_of_dicts_says(examples: int, tmp_path: pat
 
 # ── command line ──────────────────────────────────────────────────────────────────────────────────
 
-CANARY = (
-    "canary7f3a91"  # in what a listing must not show: the query of a URL, the value of a header
-)
+# In what a listing must not show: the query of a URL, the value of a header.
+CANARY = "canary7f3a91"
 
 
 @pytest.fixture
@@ -20418,9 +20343,8 @@ def cli(
         ended = webhook_outbox.main([*before, *allowed, *args])
         out, err = capsys.readouterr()
         assert ended in (code if isinstance(code, tuple) else (code,)), out + err
-        if err or (
-            code != 0 and args[0] not in ("doctor", "check")
-        ):  # whose findings are what was asked for
+        # Whose findings are what was asked for.
+        if err or (code != 0 and args[0] not in ("doctor", "check")):
             assert (
                 code != 0 and "Traceback" not in err and err.count("\n") == 1 and err.endswith("\n")
             ), err
@@ -21281,9 +21205,8 @@ def test_processes_end_with_the_codes_and_the_environment_names_the_file(wal):
         (["nonsense"], 2),
         (["emit", "a", "-"], 1),
     ):
-        ended = command(
-            "--db", wal, *args, input="\udcff", errors="surrogateescape"
-        )  # a byte that is no UTF-8
+        # A byte that is no UTF-8.
+        ended = command("--db", wal, *args, input="\udcff", errors="surrogateescape")
         assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (code, "", 1), (
             ended.stderr
         )
@@ -22538,10 +22461,8 @@ def test_the_readmes_receivers_make_one_invoice_of_an_order_whatever_comes(
         outbox.resend(first)
         assert sent(first) == [good, good] and left() == ([("1", 49.99)], [(1,)])
         assert sent(emit(outbox, "forged", {"order_id": "2", "total": 1})) == [(400, "HTTP 400")]
-        for type in (
-            "order.cancelled",
-            "order.items.changed",
-        ):  # nothing that it does something for
+        # Nothing that it does something for.
+        for type in ("order.cancelled", "order.items.changed"):
             assert sent(emit(outbox, type, {"order_id": "1", "total": 49.99})) == [good]
         assert sent(emit(outbox, "order.nothing", {})) == [good]
         assert outbox.ping("billing").reason is None and left() == ([("1", 49.99)], [(1,)])
@@ -22564,9 +22485,8 @@ def test_the_readmes_receivers_make_one_invoice_of_an_order_whatever_comes(
             [(3,)],
         )
         with contextlib.closing(sqlite3.connect(billing)) as other, outbox:
-            other.execute(
-                "BEGIN IMMEDIATE"
-            )  # a handler that waits for SQLite keeps nobody else waiting
+            # A handler that waits for SQLite keeps nobody else waiting.
+            other.execute("BEGIN IMMEDIATE")
             waiting = emit(outbox, data={"order_id": "5", "total": 5.0})
             eventually(lambda: any(drain.under_way() for drain in outbox._drains))
             for _ in range(20):
@@ -22619,11 +22539,8 @@ def test_the_readmes_servers_admit_only_the_senders_certificate(
         id = emit(outbox, data={"order_id": "1", "total": 1})
         outbox.drain(once=True)
     assert statuses(outbox, id) == {"shop": "delivered", "bare": "pending"}
-    assert outbox.attempts(id, "bare")[0].reason in (
-        "tls",
-        "connect",
-        "protocol",
-    )  # an alert, a reset or just an end
+    # An alert, a reset or just an end.
+    assert outbox.attempts(id, "bare")[0].reason in ("tls", "connect", "protocol")
     assert query(str(billing_pem / "billing.db"), "SELECT order_id FROM invoices") == [("1",)]
 
 
@@ -23451,9 +23368,8 @@ def bench_file(
     return str(path)
 
 
-BENCH_FIRST_KEY = (
-    1_700_000_000_000 << 20
-)  # as of an event some years ago, so that keys are as long as real ones
+# As of an event some years ago, so that keys are as long as real ones.
+BENCH_FIRST_KEY = 1_700_000_000_000 << 20
 
 
 def bench_fill(path: Any, rows: int, *endpoints: str, status: str = "pending") -> None:
@@ -23987,9 +23903,8 @@ def slow_receivers_are_limited_by_exchanges_alone(
 ) -> Iterator[float]:
     bench_file(path, bench.own + "slow", 40 * workers, max_in_flight=workers)
     assert bench_outbox(path, workers=workers).drain(once=True).delivered == 40 * workers
-    yield steady_rate(str(path), skip=10 * workers) / (
-        workers / 0.05
-    )  # the concurrency grows at first
+    # The concurrency grows at first.
+    yield steady_rate(str(path), skip=10 * workers) / (workers / 0.05)
 
 
 @measured(
@@ -24020,9 +23935,8 @@ import requests, time
 begun = time.process_time()
 import webhook_outbox
 print(1e3 * (time.process_time() - begun))"""
-    yield [result(run_python(code, str(path.with_suffix(".cache")))) for _ in range(2)][
-        1
-    ]  # the first one compiles
+    # The first one compiles.
+    yield [result(run_python(code, str(path.with_suffix(".cache")))) for _ in range(2)][1]
 
 
 @measured(

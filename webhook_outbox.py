@@ -175,9 +175,8 @@ _READ_TIME = 0.002  # seconds of a turn for answers that took more than one read
 _READ_RESPONSE = 65_536  # bytes of an answer that are read, with its heads and framing
 _READ_HEAD = 16_384  # bytes of status line and headers that are read
 _READ_COST = 64  # bytes that a read, or a chunk, counts as beside its own: what it costs in time
-_IDLE_CONNECTION = (
-    60.0  # seconds until an idle connection is closed, so that DNS changes are followed
-)
+# Seconds until an idle connection is closed, so that DNS changes are followed.
+_IDLE_CONNECTION = 60.0
 _REASONS = (
     "dns blocked connect tls timeout protocol status gone aborted expired sender internal".split()
 )
@@ -411,9 +410,8 @@ def _checks(condition: str, columns: str) -> str:
 # In SQLite text and blobs are greater than every number.
 _numbers = functools.partial(_checks, "{} BETWEEN -1e15 AND 1e15")
 _wholes = functools.partial(_checks, "typeof({0}) <> 'real' AND {0} BETWEEN -1e12 AND 1e12")
-_texts = functools.partial(
-    _checks, "typeof({0}) = 'text' OR {0} IS NULL"
-)  # sqlacodegen trips over IN
+# sqlacodegen trips over IN.
+_texts = functools.partial(_checks, "typeof({0}) = 'text' OR {0} IS NULL")
 
 _FIRST_SCHEMA = (
     """CREATE TABLE webhook_meta (key TEXT PRIMARY KEY NOT NULL, value) WITHOUT ROWID""",
@@ -1594,9 +1592,8 @@ class _Guard:
             address = _unwrapped(ipaddress.ip_address(text))
         except ValueError:
             return f"{text!r} is no IP address"
-        if any(
-            address in network for network in self.allow_networks
-        ):  # never where one is IPv4 and the other IPv6
+        # Never where one is IPv4 and the other IPv6.
+        if any(address in network for network in self.allow_networks):
             return None
         if any(address in network for network in _DENIED):
             return (
@@ -2067,9 +2064,8 @@ class _Contexts:
     connections: loading the CA bundle for each costs more than the handshake."""
 
     def __init__(self) -> None:
-        self._lock = (
-            threading.Lock()
-        )  # guards _made; held while files are read, so that they are read once
+        # Guards _made; held while files are read, so that they are read once.
+        self._lock = threading.Lock()
         self._made: dict[tuple[Any, ...], ssl.SSLContext] = {}
 
     def get(self, ca: str | None, cert: tuple[str, ...]) -> ssl.SSLContext:
@@ -2282,7 +2278,7 @@ class _Opener:
 
 
 def _explain(error: BaseException) -> tuple[str, str]:
-    """Return the reason (SPEC 5) and one line for an exception of an attempt. The one place that
+    """Return the reason and one line for an exception of an attempt. The one place that
     maps them."""
     text = _one_line(getattr(error, "strerror", None) or str(error)) or type(error).__name__
     if isinstance(error, _SenderFailed):
@@ -3540,13 +3536,11 @@ def _optional(check: Callable[[Any, _Known], Any]) -> Callable[[Any, _Known], An
 class _Option(NamedTuple):
     """One option of an endpoint."""
 
-    check: Callable[
-        [Any, _Known], Any
-    ]  # a value -> what is stored; raises PayloadError or UnsafeURL
+    # A value -> what is stored; raises PayloadError or UnsafeURL.
+    check: Callable[[Any, _Known], Any]
     argument: dict[str, Any]  # of the command line, as argparse takes it
-    load: Callable[[Any], Any] | None = (
-        None  # what is stored, unless NULL -> the field of Endpoint; None: the same
-    )
+    # What is stored, unless NULL -> the field of Endpoint; None: the same.
+    load: Callable[[Any], Any] | None = None
     fixed: bool = False  # add_endpoint takes it, update_endpoint does not
 
 
@@ -3663,7 +3657,7 @@ def _endpoint(row: Sequence[Any], lenient: bool = False) -> Endpoint:
 # ── storage ───────────────────────────────────────────────────────────────────────────────────────
 # Promises: our own connections are autocommit and short-lived but for the drain's one; each write
 # is one statement. On the host's connection only our own statements run; no pragma, no commit, no
-# rollback (SPEC P8). Never opens the database, -wal or -shm as plain files: closing such a
+# rollback. Never opens the database, -wal or -shm as plain files: closing such a
 # descriptor drops SQLite's locks.
 
 
@@ -3876,9 +3870,8 @@ def _transaction(path: str) -> Iterator[sqlite3.Connection]:
 
 def _is_busy(error: sqlite3.Error) -> bool:
     code = getattr(error, "sqlite_errorcode", None)  # since Python 3.11
-    return (
-        code & 0xFF in (5, 6) if code is not None else "locked" in str(error)
-    )  # SQLITE_BUSY, SQLITE_LOCKED
+    # SQLITE_BUSY, SQLITE_LOCKED.
+    return code & 0xFF in (5, 6) if code is not None else "locked" in str(error)
 
 
 @contextlib.contextmanager
@@ -4114,12 +4107,10 @@ def _host(conn: Any) -> sqlite3.Connection:
         raise PayloadError(
             f"expected a connection to the outbox's SQLite file, not {type(conn).__name__}"
         )
-    legacy = (
-        getattr(db, "autocommit", -1) == -1
-    )  # sqlite3.LEGACY_TRANSACTION_CONTROL, or Python before 3.12
-    opens_itself = (
-        legacy and getattr(db, "isolation_level", None) is not None
-    )  # the driver begins before our INSERT
+    # sqlite3.LEGACY_TRANSACTION_CONTROL, or Python before 3.12.
+    legacy = getattr(db, "autocommit", -1) == -1
+    # The driver begins before our INSERT.
+    opens_itself = legacy and getattr(db, "isolation_level", None) is not None
     if not db.in_transaction and not opens_itself:
         raise NotInTransaction(
             "the connection is in autocommit mode with no transaction open: begin one first (BEGIN, "
@@ -4830,9 +4821,8 @@ def _pull_back(db: sqlite3.Connection, now: float, longest: float) -> None:
             (now + longest,),
         )
     values = {"now": now, "longest": longest, "latest": now + longest}
-    if db.execute(
-        f"SELECT 1 {_AHEAD} LIMIT 1", values
-    ).fetchone():  # read first: an UPDATE locks while it looks
+    # Read first: an UPDATE locks while it looks.
+    if db.execute(f"SELECT 1 {_AHEAD} LIMIT 1", values).fetchone():
         db.execute(
             f"""UPDATE webhook_deliveries
                    SET due_at = :now + CASE WHEN attempts THEN 0.0 ELSE min(:longest, due_at -
@@ -4950,9 +4940,8 @@ class _Inotify:
     __slots__ = ("_folder", "_libc", "_names", "_path", "fd")
     _MODIFY = 0x2
     _GONE = 0x400 | 0x800  # IN_DELETE_SELF, IN_MOVE_SELF
-    _MADE = (
-        0x80 | 0x100 | 0x200
-    )  # of a folder: IN_MOVED_TO, IN_CREATE, IN_DELETE (a journal's end is the commit)
+    # Of a folder: IN_MOVED_TO, IN_CREATE, IN_DELETE (a journal's end is the commit).
+    _MADE = 0x80 | 0x100 | 0x200
     _CLOEXEC_NONBLOCK = 0o2000000 | 0o4000
 
     def __init__(self, path: str) -> None:
@@ -4995,9 +4984,8 @@ class _Inotify:
             at += 16 + length
             ours = watch != self._folder or name in self._names
             found |= ours
-            if (
-                ours and mask & ~self._MODIFY
-            ):  # a file was made or deleted: another one may stand there now
+            # A file was made or deleted: another one may stand there now.
+            if ours and mask & ~self._MODIFY:
                 self._watch()
         return found
 
@@ -5141,9 +5129,8 @@ class _DrainFile:
 
     def _set_up(self) -> None:
         (mode,) = self.db.execute("PRAGMA journal_mode").fetchone()
-        if (
-            mode == "wal"
-        ):  # losing the last outcomes in a power cut repeats deliveries, which P3 allows
+        # Losing the last outcomes in a power cut repeats deliveries, which is allowed: same id, same bytes.
+        if mode == "wal":
             self.db.execute("PRAGMA synchronous = NORMAL")
 
     def close(self) -> None:
@@ -5223,13 +5210,11 @@ class _DrainFile:
 # Each class below owns one thing, says what always holds of it, and knows nothing of the loop. Only
 # the loop's thread touches them, except where a comment says who else does.
 
-_TOGETHER = (
-    8  # requests that are sent one right after the other; more would leave receivers idle meanwhile
-)
+# Requests that are sent one right after the other; more would leave receivers idle meanwhile.
+_TOGETHER = 8
 _OPENERS = 16  # threads that open connections or run the host's transforms at once, in all
-_OPENERS_EACH = (
-    2  # and for one origin or endpoint, so that those which cannot be reached do not fill the pool
-)
+# And for one origin or endpoint, so that those which cannot be reached do not fill the pool.
+_OPENERS_EACH = 2
 _OPENER_RESTS = 0.5  # seconds that a thread waits for more work before it ends
 _PROVEN = 600.0  # seconds since its last success in which an endpoint counts as one that answers
 _QUICK = 1.0  # seconds that attempts of a quick endpoint hold their place at the most, on average
@@ -5237,9 +5222,8 @@ _STEADY = 3, 10.0  # quick answers in a row, and the most seconds from each to t
 _FIRST_LIMIT = 8  # exchanges at once with an endpoint that nothing is known about
 _UNOBSERVED = 1_000  # notices that may wait for the observer; more are dropped
 _UNRECORDED = 2_000  # outcomes that may wait for the write lock before sending pauses
-_BUCKETS = tuple(
-    map(float, "0.01 0.05 0.1 0.5 1 5 30 60 300 3600 21600 86400 inf".split())
-)  # seconds, of metrics
+# Seconds, of metrics.
+_BUCKETS = tuple(map(float, "0.01 0.05 0.1 0.5 1 5 30 60 300 3600 21600 86400 inf".split()))
 _BUCKET_NAMES = tuple(f"le {bound:g}" for bound in _BUCKETS)
 _NOTICE_TYPES = {
     "gave_up": "webhook.delivery.failed",
@@ -5329,9 +5313,8 @@ class _Health(NamedTuple):
     failing_since: float | None = None  # wall clock: the first of them
     paused_until: float = 0.0  # wall clock
     hinted_until: float = 0.0  # wall clock: what of it Retry-After asked for; not in the row
-    unsteady_since: float | None = (
-        None  # wall clock: the first failure since ten successes in a row
-    )
+    # Wall clock: the first failure since ten successes in a row.
+    unsteady_since: float | None = None
     good: int = 0  # attempts since then: successes
     bad: int = 0  # and failures
     in_a_row: int = 0  # successes just now; not in the row
@@ -5392,7 +5375,7 @@ def _verdict(
     now: float,
     rng: Callable[[], float],
 ) -> tuple[str, float, str | None]:
-    """Return status, due time and reason of a delivery after its `attempts`-th attempt (SPEC 4)."""
+    """Return status, due time and reason of a delivery after its `attempts`-th attempt."""
     if outcome.reason is None:
         return "delivered", now, None
     if outcome.reason in ("gone", "aborted"):
@@ -5429,15 +5412,12 @@ class _Backlog:
         self.known: set[int] = set()
         self.due = math.inf
         self.after: tuple[float, int] = self._START
-        self.queues: dict[
-            str, collections.deque[_Picked]
-        ] = {}  # what follows the head that is under way
-        self.ends: dict[
-            str, int
-        ] = {}  # queues that were delivered to their end, unrecorded: the last event
-        self.doubtful: set[int] = (
-            set()
-        )  # known when queues may have got another head: the file says who is next
+        # What follows the head that is under way.
+        self.queues: dict[str, collections.deque[_Picked]] = {}
+        # Queues that were delivered to their end, unrecorded: the last event.
+        self.ends: dict[str, int] = {}
+        # Known when queues may have got another head: the file says who is next.
+        self.doubtful: set[int] = set()
 
     def when(self) -> float:
         """Return the wall clock's time from which there is something to try."""
@@ -5691,9 +5671,8 @@ class _Turns:
 
 
 _NOTHING = memoryview(b"")
-_ORDER_KNOWN = (
-    0.1  # seconds: of connections opened so soon after another nobody knows which one came first
-)
+# Seconds: of connections opened so soon after another nobody knows which one came first.
+_ORDER_KNOWN = 0.1
 _CROWDED = 1.0  # seconds that the first answer of a connection may take before others make room for it, and then
 _ROOM_MAY_COME = 0.5  # seconds that an endpoint rests whose name found no room to be looked up
 _ROOM_HELPS = 0.25  # seconds after room was made within which an answer proves that this helped
@@ -5713,9 +5692,8 @@ class _Connection:
     writing: bool = False  # the selector watches for room to write
     used: bool = False  # was idle before
     proven: bool = False  # has brought an answer
-    ended: bool = (
-        False  # its attempt has ended, and the loop has not decided yet whether to keep it
-    )
+    # Its attempt has ended, and the loop has not decided yet whether to keep it.
+    ended: bool = False
     since: float = 0.0  # monotonic: when it became idle, or was given its attempt
     opened: float = dataclasses.field(default_factory=_monotonic)
 
@@ -5737,9 +5715,8 @@ class _Attempt:
     """
 
     lane: _Lane
-    wire: (
-        _Wire | None
-    )  # of the endpoint's row as it was then: what was signed and where it goes belong together
+    # Of the endpoint's row as it was then: what was signed and where it goes belong together.
+    wire: _Wire | None
     origin: _Origin | None
     picked: _Picked
     wall: float  # when it began, by the outbox's clock
@@ -5785,13 +5762,10 @@ class _Origin:
         self.waiting: dict[_Attempt, None] = {}  # in the step placing, oldest first
         # Lanes that could start an attempt if there were a connection, by rank.
         self.parked: tuple[dict[_Lane, None], ...] = ({}, {}, {})
-        self.pressing: dict[
-            _Attempt, float | None
-        ] = {}  # when room was made for each (monotonic), if it was
-        self._limit, self._limit_until = (
-            math.inf,
-            -math.inf,
-        )  # connections but for hanging ones; monotonic
+        # When room was made for each (monotonic), if it was.
+        self.pressing: dict[_Attempt, float | None] = {}
+        # Connections but for hanging ones; monotonic.
+        self._limit, self._limit_until = (math.inf, -math.inf)
         self._served_at = -math.inf  # monotonic: when a new connection brought its first answer
         self._newest = -math.inf  # monotonic: when the newest one that did was opened
         self.forgotten = False  # another object stands for the place by now
@@ -5904,9 +5878,8 @@ class _Openers:
     def __init__(self, open: Callable[[_Place, float], _Stream], ring: Callable[[], None]) -> None:
         self._open, self._ring = open, ring
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._lock = (
-            threading.Lock()
-        )  # guards spare, _done and _closed; held for a few instructions
+        # Guards spare, _done and _closed; held for a few instructions.
+        self._lock = threading.Lock()
         self._done: list[_Job] = []
         self._closed = False
         self.spare = 0
@@ -6223,10 +6196,8 @@ class _Row(NamedTuple):
     response: str | float | None = None
 
 
-_BATCH, _MOST_ROWS = (
-    1_536,
-    2_048,
-)  # outcomes, and rows, of one statement; 11 parameters each, SQLite takes 32,766
+# Outcomes, and rows, of one statement; 11 parameters each, SQLite takes 32,766.
+_BATCH, _MOST_ROWS = (1_536, 2_048)
 
 
 class _Ledger:
@@ -6240,9 +6211,8 @@ class _Ledger:
 
     def __init__(self) -> None:
         self.rows: list[_Row] = []  # outcomes and notices, in the order in which they came
-        self.queues: dict[
-            tuple[str, int], str
-        ] = {}  # of the outcomes that are in a queue: (endpoint, event)
+        # Of the outcomes that are in a queue: (endpoint, event).
+        self.queues: dict[tuple[str, int], str] = {}
         self.states: dict[str, _Lane] = {}  # whose health is not in their row yet
         self.counts: dict[str, dict[str, float]] = {}  # by endpoint: increments
         self.notices: list[Notice] = []
@@ -6320,17 +6290,12 @@ class _Budget:
     """
 
     __slots__ = ("_cost", "hosts")
-    _HELD, _LEAST_GAP, _WAITS, _SELDOM = (
-        0.006,
-        0.1,
-        2.0,
-        110.0,
-    )  # seconds, seconds, a second, one of so many
+    # Seconds, seconds, a second, one of so many.
+    _HELD, _LEAST_GAP, _WAITS, _SELDOM = (0.006, 0.1, 2.0, 110.0)
 
     def __init__(self) -> None:
-        self.hosts: collections.deque[float] = collections.deque(
-            maxlen=256
-        )  # monotonic: the host's commits
+        # Monotonic: the host's commits.
+        self.hosts: collections.deque[float] = collections.deque(maxlen=256)
         self._cost = 8e-6  # seconds of CPU that a row takes, on average
 
     def host_rate(self, mono: float) -> int:
@@ -6373,9 +6338,8 @@ class _Teller:
             return _log.error("the observer is %d behind; it misses %s", _UNOBSERVED, notice)
         self._notices.put(notice)
         if self._thread is None:
-            with contextlib.suppress(
-                RuntimeError, OSError
-            ):  # no room for a thread: the next notice tries again
+            # No room for a thread: the next notice tries again.
+            with contextlib.suppress(RuntimeError, OSError):
                 self._thread = _start_thread(self._run, name="webhook_outbox observer")
 
     def _run(self) -> None:
@@ -7024,9 +6988,8 @@ class _Finder:
     )  # fmt: skip
     _LANES = 2_048  # lanes without work that are remembered
     _TOLD = 4  # endpoints that the log names of those which the guard refuses
-    _LOOK_AGAIN = (
-        60.0  # seconds: then all that wait are looked at once more, in case something was missed
-    )
+    # Seconds: then all that wait are looked at once more, in case something was missed.
+    _LOOK_AGAIN = 60.0
 
     def __init__(self, settings: _Settings, file: _DrainFile, ledger: _Ledger) -> None:
         self._settings, self._file, self._ledger = settings, file, ledger
@@ -7034,14 +6997,12 @@ class _Finder:
         self._net = _Paced(1_000, self._LOOK_AGAIN)
         self.lanes: dict[str, _Lane] = {}
         self.schedule, self.news = _Schedule(), _News()
-        self._elsewhere: set[str] = (
-            set()
-        )  # endpoints whose sender is not known here, which was said
+        # Endpoints whose sender is not known here, which was said.
+        self._elsewhere: set[str] = set()
         self.monitored = False  # an endpoint subscribes to webhook.*
         self.recalled = False  # something was cancelled during this run
-        self.orphans: list[
-            str
-        ] = []  # ids with deliveries that are no endpoints: written in SQL, or restored
+        # Ids with deliveries that are no endpoints: written in SQL, or restored.
+        self.orphans: list[str] = []
 
     def begin(self) -> None:
         """Take what the file holds at the start of a run."""
@@ -7485,9 +7446,8 @@ class _Outcomes:
             return
         self._ledger.queues[lane.id, picked.event] = queue
         if at_once and lane.enabled and len(self._ledger.rows) < _UNRECORDED:
-            with contextlib.suppress(
-                sqlite3.Error
-            ):  # a rollback-mode host is committing, or a page is damaged
+            # A rollback-mode host is committing, or a page is damaged.
+            with contextlib.suppress(sqlite3.Error):
                 return lane.backlog.follow(self._file.db, queue, picked.event, now)
         lane.backlog.leave(queue)
 
@@ -7564,9 +7524,8 @@ class _Outcomes:
                 and self._finder.monitored
                 and not str(picked.type).startswith("webhook.")
             ):
-                data = json.dumps(
-                    dataclasses.asdict(notice), default=repr
-                )  # a damaged row may hold anything
+                # A damaged row may hold anything.
+                data = json.dumps(dataclasses.asdict(notice), default=repr)
                 self._ledger.rows.append(
                     _Row("notice", status=_NOTICE_TYPES[kind], at=now, response=data)
                 )
@@ -7611,9 +7570,8 @@ class _Outcomes:
         """Write what is known and not written yet: the grace ran out, say. What cannot be written
         now is delivered once more."""
         if self._ledger or self._ledger.counts:
-            with contextlib.suppress(
-                Exception
-            ):  # MemoryError too: the lock must go, whatever happens
+            # MemoryError too: the lock must go, whatever happens.
+            with contextlib.suppress(Exception):
                 self._file.db.execute("PRAGMA busy_timeout = 1000")
                 while self._ledger or self._ledger.counts:
                     self._ledger.write(self._file.db)
@@ -7644,9 +7602,8 @@ class _Drain:
         self.bell = _Bell()
         self.file = _DrainFile(settings.path, self.bell.ring)
         self.lock = _Lock(settings.path)
-        self.leave_at = (
-            math.inf
-        )  # monotonic: when to leave what is under way; nothing new till then
+        # Monotonic: when to leave what is under way; nothing new till then.
+        self.leave_at = math.inf
         self.ledger = _Ledger()
         self.sender = _Sender(settings, self.bell.ring)
         self.finder = _Finder(settings, self.file, self.ledger)
@@ -7795,9 +7752,8 @@ class _Drain:
             except sqlite3.OperationalError as error:
                 if not _is_busy(error):
                     raise
-                self.finder.news.stale = (
-                    True  # a rollback-mode host is committing: look again in a moment
-                )
+                # A rollback-mode host is committing: look again in a moment.
+                self.finder.news.stale = True
                 mono = _monotonic()
                 self.sender.look(mono)  # or in minutes, but timeouts hold
                 self.counts.locked(mono)
@@ -7850,9 +7806,8 @@ class _Drain:
             mono = _monotonic()
             until = self._until_work(mono)
             pause = min(until, self.file.watch.rest(mono))
-            if (
-                0 < pause < 0.001 and not self.sender.attempts
-            ):  # the selector knows milliseconds only
+            # The selector knows milliseconds only.
+            if 0 < pause < 0.001 and not self.sender.attempts:
                 time.sleep(pause)
                 pause = 0.0
             if self.sender.wait(pause) or until <= pause or self.stopping:
@@ -7929,9 +7884,8 @@ class _Drain:
                 attempt.lane.backlog.put_back(attempt.picked)
             else:
                 attempt.lane.backlog.known.discard(attempt.picked.event)
-            if (
-                attempt.lane.line != 0 or attempt.lane.health is not _WELL
-            ):  # else it stands where it belongs
+            # Else it stands where it belongs.
+            if attempt.lane.line != 0 or attempt.lane.health is not _WELL:
                 self.finder.schedule.place(attempt.lane, now, mono)
 
     # Chores, about forty times a second, four while idle.
@@ -8543,9 +8497,8 @@ class Outbox:
 
     def _forget_drains(self) -> None:
         self._keys = _Keys()  # a child makes other ones than its parent
-        self._lock = (
-            threading.RLock()
-        )  # guards the three below; a signal handler may call stop while we hold it
+        # Guards the three below; a signal handler may call stop while we hold it.
+        self._lock = threading.RLock()
         self._drains: set[_Drain] = set()  # running in this process
         self._thread: threading.Thread | None = None
         self._halt = threading.Event()
@@ -8876,9 +8829,8 @@ class Outbox:
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
         """Delete an endpoint with its waiting and failed deliveries. What was delivered stays on
         record, until another endpoint gets the id: that one starts empty."""
-        if (
-            conn is None
-        ):  # what waits goes first, in batches, so that no commit of the host waits long
+        # What waits goes first, in batches, so that no commit of the host waits long.
+        if conn is None:
             self.disable_endpoint(id, "being removed")
             for waiting in ("queue IS NOT NULL AND status = 'queued'", "status = 'pending'"):
                 batch = f"""DELETE FROM main.webhook_deliveries WHERE (event, endpoint_id) IN (
@@ -9472,9 +9424,8 @@ class Outbox:
                  WHERE waiting.id IS NOT NULL AND (? IS NULL OR p.tenant IN (?, '*'))""",
             (filters.get("tenant"),) * 2,
         )
-        return [
-            id for (id,) in cursor.fetchall() if id.isprintable()
-        ]  # else written in SQL, no UTF-8
+        # Else written in SQL, no UTF-8.
+        return [id for (id,) in cursor.fetchall() if id.isprintable()]
 
     def retry_now(
         self,
@@ -9612,10 +9563,8 @@ class Outbox:
               AND EXISTS (SELECT 1 FROM json_each(p.events) AS one
                            WHERE e.type GLOB one.value AND (one.value <> '*' OR e.type NOT GLOB 'webhook.*'))
               AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries WHERE event = e.seq AND endpoint_id = p.id)"""
-            if self._catalogue.internal and tenant not in (
-                None,
-                "*",
-            ):  # only what the operator named
+            # Only what the operator named.
+            if self._catalogue.internal and tenant not in (None, "*"):
                 missed += (
                     " AND (e.type NOT IN (SELECT value FROM json_each(?))"
                     " OR e.type IN (SELECT value FROM json_each(p.events)))"
@@ -10351,11 +10300,8 @@ class Inbox:
 # nothing. Looks from outside: what the app's own connections set, PRAGMA synchronous for one,
 # cannot be seen from here.
 
-_WAL_RESET_FIXED = (
-    (3, 51, 3),
-    (3, 50, 7),
-    (3, 44, 6),
-)  # sqlite.org/wal.html#walresetbug; the last two are backports
+# Sqlite.org/wal.html#walresetbug; the last two are backports.
+_WAL_RESET_FIXED = ((3, 51, 3), (3, 50, 7), (3, 44, 6))
 _NETWORK_FILE_SYSTEM = re.compile(
     r"nfs|cifs|smb|afs|ceph|9p$|lustre|gluster|fuse\.(sshfs|s3|rclone|gcs|gluster|ceph)"
 )
@@ -12864,9 +12810,8 @@ def _demo(_: None, options: Any) -> int:
     """Play the story; 0 only if every step was seen."""
     import tempfile
 
-    logging.getLogger("webhook_outbox").addHandler(
-        logging.NullHandler()
-    )  # the story itself tells what fails
+    # The story itself tells what fails.
+    logging.getLogger("webhook_outbox").addHandler(logging.NullHandler())
     _say(
         "A shop with an orders table, its outbox in the same file, three receivers and a mail server here.\n"
     )
@@ -13178,9 +13123,8 @@ def _parser() -> Any:
     class Parser(argparse.ArgumentParser):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
-            self.register(
-                "action", "switch", argparse.BooleanOptionalAction
-            )  # --name and --no-name
+            # --name and --no-name.
+            self.register("action", "switch", argparse.BooleanOptionalAction)
 
         def error(self, message: str) -> NoReturn:
             message = _usage_text(self.prog, message, bool(self.get_default("run")))

@@ -3636,6 +3636,7 @@ def _checked_options(options: Mapping[str, Any], known: _Known, update: bool) ->
     return {name: _OPTIONS[name].check(value, known) for name, value in options.items()}
 
 
+# What the fields of an endpoint are that cannot be read; None for the others.
 _EMPTY: dict[str, Any] = {"events": (), "headers": {}}
 
 
@@ -3650,7 +3651,7 @@ def _endpoint(row: Sequence[Any], lenient: bool = False) -> Endpoint:
             except (ValueError, RecursionError):
                 if not lenient:
                     raise ValueError(f"{name} is damaged") from None
-                values[name] = {"events": (), "headers": {}}.get(name)
+                values[name] = _EMPTY.get(name)
     return Endpoint(**values)
 
 
@@ -4657,16 +4658,24 @@ class _Waiting(NamedTuple):
 _LOOK_ROWS, _NEW_ROWS = 256, 1_000  # of one look, so that the loop does something else in between
 
 
+def _endpoints_with(kind: str, after: str = "", limit: str = "") -> str:
+    """Return the SQL of a table waiting(id): the endpoints that have deliveries (d) of a kind, and
+    a NULL. Each is found with one seek behind the one before, however many rows it has. after,
+    limit: a further condition of the first, and a LIMIT."""
+    first = f"SELECT min(d.endpoint_id) FROM main.webhook_deliveries AS d WHERE {kind}"
+    return f"""WITH RECURSIVE waiting(id) AS (
+             {first}{after}
+              UNION ALL
+             SELECT ({first} AND d.endpoint_id > waiting.id)
+               FROM waiting WHERE waiting.id IS NOT NULL{limit})"""
+
+
 def _waiting(db: sqlite3.Connection, after: str = "") -> list[_Waiting]:
     """Return the endpoints with pending deliveries whose ids follow `after`, 256 at most. Three
     seeks an endpoint, however many rows."""
+    after_id, some = " AND d.endpoint_id > CAST(? AS TEXT)", f" LIMIT {_LOOK_ROWS}"
     rows = db.execute(
-        f"""WITH RECURSIVE waiting(id) AS (
-             SELECT min(endpoint_id) FROM webhook_deliveries WHERE status = 'pending' AND endpoint_id > CAST(? AS TEXT)
-              UNION ALL
-             SELECT (SELECT min(endpoint_id) FROM webhook_deliveries
-                      WHERE status = 'pending' AND endpoint_id > waiting.id)
-               FROM waiting WHERE waiting.id IS NOT NULL LIMIT {_LOOK_ROWS})
+        f"""{_endpoints_with("d.status = 'pending'", after_id, some)}
            SELECT waiting.id, (SELECT due_at FROM webhook_deliveries
                                 WHERE status = 'pending' AND endpoint_id = waiting.id ORDER BY due_at LIMIT 1),
                   p.enabled
@@ -7160,8 +7169,14 @@ class _Finder:
         lane.configure(row, self._settings, mono)
         ended = row.failures == 0 and lane.health.failures >= _STRUGGLING  # somebody's ping, say
         if ended or lane.id not in self._ledger.states:
-            health = _Health(row.failures, row.failing_since, row.paused_until)
-            health = health._replace(unsteady_since=row.unsteady_since, good=row.good, bad=row.bad)
+            health = _Health(
+                row.failures,
+                row.failing_since,
+                row.paused_until,
+                unsteady_since=row.unsteady_since,
+                good=row.good,
+                bad=row.bad,
+            )
             lane.health = _WELL if health == _WELL else health
             lane.told |= health.failures >= _FAILING[0]  # by who drained before
         self.lanes[lane.id] = lane
@@ -9415,11 +9430,8 @@ class Outbox:
         """Return the endpoints that have rows of a kind and may have some that filters choose."""
         if filters.get("endpoint") is not None:
             return [filters["endpoint"]]
-        first = f"SELECT min(d.endpoint_id) FROM main.webhook_deliveries AS d WHERE {kind}"
         cursor.execute(
-            f"""WITH RECURSIVE waiting(id) AS (
-                  {first} UNION ALL
-                  SELECT ({first} AND d.endpoint_id > waiting.id) FROM waiting WHERE waiting.id IS NOT NULL)
+            f"""{_endpoints_with(kind)}
                 SELECT +waiting.id FROM waiting LEFT JOIN main.webhook_endpoints AS p ON p.id = waiting.id
                  WHERE waiting.id IS NOT NULL AND (? IS NULL OR p.tenant IN (?, '*'))""",
             (filters.get("tenant"),) * 2,

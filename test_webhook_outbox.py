@@ -12518,7 +12518,7 @@ def drain_by_hand(outbox: Outbox, mode: str = "forever") -> Iterator[Any]:
 
 
 def drain_find(drain: Any) -> None:
-    freed, drain.sender.freed = drain.sender.freed, []
+    freed, drain.carrier.freed = drain.carrier.freed, []
     drain.finder.find(freed, drain.settings.clock(), time.monotonic())
 
 
@@ -12882,15 +12882,15 @@ def test_an_endpoint_stands_in_one_line_once():
     assert not turns
     for lane in (a, b, c, a, b):
         turns.join(lane, 1)
-    assert [list(line) for line in turns.lines] == [[], [a, b, c], []] and turns
+    assert [list(round) for round in turns.rounds] == [[], [a, b, c], []] and turns
     for lane in (b, a, b):
         turns.join(lane, 0)
-    assert [list(line) for line in turns.lines] == [[b, a], [c], []]
-    assert (a.line, c.line) == (0, 1)
+    assert [list(round) for round in turns.rounds] == [[b, a], [c], []]
+    assert (a.round, c.round) == (0, 1)
     for lane in (b, c, c):
         turns.leave(lane)
-    assert [list(line) for line in turns.lines] == [[a], [], []]
-    assert (b.line, c.line) == (None, None)
+    assert [list(round) for round in turns.rounds] == [[a], [], []]
+    assert (b.round, c.round) == (None, None)
 
 
 SCHEDULED = [  # what is set; where the lane waits, by clocks at 10.0
@@ -12913,8 +12913,8 @@ SCHEDULED = [  # what is set; where the lane waits, by clocks at 10.0
 def test_a_lane_waits_for_its_time_or_its_place_or_its_turn(values, due_at, expected):
     schedule, lane = webhook_outbox._Schedule(), lane_of(**values)
     lane.backlog.due = due_at
-    schedule.place(lane, 10.0, 10.0)
-    found: tuple[Any, ...] = () if lane.line is None else (f"line {lane.line}",)
+    schedule.put(lane, 10.0, 10.0)
+    found: tuple[Any, ...] = () if lane.round is None else (f"round {lane.round}",)
     for name in ("due", "slots"):
         if agenda := getattr(schedule, name):
             found += (name, agenda.next())
@@ -12922,16 +12922,16 @@ def test_a_lane_waits_for_its_time_or_its_place_or_its_turn(values, due_at, expe
     seconds = expected[1] - 10.0 if len(expected) == 2 else math.inf
     assert schedule.next(10.0, 10.0) == seconds
     schedule.drop(lane)
-    assert not (schedule.turns or schedule.due or schedule.slots) and lane.line is None
+    assert not (schedule.turns or schedule.due or schedule.slots) and lane.round is None
 
 
 def test_a_lane_whose_work_is_gone_is_not_due_any_more():
     schedule, lane = webhook_outbox._Schedule(), lane_of()
     for due_at, expected in ((30.0, 20.0), (25.0, 15.0), (math.inf, math.inf), (5.0, math.inf)):
         lane.backlog.due = due_at
-        schedule.place(lane, 10.0, 10.0)
+        schedule.put(lane, 10.0, 10.0)
         assert schedule.next(10.0, 10.0) == expected
-    assert lane.line == 1
+    assert lane.round == 1
 
 
 NO_PLACE = [  # rank, whether steady and idle, under way, of these slow, places, alone; why not
@@ -13006,7 +13006,7 @@ class PlacesPlay:
     def emit(self, lane: Any, events: int = 1, at: float | None = None) -> None:
         def emitted() -> None:
             lane.backlog.emitted.extend([self.now] * events)
-            self.schedule.place(lane, self.now, self.now)
+            self.schedule.put(lane, self.now, self.now)
 
         self.at(self.now if at is None else at, emitted)
 
@@ -13029,7 +13029,7 @@ class PlacesPlay:
             outcome = webhook_outbox._Outcome(reason=reason)
             lane.learn(outcome, self.now, self.now, self.policy)
             self.waits[lane.id].append(self.now - emitted)
-            self.schedule.place(lane, self.now, self.now)
+            self.schedule.put(lane, self.now, self.now)
 
         self.at(self.now + 1.0, look)
         self.at(self.now + seconds, end)
@@ -13374,11 +13374,11 @@ def test_an_opener_hands_over_what_it_made_and_serves_again_until_it_rested_long
         ("make", 9.0, (b"1", [])),
         ("call", 9.0, None),
     ):
-        job = webhook_outbox._Job(attempt_of(wire=wire, deadline=deadline), does, [])
-        openers.submit(job)
+        errand = webhook_outbox._Errand(attempt_of(wire=wire, deadline=deadline), does, [])
+        openers.submit(errand)
         assert rung.acquire(timeout=10)
-        assert openers.take() == [job] and openers.take() == []
-        assert (str(job.result[0]) if expected == "refused" else job.result[0]) == expected
+        assert openers.take() == [errand] and openers.take() == []
+        assert (str(errand.result[0]) if expected == "refused" else errand.result[0]) == expected
         eventually(lambda: openers.spare == 1)
     assert len(threads) == 1
     assert openers.busy == 3  # without the call; the loop takes them off, as it takes them back
@@ -13390,8 +13390,8 @@ def test_an_opener_hands_over_what_it_made_and_serves_again_until_it_rested_long
 def test_connections_that_are_opened_when_the_drain_has_left_are_closed(taken):
     go, ours = threading.Event(), socket.socket()
     openers = webhook_outbox._Openers(lambda place, until: go.wait(10) and ours, lambda: None)  # type: ignore
-    job = webhook_outbox._Job(attempt_of(wire=types.SimpleNamespace(place=PLACE)), "open", [])
-    openers.submit(job)
+    errand = webhook_outbox._Errand(attempt_of(wire=types.SimpleNamespace(place=PLACE)), "open", [])
+    openers.submit(errand)
     if taken == "before":
         go.set()
         eventually(lambda: openers._done)
@@ -13752,7 +13752,7 @@ def test_only_who_has_nothing_else_to_do_or_leaves_does_not_wait_to_record(
         )
         drain.ledger.rows.append(webhook_outbox._Row("outcome", 1, "a", "delivered", 0.0, 1.0, 0.0))
         if attempts:
-            drain.sender.attempts.add(attempt := attempt_of())
+            drain.carrier.attempts.add(attempt := attempt_of())
         if stopping:
             drain.stop(60.0)
         mono = time.monotonic()
@@ -13766,7 +13766,7 @@ def test_only_who_has_nothing_else_to_do_or_leaves_does_not_wait_to_record(
         assert not drain.ledger.rows
         assert before + gap <= drain.outcomes.record_at <= time.monotonic() + gap
         if attempts:
-            drain.sender.attempts.discard(attempt)
+            drain.carrier.attempts.discard(attempt)
     assert query(wal, "SELECT count(*) FROM webhook_attempts") == [(1,)]
 
 
@@ -14186,7 +14186,7 @@ def find(finder: Any) -> None:
 def standing(finder: Any) -> dict[str, Any]:
     """Return where each endpoint that has something to do stands."""
     found: dict[str, Any] = {
-        lane.id: rank for rank, line in enumerate(finder.schedule.turns.lines) for lane in line
+        lane.id: rank for rank, round in enumerate(finder.schedule.turns.rounds) for lane in round
     }
     return found | {
         key: when for key, when in finder.schedule.due._times.items() if key not in found
@@ -14352,9 +14352,9 @@ def test_looking_at_all_that_wait_takes_a_fifth_of_the_time_and_comes_again_each
         mono = time.monotonic()
         assert not finder.looking() and finder.rest(0.0, mono) == math.inf
         assert mono + 59 < finder._net.at < mono + 120
-        finder.lanes["a"].line = None
-        for line in finder.schedule.turns.lines:
-            line.clear()
+        finder.lanes["a"].round = None
+        for round in finder.schedule.turns.rounds:
+            round.clear()
         finder.find([], time.time(), finder._net.at - 0.001)
         assert standing(finder) == {}
         finder.find([], time.time(), finder._net.at)  # in case something was missed
@@ -14425,40 +14425,40 @@ def test_a_host_that_commits_at_any_statement_of_a_turn_costs_no_delivery(
 
 
 @contextlib.contextmanager
-def sender_of(path: str, **options: Any) -> Iterator[Any]:
-    sender = webhook_outbox._Sender(make_outbox(path, **options)._settings(), lambda: None)
+def carrier_of(path: str, **options: Any) -> Iterator[Any]:
+    carrier = webhook_outbox._Carrier(make_outbox(path, **options)._settings(), lambda: None)
     try:
-        yield sender
-        assert not sender.attempts
+        yield carrier
+        assert not carrier.attempts
     finally:
-        sender.close()
+        carrier.close()
     assert all(
-        origin.open == origin.proven == origin.hanging == 0 for origin in sender.origins.values()
+        origin.open == origin.proven == origin.hanging == 0 for origin in carrier.origins.values()
     )
 
 
-def lane_to(sender: Any, url: str, **fields: Any) -> Any:
+def lane_to(carrier: Any, url: str, **fields: Any) -> Any:
     """Return the lane of an endpoint as its row would make it."""
     endpoint = webhook_outbox.Endpoint("a", url, **fields)
     row = webhook_outbox._EndpointRow(endpoint, [(SECRET, None)], True, 1, 0, None, 0.0)
     lane = lane_of()
-    lane.configure(row, sender.settings, 0.0)
+    lane.configure(row, carrier.settings, 0.0)
     return lane
 
 
-def sent(sender: Any, *, until: Callable[[], Any] | None = None) -> list[Any]:
-    """Turn a sender until nothing is under way; return what ended, as (event, reason or status)."""
+def sent(carrier: Any, *, until: Callable[[], Any] | None = None) -> list[Any]:
+    """Turn a carrier until nothing is under way; return what ended, as (event, reason or status)."""
     ended = []
 
     def turn() -> bool:
-        sender.exchanges.flush()
-        sender.wait(0.01)
-        sender.look(time.monotonic())
-        for attempt, outcome in sender.ended():
+        carrier.exchanges.flush()
+        carrier.wait(0.01)
+        carrier.look(time.monotonic())
+        for attempt, outcome in carrier.ended():
             assert attempt.step == "ended"
             what = outcome and (outcome.reason or outcome.status_code)
             ended.append((attempt.picked.event, what))
-        return bool(until()) if until else not sender.attempts
+        return bool(until()) if until else not carrier.attempts
 
     eventually(turn)
     return ended
@@ -14468,17 +14468,17 @@ def test_each_attempt_comes_back_once_with_its_outcome(wal, serve):
     receiver = serve([OK, answer(500), answer(200, b"", "Connection: close"), OK])
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as closed:
         nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}/"
-    with sender_of(wal) as sender:
-        lane, refused = lane_to(sender, receiver.url()), lane_to(sender, nowhere)
-        broken = lane_to(sender, "https://10.0.0.1/")
+    with carrier_of(wal) as carrier:
+        lane, refused = lane_to(carrier, receiver.url()), lane_to(carrier, nowhere)
+        broken = lane_to(carrier, "https://10.0.0.1/")
         expected = {1: (lane, 200), 2: (lane, "status"), 3: (lane, 200), 4: (lane, 200)}
         expected |= {5: (refused, "connect"), 6: (broken, "blocked"), 7: (lane_of(), "internal")}
         for event, (to, outcome) in expected.items():
-            sender.begin(to, row_of(event), time.time())
-            assert bool(sender.done) is (event > 5)  # what fails at once is there at once
-            assert sent(sender) == [(event, outcome)]
+            carrier.begin(to, row_of(event), time.time())
+            assert bool(carrier.done) is (event > 5)  # what fails at once is there at once
+            assert sent(carrier) == [(event, outcome)]
             assert to.active == to.making == 0
-        assert receiver.connections == 2 and sender.openers.busy == 0
+        assert receiver.connections == 2 and carrier.openers.busy == 0
 
 
 @pytest.mark.parametrize("slow", [False, True])
@@ -14488,55 +14488,55 @@ def test_an_attempt_begins_only_where_a_connection_or_a_thread_is_free(wal, serv
     gate = DrainGate()
     receiver, url = serve(gate), ""
     transforms = {"own": lambda event: b"1"}
-    with sender_of(wal, transforms=transforms) as sender:
-        lanes = [lane_to(sender, receiver.url(), body="own" if slow else "data") for _ in range(4)]
+    with carrier_of(wal, transforms=transforms) as carrier:
+        lanes = [lane_to(carrier, receiver.url(), body="own" if slow else "data") for _ in range(4)]
         mono = time.monotonic()
         for event, lane in enumerate(lanes[:2]):
-            assert sender.may_begin(lane, 1.0, 0, mono) is True
-            sender.begin(lane, row_of(event), time.time())
-        assert sender.openers.busy == 2 and not url
+            assert carrier.may_begin(lane, 1.0, 0, mono) is True
+            carrier.begin(lane, row_of(event), time.time())
+        assert carrier.openers.busy == 2 and not url
         if slow:
-            assert sender.may_begin(lanes[2], 1.0, 0, mono) is True  # a thread makes its request
+            assert carrier.may_begin(lanes[2], 1.0, 0, mono) is True  # a thread makes its request
         else:
             for lane in lanes[2:]:
-                assert sender.may_begin(lane, 1.0, 0, mono) is None and sender.freed == []
-            (origin,) = sender.crowded
+                assert carrier.may_begin(lane, 1.0, 0, mono) is None and carrier.freed == []
+            (origin,) = carrier.crowded
             assert list(origin.parked[0]) == lanes[2:]
-        sender.openers.starved_until = mono + 9
-        assert sender.may_begin(lane_to(sender, serve().url()), 1.0, 0, mono) is False
-        sender.openers.starved_until = 0.0
-        sender.openers.busy += 14
-        assert sender.may_begin(lane_to(sender, serve().url()), 1.0, 0, mono) is False
-        sender.openers.busy -= 14
-        sent(sender, until=lambda: gate.inside == 2)
+        carrier.openers.starved_until = mono + 9
+        assert carrier.may_begin(lane_to(carrier, serve().url()), 1.0, 0, mono) is False
+        carrier.openers.starved_until = 0.0
+        carrier.openers.busy += 14
+        assert carrier.may_begin(lane_to(carrier, serve().url()), 1.0, 0, mono) is False
+        carrier.openers.busy -= 14
+        sent(carrier, until=lambda: gate.inside == 2)
         gate.opened.set()
-        assert sorted(sent(sender)) == [(0, 200), (1, 200)]
+        assert sorted(sent(carrier)) == [(0, 200), (1, 200)]
         if not slow:
-            assert set(sender.freed) <= set(lanes[2:]) and sender.freed
-            sender.chores(mono)
-            assert set(sender.freed) == set(lanes[2:])
-        assert sender.may_begin(lanes[3], 0.0, 0, mono) is (not slow)
+            assert set(carrier.freed) <= set(lanes[2:]) and carrier.freed
+            carrier.chores(mono)
+            assert set(carrier.freed) == set(lanes[2:])
+        assert carrier.may_begin(lanes[3], 0.0, 0, mono) is (not slow)
 
 
 def test_any_endpoint_of_an_origin_may_use_its_idle_connection(wal, serve):
     receiver, other = serve(), serve()
-    with sender_of(wal) as sender:
+    with carrier_of(wal) as carrier:
         for n in range(6):
-            lane = lane_to(sender, receiver.url(f"/{n}"), headers={"X-N": str(n)})
-            sender.begin(lane, row_of(n), time.time())
-            assert sent(sender) == [(n, 200)]
-        assert receiver.connections == 1 and len(sender.origins) == 1
-        sender.openers.busy += 16  # no thread is free, and none is needed
-        assert sender.may_begin(lane, 1.0, 0, time.monotonic()) is True
-        sender.openers.busy -= 16
-        sender.begin(lane_to(sender, other.url()), row_of(7), time.time())
-        assert sent(sender) == [(7, 200)] and len(sender.origins) == 2
+            lane = lane_to(carrier, receiver.url(f"/{n}"), headers={"X-N": str(n)})
+            carrier.begin(lane, row_of(n), time.time())
+            assert sent(carrier) == [(n, 200)]
+        assert receiver.connections == 1 and len(carrier.origins) == 1
+        carrier.openers.busy += 16  # no thread is free, and none is needed
+        assert carrier.may_begin(lane, 1.0, 0, time.monotonic()) is True
+        carrier.openers.busy -= 16
+        carrier.begin(lane_to(carrier, other.url()), row_of(7), time.time())
+        assert sent(carrier) == [(7, 200)] and len(carrier.origins) == 2
         for ca in ("/ca.pem", None):  # another trust is another origin
-            lane_to(sender, receiver.url(), ca=ca)
-            sender.origin(lane_to(sender, receiver.url(), ca=ca).wire)
-        assert len(sender.origins) == 3
-        sender.chores(time.monotonic() + 61.0)
-        assert not sender.exchanges.idle
+            lane_to(carrier, receiver.url(), ca=ca)
+            carrier.origin(lane_to(carrier, receiver.url(), ca=ca).wire)
+        assert len(carrier.origins) == 3
+        carrier.chores(time.monotonic() + 61.0)
+        assert not carrier.exchanges.idle
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -14551,30 +14551,30 @@ def test_an_attempt_that_waits_for_a_connection_takes_the_first_that_becomes_idl
         assert len(receiver.requests) == 0 or go.wait(20)
         return ["127.0.0.1"]
 
-    with sender_of(wal, resolver=resolve, workers=workers) as sender:
-        lane = lane_to(sender, receiver.url(host="x.test"))
-        sender.begin(lane, row_of(1), time.time())
-        assert sent(sender) == [(1, 200)]
-        idle = sender.exchanges.reuse(sender.origin(lane.wire))  # busy with somebody else's
-        sender.begin(lane, row_of(2), time.time())
-        sender.exchanges.keep(idle, time.monotonic())
-        sender._serve(sender.origin(lane.wire), time.monotonic())
-        assert sent(sender) == [(2, 200)] and sender.openers.busy == 1
+    with carrier_of(wal, resolver=resolve, workers=workers) as carrier:
+        lane = lane_to(carrier, receiver.url(host="x.test"))
+        carrier.begin(lane, row_of(1), time.time())
+        assert sent(carrier) == [(1, 200)]
+        idle = carrier.exchanges.reuse(carrier.origin(lane.wire))  # busy with somebody else's
+        carrier.begin(lane, row_of(2), time.time())
+        carrier.exchanges.keep(idle, time.monotonic())
+        carrier._serve(carrier.origin(lane.wire), time.monotonic())
+        assert sent(carrier) == [(2, 200)] and carrier.openers.busy == 1
         go.set()
-        eventually(lambda: sender.wait(0.01) or sender.openers.busy == 0)
-        assert len(receiver.requests) == 2 and sender.origin(lane.wire).open == workers
+        eventually(lambda: carrier.wait(0.01) or carrier.openers.busy == 0)
+        assert len(receiver.requests) == 2 and carrier.origin(lane.wire).open == workers
 
 
 def test_as_many_connections_are_kept_idle_as_there_are_workers_and_the_longest_idle_goes_first(
     wal, serve
 ):
     receivers = [serve() for _ in range(4)]
-    with sender_of(wal, workers=2) as sender:
-        lanes = [lane_to(sender, receiver.url()) for receiver in receivers]
+    with carrier_of(wal, workers=2) as carrier:
+        lanes = [lane_to(carrier, receiver.url()) for receiver in receivers]
         for event, lane in enumerate(lanes):
-            sender.begin(lane, row_of(event), time.time())
-            assert sent(sender) == [(event, 200)]
-        assert [sender.origin(lane.wire).open for lane in lanes] == [0, 0, 1, 1]
+            carrier.begin(lane, row_of(event), time.time())
+            assert sent(carrier) == [(event, 200)]
+        assert [carrier.origin(lane.wire).open for lane in lanes] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("served", [False, True])
@@ -14583,27 +14583,27 @@ def test_an_attempt_presses_only_on_a_connection_that_nobody_has_served_yet(wal,
     it."""
     gate = DrainGate()
     receiver = serve([OK, OK, gate] if served else gate)
-    with sender_of(wal) as sender:
-        lane = lane_to(sender, receiver.url())
-        origin = sender.origin(lane.wire)
+    with carrier_of(wal) as carrier:
+        lane = lane_to(carrier, receiver.url())
+        origin = carrier.origin(lane.wire)
         for event in (1, 2) if served else ():
-            sender.begin(lane, row_of(event), time.time())
-            assert sent(sender) == [(event, 200)]
+            carrier.begin(lane, row_of(event), time.time())
+            assert sent(carrier) == [(event, 200)]
         for _ in range(1 if served else 2):
-            sock = sender._opener.open(origin.place, time.monotonic() + 9)
-            sender.exchanges.keep(sender.exchanges.add(sock, origin), time.monotonic())
+            sock = carrier._opener.open(origin.place, time.monotonic() + 9)
+            carrier.exchanges.keep(carrier.exchanges.add(sock, origin), time.monotonic())
         if served:  # the one that was used last is used next
             origin.idle.reverse()
-        sender.begin(lane, row_of(3), time.time())
-        (attempt,) = sender.attempts
+        carrier.begin(lane, row_of(3), time.time())
+        (attempt,) = carrier.attempts
         assert attempt.step == "exchanging" and attempt.connection.used
         assert attempt.look_at == pytest.approx(attempt.started + 1.0, abs=0.1)
-        sender.exchanges.flush()
-        sender.look(attempt.look_at)
+        carrier.exchanges.flush()
+        carrier.look(attempt.look_at)
         assert (attempt.hangs, attempt in origin.pressing) == (served, not served)
         assert len(origin.idle) == served
         gate.opened.set()
-        assert sent(sender) == [(3, 200)]
+        assert sent(carrier) == [(3, 200)]
 
 
 @pytest.mark.parametrize("where", ["opening", "sent", "making"])
@@ -14613,19 +14613,19 @@ def test_an_attempt_ends_at_its_deadline_wherever_it_is(wal, serve, where):
     resolver = None if where != "opening" else lambda host, port: go.wait(20) and ["127.0.0.1"]
     transforms = {"own": lambda event: go.wait(20) and b"1"}
     options: dict[str, Any] = {"timeout": 0.3, "connect_timeout": 60, "transforms": transforms}
-    with sender_of(wal, resolver=resolver, **options) as sender:
-        lane = lane_to(sender, receiver.url(host="x.test" if resolver else "127.0.0.1"))
+    with carrier_of(wal, resolver=resolver, **options) as carrier:
+        lane = lane_to(carrier, receiver.url(host="x.test" if resolver else "127.0.0.1"))
         if where == "making":
-            lane = lane_to(sender, receiver.url(), body="own")
-        sender.begin(lane, row_of(1), time.time())
-        (attempt,) = sender.attempts
-        assert attempt.step == ("making" if where == "making" else "placing")
-        assert sent(sender) == [(1, "dns" if where == "opening" else "timeout")]
+            lane = lane_to(carrier, receiver.url(), body="own")
+        carrier.begin(lane, row_of(1), time.time())
+        (attempt,) = carrier.attempts
+        assert attempt.step == ("making" if where == "making" else "waiting")
+        assert sent(carrier) == [(1, "dns" if where == "opening" else "timeout")]
         assert lane.active == lane.making == 0 and lane.lost == (where == "making")
-        assert sender.openers.busy == 0
+        assert carrier.openers.busy == 0
         go.set()
         if where == "making":  # the thread comes back
-            eventually(lambda: sender.wait(0.01) or lane.lost == 0)
+            eventually(lambda: carrier.wait(0.01) or lane.lost == 0)
 
 
 def test_a_sender_that_stops_begins_nothing_more_and_lets_what_was_sent_end(wal, serve):
@@ -14636,31 +14636,31 @@ def test_a_sender_that_stops_begins_nothing_more_and_lets_what_was_sent_end(wal,
         assert host == "a.test" or go.wait(20)
         return ["127.0.0.1"]
 
-    with sender_of(wal, resolver=resolve) as sender:
-        first, second = (lane_to(sender, receiver.url(host=f"{n}.test")) for n in "ab")
-        sender.begin(first, row_of(1), time.time())
-        sent(sender, until=lambda: gate.inside == 1)
+    with carrier_of(wal, resolver=resolve) as carrier:
+        first, second = (lane_to(carrier, receiver.url(host=f"{n}.test")) for n in "ab")
+        carrier.begin(first, row_of(1), time.time())
+        sent(carrier, until=lambda: gate.inside == 1)
         for event in (2, 3, 4):  # the last waits without a thread
-            sender.begin(second, row_of(event), time.time())
-        sender.stop()
-        assert [(a.picked.event, outcome) for a, outcome in sender.ended()] == [(4, None)]
+            carrier.begin(second, row_of(event), time.time())
+        carrier.stop()
+        assert [(a.picked.event, outcome) for a, outcome in carrier.ended()] == [(4, None)]
         go.set(), gate.opened.set()
-        assert sorted(sent(sender)) == [(1, 200), (2, None), (3, None)]
-        assert len(receiver.requests) == 1 and not sender.exchanges.idle
+        assert sorted(sent(carrier)) == [(1, 200), (2, None), (3, None)]
+        assert len(receiver.requests) == 1 and not carrier.exchanges.idle
         assert first.active == second.active == 0
 
 
 def test_origins_that_nobody_uses_are_forgotten_when_there_are_many(wal, monkeypatch):
-    monkeypatch.setattr(webhook_outbox._Sender, "_ORIGINS", 4)
-    with sender_of(wal) as sender:
-        lanes = [lane_to(sender, f"http://127.0.0.1:{2000 + n}/") for n in range(6)]
-        origins = [sender.origin(lane.wire) for lane in lanes[:4]]
+    monkeypatch.setattr(webhook_outbox._Carrier, "_ORIGINS", 4)
+    with carrier_of(wal) as carrier:
+        lanes = [lane_to(carrier, f"http://127.0.0.1:{2000 + n}/") for n in range(6)]
+        origins = [carrier.origin(lane.wire) for lane in lanes[:4]]
         origins[1].open = 1
-        fifth = sender.origin(lanes[4].wire)
-        assert list(sender.origins.values()) == [origins[1], fifth]
+        fifth = carrier.origin(lanes[4].wire)
+        assert list(carrier.origins.values()) == [origins[1], fifth]
         assert [origin.forgotten for origin in origins] == [True, False, True, True]
-        assert sender.origin(lanes[0].wire) is not origins[0]  # one object stands for a place
-        assert sender.origin(lanes[1].wire) is origins[1]
+        assert carrier.origin(lanes[0].wire) is not origins[0]  # one object stands for a place
+        assert carrier.origin(lanes[1].wire) is origins[1]
         origins[1].open = 0
 
 
@@ -14782,29 +14782,29 @@ def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):
         outbox.add_endpoint(receiver.url(host=f"127.0.1.{number}"), id=name)
     emit(outbox), emit(outbox)
 
-    def lines(drain: Any) -> list[str]:
-        return [" ".join(lane.id for lane in line) for line in drain.finder.schedule.turns.lines]
+    def rounds(drain: Any) -> list[str]:
+        return [" ".join(lane.id for lane in round) for round in drain.finder.schedule.turns.rounds]
 
     with drain_by_hand(outbox) as drain:
-        openers, attempts = drain.sender.openers, drain.sender.attempts
+        openers, attempts = drain.carrier.openers, drain.carrier.attempts
         openers.busy = webhook_outbox._OPENERS // 2
         for first in (tries, tries // 2, 0):
             drain_turn(drain)
             assert (
-                lines(drain) == ["", " ".join(names[first:] + names[:first]), ""] and not attempts
+                rounds(drain) == ["", " ".join(names[first:] + names[:first]), ""] and not attempts
             )
         openers.busy -= 1
         drain_turn(drain)
         assert [attempt.lane.id for attempt in attempts] == ["e00"]
-        assert lines(drain) == ["", " ".join(names[tries + 1 :] + names[1 : tries + 1]), "e00"]
+        assert rounds(drain) == ["", " ".join(names[tries + 1 :] + names[1 : tries + 1]), "e00"]
         for lane in drain.finder.lanes.values():  # all of them answered
             lane.proven_until = math.inf
-            drain.finder.schedule.place(lane, time.time(), time.monotonic())
-        everybody = lines(drain)[0].split()
-        assert sorted(everybody) == names and lines(drain)[1:] == ["", ""]
+            drain.finder.schedule.put(lane, time.time(), time.monotonic())
+        everybody = rounds(drain)[0].split()
+        assert sorted(everybody) == names and rounds(drain)[1:] == ["", ""]
         openers.busy = webhook_outbox._OPENERS
         drain_turn(drain)
-        assert lines(drain)[0].split() == everybody[tries:] + everybody[:tries]
+        assert rounds(drain)[0].split() == everybody[tries:] + everybody[:tries]
         assert len(attempts) == 1
         openers.busy -= 1
         drain_turn(drain)
@@ -14840,7 +14840,7 @@ def test_the_loop_sleeps_until_the_next_thing_that_nobody_will_wake_it_for(wal, 
             drain.outcomes.record_at = mono + values["rows"]
         drain.finder.news.stale = values.get("stale", False)
         if "freed" in values:
-            drain.sender.freed.append(lane_of())
+            drain.carrier.freed.append(lane_of())
         if "slot" in values:
             drain.finder.schedule.slots.set("a", mono + values["slot"])
         if "due" in values:
@@ -14888,18 +14888,18 @@ def test_a_run_is_over_when_nothing_is_left_that_it_has_to_wait_for(wal, mode, t
         if "line" in there:
             schedule.turns.join(lane, 1)
         if "freed" in there:
-            drain.sender.freed.append(lane)
+            drain.carrier.freed.append(lane)
         if "rows" in there:
             drain.ledger.rows.append(webhook_outbox._Row())
         if "state" in there:
             drain.ledger.states["b"] = lane
         if "attempt" in there:
-            drain.sender.attempts.add(attempt)
+            drain.carrier.attempts.add(attempt)
         if "stop" in there:
             drain.stop(there["stop"])
         assert drain._finished(clock.now) is expected
         drain.ledger.forget()
-        drain.sender.attempts.discard(attempt)
+        drain.carrier.attempts.discard(attempt)
 
 
 @pytest.mark.parametrize(("count", "each"), [(512, 3), (1100, 1)])
@@ -14960,7 +14960,7 @@ def test_proven_endpoints_that_use_every_opener_leave_the_next_one_to_who_is_not
             for _ in range(4):
                 outbox.emit(conn, "old", None)
         (drain,) = outbox._drains
-        eventually(lambda: drain.sender.openers.busy == 16)
+        eventually(lambda: drain.carrier.openers.busy == 16)
         event, steady = emit(outbox, "new"), emit(outbox, "steady")
         try:
             eventually(lambda: statuses(outbox, steady) == {"steady": "delivered"}, within=5)

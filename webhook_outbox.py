@@ -5525,8 +5525,8 @@ class _Lane:
     """
 
     __slots__ = (
-        "active", "backlog", "broken", "disable", "enabled", "endpoint", "health", "id", "limit", "line", "lost",
-        "answered_at", "holds", "making", "next_slot", "proven_until", "streak", "tell_at",
+        "active", "backlog", "broken", "disable", "enabled", "endpoint", "health", "id", "limit", "lost",
+        "answered_at", "holds", "making", "next_slot", "proven_until", "round", "streak", "tell_at",
         "told", "usual", "wire",
     )  # fmt: skip
 
@@ -5542,7 +5542,7 @@ class _Lane:
         self.making = 0  # of these: whose request a thread makes
         self.lost = 0  # threads in the host's code, or at a secret's file, that are past their time
         self.limit = float(_FIRST_LIMIT)
-        self.line: int | None = None  # the rank in whose line it stands
+        self.round: int | None = None  # the rank in whose round it stands
         self.next_slot = 0.0  # monotonic: the rate limit's next place
         self.proven_until = 0.0  # monotonic: until then it is known to answer; a timeout ends it
         self.holds = 0.0  # seconds that its attempts lately held their place, on average
@@ -5650,33 +5650,33 @@ class _Lane:
 
 
 class _Turns:
-    """Whose turn it is: a line for each rank. A lane stands in one line at most, and joins at the
+    """Whose turn it is: a round for each rank. A lane stands in one round at most, and joins at the
     end.
 
-    Standing in a line costs nothing, so a turn costs what it starts; leaving one costs the same
+    Standing in a round costs nothing, so a turn costs what it starts; leaving one costs the same
     wherever the lane stands in it.
     """
 
-    __slots__ = ("lines",)
+    __slots__ = ("rounds",)
 
     def __init__(self) -> None:
-        self.lines: tuple[collections.OrderedDict[_Lane, None], ...] = tuple(
+        self.rounds: tuple[collections.OrderedDict[_Lane, None], ...] = tuple(
             collections.OrderedDict() for _ in range(3)
         )
 
     def __bool__(self) -> bool:
-        return any(self.lines)
+        return any(self.rounds)
 
     def join(self, lane: _Lane, rank: int) -> None:
-        """Have a lane wait for its turn in the line of its rank; it keeps its place there."""
-        if lane.line != rank:
+        """Have a lane wait for its turn in the round of its rank; it keeps its place there."""
+        if lane.round != rank:
             self.leave(lane)
-            self.lines[rank][lane], lane.line = None, rank
+            self.rounds[rank][lane], lane.round = None, rank
 
     def leave(self, lane: _Lane) -> None:
-        if lane.line is not None:
-            del self.lines[lane.line][lane]
-            lane.line = None
+        if lane.round is not None:
+            del self.rounds[lane.round][lane]
+            lane.round = None
 
 
 _NOTHING = memoryview(b"")
@@ -5711,13 +5711,13 @@ class _Connection:
 class _Attempt:
     """One try under way. Its steps:
 
-        making ──> placing ──> exchanging ──> ended
+        making ──> waiting ──> exchanging ──> ended
                       ^             │           ^
                       └─────────────┘           │  the kept-alive connection was dead: once more
         calling ────────────────────────────────┘
 
     making      a thread makes the request; the loop touches nothing of it but `step`
-    placing     it waits for a connection: one that becomes idle at its origin, or is opened for it
+    waiting     it waits for a connection: one that becomes idle at its origin, or is opened for it
     exchanging  a connection carries it
     calling     a thread calls a sender of the host's, instead of all this
     ended       it has an outcome, or was handed back untried; what still comes of it is thrown away
@@ -5731,7 +5731,7 @@ class _Attempt:
     wall: float  # when it began, by the outbox's clock
     started: float  # the same, monotonic
     deadline: float  # monotonic
-    step: str = "placing"
+    step: str = "waiting"
     request: bytes | None = None
     hidden: Sequence[str] = ()
     connection: _Connection | None = None
@@ -5768,7 +5768,7 @@ class _Origin:
         self.place = place
         self.idle: list[_Connection] = []  # the one that was used last is used next
         self.open = self.proven = self.hanging = self.opening = 0
-        self.waiting: dict[_Attempt, None] = {}  # in the step placing, oldest first
+        self.waiting: dict[_Attempt, None] = {}  # in the step waiting, oldest first
         # Lanes that could start an attempt if there were a connection, by rank.
         self.parked: tuple[dict[_Lane, None], ...] = ({}, {}, {})
         # When room was made for each (monotonic), if it was.
@@ -5851,7 +5851,7 @@ class _Origin:
             )
 
 
-class _Job(NamedTuple):
+class _Errand(NamedTuple):
     """What a thread does for an attempt: make its request, open a connection to its place, or call
     its sender."""
 
@@ -5864,18 +5864,18 @@ class _Openers:
     """Threads that do what may block: open a connection (lookup, connect, TLS), make a request with
     the host's transform or a secret's file, or call a sender.
 
-    A thread owns a job until it hands it over under the lock and rings; the loop takes it with
-    take(). `spare` counts threads that wait for a job less the jobs that are on their way to them:
-    the loop gives a job to a spare thread, else starts one; a thread that has waited long enough
-    ends if it can take itself off that count. busy is the number of jobs that are out, but for
-    those that the loop gave up, and for calls: a call is the whole attempt, so it is bounded as the
-    exchanges are, by the places there are.
+    A thread owns an errand until it hands it over under the lock and rings; the loop takes it with
+    take(). `spare` counts threads that wait for an errand less the errands that are on their way to
+    them: the loop gives an errand to a spare thread, else starts one; a thread that has waited long
+    enough ends if it can take itself off that count. busy is the number of errands that are out,
+    but for those that the loop gave up, and for calls: a call is the whole attempt, so it is
+    bounded as the exchanges are, by the places there are.
     """
 
     __slots__ = (
         "_closed",
         "_done",
-        "_jobs",
+        "_errands",
         "_lock",
         "_open",
         "_ring",
@@ -5886,44 +5886,44 @@ class _Openers:
 
     def __init__(self, open: Callable[[_Place, float], _Stream], ring: Callable[[], None]) -> None:
         self._open, self._ring = open, ring
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._errands: queue.SimpleQueue[_Errand | None] = queue.SimpleQueue()
         # Guards spare, _done and _closed; held for a few instructions.
         self._lock = threading.Lock()
-        self._done: list[_Job] = []
+        self._done: list[_Errand] = []
         self._closed = False
         self.spare = 0
         self.busy = 0
         self.starved_until = 0.0  # monotonic: before it, no room for a thread or a connection
 
     def free(self, share: float, proven: int, mono: float) -> bool:
-        """Say whether a rank may give out one more job. What proven endpoints hold takes nothing
+        """Say whether a rank may give out one more errand. What proven endpoints hold takes nothing
         from the share of the others, who would wait for the end of a backlog."""
         return self.busy < min(_OPENERS, _OPENERS * share + proven) and self.starved_until <= mono
 
-    def submit(self, job: _Job) -> None:
-        """Give a job to a thread; raise what _is_exhaustion knows when there is none."""
+    def submit(self, errand: _Errand) -> None:
+        """Give an errand to a thread; raise what _is_exhaustion knows when there is none."""
         with self._lock:
             waits = self.spare > 0
             self.spare -= waits
         if waits:
-            self._jobs.put(job)
+            self._errands.put(errand)
         else:
-            _start_thread(self._work, job, name="webhook_outbox opener")
-        self.busy += job.does != "call"
+            _start_thread(self._work, errand, name="webhook_outbox opener")
+        self.busy += errand.does != "call"
 
-    def _work(self, job: _Job | None) -> None:
-        while job is not None:
-            self._do(job)
+    def _work(self, errand: _Errand | None) -> None:
+        while errand is not None:
+            self._do(errand)
             with self._lock:
                 if self._closed:
                     return
                 self.spare += 1
-            job = self._wait()
+            errand = self._wait()
 
-    def _wait(self) -> _Job | None:
+    def _wait(self) -> _Errand | None:
         while True:
             with contextlib.suppress(queue.Empty):
-                return self._jobs.get(timeout=_OPENER_RESTS)
+                return self._errands.get(timeout=_OPENER_RESTS)
             with self._lock:
                 if self._closed:
                     return None
@@ -5931,29 +5931,29 @@ class _Openers:
                     self.spare -= 1
                     return None
 
-    def _do(self, job: _Job) -> None:
-        attempt, wire = job.attempt, job.attempt.wire
+    def _do(self, errand: _Errand) -> None:
+        attempt, wire = errand.attempt, errand.attempt.wire
         try:
             assert wire is not None
             result: Any = None
-            if job.does == "call":
+            if errand.does == "call":
                 wire.deliver(attempt.picked)
-            elif job.does == "make":
+            elif errand.does == "make":
                 result = wire.request(attempt.picked, attempt.wall)
             else:
                 result = self._open(wire.place, attempt.deadline)
         except BaseException as error:
             result = error
-        job.result.append(result)
+        errand.result.append(result)
         with self._lock:
             if not self._closed:
-                self._done.append(job)
+                self._done.append(errand)
             elif isinstance(result, _Stream):
                 result.close()
         self._ring()
 
-    def take(self) -> list[_Job]:
-        """Return the jobs that are done."""
+    def take(self) -> list[_Errand]:
+        """Return the errands that are done."""
         if not self._done:
             return []
         with self._lock:
@@ -5966,10 +5966,10 @@ class _Openers:
             self._closed = True
             left, self._done = self._done, []
             for _ in range(self.spare):
-                self._jobs.put(None)
-        for job in left:
-            if isinstance(job.result[0], _Stream):
-                job.result[0].close()
+                self._errands.put(None)
+        for errand in left:
+            if isinstance(errand.result[0], _Stream):
+                errand.result[0].close()
 
 
 class _Exchanges:
@@ -6216,7 +6216,7 @@ class _Ledger:
     statement committed, and notices for the observer go out after that.
     """
 
-    __slots__ = ("counts", "notices", "queues", "rows", "states")
+    __slots__ = ("counts", "queues", "rows", "states", "untold")
 
     def __init__(self) -> None:
         self.rows: list[_Row] = []  # outcomes and notices, in the order in which they came
@@ -6224,7 +6224,7 @@ class _Ledger:
         self.queues: dict[tuple[str, int], str] = {}
         self.states: dict[str, _Lane] = {}  # whose health is not in their row yet
         self.counts: dict[str, dict[str, float]] = {}  # by endpoint: increments
-        self.notices: list[Notice] = []
+        self.untold: list[Notice] = []
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.states)
@@ -6384,7 +6384,7 @@ def _log_outcome(
         _log.warning("endpoint %s is disabled: %s", lane.id, lane.disable, extra=extra)
 
 
-class _Sender:
+class _Carrier:
     """Carries attempts out. Each attempt that it was given by begin() comes back once from ended():
     with its outcome, or with None when it was not tried, through no fault of the receiver.
 
@@ -6442,7 +6442,7 @@ class _Sender:
             if origin.idle:
                 return True
             if not origin.has_room(mono):
-                origin.parked[lane.line or 0][lane] = None
+                origin.parked[lane.round or 0][lane] = None
                 self.crowded[origin] = None
                 return None
         return self.openers.free(share, proven, mono)
@@ -6461,7 +6461,7 @@ class _Sender:
                 raise lane.broken or _Unready("the endpoint is not configured")
             if not wire.slow:
                 attempt.request, attempt.hidden = wire.request(picked, now)
-                return self._place(attempt, mono)
+                return self._await_connection(attempt, mono)
             if lane.lost >= _OPENERS_EACH and wire.call is not None:
                 raise _SenderFailed("calls of it never end; mend it, restart the drain")
             if lane.lost >= _OPENERS_EACH:
@@ -6472,19 +6472,19 @@ class _Sender:
             return self._finish(attempt, _failure(error))
         if wire.call is not None:
             attempt.step, attempt.hidden = "calling", wire.hidden
-            self._submit(_Job(attempt, "call", []))
+            self._submit(_Errand(attempt, "call", []))
             return
         attempt.step = "making"
         lane.making += 1
-        if not self._submit(_Job(attempt, "make", [])):
+        if not self._submit(_Errand(attempt, "make", [])):
             lane.making -= 1
 
-    def _submit(self, job: _Job) -> bool:
+    def _submit(self, errand: _Errand) -> bool:
         try:
-            self.openers.submit(job)
+            self.openers.submit(errand)
             return True
         except (RuntimeError, OSError) as error:
-            self._starve(job.attempt, error)
+            self._starve(errand.attempt, error)
             return False
 
     def _starve(self, attempt: _Attempt, error: BaseException) -> None:
@@ -6503,12 +6503,12 @@ class _Sender:
         self.openers.starved_until = mono + 1.0
         self._finish(attempt, None)
 
-    def _place(self, attempt: _Attempt, mono: float) -> None:
+    def _await_connection(self, attempt: _Attempt, mono: float) -> None:
         """Have an attempt whose request is ready wait for a connection, which may be there
         already."""
         origin = attempt.origin
         assert origin is not None
-        attempt.step, attempt.connection = "placing", None
+        attempt.step, attempt.connection = "waiting", None
         origin.waiting[attempt] = None
         if origin.idle:
             self._carry(self.exchanges.reuse(origin), mono, attempt)
@@ -6526,7 +6526,7 @@ class _Sender:
                 break
             attempt.opening = True
             origin.opening += 1
-            if not self._submit(_Job(attempt, "open", [])):
+            if not self._submit(_Errand(attempt, "open", [])):
                 attempt.opening = False
                 origin.opening -= 1
         if origin in self.crowded and not origin.waiting and origin.has_room(mono):
@@ -6556,14 +6556,14 @@ class _Sender:
         mono = _monotonic()
         for connection, attempt, result in ended:
             self._carried(connection, attempt, result, mono)
-        jobs = self.openers.take()
-        for job in jobs:
-            if job.does == "call":
-                self._called(job.attempt, job.result[0])
+        errands = self.openers.take()
+        for errand in errands:
+            if errand.does == "call":
+                self._called(errand.attempt, errand.result[0])
             else:
-                done = self._made if job.does == "make" else self._opened
-                done(job.attempt, job.result[0], mono)
-        return bool(ended or jobs)
+                done = self._made if errand.does == "make" else self._opened
+                done(errand.attempt, errand.result[0], mono)
+        return bool(ended or errands)
 
     def ended(self) -> list[tuple[_Attempt, _Outcome | None]]:
         done, self.done = self.done, []
@@ -6592,7 +6592,7 @@ class _Sender:
                 self.exchanges.shut(dead)
             if self.stopping:
                 return self._finish(attempt, None)
-            return self._place(attempt, mono)
+            return self._await_connection(attempt, mono)
         if isinstance(result, _Answer):
             origin.answered(connection, attempt, mono)
         outcome = _result(result, attempt.hidden, self.settings.clock)
@@ -6632,7 +6632,7 @@ class _Sender:
             self._finish(attempt, None)
         else:
             attempt.request, attempt.hidden = result
-            self._place(attempt, mono)
+            self._await_connection(attempt, mono)
 
     def _called(self, attempt: _Attempt, result: Any) -> None:
         """A sender has returned, or raised."""
@@ -6749,7 +6749,7 @@ class _Sender:
         if not self.stopping:
             self.stopping = True
             for attempt in [
-                a for a in self.attempts if a.step == "placing" and not (a.opening or a.resent)
+                a for a in self.attempts if a.step == "waiting" and not (a.opening or a.resent)
             ]:
                 self._finish(attempt, None)
 
@@ -6807,7 +6807,7 @@ def _send_once(
 
 
 class _Schedule:
-    """Which lane may start an attempt, and when: it stands in the line of its rank, or is due at a
+    """Which lane may start an attempt, and when: it stands in the round of its rank, or is due at a
     time.
 
     A lane that is full stands nowhere, and comes back with the end of one of its attempts; one that
@@ -6820,7 +6820,7 @@ class _Schedule:
     def __init__(self) -> None:
         self.turns, self.due, self.slots = _Turns(), _Agenda(), _Agenda()
 
-    def place(self, lane: _Lane, now: float, mono: float) -> None:
+    def put(self, lane: _Lane, now: float, mono: float) -> None:
         """Have a lane wait where it belongs now."""
         if not lane.enabled or lane.full():
             return
@@ -6905,16 +6905,16 @@ class _Places:
     def serve(
         self,
         schedule: _Schedule,
-        sender: _Sender,
+        carrier: _Carrier,
         now: float,
         mono: float,
         start: Callable[[_Lane], bool],
     ) -> None:
-        """Start attempts of the lanes that stand in lines, one a turn, until places, work or threads
+        """Start attempts of the lanes that stand in rounds, one a turn, until places, work or threads
         run out, or `start` says to stop."""
         for rank in (1, 2, 0):
-            line = schedule.turns.lines[rank]
-            if line and not self._serve(rank, len(line) > 1, schedule, sender, now, mono, start):
+            round = schedule.turns.rounds[rank]
+            if round and not self._serve(rank, len(round) > 1, schedule, carrier, now, mono, start):
                 return
 
     def _serve(
@@ -6922,33 +6922,35 @@ class _Places:
         rank: int,
         lean: bool,
         schedule: _Schedule,
-        sender: _Sender,
+        carrier: _Carrier,
         now: float,
         mono: float,
         start: Callable[[_Lane], bool],
     ) -> bool:
-        """Serve the line of a rank; lean: those that hold little first. False: stop altogether."""
-        turns, line = schedule.turns, schedule.turns.lines[rank]
-        quick = [attempt for attempt in sender.attempts if attempt.lane.quick(mono)] if rank else ()
+        """Serve the round of a rank; lean: those that hold little first. False: stop altogether."""
+        turns, round = schedule.turns, schedule.turns.rounds[rank]
+        quick = (
+            [attempt for attempt in carrier.attempts if attempt.lane.quick(mono)] if rank else ()
+        )
         openings = sum(a.connection is None and a.step != "calling" for a in quick)
         passed, fat = 0, False  # lanes passed over in a row; one of them for what it holds
-        while passed < min(len(line), self._TRIES):
-            lane = next(iter(line))
+        while passed < min(len(round), self._TRIES):
+            lane = next(iter(round))
             # Either may have changed since it joined.
             if not lane.may_start(now, mono) or (rank == 0 and lane.holds > _QUICK):
                 turns.leave(lane)
-                schedule.place(lane, now, mono)
+                schedule.put(lane, now, mono)
                 continue
-            why = self._refusal(lane, rank, len(sender.attempts), len(quick), mono)
-            if why in ("full", "share"):  # for the whole line
+            why = self._refusal(lane, rank, len(carrier.attempts), len(quick), mono)
+            if why in ("full", "share"):  # for the whole round
                 break
             may_begin: bool | None = False
             if why is None and lean and lane.active >= max(1, self.workers // _KEPT):
                 fat = True
             elif why is None:
-                may_begin = sender.may_begin(lane, _SHARES[rank], openings, mono)
+                may_begin = carrier.may_begin(lane, _SHARES[rank], openings, mono)
             if may_begin is False:
-                line.move_to_end(lane)
+                round.move_to_end(lane)
                 passed += 1
                 continue
             if may_begin:
@@ -6956,13 +6958,13 @@ class _Places:
                 self._note(lane, mono)
                 if not start(lane):
                     return False
-                if rank == lane.line == 0 and lane.may_start(now, mono):  # to the end of its line
-                    line.move_to_end(lane)
+                if rank == lane.round == 0 and lane.may_start(now, mono):  # to the end of its round
+                    round.move_to_end(lane)
                     continue
             turns.leave(lane)
             if may_begin:
-                schedule.place(lane, now, mono)
-        return not fat or self._serve(rank, False, schedule, sender, now, mono, start)
+                schedule.put(lane, now, mono)
+        return not fat or self._serve(rank, False, schedule, carrier, now, mono, start)
 
     def _refusal(
         self, lane: _Lane, rank: int, under_way: int, quick: int, mono: float
@@ -7034,12 +7036,12 @@ class _Finder:
         has come, and those for which there is something new in the file."""
         schedule, news = self.schedule, self.news
         for lane in freed:
-            schedule.place(lane, now, mono)
+            schedule.put(lane, now, mono)
         due = [*schedule.due.due(now), *schedule.slots.due(mono)]
         mark = news.mark()
         try:
             for lane in self._lanes_of(due, mono):
-                schedule.place(lane, now, mono)
+                schedule.put(lane, now, mono)
             due = []
             if news.stale:
                 news.stale = False
@@ -7126,7 +7128,7 @@ class _Finder:
         if oldest_first:
             lanes.sort(key=lambda lane: lane.endpoint.created_at)
         for lane in lanes:
-            self.schedule.place(lane, now, mono)
+            self.schedule.put(lane, now, mono)
 
     def _lanes_of(self, ids: Sequence[str], mono: float) -> list[_Lane]:
         """Return the lanes of enabled endpoints, made where there are none: then they have
@@ -7259,7 +7261,7 @@ class _Finder:
                 lane.backlog.appeared(-math.inf)
                 touched.add(lane)
         for lane in touched:
-            self.schedule.place(lane, now, mono)
+            self.schedule.put(lane, now, mono)
 
     def turned_back(self, latest: float) -> None:
         """The clock was set back: forget what was to come later than `latest` by the old one."""
@@ -7531,7 +7533,7 @@ class _Outcomes:
                 kind, lane.id, picked.id, outcome.reason, outcome.status_code, outcome.error
             )
             if self._settings.observer is not None:
-                self._ledger.notices.append(notice)
+                self._ledger.untold.append(notice)
             # Events about deliveries of such events would go on for ever between two endpoints that
             # fail now and then.
             if (
@@ -7577,9 +7579,9 @@ class _Outcomes:
         self.record_at = mono + (0.001 if hurry else gap)
         self._file.watch.wrote(mono)
         self._finder.recorded(batch, self._settings.clock(), mono)
-        for notice in self._ledger.notices:
+        for notice in self._ledger.untold:
             self._teller.tell(notice)
-        self._ledger.notices = []
+        self._ledger.untold = []
 
     def leave(self) -> None:
         """Write what is known and not written yet: the grace ran out, say. What cannot be written
@@ -7620,7 +7622,7 @@ class _Drain:
         # Monotonic: when to leave what is under way; nothing new till then.
         self.leave_at = math.inf
         self.ledger = _Ledger()
-        self.sender = _Sender(settings, self.bell.ring)
+        self.carrier = _Carrier(settings, self.bell.ring)
         self.finder = _Finder(settings, self.file, self.ledger)
         self.places = _Places(settings.workers)
         ends = mode != "forever"
@@ -7647,14 +7649,14 @@ class _Drain:
         self.bell.ring(committed=True)
 
     def under_way(self) -> int:
-        return len(self.sender.attempts)
+        return len(self.carrier.attempts)
 
     # The run.
 
     def run(self) -> DrainReport:
         """Drain until the mode's end, or stop()."""
         try:
-            self.sender.exchanges.listen(self.bell.inside, self._hear)
+            self.carrier.exchanges.listen(self.bell.inside, self._hear)
             with _PROCESS.forking:
                 _PROCESS.drains.add(self.file)
                 self.file.open()
@@ -7692,7 +7694,7 @@ class _Drain:
                 functools.partial(_work_left, self.file.db, until, self.settings.senders)
             ):
                 return False  # whoever drains has done it
-            self.sender.wait(_TAKEOVER_POLL)
+            self.carrier.wait(_TAKEOVER_POLL)
             self.file.let_fork()
         return False
 
@@ -7708,7 +7710,7 @@ class _Drain:
             if not told:
                 _log.error("%s", refusal)
                 told = True
-            self.sender.wait(_TAKEOVER_POLL)
+            self.carrier.wait(_TAKEOVER_POLL)
             self.file.let_fork()
             self._check_place()
         return False
@@ -7753,12 +7755,12 @@ class _Drain:
                 mono, now = _monotonic(), self.settings.clock()
                 self._poll(at_once=True)  # so that no attempt of this turn was cancelled before it
                 self._take_ended(now, mono)
-                if self.sender.shutdown and not self.stopping:
+                if self.carrier.shutdown and not self.stopping:
                     self.stop(10.0)
                 if self.stopping:
-                    self.sender.stop()
+                    self.carrier.stop()
                 else:
-                    freed, self.sender.freed = self.sender.freed, []
+                    freed, self.carrier.freed = self.carrier.freed, []
                     self.finder.find(freed, now, mono)
                     self.outcomes.give_up_orphans(now)
                     self._start_attempts(now, mono)
@@ -7770,13 +7772,13 @@ class _Drain:
                 # A rollback-mode host is committing: look again in a moment.
                 self.finder.news.stale = True
                 mono = _monotonic()
-                self.sender.look(mono)  # or in minutes, but timeouts hold
+                self.carrier.look(mono)  # or in minutes, but timeouts hold
                 self.counts.locked(mono)
                 self._show_progress(self.settings.clock(), mono)
                 time.sleep(0.0005)
-            self.sender.exchanges.flush()
+            self.carrier.exchanges.flush()
             self._take_ended(self.settings.clock(), _monotonic())
-            self.outcomes.record(_monotonic(), bool(self.sender.attempts), self.stopping)
+            self.outcomes.record(_monotonic(), bool(self.carrier.attempts), self.stopping)
             if self._finished(self.settings.clock()):
                 return
 
@@ -7787,7 +7789,7 @@ class _Drain:
         # 3. `until_empty`: the same, and nothing pending for an enabled endpoint
         if self.stopping and _monotonic() >= self.leave_at:
             return True
-        if self.sender.attempts or self.ledger:
+        if self.carrier.attempts or self.ledger:
             return False
         if self.stopping:
             return True
@@ -7795,7 +7797,7 @@ class _Drain:
             self.finder.schedule,
             self.finder.looking() or self.clock_seen > now + 1.0,
         )
-        waits = schedule.turns or schedule.slots or self.sender.freed or self.sender.crowded
+        waits = schedule.turns or schedule.slots or self.carrier.freed or self.carrier.crowded
         if self.mode == "forever" or looking or waits:
             return False
         return self._is_empty() if self.mode == "until_empty" else schedule.due.next() > now
@@ -7817,15 +7819,15 @@ class _Drain:
         while True:
             if self.file.let_fork():
                 self.finder.news.stale = True
-            self.sender.exchanges.listen_to_hints(self.file.watch.source, self._listen)
+            self.carrier.exchanges.listen_to_hints(self.file.watch.source, self._listen)
             mono = _monotonic()
             until = self._until_work(mono)
             pause = min(until, self.file.watch.rest(mono))
             # The selector knows milliseconds only.
-            if 0 < pause < 0.001 and not self.sender.attempts:
+            if 0 < pause < 0.001 and not self.carrier.attempts:
                 time.sleep(pause)
                 pause = 0.0
-            if self.sender.wait(pause) or until <= pause or self.stopping:
+            if self.carrier.wait(pause) or until <= pause or self.stopping:
                 return
             self._poll()
             if self.finder.news.stale:
@@ -7833,7 +7835,7 @@ class _Drain:
 
     def _until_work(self, mono: float) -> float:
         """Return the seconds until the loop has something to do that nobody will wake it for."""
-        if self.sender.freed:
+        if self.carrier.freed:
             return 0.0
         until = min(self.chores_at - mono, self.finder.rest(self.settings.clock(), mono))
         if self.ledger:
@@ -7844,7 +7846,7 @@ class _Drain:
         """See whether somebody committed."""
         mono = _monotonic()
         self.file.check()
-        who = self.file.watch.poll(self.file.db, mono, bool(self.sender.attempts), at_once)
+        who = self.file.watch.poll(self.file.db, mono, bool(self.carrier.attempts), at_once)
         if who is not None:
             self.finder.news.stale = True
         if who == "host":
@@ -7855,7 +7857,7 @@ class _Drain:
     def _start_attempts(self, now: float, mono: float) -> None:
         if not self.outcomes.full():
             start = functools.partial(self._start, now)
-            self.places.serve(self.finder.schedule, self.sender, now, mono, start)
+            self.places.serve(self.finder.schedule, self.carrier, now, mono, start)
 
     def _start(self, now: float, lane: _Lane) -> bool:
         """Start the endpoint's next attempt, if it has something due. False: no more for now, since
@@ -7872,8 +7874,8 @@ class _Drain:
             return True
         if picked is not None:
             lane.take_slot(_monotonic())
-            self.sender.begin(lane, picked, now)
-            if self.sender.done:  # it failed at once: to be learned before the next is tried
+            self.carrier.begin(lane, picked, now)
+            if self.carrier.done:  # it failed at once: to be learned before the next is tried
                 self._take_ended(now, _monotonic())
         return not self.outcomes.full()
 
@@ -7892,7 +7894,7 @@ class _Drain:
     # Outcomes.
 
     def _take_ended(self, now: float, mono: float) -> None:
-        for attempt, outcome in self.sender.ended():
+        for attempt, outcome in self.carrier.ended():
             if outcome is not None:
                 self.outcomes.end(attempt, outcome, now, mono)
             elif attempt.lane.enabled:
@@ -7900,16 +7902,16 @@ class _Drain:
             else:
                 attempt.lane.backlog.known.discard(attempt.picked.event)
             # Else it stands where it belongs.
-            if attempt.lane.line != 0 or attempt.lane.health is not _WELL:
-                self.finder.schedule.place(attempt.lane, now, mono)
+            if attempt.lane.round != 0 or attempt.lane.health is not _WELL:
+                self.finder.schedule.put(attempt.lane, now, mono)
 
     # Chores, about forty times a second, four while idle.
 
     def _chores(self, now: float, mono: float) -> None:
-        self.chores_at = mono + (0.025 if self.sender.attempts else 0.25)
+        self.chores_at = mono + (0.025 if self.carrier.attempts else 0.25)
         self._check_place()
-        self.sender.look(mono)
-        self.sender.chores(mono)
+        self.carrier.look(mono)
+        self.carrier.chores(mono)
         if not self.ledger:
             self.counts.locked_at = None
         self._show_progress(now, mono)
@@ -7950,7 +7952,7 @@ class _Drain:
         pending."""
         if self.file.forked():
             return
-        self.sender.close()
+        self.carrier.close()
         self.outcomes.leave()
         self.bell.close()
         self.lock.release()

@@ -7313,12 +7313,12 @@ def guard_dial(url: str, addresses: str, guard: webhook_outbox._Guard) -> None:
         return addresses.split(",")
 
     target, until = webhook_outbox._prepare_url(url, guard), time.monotonic()
-    place = webhook_outbox._Place(target.scheme, target.host, target.port, None, ())
+    key = webhook_outbox._OriginKey(target.scheme, target.host, target.port, None, ())
     lookups = webhook_outbox._Lookups(resolver)
     patient = types.SimpleNamespace(
         find=lambda host, port, until: lookups.find(host, port, until + 60)
     )
-    webhook_outbox._dial(guard, patient, place, until)
+    webhook_outbox._dial(guard, patient, key, until)
 
 
 @pytest.mark.parametrize("case", GUARD_CASES.strip().splitlines())
@@ -7938,9 +7938,9 @@ def test_all_addresses_are_judged_before_one_is_dialled_and_the_next_is_tried_wh
 ):
     receiver, guard = serve(), webhook_outbox._Guard((ipaddress.ip_network("127.0.0.0/8"),))
     lookups = webhook_outbox._Lookups(lambda host, port: addresses)
-    place = webhook_outbox._Place("http", "x.test", receiver.port, None, ())
+    key = webhook_outbox._OriginKey("http", "x.test", receiver.port, None, ())
     try:
-        with webhook_outbox._dial(guard, lookups, place, time.monotonic() + 20) as sock:
+        with webhook_outbox._dial(guard, lookups, key, time.monotonic() + 20) as sock:
             found = str(webhook_outbox._unwrapped(ipaddress.ip_address(sock.getpeername()[0])))
     except (OSError, webhook_outbox._Blocked, webhook_outbox._NoAddress) as error:
         found = type(error).__name__
@@ -7966,13 +7966,13 @@ def test_the_next_address_is_tried_after_a_quarter_second_and_the_one_that_worke
 ):
     receiver, guard = serve(), webhook_outbox._Guard((ipaddress.ip_network("127.0.0.0/8"),))
     holes = [f"127.0.0.{n}" for n in (9, 8, 7)]
-    place = webhook_outbox._Place("http", "x.test", receiver.port, None, ())
+    key = webhook_outbox._OriginKey("http", "x.test", receiver.port, None, ())
     worked: dict[str, str] = {}
 
     def seconds(addresses: list[str], patience: float = 3.0) -> float:
         lookups = webhook_outbox._Lookups(lambda host, port: addresses)
         begun = time.monotonic()
-        with webhook_outbox._dial(guard, lookups, place, begun + patience, worked) as sock:
+        with webhook_outbox._dial(guard, lookups, key, begun + patience, worked) as sock:
             assert sock.getpeername()[0] == "127.0.0.1"
         return time.monotonic() - begun
 
@@ -8015,11 +8015,11 @@ def test_a_host_that_is_an_address_is_not_looked_up(serve, host):
 
     receiver = serve(host="::1" if ":" in host else "127.0.0.1")
     guard = webhook_outbox._Guard(tuple(map(ipaddress.ip_network, LOOPBACK)))
-    place = webhook_outbox._Place("http", host, receiver.port, None, ())
+    key = webhook_outbox._OriginKey("http", host, receiver.port, None, ())
     lookups = webhook_outbox._Lookups(resolver)
-    webhook_outbox._dial(guard, lookups, place, time.monotonic() + 20).close()
+    webhook_outbox._dial(guard, lookups, key, time.monotonic() + 20).close()
     with pytest.raises(webhook_outbox._Blocked, match="not a public"):
-        webhook_outbox._dial(webhook_outbox._Guard(), lookups, place, time.monotonic() + 20)
+        webhook_outbox._dial(webhook_outbox._Guard(), lookups, key, time.monotonic() + 20)
 
 
 @pytest.mark.parametrize("tls", [False, True])
@@ -13169,7 +13169,7 @@ def test_many_endpoints_that_hang_and_share_large_events_cost_a_few_megabytes(wa
     assert used < 64 * 0.25 * 4, (used, before)
 
 
-PLACE = webhook_outbox._Place("http", "x.test", 80, None, ())
+ORIGIN_KEY = webhook_outbox._OriginKey("http", "x.test", 80, None, ())
 
 
 def attempt_of(lane: Any = None, request: bytes = b"", **values: Any) -> Any:
@@ -13190,7 +13190,7 @@ def connection_to(origin: Any, opened: float = 0.0) -> Any:
 
 def origin_with(proven: int) -> tuple[Any, list[Any]]:
     """Return an origin with connections that have brought an answer, the oldest at 0."""
-    origin = webhook_outbox._Origin(PLACE)
+    origin = webhook_outbox._Origin(ORIGIN_KEY)
     connections = [connection_to(origin, -1.0) for _ in range(proven)]
     for connection in connections:
         origin.answered(connection, attempt_of(), 0.0)
@@ -13318,7 +13318,7 @@ def test_an_origin_is_forgotten_only_when_nobody_needs_it():
         ("waiting", {1: None}),
         ("parked", ({}, {1: None})),
     ):
-        origin = webhook_outbox._Origin(PLACE)
+        origin = webhook_outbox._Origin(ORIGIN_KEY)
         assert origin.unused()
         setattr(origin, name, value)
         assert not origin.unused()
@@ -13342,7 +13342,7 @@ FREE = [  # threads that are out, share, those of proven endpoints; whether one 
 def test_what_proven_endpoints_hold_takes_no_opener_from_the_share_of_the_others(
     busy, share, proven, expected
 ):
-    openers = webhook_outbox._Openers(lambda place, deadline: None, lambda: None)  # type: ignore
+    openers = webhook_outbox._Openers(lambda key, deadline: None, lambda: None)  # type: ignore
     openers.busy, openers.starved_until = busy, 5.0
     assert openers.free(share, proven, 5.0) is expected
     assert not openers.free(share, proven, 4.9)  # no room for a thread
@@ -13354,11 +13354,11 @@ def test_an_opener_hands_over_what_it_made_and_serves_again_until_it_rested_long
     monkeypatch.setattr(webhook_outbox, "_OPENER_RESTS", 0.1)
     before, rung, threads = threading.active_count(), threading.Semaphore(0), set[int]()
 
-    def open(place: Any, deadline: float) -> Any:
+    def open(key: Any, deadline: float) -> Any:
         threads.add(threading.get_ident())
         if deadline == 1.0:
             raise OSError("refused")
-        return place, deadline
+        return key, deadline
 
     def request(picked: Any, wall: float) -> tuple[bytes, list[str]]:
         return b"%d" % picked.event, []
@@ -13366,10 +13366,10 @@ def test_an_opener_hands_over_what_it_made_and_serves_again_until_it_rested_long
     def deliver(picked: Any) -> None:
         threads.add(threading.get_ident())
 
-    wire = types.SimpleNamespace(place=PLACE, request=request, deliver=deliver)
+    wire = types.SimpleNamespace(origin_key=ORIGIN_KEY, request=request, deliver=deliver)
     openers = webhook_outbox._Openers(open, rung.release)  # type: ignore[arg-type]
     for does, deadline, expected in (
-        ("open", 9.0, (PLACE, 9.0)),
+        ("open", 9.0, (ORIGIN_KEY, 9.0)),
         ("open", 1.0, "refused"),
         ("make", 9.0, (b"1", [])),
         ("call", 9.0, None),
@@ -13389,8 +13389,10 @@ def test_an_opener_hands_over_what_it_made_and_serves_again_until_it_rested_long
 @pytest.mark.parametrize("taken", ["before", "after"])
 def test_connections_that_are_opened_when_the_drain_has_left_are_closed(taken):
     go, ours = threading.Event(), socket.socket()
-    openers = webhook_outbox._Openers(lambda place, until: go.wait(10) and ours, lambda: None)  # type: ignore
-    errand = webhook_outbox._Errand(attempt_of(wire=types.SimpleNamespace(place=PLACE)), "open", [])
+    openers = webhook_outbox._Openers(lambda key, until: go.wait(10) and ours, lambda: None)  # type: ignore
+    errand = webhook_outbox._Errand(
+        attempt_of(wire=types.SimpleNamespace(origin_key=ORIGIN_KEY)), "open", []
+    )
     openers.submit(errand)
     if taken == "before":
         go.set()
@@ -13404,7 +13406,10 @@ class Exchanging:
     """Exchanges over socket pairs: `open` returns our connection and the receiver's end of it."""
 
     def __init__(self) -> None:
-        self.exchanges, self.origin = webhook_outbox._Exchanges(), webhook_outbox._Origin(PLACE)
+        self.exchanges, self.origin = (
+            webhook_outbox._Exchanges(),
+            webhook_outbox._Origin(ORIGIN_KEY),
+        )
         self.ends: list[socket.socket] = []
 
     def open(self, used: bool = False) -> tuple[Any, socket.socket]:
@@ -14590,7 +14595,7 @@ def test_an_attempt_presses_only_on_a_connection_that_nobody_has_served_yet(wal,
             carrier.begin(lane, row_of(event), time.time())
             assert sent(carrier) == [(event, 200)]
         for _ in range(1 if served else 2):
-            sock = carrier._opener.open(origin.place, time.monotonic() + 9)
+            sock = carrier._opener.open(origin.key, time.monotonic() + 9)
             carrier.exchanges.keep(carrier.exchanges.add(sock, origin), time.monotonic())
         if served:  # the one that was used last is used next
             origin.idle.reverse()
@@ -14659,7 +14664,7 @@ def test_origins_that_nobody_uses_are_forgotten_when_there_are_many(wal, monkeyp
         fifth = carrier.origin(lanes[4].wire)
         assert list(carrier.origins.values()) == [origins[1], fifth]
         assert [origin.forgotten for origin in origins] == [True, False, True, True]
-        assert carrier.origin(lanes[0].wire) is not origins[0]  # one object stands for a place
+        assert carrier.origin(lanes[0].wire) is not origins[0]  # one object stands for an origin
         assert carrier.origin(lanes[1].wire) is origins[1]
         origins[1].open = 0
 

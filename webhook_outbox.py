@@ -1780,8 +1780,12 @@ class _NoRoom(_NoAddress):
     side, so it counts as no attempt."""
 
 
-class _Place(NamedTuple):
-    """What a connection belongs to: every endpoint of the same place may use it."""
+class _OriginKey(NamedTuple):
+    """What tells one origin from another.
+
+    Endpoints whose keys are equal share their connections. The certificate and the CA belong to it
+    because a connection is proven by them once, in its handshake.
+    """
 
     scheme: str
     host: str  # without brackets
@@ -2030,30 +2034,30 @@ def _in_turn(addresses: Sequence[str], last: str | None) -> list[str]:
 def _dial(
     guard: _Guard,
     lookups: _Lookups,
-    place: _Place,
+    origin: _OriginKey,
     until: float,
     worked: dict[str, str] | None = None,
 ) -> socket.socket:
     """Resolve once, judge every answer, connect to a judged one; until: monotonic. One refused
     answer refuses the name: a DNS that mixes inside and outside addresses is lying about one of
     them. worked: which address of each host answered last, kept here by the caller."""
-    literal = _literal(place.host)
-    addresses = [literal] if literal else lookups.find(place.host, place.port, until)
+    literal = _literal(origin.host)
+    addresses = [literal] if literal else lookups.find(origin.host, origin.port, until)
     for address in addresses:
-        if why := guard.refusal(address, place.scheme):
-            if address == place.host or why == _NO_HTTP:
+        if why := guard.refusal(address, origin.scheme):
+            if address == origin.host or why == _NO_HTTP:
                 raise _Blocked(why)
             # A customer reads the error, and must not learn from it what is inside our network.
-            _log.warning("%s resolves to %s: %s", place.host, address, why)
-            raise _Blocked(f"{place.host} is not a public address")
+            _log.warning("%s resolves to %s: %s", origin.host, address, why)
+            raise _Blocked(f"{origin.host} is not a public address")
     patience = until - _monotonic()
     if patience <= 0:
         raise TimeoutError("no time left to connect")
     if len(addresses) == 1:
-        return _connect(addresses[0], place.port, patience)
+        return _connect(addresses[0], origin.port, patience)
     worked = {} if worked is None else worked
-    ordered = _in_turn(addresses, worked.get(place.host))
-    sock, worked[place.host] = _connect_to_one(ordered, place.port, until)
+    ordered = _in_turn(addresses, worked.get(origin.host))
+    sock, worked[origin.host] = _connect_to_one(ordered, origin.port, until)
     while len(worked) > _REMEMBERED_HOSTS:
         worked.pop(next(iter(list(worked))), None)  # list: other threads write to it too
     return sock
@@ -2215,18 +2219,18 @@ class _Opener:
         self.lookups, self.contexts = _Lookups(settings.resolver), _Contexts()
         self.worked: dict[str, str] = {}  # host -> the address that answered last
 
-    def open(self, place: _Place, deadline: float) -> _Stream:
+    def open(self, origin: _OriginKey, deadline: float) -> _Stream:
         """Return a connection, past TLS; raise what _explain understands. deadline: monotonic."""
         until = min(deadline, _monotonic() + self.connect_timeout)
         if self.proxy:
-            sock = self._by_proxy(self.proxy, place, deadline)
+            sock = self._by_proxy(self.proxy, origin, deadline)
         else:
-            sock = _dial(self.guard, self.lookups, place, until, self.worked)
+            sock = _dial(self.guard, self.lookups, origin, until, self.worked)
         try:
             made: _Stream = sock
-            if place.scheme == "https":
-                context = self.contexts.get(place.ca, place.cert)
-                made = tls = _Tls(sock, context, place.host.rstrip("."))
+            if origin.scheme == "https":
+                context = self.contexts.get(origin.ca, origin.cert)
+                made = tls = _Tls(sock, context, origin.host.rstrip("."))
                 tls.shake_hands(deadline)
             sock.setblocking(False)
             return made
@@ -2234,8 +2238,8 @@ class _Opener:
             sock.close()
             raise
 
-    def _by_proxy(self, proxy: str, place: _Place, until: float) -> socket.socket:
-        """Return a socket that the proxy has connected to a place, or one to the proxy itself for
+    def _by_proxy(self, proxy: str, origin: _OriginKey, until: float) -> socket.socket:
+        """Return a socket that the proxy has connected to an origin, or one to the proxy itself for
         plain http. What went wrong there goes to the log: a customer reads the error, and must not
         learn from it what is inside our network."""
         parts = urllib.parse.urlsplit(proxy)
@@ -2249,17 +2253,17 @@ class _Opener:
             raise ConnectionError("the proxy cannot be reached") from None
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if place.scheme == "https":
-                self._tunnel(sock, proxy, place, until)
+            if origin.scheme == "https":
+                self._tunnel(sock, proxy, origin, until)
         except BaseException:
             sock.close()
             raise
         return sock
 
-    def _tunnel(self, sock: socket.socket, proxy: str, place: _Place, until: float) -> None:
-        """Have the proxy connect to a place (RFC 9110, 9.3.6); until: monotonic."""
-        host = f"[{place.host}]" if ":" in place.host else place.host
-        lines = [f"CONNECT {host}:{place.port} HTTP/1.1", f"Host: {host}:{place.port}"]
+    def _tunnel(self, sock: socket.socket, proxy: str, origin: _OriginKey, until: float) -> None:
+        """Have the proxy connect to an origin (RFC 9110, 9.3.6); until: monotonic."""
+        host = f"[{origin.host}]" if ":" in origin.host else origin.host
+        lines = [f"CONNECT {host}:{origin.port} HTTP/1.1", f"Host: {host}:{origin.port}"]
         lines += [f"{name}: {value}" for name, value in _proxy_login(proxy).items()]
         sock.settimeout(_time_left(until))
         sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
@@ -2585,7 +2589,7 @@ class _Wire:
 
     endpoint: Endpoint
     secrets: _Secrets
-    place: _Place
+    origin_key: _OriginKey
     start: bytes  # request line and the headers that never change
     schemes: tuple[str, ...]
     transform: Callable[[Event], Any] | None
@@ -2605,7 +2609,7 @@ class _Wire:
             return cls._of_sender(endpoint, secrets, settings)
         target = _prepare_url(endpoint.url, settings.guard)
         cert = (endpoint.cert,) if isinstance(endpoint.cert, str) else tuple(endpoint.cert or ())
-        place = _Place(target.scheme, target.host, target.port, endpoint.ca, cert)
+        origin_key = _OriginKey(target.scheme, target.host, target.port, endpoint.ca, cert)
         login = _proxy_login(settings.proxy)
         proxied = settings.proxy and target.scheme == "http"
         agent = f"webhook-outbox/{__version__}" + (
@@ -2626,7 +2630,7 @@ class _Wire:
         return cls(
             endpoint,
             secrets,
-            place,
+            origin_key,
             start="\r\n".join(lines).encode("latin-1") + b"\r\n",
             schemes=schemes,
             transform=transform,
@@ -2643,10 +2647,10 @@ class _Wire:
         name = endpoint.url.removeprefix(_CALL)
         if name not in settings.senders:
             raise _Unready(f"no sender is called {name!r} here; run the drain with --app")
-        place = _Place("call", name, 0, None, ())
+        origin_key = _OriginKey("call", name, 0, None, ())
         hidden = [secret for secret, _ in secrets]
         call = settings.senders[name]
-        return cls(endpoint, secrets, place, b"", (), None, "", hidden, slow=True, call=call)
+        return cls(endpoint, secrets, origin_key, b"", (), None, "", hidden, slow=True, call=call)
 
     def deliver(self, picked: _Picked) -> None:
         """Have the sender deliver an event: to return is success."""
@@ -5742,7 +5746,7 @@ class _Attempt:
 
 
 class _Origin:
-    """Connections to one place. Any endpoint of the place may use an idle one; each carries one
+    """Connections to one origin. Any endpoint of the origin may use an idle one; each carries one
     attempt.
 
     open counts the connections there are, idle ones too; proven those of them that have brought an
@@ -5760,12 +5764,12 @@ class _Origin:
     """
 
     __slots__ = (
-        "_limit", "_limit_until", "_newest", "_served_at", "forgotten", "hanging", "idle", "open", "opening",
-        "parked", "place", "pressing", "proven", "waiting",
+        "_limit", "_limit_until", "_newest", "_served_at", "forgotten", "hanging", "idle", "key", "open",
+        "opening", "parked", "pressing", "proven", "waiting",
     )  # fmt: skip
 
-    def __init__(self, place: _Place) -> None:
-        self.place = place
+    def __init__(self, key: _OriginKey) -> None:
+        self.key = key
         self.idle: list[_Connection] = []  # the one that was used last is used next
         self.open = self.proven = self.hanging = self.opening = 0
         self.waiting: dict[_Attempt, None] = {}  # in the step waiting, oldest first
@@ -5777,7 +5781,7 @@ class _Origin:
         self._limit, self._limit_until = (math.inf, -math.inf)
         self._served_at = -math.inf  # monotonic: when a new connection brought its first answer
         self._newest = -math.inf  # monotonic: when the newest one that did was opened
-        self.forgotten = False  # another object stands for the place by now
+        self.forgotten = False  # another object stands for the origin by now
 
     def _most(self, mono: float) -> float:
         return self._limit if mono < self._limit_until else math.inf
@@ -5852,7 +5856,7 @@ class _Origin:
 
 
 class _Errand(NamedTuple):
-    """What a thread does for an attempt: make its request, open a connection to its place, or call
+    """What a thread does for an attempt: make its request, open a connection to its origin, or call
     its sender."""
 
     attempt: _Attempt
@@ -5884,7 +5888,9 @@ class _Openers:
         "starved_until",
     )
 
-    def __init__(self, open: Callable[[_Place, float], _Stream], ring: Callable[[], None]) -> None:
+    def __init__(
+        self, open: Callable[[_OriginKey, float], _Stream], ring: Callable[[], None]
+    ) -> None:
         self._open, self._ring = open, ring
         self._errands: queue.SimpleQueue[_Errand | None] = queue.SimpleQueue()
         # Guards spare, _done and _closed; held for a few instructions.
@@ -5941,7 +5947,7 @@ class _Openers:
             elif errand.does == "make":
                 result = wire.request(attempt.picked, attempt.wall)
             else:
-                result = self._open(wire.place, attempt.deadline)
+                result = self._open(wire.origin_key, attempt.deadline)
         except BaseException as error:
             result = error
         errand.result.append(result)
@@ -6403,7 +6409,7 @@ class _Carrier:
         self.settings = settings
         self._opener = _Opener(settings)
         self.openers, self.exchanges = _Openers(self._opener.open, ring), _Exchanges()
-        self.origins: dict[_Place, _Origin] = {}
+        self.origins: dict[_OriginKey, _Origin] = {}
         self.attempts: set[_Attempt] = set()
         self.freed: list[_Lane] = []
         self.crowded: dict[_Origin, None] = {}  # where lanes are parked, or were
@@ -6416,16 +6422,18 @@ class _Carrier:
         """Return the origin that an endpoint's connections belong to."""
         found = wire.origin
         if found is None or found.forgotten:
-            found = wire.origin = self.origins.get(wire.place) or self._new_origin(wire.place)
+            found = wire.origin = self.origins.get(wire.origin_key) or self._new_origin(
+                wire.origin_key
+            )
         return found
 
-    def _new_origin(self, place: _Place) -> _Origin:
+    def _new_origin(self, key: _OriginKey) -> _Origin:
         if len(self.origins) >= self._ORIGINS:
             for origin in [origin for origin in self.origins.values() if origin.unused()]:
                 origin.forgotten = True
-                del self.origins[origin.place]
-        self.origins[place] = _Origin(place)
-        return self.origins[place]
+                del self.origins[origin.key]
+        self.origins[key] = _Origin(key)
+        return self.origins[key]
 
     # Beginning.
 
@@ -6791,7 +6799,7 @@ def _send_once(
             return _call_once(wire, picked, deadline)
         attempt = _Attempt(_Lane(endpoint.id), wire, None, picked, now, mono, deadline)
         attempt.request, hidden = wire.request(picked, now)
-        connection = exchanges.add(opener.open(wire.place, deadline), _Origin(wire.place))
+        connection = exchanges.add(opener.open(wire.origin_key, deadline), _Origin(wire.origin_key))
         exchanges.begin(connection, attempt, mono)
         exchanges.flush()
         while (left := deadline - _monotonic()) > 0:
@@ -10526,8 +10534,8 @@ def _look_at_wires(outbox: Outbox, db: sqlite3.Connection) -> Iterator[_Finding]
             if wire.call is None:
                 wire.keys(outbox.clock())
                 wire.own_headers()
-            if wire.place.scheme == "https":
-                contexts.get(wire.place.ca, wire.place.cert)
+            if wire.origin_key.scheme == "https":
+                contexts.get(wire.origin_key.ca, wire.origin_key.cert)
         except _NoMasterKey as error:
             unsigned.append(str(error))
         except Exception as error:

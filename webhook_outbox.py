@@ -3245,25 +3245,39 @@ def _openapi(catalogue: _Catalogue, title: str) -> dict[str, Any]:
 # Promises: one row of _OPTIONS for each option of an endpoint. It is a field of Endpoint, a column,
 # a keyword of add_endpoint and an argument of the command line of the same name. Knows nothing of
 # files and connections.
+#
+# A function _checked_x takes what somebody gave for x and returns it as it is stored, or raises
+# PayloadError, whose text says what is allowed. A function _loaded_x goes back from what is stored
+# to the field of Endpoint, and raises ValueError where plain SQL stored something else. Checks see
+# the value alone: whether an endpoint of that id exists, say, is decided where the row is written.
 
 _MOST_PATTERNS = 100  # of an endpoint; the schema says so too
+# Everything; or a type; or a group, which is a type followed by '.*'.
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(\.\*)?")
-_TENANT = re.compile("[A-Za-z0-9_-]{1,64}")
+_TENANT = re.compile("[A-Za-z0-9_-]{1,64}")  # also an endpoint's id
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:
+    """Return a number within bounds as a float; True and False are no numbers, NaN is in none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise PayloadError(f"{name} must be a number from {least:g} to {most:g}")
     return float(value)
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:
+    """Return a whole number within bounds as an int; 5.0 counts as 5, 5.5 is refused."""
     if _number(name, value, least, most) != int(value):
         raise PayloadError(f"{name} must be a whole number")
     return int(value)
 
 
 def _line(name: str, value: Any, most: int, least: int = 0) -> str:
+    """Return text that is one printable line of `least` to `most` characters.
+
+    Such texts are shown in logs, listings and pages, where a line break or a control character of
+    somebody else's could look like a line of ours. It leaves out lone surrogates too, which cannot
+    be stored as UTF-8.
+    """
     if (
         not isinstance(value, str)
         or not least <= len(value) <= most
@@ -3276,29 +3290,39 @@ def _line(name: str, value: Any, most: int, least: int = 0) -> str:
 
 
 def _choice(name: str, value: Any, choices: Sequence[Any]) -> str:
+    """Return the text of a value that is one of some choices."""
     if value not in choices:
         raise PayloadError(f"{name} must be one of {', '.join(map(str, choices))}")
     return str(value)
 
 
 def _checked_tenant(tenant: Any, or_all: bool = False) -> str | None:
-    """Return a tenant. or_all: it may be '*', as an endpoint's may."""
+    """Return a tenant, the host's own id of a customer; None is what belongs to the host itself.
+    or_all: it may be '*', as an endpoint's may; an event has at most one tenant."""
     if tenant is None or (or_all and tenant == "*"):
         return tenant  # type: ignore[no-any-return]
     if not isinstance(tenant, str) or not _TENANT.fullmatch(tenant):
         raise PayloadError(
-            "tenant must be 1 to 64 letters, digits, _ and -; leave it out for what is the app's own"
+            "tenant must be 1 to 64 letters, digits, _ and -; "
+            "leave it out for what is the app's own"
         )
     return tenant
 
 
 def _checked_id(id: Any) -> str:
+    """Return the id of an endpoint; the check of its column says the same in SQL."""
     if not isinstance(id, str) or not _TENANT.fullmatch(id):
         raise PayloadError("id must be 1 to 64 letters, digits, _ and -")
     return id
 
 
 def _checked_patterns(events: Any) -> list[str]:
+    """Return the patterns of an endpoint as a list, each of them once; one text is one pattern.
+
+    Refused: no pattern at all, one that is no type, group or '*', and more than the schema takes.
+    Patterns that a wider one of the same list covers are kept here, so that the endpoint shows what
+    was asked for; the trigger that fills webhook_patterns leaves them out.
+    """
     patterns = [events] if isinstance(events, str) else events
     patterns = list(patterns) if isinstance(patterns, Iterable) else []
     if not patterns:
@@ -3315,11 +3339,18 @@ def _checked_patterns(events: Any) -> list[str]:
     return found
 
 
+# An emit decides each filter of the patterns that match its type, in the host's transaction: these
+# bound what one of them can cost. Bytes are those of the filter as JSON.
 _FILTER_PATHS, _FILTER_VALUES, _FILTER_BYTES = 20, 100, 8_192
 _EXACT = 1 << 53  # beyond it SQLite, Python and receivers differ on which numbers are equal
 
 
 def _is_comparable(value: Any) -> bool:
+    """Say whether a value of a filter compares alike in Python and in SQL.
+
+    Text with a NUL does not (SQLite before 3.45 ends it there), nor do NaN, infinity and numbers
+    beyond 2^53, and lists and objects are not compared at all. True and False are ints here.
+    """
     if isinstance(value, str):
         return "\0" not in value
     if isinstance(value, (int, float)):
@@ -3328,7 +3359,12 @@ def _is_comparable(value: Any) -> bool:
 
 
 def _checked_filter(filter: Any) -> str | None:
-    """Return a filter as it is stored; None where it asks for nothing."""
+    """Return a filter as it is stored, as JSON text; None where it asks for nothing.
+
+    It maps a path in the data, "shop.region", to the values one of which must stand there; a single
+    value is stored as a list of one. Names in a path hold no quote and no backslash: the path is
+    put together from them in SQL (_met), where such a character would change its meaning.
+    """
     if filter is None or filter == {}:
         return None
     if not isinstance(filter, Mapping) or len(filter) > _FILTER_PATHS:
@@ -3342,23 +3378,28 @@ def _checked_filter(filter: Any) -> str | None:
         good = isinstance(path, str) and path.isprintable() and not re.search(r'["\\]', path)
         if not good or not all(path.split(".")):
             raise PayloadError(
-                'filter: a path is names joined by dots, without quotes and backslashes: "shop.region"'
+                "filter: a path is names joined by dots, without quotes and backslashes: "
+                '"shop.region"'
             )
         if not 1 <= len(values) <= _FILTER_VALUES or not all(map(_is_comparable, values)):
             raise PayloadError(
-                f"filter: {_one_line(path, 50)} needs 1 to {_FILTER_VALUES} values: text without NUL, "
-                "numbers up to 2^53, true, false or null"
+                f"filter: {_one_line(path, 50)} needs 1 to {_FILTER_VALUES} values: "
+                "text without NUL, numbers up to 2^53, true, false or null"
             )
         checked[path] = values
     text = _dumps(checked)
-    with contextlib.suppress(UnicodeEncodeError):
+    with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate: refused below
         if len(text.encode()) <= _FILTER_BYTES:
             return text
     raise PayloadError(f"filter must be Unicode text of at most {_FILTER_BYTES} bytes as JSON")
 
 
 def _values_at(data: Any, path: str) -> list[Any]:
-    """Return the values at a path: one, those of an array, or none."""
+    """Return the values that data has at a path: one, those of an array, or none.
+
+    A dot in the path always separates names, so a name that itself holds a dot cannot be reached,
+    and an array counts as its elements only at the end of the path, not on the way there.
+    """
     for name in path.split("."):
         if not isinstance(data, dict) or name not in data:
             return []
@@ -3372,8 +3413,13 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _lets_through(filter: str, data: str) -> bool:
-    """Say whether a filter lets an event's data through. It is the rule that _met says in SQL, so
-    of two members with one name the first counts. A damaged filter lets nothing through."""
+    """Say whether a filter lets an event's data through: at all of its paths, one of the values.
+
+    emit asks it for the endpoints that have a filter, because the trigger of the library's own way
+    in uses no JSON function. It is the rule that _met says in SQL; of two members of an object that
+    have one name the first counts, since SQLite finds that one and Python would keep the last. A
+    filter that plain SQL damaged lets nothing through, and never makes an emit fail.
+    """
     try:
         wanted = json.loads(filter)
         value = json.loads(data, object_pairs_hook=lambda pairs: dict(reversed(pairs)))
@@ -3386,7 +3432,11 @@ def _lets_through(filter: str, data: str) -> bool:
 
 
 def _json_argument(text: str) -> Any:
-    """JSON, as an argument of the command line."""
+    """Return what an argument of the command line says as JSON.
+
+    argparse is imported where the command line needs it, so that an app that imports the module
+    does not load it.
+    """
     import argparse
 
     try:
@@ -3396,8 +3446,13 @@ def _json_argument(text: str) -> Any:
 
 
 def _checked_secret(secret: Any) -> str:
-    """Return a secret as it is stored; strict, because a typo here shows only as failing signatures
-    later."""
+    """Return a secret as it is stored: whsec_ and base64, or the env:NAME or file:PATH where it
+    will be read when a delivery is signed. None makes a new one, of 32 bytes.
+
+    It is strict because a typo would show only later, as signatures that the receiver refuses:
+    whsec_ needs base64 without a fault, of 24 to 64 bytes, as the Standard Webhooks text asks.
+    Whether the variable or the file exists is not asked: this process may be one that only emits.
+    """
     if secret is None:
         return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode("ascii")
     if not isinstance(secret, str):
@@ -3415,6 +3470,11 @@ def _checked_secret(secret: Any) -> str:
 
 
 def _checked_files(name: str, value: Any, most: int = 2) -> list[str]:
+    """Return one path, or up to `most`, as a list; each must be a file now.
+
+    What the files hold is not read here. They are read when a connection is opened, and again when
+    they changed: an attempt for which one is missing or damaged fails then.
+    """
     paths = (
         [value]
         if isinstance(value, str)
@@ -3433,14 +3493,18 @@ def _checked_files(name: str, value: Any, most: int = 2) -> list[str]:
 class _Known(NamedTuple):
     """What the constructor was given that options are checked against."""
 
-    guard: _Guard
-    bodies: tuple[str, ...]
-    catalogue: _Catalogue
-    senders: tuple[str, ...] = ()
+    guard: _Guard  # which URLs are allowed
+    bodies: tuple[str, ...]  # values of `body`: those built in, and the host's transforms by name
+    catalogue: _Catalogue  # which event types patterns may name
+    senders: tuple[str, ...] = ()  # names that may follow call: in a URL
 
 
 def _checked_url(url: Any, known: _Known) -> str:
-    """Return a URL that may be sent to, or the call:NAME of a sender that is known here."""
+    """Return a URL that may be sent to, or the call:NAME of a sender that is known here.
+
+    A URL is stored as it was given. The guard looks at the host that it names, and raises UnsafeURL
+    for a good message at once; what counts is its look at the address of each connection.
+    """
     if isinstance(url, str) and url.startswith(_CALL):
         if url.removeprefix(_CALL) not in known.senders:
             there = f"there are {', '.join(known.senders)}" if known.senders else "there is none"
@@ -3454,37 +3518,48 @@ def _checked_url(url: Any, known: _Known) -> str:
 
 
 def _checked_events(events: Any, known: _Known) -> str:
+    """Return patterns as JSON text; with a catalogue, each must match one of its types."""
     patterns = _checked_patterns(events)
     known.catalogue.check_patterns(patterns)
     return _dumps(patterns)
 
 
+# Options of the constructor, which no endpoint has. They are checked in the same words.
+
+
 def _checked_retention(seconds: Any) -> float | None:
+    """Return the seconds after which failed rows are deleted; None: never."""
     return None if seconds is None else _number("failed_retention", seconds, 0, 1e11)
 
 
 def _checked_proxy(proxy: Any) -> str | None:
+    """Return the URL of the proxy that all connections go through; None: there is none."""
     if proxy is not None and not re.fullmatch(r"http://[^/\s]+/?", proxy):
         raise PayloadError("proxy must be http://host:port")
     return proxy  # type: ignore[no-any-return]
 
 
 def _checked_app_name(name: Any) -> str:
+    """Return the host's name: part of the User-Agent of every request, and source of CloudEvents."""
     if not _line("app_name", name, 100).isascii():
         raise PayloadError("app_name goes into a header: write it in ASCII letters")
     return str(name)
 
 
 def _checked_home(home: Any) -> str | None:
-    """Return the name of this place: what was given, else the variable, else none."""
+    """Return the name of this place: what was given, else the variable, else none.
+
+    A file remembers the name of the first place that drained it, and is drained in no other: see
+    _refusal. An empty variable counts as none.
+    """
     if home is None and (home := os.environ.get("WEBHOOK_OUTBOX_HOME") or None) is None:
         return None
     return _line("home", home, 100, 1)
 
 
 def _checked_senders(senders: Any) -> dict[str, Callable[[Event], Any]]:
-    """Return senders as a dict. One that is async is refused: to call it does nothing yet, and the
-    drain would take that for success."""
+    """Return senders, name to function, as a dict. One that is async is refused: to call it only
+    makes a coroutine, which nobody awaits, and the drain would take that for success."""
     for name, call in dict(senders or {}).items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
             raise PayloadError("the name of a sender must be 1 to 64 letters, digits, _, . and -")
@@ -3499,12 +3574,14 @@ def _checked_senders(senders: Any) -> dict[str, Callable[[Event], Any]]:
 
 
 def _checked_signing(signing: Any) -> str:
+    """Return the schemes to sign with, joined by +, each of them once, in the order given."""
     return "+".join(
         dict.fromkeys(_choice("signing", part, _SCHEMES) for part in str(signing).split("+"))
     )
 
 
 def _checked_switch(name: str, value: Any) -> int:
+    """Return True or False as SQLite stores it: 1 or 0."""
     _choice(name, value, (True, False))
     return int(value)
 
@@ -3517,15 +3594,19 @@ def _loaded_texts(text: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-# Thousands of customers subscribe to the same few.
+# Thousands of customers subscribe to the same few patterns, so a listing of them all parses each
+# text once and shares the tuple.
 _loaded_patterns = functools.lru_cache(maxsize=1_024)(_loaded_texts)
 
 
 def _loaded_headers(text: str) -> dict[str, str]:
+    """Return an endpoint's headers. They are checked again, because plain SQL can store any: a
+    line break in one would add a header of its own to each request."""
     return {} if text == "{}" else _checked_headers(json.loads(text))
 
 
 def _loaded_cert(text: str) -> str | tuple[str, str]:
+    """Return the path of a file that holds certificate and key, or the pair of their paths."""
     paths = _loaded_texts(text)
     if not 1 <= len(paths) <= 2:
         raise ValueError("not one path, or two")
@@ -3548,6 +3629,10 @@ class _Option(NamedTuple):
     fixed: bool = False  # add_endpoint takes it, update_endpoint does not
 
 
+# All options. A new one is a row here, a column of webhook_endpoints (with its default), a field of
+# Endpoint and a key of EndpointOptions, all of the same name; reading, writing and the command line
+# follow from the row. Where an option is not given nothing is stored, so its default is the
+# column's. The action "switch" is --name and --no-name; the command line's parser defines it.
 _OPTIONS: dict[str, _Option] = {
     "url": _Option(_checked_url, {}),
     "events": _Option(
@@ -3619,15 +3704,20 @@ _OPTIONS: dict[str, _Option] = {
         dict(metavar="PATH", help="certificates of a private authority"),
     ),
 }
+# The other columns that Endpoint shows, which nobody gives as options.
 _STATE_FIELDS = ("disabled_reason", "failing_since", "failures", "paused_until", "created_at")
+# Each is a column and a field of Endpoint; a row is read in this order.
 _ENDPOINT_FIELDS = ("id", *_OPTIONS, *_STATE_FIELDS)
 _ENDPOINT_COLUMNS = ", ".join(f"+{name}" for name in _ENDPOINT_FIELDS)  # plus: see _cursor
 _LOADS = [(name, option.load) for name, option in _OPTIONS.items() if option.load is not None]
 
 
 def _checked_options(options: Mapping[str, Any], known: _Known, update: bool) -> dict[str, Any]:
-    """Return the column values of options; refuse those that there are not, and in an update those
-    for life."""
+    """Return the column values of options; refuse one that does not exist, and in an update one
+    that is fixed for life.
+
+    Nothing is written before all of them are checked, so an error leaves the endpoint as it is.
+    """
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
         hint = "; use rotate_secret" if unknown == ["secret"] else ""
@@ -3640,13 +3730,17 @@ def _checked_options(options: Mapping[str, Any], known: _Known, update: bool) ->
     return {name: _OPTIONS[name].check(value, known) for name, value in options.items()}
 
 
-# What the fields of an endpoint are that cannot be read; None for the others.
+# What stands in a field that could not be read, where None would not fit its type.
 _EMPTY: dict[str, Any] = {"events": (), "headers": {}}
 
 
 def _endpoint(row: Sequence[Any], lenient: bool = False) -> Endpoint:
     """Return the Endpoint of a row of _ENDPOINT_COLUMNS; ValueError where plain SQL damaged it.
-    lenient, for who only looks: what cannot be read is then empty, and the drain says that."""
+
+    lenient: for listings and pages, where one damaged row must not hide the others. A field that
+    cannot be read is then empty. The drain is never lenient: without a header, say, it
+    would send something else than what was asked for, so each attempt fails and says why.
+    """
     values = dict(zip(_ENDPOINT_FIELDS, row, strict=True))
     for name, load in _LOADS:
         if values[name] is not None:

@@ -29,6 +29,7 @@ import html.parser
 import http.server
 import importlib
 import importlib.machinery
+import inspect
 import io
 import ipaddress
 import itertools
@@ -156,10 +157,6 @@ class Request:
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-def hangs(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-    return bool(sock.recv(1))  # until the other side has enough
-
-
 def answer(status: int, body: bytes = b"", *headers: str) -> bytes:
     lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", *headers, "", ""]
     return "\r\n".join(lines).encode() + body
@@ -266,6 +263,154 @@ class Receiver:
             assert not thread.is_alive()
 
 
+# What a receiver may play, beside bytes: each name says what it does.
+
+
+def hangs(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+    return bool(sock.recv(1))  # until the other side has enough
+
+
+def resets(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    return False
+
+
+def answers_after(seconds: float) -> Callable[..., bool]:
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        time.sleep(seconds)
+        sock.sendall(OK)
+        return True
+
+    return play
+
+
+class Play:
+    """What a receiver does, and the bytes that it begins with."""
+
+    def __init__(self, play: Callable[..., bool], stream: bytes) -> None:
+        self.play, self.stream = play, stream
+
+    def __call__(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        return self.play(receiver, sock, request)
+
+
+def cuts(data: bytes) -> Play:
+    """Send bytes and close."""
+    return Play(lambda receiver, sock, request: bool(sock.sendall(data)), data)
+
+
+def endless(head: bytes, piece: bytes, pause: float = 0.0) -> Play:
+    """Send a head, then the same piece for ever; count what it got rid of."""
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        sock.sendall(head)
+        receiver.sent = 0
+        while not receiver.closed:
+            sock.sendall(piece)
+            receiver.sent += len(piece)
+            time.sleep(pause)
+        return False
+
+    return Play(play, head + piece * (70_000 // len(piece) + 1))
+
+
+def drips(data: bytes) -> Play:
+    """Send one byte each 0.1 s."""
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        for byte in data:
+            sock.sendall(bytes([byte]))
+            time.sleep(0.1)
+        return True
+
+    return Play(play, data)
+
+
+class Gate:
+    """Plays 200, but only once it is open. `most` is the highest number of requests that waited at
+    once."""
+
+    def __init__(self) -> None:
+        self.opened, self.lock, self.inside, self.most = threading.Event(), threading.Lock(), 0, 0
+
+    def __call__(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        with self.lock:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+        self.waits(request)
+        with self.lock:
+            self.inside -= 1
+        sock.sendall(OK)
+        return True
+
+    def waits(self, request: Request) -> None:
+        self.opened.wait(20)
+
+
+class Paths(Gate):
+    """Does by the path: /slow1.5 answers after 1.5 s, /hang once the gate is open, others at once.
+    Notes when each event came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: dict[int, list[float]] = {}
+
+    def waits(self, request: Request) -> None:
+        path = request.line.split()[1]
+        with self.lock:
+            self.at.setdefault(number_of(request), []).append(time.monotonic())
+        if path.startswith("/slow"):
+            time.sleep(float(path[5:]))
+        if path.startswith("/hang"):
+            super().waits(request)
+
+
+class Fails:
+    """Plays 500 for the numbers in `failing`, as often as it says, else 200."""
+
+    def __init__(self, **failing: float) -> None:
+        self.failing = {int(name.removeprefix("n")): times for name, times in failing.items()}
+
+    def __call__(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        number = number_of(request)
+        failing = self.failing.get(number, 0) > 0
+        if failing:
+            self.failing[number] -= 1
+        sock.sendall(answer(500) if failing else OK)
+        return True
+
+
+# What came: events are numbered in their data (emit_numbers), drains say their names.
+
+
+def number_of(request: Request) -> int:
+    return int(json.loads(request.body)["data"]["n"])
+
+
+def numbers_of(receiver: Receiver) -> list[int]:
+    return [number_of(request) for request in receiver.requests]
+
+
+def drainer_of(request: Request) -> str:
+    """Who sent it, by the app_name in its User-Agent."""
+    return request.headers["user-agent"].rpartition("(")[2].rstrip(")")
+
+
+def drainers_of(receiver: Receiver) -> list[str]:
+    return [drainer_of(request) for request in receiver.requests]
+
+
+def times_received(requests_: list[Request]) -> dict[str, int]:
+    """Return how often each id came; the same id must always carry the same bytes."""
+    counts: dict[str, int] = {}
+    bodies: dict[str, bytes] = {}
+    for request in requests_:
+        id = request.headers["webhook-id"]
+        assert bodies.setdefault(id, request.body) == request.body
+        counts[id] = counts.get(id, 0) + 1
+    return counts
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Receiver]]:
     """Make receivers that are closed at the end of the test."""
@@ -332,15 +477,64 @@ def make_database(path: pathlib.Path, journal: str = "wal") -> str:
     return str(path)
 
 
-def make_outbox(path: str, **options: Any) -> Outbox:
+ONCE = RetryPolicy((0,))
+OF_ENDPOINT = set(inspect.signature(Outbox.add_endpoint).parameters) - {"timeout"}
+
+
+def make_outbox(path: str, *urls: str, **options: Any) -> Outbox:
     """An outbox that may send to loopback over http, with quick retries and no jitter unless told
-    otherwise."""
+    otherwise, and an endpoint at each URL. Options go to the outbox or the endpoints, by name."""
     defaults: dict[str, Any] = {
         "allow_networks": LOOPBACK,
         "retry": RetryPolicy((0, 1, 1), jitter=0.0),
         "timeout": 5.0,
     }
-    return Outbox(path, **{**defaults, **options})
+    of_endpoint = {name: options.pop(name) for name in OF_ENDPOINT & options.keys()}
+    outbox = Outbox(path, **{**defaults, **options})
+    for url in urls:
+        outbox.add_endpoint(url, **of_endpoint)
+    return outbox
+
+
+class Shop:
+    """A host's file with what most tests need beside it: a receiver, an outbox that sends to it,
+    and a clock, which the outbox goes by if it is given `clock=shop.clock`."""
+
+    def __init__(self, path: str, serve: Callable[..., Receiver]) -> None:
+        self.path, self.serve, self.clock = path, serve, Clock()
+
+    def open(self, play: Any = OK, /, path: str = "/hook", **options: Any) -> Any:
+        """Return a receiver that plays this, and an outbox with an endpoint there; options go to
+        the outbox or to the endpoint, by name."""
+        self.receiver = self.serve(play)
+        self.outbox = make_outbox(self.path, self.receiver.url(path), **options)
+        return self.receiver, self.outbox
+
+    def drain(self, after: float = 0.0) -> Any:
+        """Send what is due after so many seconds of the clock; return the report."""
+        self.clock.advance(after)
+        return self.outbox.drain(once=True)
+
+    def emit(self, *args: Any, **options: Any) -> str:
+        return emit(self.outbox, *args, **options)
+
+    def query(self, sql: str, *values: Any) -> list[Any]:
+        return query(self.path, sql, *values)
+
+    def status(self, event_id: str) -> str:
+        """Return the one status that the deliveries of an event have."""
+        (status,) = set(statuses(self.outbox, event_id).values())
+        return status
+
+    def bodies(self) -> list[bytes]:
+        return [request.body for request in self.receiver.requests]
+
+
+@pytest.fixture
+def shop(request: pytest.FixtureRequest, serve: Callable[..., Receiver]) -> Shop:
+    """A shop on the file of the test's other fixture: `database` or `either`, else `wal`."""
+    names = {"database", "either", "wal"} & set(request.fixturenames) or {"wal"}
+    return Shop(request.getfixturevalue(names.pop()), serve)
 
 
 def emit(outbox: Outbox, type: str = "order.created", data: Any = None, **options: Any) -> str:
@@ -359,20 +553,101 @@ def statuses(outbox: Outbox, event_id: str) -> dict[str, str]:
     return {d.endpoint_id: d.status for d in outbox.event(event_id).deliveries}
 
 
-def run_python(code: str, *args: str, **options: Any) -> subprocess.Popen[str]:
-    """Start a Python process that can import the module and this file's helpers."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipes: dict[str, Any] = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "stdin": subprocess.DEVNULL,
+def emit_numbers(outbox: Outbox, numbers: Any, **options: Any) -> dict[int, str]:
+    """Emit events numbered in their data, in one transaction; return their ids by number."""
+    with outbox.transaction() as conn:
+        return {n: outbox.emit(conn, "order.created", {"n": n}, **options) for n in numbers}
+
+
+def verdict(
+    outbox: Outbox,
+    requests_: list[Request],
+    committed: Iterable[str],
+    undone: Iterable[str] = (),
+    again: Iterable[str] = (),
+) -> dict[str, set[str]]:
+    """Return what must not be, by name, as sets of event ids: after a drain each committed event
+    was received or failed, once but for those that may come again, and nothing of a rollback."""
+    times, committed, undone = times_received(requests_), set(committed), set(undone)
+    recorded = {event for (event,) in query(outbox.path, "SELECT id FROM webhook_events")}
+    failed = {event for (event,) in query(outbox.path, "SELECT event_id FROM webhook_failed")}
+    wrong = {
+        "lost": (committed - times.keys() - failed) | (committed - recorded),
+        "of a rollback": undone & (times.keys() | recorded),
+        "of nobody": times.keys() - committed - undone,
+        "repeated": {id for id, count in times.items() if count > 1} - set(again),
+        "damaged": {said for (said,) in query(outbox.path, "PRAGMA integrity_check")} - {"ok"},
     }
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *args],
-        text=True,
-        env=environment,
-        **{**pipes, **options},
-    )
+    return {what: found for what, found in wrong.items() if found}
+
+
+class Child(subprocess.Popen[str]):
+    """A Python process beside the test: `Child("-c", code)`. Its output is read a line at a time or
+    at its end; it is killed when the block ends."""
+
+    def __init__(self, *arguments: str, **options: Any) -> None:
+        given: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "env": {**os.environ, "PYTHONPATH": str(ROOT)},
+            **options,
+        }
+        super().__init__([sys.executable, *arguments], text=True, **given)
+
+    def __exit__(self, *error: Any) -> None:
+        self.kill()
+        super().__exit__(*error)
+
+    def says(self, text: str) -> str:
+        """Read up to a line with this text, and return it."""
+        for line in iter(self.stdout.readline, ""):
+            if text in line:
+                return line
+        raise AssertionError(f"it ended without {text!r}: {self.stderr and self.stderr.read()}")
+
+    def do(self, line: str) -> str:
+        """Tell a line to a process that reads them (stdin=subprocess.PIPE); return its answer."""
+        self.stdin.write(line + "\n")
+        self.stdin.flush()
+        return self.stdout.readline().strip()
+
+    def strike(self) -> None:
+        """Kill it as SIGKILL does, and wait until it is gone."""
+        self.kill()
+        self.wait(20)
+
+    def ends(self, code: int = 0, within: float = 60) -> tuple[str, str]:
+        """Wait until it ends by itself, with this code; return its output and errors."""
+        out, err = self.communicate(timeout=within)
+        assert self.returncode == code, err
+        return out, err
+
+
+def run_python(code: str, *args: str, **options: Any) -> Child:
+    """Start a Python process that can import the module."""
+    return Child("-c", textwrap.dedent(code), *args, **options)
+
+
+DRAIN_FOREVER = """
+import sys, time
+from webhook_outbox import Outbox, RetryPolicy
+outbox = Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"], app_name=sys.argv[2], workers=8,
+                retry=RetryPolicy((0, 1, 1), jitter=0.0), timeout=30.0)
+outbox.start()
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
+def drain_process(path: str, name: str = "", code: str = DRAIN_FOREVER, **options: Any) -> Child:
+    """A process that drains a file until the block ends; requests carry its name in User-Agent."""
+    return run_python(code, path, name, **options)
+
+
+def drain_command(path: str, *args: str) -> Child:
+    options = ("--db", path, "--allow-network", "127.0.0.0/8")
+    return Child("-m", "webhook_outbox", *options, "drain", *args)
 
 
 def command(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -383,6 +658,21 @@ def command(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
         defaults["stdin"] = subprocess.DEVNULL
     arguments = [sys.executable, "-m", "webhook_outbox", *args]
     return subprocess.run(arguments, env=environment, **{**defaults, **options})
+
+
+@contextlib.contextmanager
+def draining(outbox: Outbox, **options: Any) -> Iterator[list[Any]]:
+    """drain() in a thread of the test's; the list gets its report. It has ended when the block
+    ends."""
+    reports: list[Any] = []
+    thread = threading.Thread(target=lambda: reports.append(outbox.drain(**options)), daemon=True)
+    thread.start()
+    try:
+        yield reports
+    finally:
+        outbox.stop()
+        thread.join(15)
+        assert not thread.is_alive()
 
 
 def descriptors() -> int:
@@ -3118,8 +3408,8 @@ def test_an_endpoint_of_another_tenant_that_has_an_old_id_does_not_get_what_went
 
 @pytest.mark.parametrize("way", ["add", "ensure", "conn", "SQL"])
 def test_a_new_endpoint_of_an_old_id_starts_empty_whoevers_it_is(database, serve, way):
-    outbox = make_outbox(database, retry=RetryPolicy((0,)))
-    receiver = serve(DrainFails(n1=math.inf))
+    outbox = make_outbox(database, retry=ONCE)
+    receiver = serve(Fails(n1=math.inf))
     old = outbox.add_endpoint(receiver.url(), id="crm", tenant="c42")
     outbox.add_endpoint(receiver.url(), id="seer", tenant="*")
     for _ in range(3):
@@ -3154,7 +3444,7 @@ def test_a_new_endpoint_of_an_old_id_starts_empty_whoevers_it_is(database, serve
 
 
 def test_the_record_can_be_filtered_by_tenant(wal, serve):
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     for id, tenant in (("own", None), ("c42", "c42"), ("all", "*")):
         outbox.add_endpoint(serve(answer(500)).url(), id=id, tenant=tenant)
     own, theirs = emit(outbox), emit(outbox, tenant="c42")
@@ -3815,7 +4105,7 @@ def test_an_event_that_is_erased_leaves_no_trace_of_its_data_and_is_never_delive
     """Delivered, failed and waiting at once; what its receivers answered goes too."""
     quoting = answer(302, ERASE_CANARY.encode(), f"Location: https://example.com/{ERASE_CANARY}")
     receiver = serve([answer(200, ERASE_CANARY.encode()), quoting])
-    outbox = make_outbox(database, retry=RetryPolicy((0,)))
+    outbox = make_outbox(database, retry=ONCE)
     outbox.add_endpoint(receiver.url(), id="done")
     outbox.drain(once=True)
     private = {
@@ -4044,7 +4334,7 @@ def test_a_busy_endpoint_hides_none_of_the_others_in_the_stats(wal):
 
 
 def test_a_replay_leaves_the_failed_rows_of_other_endpoints_alone(database, serve):
-    outbox = make_outbox(database, retry=RetryPolicy((0,)))
+    outbox = make_outbox(database, retry=ONCE)
     for id in ("one", "two"):
         outbox.add_endpoint(serve(answer(500)).url(), id=id)
     emit(outbox)
@@ -4546,7 +4836,7 @@ CATALOGUE = {
 def two_customers(path: str, **options: Any) -> tuple[Outbox, Any, Any, list[str]]:
     """An outbox with endpoints of c42 and c43 and of '*', each with one failed row; the doors of
     the two; the event ids of c42, c43 and of nobody."""
-    outbox = make_outbox(path, retry=RetryPolicy((0,)), resolver=lambda host, port: [], **options)
+    outbox = make_outbox(path, retry=ONCE, resolver=lambda host, port: [], **options)
     for id, tenant in (("c42", "c42"), ("c43", "c43"), ("all", "*"), ("own", None)):
         outbox.add_endpoint("https://example.com/hooks?token=1", id=id, tenant=tenant)
     ids = [emit(outbox, "order.paid", {"of": of}, tenant=of) for of in ("c42", "c43", None)]
@@ -4734,7 +5024,7 @@ def test_a_customer_is_not_told_what_went_wrong_on_the_hosts_side(wal):
     def broken(event: Any) -> None:
         raise OSError("10.1.2.3 refused canary77")
 
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)), senders={"canary77": broken})
+    outbox = make_outbox(wal, retry=ONCE, senders={"canary77": broken})
     outbox.add_endpoint(URL, id="env", tenant="c42", secret="env:CANARY77")
     outbox.add_endpoint("call:canary77", id="call", tenant="c42")
     id = emit(outbox, tenant="c42")
@@ -4807,7 +5097,7 @@ def test_what_comes_back_after_forget_is_not_kept(wal, serve, status):
         return True
 
     receiver = serve(play)
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     for tenant in ("c42", "*"):
         outbox.add_endpoint(receiver.url(), tenant=tenant)
     emit(outbox, tenant="c42")
@@ -5490,7 +5780,7 @@ def test_what_goes_into_a_header_from_outside_the_file_is_ascii_on_one_line(
     wal: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     receiver, made = serve(), {"text": lambda event: (b"{}", event.data)}
-    outbox = make_outbox(wal, transforms=made, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, transforms=made, retry=ONCE)
     outbox.add_endpoint(receiver.url(), id="env", events=["a"], headers={"X-Key": "env:WEBHOOK_X"})
     outbox.add_endpoint(receiver.url(), id="text", events=["b"], body="text")
     for value, good in UNREADY:
@@ -6479,7 +6769,7 @@ def retry_times(outbox: Outbox, clock: Clock, event: str) -> list[float]:
         (RetryPolicy(), 0.0),
         (RetryPolicy(), 1.0),
         (RetryPolicy((3, 1, 0.5, 10), 0.5), 0.4),
-        (RetryPolicy((0,)), 1.0),
+        (ONCE, 1.0),
     ],
     ids=["standard", "standard late", "own", "single"],
 )
@@ -7681,7 +7971,7 @@ def test_an_error_names_no_inside_address_the_log_does(wal, caplog, address):
     outbox = make_outbox(
         wal,
         resolver=lambda host, port: addresses,
-        retry=RetryPolicy((0,)),
+        retry=ONCE,
         allow_networks=(),
         observer=(told := list[Any]()).append,
     )
@@ -8313,7 +8603,7 @@ def test_the_environment_does_not_touch_a_delivery(wal, serve, authority, tmp_pa
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     outbox.add_endpoint(plain.url(), id="plain", max_in_flight=1)
     outbox.add_endpoint(
         plain.url("/bearer"), id="bearer", headers={"Authorization": "Bearer mine"}, max_in_flight=1
@@ -8508,53 +8798,6 @@ def test_in_a_network_where_every_address_answers_connections_land_only_where_th
 # ── exchange ──────────────────────────────────────────────────────────────────────────────────────
 
 
-class ExchangePlay:
-    """What a receiver does, and the bytes that it begins with."""
-
-    def __init__(self, play: Callable[..., bool], stream: bytes) -> None:
-        self.play, self.stream = play, stream
-
-    def __call__(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        return self.play(receiver, sock, request)
-
-
-def exchange_cut(data: bytes) -> ExchangePlay:
-    """Send bytes and close."""
-    return ExchangePlay(lambda receiver, sock, request: bool(sock.sendall(data)), data)
-
-
-def exchange_endless(head: bytes, piece: bytes, pause: float = 0.0) -> ExchangePlay:
-    """Send a head, then the same piece for ever; count what it got rid of."""
-
-    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        sock.sendall(head)
-        receiver.sent = 0
-        while not receiver.closed:
-            sock.sendall(piece)
-            receiver.sent += len(piece)
-            time.sleep(pause)
-        return False
-
-    return ExchangePlay(play, head + piece * (70_000 // len(piece) + 1))
-
-
-def exchange_drip(data: bytes) -> ExchangePlay:
-    """Send one byte each 0.1 s."""
-
-    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        for byte in data:
-            sock.sendall(bytes([byte]))
-            time.sleep(0.1)
-        return True
-
-    return ExchangePlay(play, data)
-
-
-def exchange_reset(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    return False
-
-
 class ExchangeDeaf(Receiver):
     """Does with its first connection what `play` says without reading a request, or TLS if that
     comes `later`."""
@@ -8598,46 +8841,42 @@ EXCHANGE_RECORD = b"\x16\x03\x03\x40\x00" + bytes(99)  # the start of a long TLS
 # number in the list of faults and name, what the receiver does, reason and status of the attempt;
 # 4: without TLS where it is expected, and without reading a request
 EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
-    "2 close": (exchange_cut(b""), "protocol", None),
-    "2 reset": (exchange_reset, ("connect", "protocol"), None),
+    "2 close": (cuts(b""), "protocol", None),
+    "2 reset": (resets, ("connect", "protocol"), None),
     "2 reset in the head": (
-        lambda r, s, q: s.sendall(OK[:20]) or exchange_reset(r, s, q),
+        lambda r, s, q: s.sendall(OK[:20]) or resets(r, s, q),
         ("connect", "protocol"),
         None,
     ),
     "3 silence": (b"", "timeout", None),
     "4 stall": (lambda *_: True, "timeout", None),
-    "4 drip": (exchange_drip(EXCHANGE_RECORD), "timeout", None),
+    "4 drip": (drips(EXCHANGE_RECORD), "timeout", None),
     "4 plain": (lambda r, s, q: not s.sendall(OK), "tls", None),
     "4 alert": (lambda r, s, q: not s.sendall(b"\x15\x03\x03\x00\x02\x02\x28"), "tls", None),
     "4 close": (lambda *_: False, ("tls", "connect"), None),
     # Once it has sent something: a reset before that makes older Pythons' ssl forget to close its
     # socket.
-    "4 reset": (lambda r, s, q: s.recv(9) and exchange_reset(r, s, q), ("tls", "connect"), None),
-    "5 header drip": (exchange_drip(answer(200, b"", "X: " + "x" * 99)), "timeout", None),
+    "4 reset": (lambda r, s, q: s.recv(9) and resets(r, s, q), ("tls", "connect"), None),
+    "5 header drip": (drips(answer(200, b"", "X: " + "x" * 99)), "timeout", None),
     # Where a status was read, it decides; the body may go on for ever.
-    "6 body drip": (exchange_endless(EXCHANGE_LONG % 200, b"x", 0.1), None, 200),
-    "6 chunk drip": (exchange_endless(EXCHANGE_CHUNKED % 200, b"1\r\nx\r\n", 0.1), None, 200),
+    "6 body drip": (endless(EXCHANGE_LONG % 200, b"x", 0.1), None, 200),
+    "6 chunk drip": (endless(EXCHANGE_CHUNKED % 200, b"1\r\nx\r\n", 0.1), None, 200),
     "6 redirect drip": (
-        exchange_endless((EXCHANGE_LONG % 302)[:-2] + b"Location: /x\r\n\r\n", b"x", 0.1),
+        endless((EXCHANGE_LONG % 302)[:-2] + b"Location: /x\r\n\r\n", b"x", 0.1),
         "status",
         302,
     ),
-    "6 gone drip": (exchange_endless(EXCHANGE_LONG % 410, b"x", 0.1), "gone", 410),
-    "6 unframed drip": (exchange_endless(b"HTTP/1.1 404 X\r\n\r\n", b"x", 0.1), "status", 404),
-    "7 continue fast": (exchange_endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "protocol", None),
-    "7 continue slow": (
-        exchange_endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.1),
-        "timeout",
-        None,
-    ),
+    "6 gone drip": (endless(EXCHANGE_LONG % 410, b"x", 0.1), "gone", 410),
+    "6 unframed drip": (endless(b"HTTP/1.1 404 X\r\n\r\n", b"x", 0.1), "status", 404),
+    "7 continue fast": (endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "protocol", None),
+    "7 continue slow": (endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.1), "timeout", None),
     # Interim answers are dropped until the final one; here it waits for another request.
     "8 processing": (b"HTTP/1.1 102 Processing\r\n\r\n", "timeout", None),
     "8 odd": (b"HTTP/1.1 199 Odd\r\n\r\n", "timeout", None),
     "8 hints": (b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + OK, None, 200),
     "8 many hints": (b"HTTP/1.1 102 P\r\n\r\nHTTP/1.1 199 X\r\nA: b\r\n\r\n" * 99 + OK, None, 200),
     "8 endless hints": (
-        exchange_endless(b"", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"),
+        endless(b"", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"),
         "protocol",
         None,
     ),
@@ -8647,27 +8886,23 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
         "protocol",
         None,
     ),
-    "10 endless body": (exchange_endless(EXCHANGE_LONG % 200, bytes(65536)), None, 200),
-    "10 endless error": (exchange_endless(EXCHANGE_LONG % 500, bytes(65536)), "status", 500),
+    "10 endless body": (endless(EXCHANGE_LONG % 200, bytes(65536)), None, 200),
+    "10 endless error": (endless(EXCHANGE_LONG % 500, bytes(65536)), "status", 500),
     "10 endless chunks": (
-        exchange_endless(EXCHANGE_CHUNKED % 500, b"8\r\n12345678\r\n" * 999),
+        endless(EXCHANGE_CHUNKED % 500, b"8\r\n12345678\r\n" * 999),
         "status",
         500,
     ),
     "10 endless chunk": (
-        exchange_endless(EXCHANGE_CHUNKED % 200 + b"ffffffff\r\n", bytes(65536)),
+        endless(EXCHANGE_CHUNKED % 200 + b"ffffffff\r\n", bytes(65536)),
         None,
         200,
     ),
-    "10 endless unframed": (
-        exchange_endless(b"HTTP/1.1 404 X\r\n\r\n", b"x" * 65536),
-        "status",
-        404,
-    ),
+    "10 endless unframed": (endless(b"HTTP/1.1 404 X\r\n\r\n", b"x" * 65536), "status", 404),
     "10 long error": (answer(500, b"x" * 200_000), "status", 500),
     "11 bomb": (answer(200, gzip.compress(bytes(1 << 26)), "Content-Encoding: gzip"), None, 200),
     "12 redirect endless": (
-        exchange_endless((EXCHANGE_LONG % 302)[:-2] + b"Location: /x\r\n\r\n", bytes(65536)),
+        endless((EXCHANGE_LONG % 302)[:-2] + b"Location: /x\r\n\r\n", bytes(65536)),
         "status",
         302,
     ),
@@ -8677,19 +8912,15 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
         302,
     ),
     "13 location odd": (answer(307, b"", "Location: http://[::1"), "status", 307),
-    "15 flood": (
-        exchange_endless(b"HTTP/1.1 200 OK\r\n", b"X-Flood: 1\r\n" * 999),
-        "protocol",
-        None,
-    ),
-    "15 giant line": (exchange_endless(b"HTTP/1.1 200 OK\r\nX: ", b"x" * 65536), "protocol", None),
-    "15 giant status": (exchange_endless(b"HTTP/1.1 200 ", b"x" * 65536), "protocol", None),
+    "15 flood": (endless(b"HTTP/1.1 200 OK\r\n", b"X-Flood: 1\r\n" * 999), "protocol", None),
+    "15 giant line": (endless(b"HTTP/1.1 200 OK\r\nX: ", b"x" * 65536), "protocol", None),
+    "15 giant status": (endless(b"HTTP/1.1 200 ", b"x" * 65536), "protocol", None),
     "16 bad chunk": (EXCHANGE_CHUNKED % 500 + b"zz\r\nx\r\n", "status", 500),
     "16 bad chunk end": (EXCHANGE_CHUNKED % 200 + b"1\r\nxyz\r\n", None, 200),
     "16 chunk negative": (EXCHANGE_CHUNKED % 200 + b"-2\r\nok\r\n0\r\n\r\n", None, 200),
     "16 bytes after the end": (EXCHANGE_CHUNKED % 200 + b"2\r\nok\r\n0\r\n\r\nHTTP", None, 200),
-    "16 short body": (exchange_cut(answer(500, b"x" * 9)[:-3]), "status", 500),
-    "16 short success": (exchange_cut(answer(200, b"x" * 9)[:-3]), None, 200),
+    "16 short body": (cuts(answer(500, b"x" * 9)[:-3]), "status", 500),
+    "16 short success": (cuts(answer(200, b"x" * 9)[:-3]), None, 200),
     "16 two lengths": (
         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok",
         None,
@@ -8713,11 +8944,11 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     "16 closing": (answer(200, b"ok", "Connection: close"), None, 200),
     "16 body of none": (answer(204, b"ok"), None, 204),
     "16 negative success": (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", None, 200),
-    "16 negative": (exchange_cut(b"HTTP/1.1 503 X\r\nContent-Length: -1\r\n\r\nno"), "status", 503),
-    "16 old": (exchange_cut(b"<html>ok</html>"), "protocol", None),
+    "16 negative": (cuts(b"HTTP/1.1 503 X\r\nContent-Length: -1\r\n\r\nno"), "status", 503),
+    "16 old": (cuts(b"<html>ok</html>"), "protocol", None),
     "16 version": (b"HTTP/0.9\r\n\r\n", "protocol", None),
     "16 garbage": (b"\x00\xff\r\n\r\n", "protocol", None),
-    "16 cut head": (exchange_cut(b"HTTP/1.1 200 OK\r\nContent-Le"), "protocol", None),
+    "16 cut head": (cuts(b"HTTP/1.1 200 OK\r\nContent-Le"), "protocol", None),
     "17 099": (answer(99).replace(b" 99 ", b" 099 "), "protocol", None),
     "17 600": (answer(600), "protocol", None),
     "17 999": (answer(999), "protocol", None),
@@ -8971,9 +9202,9 @@ EXCHANGE_REUSE: list[tuple[Any, int | None]] = [  # with the connections that 8 
     (b"HTTP/1.0 200 OK\r\nConnection: Keep-Alive\r\nContent-Length: 0\r\n\r\n", 1),
     (answer(200, b"x" * 60_000), 1),
     (answer(200, b"ok", "Connection: close"), 8),
-    (exchange_cut(OK), 8),
-    (exchange_cut(answer(200, b"ok", "Connection: close")), 8),
-    (exchange_cut(b"HTTP/1.1 200 OK\r\n\r\nok"), 8),
+    (cuts(OK), 8),
+    (cuts(answer(200, b"ok", "Connection: close")), 8),
+    (cuts(b"HTTP/1.1 200 OK\r\n\r\nok"), 8),
     (lambda r, sock, q: bool(sock.sendall(OK)) or q.connection % 2 == 0, None),
 ]
 
@@ -9041,7 +9272,7 @@ def test_a_large_request_that_is_refused_on_a_kept_connection_goes_out_once(
     wal, serve, authority, tls, size
 ):
     receiver = serve(kind=ExchangeHasty, tls=authority.server() if tls else None)
-    outbox = make_outbox(wal, max_body=1 << 24, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, max_body=1 << 24, retry=ONCE)
     outbox.add_endpoint(receiver.url(), ca=authority.path, max_in_flight=1)
     for _ in range(5):
         ids = [emit(outbox), emit(outbox, data="x" * size)]
@@ -9384,7 +9615,7 @@ EXCHANGE_COSTLY = {  # bytes that were dear to read, beside those of the faults
 } | {
     name: getattr(fault, "stream", fault)
     for name, (fault, *_) in EXCHANGE_FAULTS.items()
-    if isinstance(fault, (bytes, ExchangePlay)) and not name.startswith("4")
+    if isinstance(fault, (bytes, Play)) and not name.startswith("4")
 }
 EXCHANGE_URL = "https://a.b/?" + "&".join(f"{n:03}xff" for n in range(280))
 
@@ -9537,7 +9768,7 @@ def test_the_kept_response_is_four_kib_of_printable_text(wal, serve):
         bytes(9999),
         b"\xed\xa0\x80",
     ]
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     for number, body in enumerate(bodies):
         outbox.add_endpoint(serve(answer(500, body)).url(), id=str(number))
     event_id = emit(outbox)
@@ -9746,9 +9977,7 @@ def test_no_secret_leaves_by_a_log_a_repr_an_error_a_table_or_an_echo(
     lookups = transport_resolver(
         {"inside.test": ["10.0.0.1"], "nowhere.test": OSError("no such name")}
     )
-    outbox = make_outbox(
-        wal, retry=RetryPolicy((0,)), observer=notices.append, resolver=lookups, clock=Clock()
-    )
+    outbox = make_outbox(wal, retry=ONCE, observer=notices.append, resolver=lookups, clock=Clock())
     endpoints = []
     for base in bases:
         endpoint = outbox.add_endpoint(
@@ -9954,116 +10183,13 @@ def test_an_endpoint_of_every_tenant_is_told_whose_event_it_is_and_a_customers_o
 
 # ── drain ─────────────────────────────────────────────────────────────────────────────────────────
 
-DRAIN_FOREVER = """
-import sys, time
-from webhook_outbox import Outbox, RetryPolicy
-outbox = Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"], app_name=sys.argv[2], workers=8,
-                retry=RetryPolicy((0, 1, 1), jitter=0.0), timeout=30.0)
-outbox.start()
-print("started", flush=True)
-time.sleep(600)
-"""
-
-
-@contextlib.contextmanager
-def drain_process(
-    path: str, name: str = "", code: str = DRAIN_FOREVER, **options: Any
-) -> Iterator[Any]:
-    """A process that drains a file until the block ends; its requests carry its name in
-    User-Agent."""
-    with run_python(code, path, name, **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def drain_emit(outbox: Outbox, numbers: Any, **options: Any) -> dict[int, str]:
-    """Emit events numbered in their data, in one transaction; return their ids by number."""
-    with outbox.transaction() as conn:
-        return {n: outbox.emit(conn, "order.created", {"n": n}, **options) for n in numbers}
-
-
-def drain_number(request: Request) -> int:
-    return int(json.loads(request.body)["data"]["n"])
-
-
-def drain_sent(receiver: Receiver) -> list[int]:
-    return [drain_number(request) for request in receiver.requests]
-
-
-def drain_sender(request: Request) -> str:
-    """Who sent it, by the app_name in its User-Agent."""
-    return request.headers["user-agent"].rpartition("(")[2].rstrip(")")
-
-
-def drain_senders(receiver: Receiver) -> list[str]:
-    return [drain_sender(request) for request in receiver.requests]
-
-
-def drain_slow(seconds: float) -> Callable[..., bool]:
-    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        time.sleep(seconds)
-        sock.sendall(OK)
-        return True
-
-    return play
-
-
-class DrainGate:
-    """Plays 200, but only once it is open; `most` is the highest number of requests that waited at
-    once."""
-
-    def __init__(self) -> None:
-        self.opened, self.lock, self.inside, self.most = threading.Event(), threading.Lock(), 0, 0
-
-    def __call__(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        with self.lock:
-            self.inside += 1
-            self.most = max(self.most, self.inside)
-        self.opened.wait(20)
-        with self.lock:
-            self.inside -= 1
-        sock.sendall(OK)
-        return True
-
-
-class DrainFails:
-    """Plays 500 for the numbers in `failing`, as often as it says, else 200."""
-
-    def __init__(self, **failing: float) -> None:
-        self.failing = {int(name.removeprefix("n")): times for name, times in failing.items()}
-
-    def __call__(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        number = drain_number(request)
-        failing = self.failing.get(number, 0) > 0
-        if failing:
-            self.failing[number] -= 1
-        sock.sendall(answer(500) if failing else OK)
-        return True
-
-
-@contextlib.contextmanager
-def drain_thread(outbox: Outbox, **options: Any) -> Iterator[list[Any]]:
-    """drain() in a thread of the test's; the list gets its report. It has ended when the block
-    ends."""
-    reports: list[Any] = []
-    thread = threading.Thread(target=lambda: reports.append(outbox.drain(**options)), daemon=True)
-    thread.start()
-    try:
-        yield reports
-    finally:
-        outbox.stop()
-        thread.join(15)
-        assert not thread.is_alive()
-
 
 def test_drain_once_sends_what_is_due_now_and_leaves_retries_and_delays_for_later(database, serve):
-    clock, receiver = Clock(), serve(DrainFails(n2=1, n3=9))
+    clock, receiver = Clock(), serve(Fails(n2=1, n3=9))
     outbox = make_outbox(database, clock=clock, retry=RetryPolicy((0, 10, 10), jitter=0.0))
     outbox.add_endpoint(receiver.url())
-    drain_emit(outbox, (1, 2, 3))
-    drain_emit(outbox, [4], delay=60)
+    emit_numbers(outbox, (1, 2, 3))
+    emit_numbers(outbox, [4], delay=60)
     assert outbox.drain(once=True) == webhook_outbox.DrainReport(
         delivered=1, retried=2, failed=0, pending=3
     )
@@ -10078,15 +10204,15 @@ def test_drain_once_sends_what_is_due_now_and_leaves_retries_and_delays_for_late
     assert outbox.drain(once=True) == webhook_outbox.DrainReport(0, 0, 0, 1)
     clock.advance(0.5)
     assert outbox.drain(once=True) == webhook_outbox.DrainReport(1, 0, 0, 0)
-    assert sorted(drain_sent(receiver)) == [1, 2, 2, 3, 3, 3, 4]
+    assert sorted(numbers_of(receiver)) == [1, 2, 2, 3, 3, 3, 4]
 
 
 def test_drain_until_empty_waits_for_retries_and_delays(wal, serve):
-    receiver = serve(DrainFails(n1=2, n2=9))
+    receiver = serve(Fails(n1=2, n2=9))
     outbox = make_outbox(wal, retry=RetryPolicy((0, 0.1, 0.1), jitter=0.0))
     outbox.add_endpoint(receiver.url())
-    drain_emit(outbox, (1, 2))
-    drain_emit(outbox, [3], delay=0.5)
+    emit_numbers(outbox, (1, 2))
+    emit_numbers(outbox, [3], delay=0.5)
     assert outbox.drain(until_empty=True) == webhook_outbox.DrainReport(
         delivered=2, retried=4, failed=1, pending=0
     )
@@ -10105,8 +10231,8 @@ def test_held_deliveries_neither_count_as_pending_nor_keep_a_drain_waiting(wal, 
 
 def test_progress_is_told_what_was_done_and_what_is_left(wal, serve):
     outbox = make_outbox(wal)
-    outbox.add_endpoint(serve(drain_slow(0.25)).url(), max_in_flight=1)
-    drain_emit(outbox, range(4))
+    outbox.add_endpoint(serve(answers_after(0.25)).url(), max_in_flight=1)
+    emit_numbers(outbox, range(4))
     seen: list[Any] = []
     report = outbox.drain(until_empty=True, progress=seen.append)
     assert len(seen) >= 3
@@ -10118,10 +10244,10 @@ def test_progress_is_told_what_was_done_and_what_is_left(wal, serve):
 def test_drain_without_end_is_ended_by_stop_in_another_thread(database, serve):
     receiver, outbox = serve(), make_outbox(database)
     outbox.add_endpoint(receiver.url())
-    with drain_thread(outbox) as reports:
+    with draining(outbox) as reports:
         for number in range(3):
-            drain_emit(outbox, [number])
-            eventually(lambda number=number: number in drain_sent(receiver))
+            emit_numbers(outbox, [number])
+            eventually(lambda number=number: number in numbers_of(receiver))
         assert not outbox.running  # that is the background thread
         assert not reports
     assert reports == [webhook_outbox.DrainReport(3, 0, 0, 0)]
@@ -10157,8 +10283,8 @@ def test_many_starts_and_stops_leave_nothing_behind(wal, serve, rounds):
     for number in range(rounds):
         outbox.start()
         if number % 10 == 0:
-            drain_emit(outbox, [number])
-            eventually(lambda number=number: number in drain_sent(receiver))
+            emit_numbers(outbox, [number])
+            eventually(lambda number=number: number in numbers_of(receiver))
         outbox.stop()
         assert not outbox.running
     receiver.close()
@@ -10170,7 +10296,7 @@ def test_an_endpoint_without_success_for_five_days_and_three_failed_rows_is_disa
 ):
     clock, notices = Clock(), list[webhook_outbox.Notice]()
     receiver = serve([answer(500), OK, answer(500)])
-    outbox = make_outbox(database, retry=RetryPolicy((0,)), clock=clock, observer=notices.append)
+    outbox = make_outbox(database, retry=ONCE, clock=clock, observer=notices.append)
     outbox.add_endpoint(receiver.url(), id="crm")
 
     def fail(days: float) -> None:
@@ -10257,7 +10383,7 @@ def test_the_third_failed_row_disables_when_five_days_have_passed_and_not_a_seco
     """Failed rows from before the last success, and those of other endpoints, do not count."""
     monkeypatch.delenv("NOWHERE", raising=False)
     clock, receiver, days = Clock(), serve([answer(400), OK, answer(400)]), 86_400.0
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)), clock=clock)
+    outbox = make_outbox(wal, retry=ONCE, clock=clock)
     begin = clock.now
     for name in ("other", "early", "few"):  # whose turn comes first
         outbox.add_endpoint("https://example.com/", id=name, events=[name], secret="env:NOWHERE")
@@ -10281,7 +10407,7 @@ def test_the_third_failed_row_disables_when_five_days_have_passed_and_not_a_seco
 
 
 def test_a_delivery_is_done_when_its_outcome_was_known(wal, serve):
-    receiver, outbox = serve(drain_slow(0.05)), make_outbox(wal, retry=RetryPolicy((0,)))
+    receiver, outbox = serve(answers_after(0.05)), make_outbox(wal, retry=ONCE)
     outbox.add_endpoint(receiver.url(), id="a")
     done = emit(outbox)
     outbox.drain(once=True)
@@ -10322,7 +10448,7 @@ def test_who_disabled_an_endpoint_first_says_why(wal, serve):
 def test_an_endpoint_that_breaks_while_the_drain_runs_sends_nothing_more_in_its_old_form(
     wal, serve
 ):
-    receiver, outbox = serve(), make_outbox(wal, retry=RetryPolicy((0,)))
+    receiver, outbox = serve(), make_outbox(wal, retry=ONCE)
     outbox.add_endpoint(receiver.url(), id="a")
     with outbox:
         emit(outbox)
@@ -10335,7 +10461,7 @@ def test_an_endpoint_that_breaks_while_the_drain_runs_sends_nothing_more_in_its_
 
 def test_five_days_without_success_alone_disable_nothing(wal, serve):
     clock = Clock()
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)), clock=clock)
+    outbox = make_outbox(wal, retry=ONCE, clock=clock)
     outbox.add_endpoint(serve(answer(500)).url(), id="crm")
     for days in (0, 30):
         clock.advance(days * 86_400)
@@ -10380,7 +10506,7 @@ def test_who_subscribes_by_name_is_told_of_failing_recovery_disabling_and_failed
 
 
 def test_two_monitors_that_fail_in_turn_do_not_talk_about_each_other_for_ever(wal, serve):
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     turns = itertools.cycle([answer(500), OK])
     for id in ("one", "two"):
         play = lambda self, sock, request: sock.sendall(next(turns)) or True  # noqa: E731
@@ -10927,11 +11053,11 @@ def test_the_observer_may_stop_the_drain_and_somebody_start_it_again(wal, serve)
     outbox.add_endpoint(receiver.url())
     for number in range(2):
         outbox.start()
-        event = drain_emit(outbox, [number])[number]
+        event = emit_numbers(outbox, [number])[number]
         eventually(lambda: not outbox.running)
         assert statuses(outbox, event).popitem()[1] == "delivered"
     outbox.stop()
-    assert drain_sent(receiver) == [0, 1]
+    assert numbers_of(receiver) == [0, 1]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit])
@@ -10948,9 +11074,9 @@ def test_an_observer_that_raises_is_logged_and_ignored(wal, serve, caplog, error
     outbox.add_endpoint(receiver.url())
     with outbox:
         for number in range(3):
-            drain_emit(outbox, [number])
+            emit_numbers(outbox, [number])
             eventually(
-                lambda number=number: number in drain_sent(receiver) and len(seen) >= 4 + number
+                lambda number=number: number in numbers_of(receiver) and len(seen) >= 4 + number
             )
         eventually(lambda: seen.count("delivered") == 3)
         assert outbox.running
@@ -10985,9 +11111,9 @@ def test_an_observer_that_blocks_holds_up_neither_deliveries_nor_stop(wal, serve
 
 
 def test_two_processes_that_drain_until_empty_share_the_work_without_duplicates(wal, serve):
-    receiver, outbox = serve(drain_slow(0.005)), make_outbox(wal)
+    receiver, outbox = serve(answers_after(0.005)), make_outbox(wal)
     outbox.add_endpoint(receiver.url())
-    drain_emit(outbox, range(200))
+    emit_numbers(outbox, range(200))
     code = (
         DRAIN_FOREVER.partition("outbox.start()")[0]
         + "print(outbox.drain(until_empty=True).delivered)"
@@ -10995,7 +11121,7 @@ def test_two_processes_that_drain_until_empty_share_the_work_without_duplicates(
     with drain_process(wal, "one", code) as one, drain_process(wal, "two", code) as two:
         delivered = [int(process.communicate(timeout=60)[0]) for process in (one, two)]
     assert sum(delivered) == 200
-    assert sorted(drain_sent(receiver)) == list(range(200))
+    assert sorted(numbers_of(receiver)) == list(range(200))
 
 
 def test_two_outboxes_in_one_process_drain_by_turns(wal, serve):
@@ -11003,14 +11129,14 @@ def test_two_outboxes_in_one_process_drain_by_turns(wal, serve):
     one, two = make_outbox(wal, app_name="one"), make_outbox(wal, app_name="two")
     one.add_endpoint(receiver.url())
     one.start()
-    drain_emit(one, [0])
-    eventually(lambda: drain_senders(receiver) == ["one"])
+    emit_numbers(one, [0])
+    eventually(lambda: drainers_of(receiver) == ["one"])
     two.start()
-    drain_emit(two, [1])
-    eventually(lambda: drain_senders(receiver) == ["one", "one"])
+    emit_numbers(two, [1])
+    eventually(lambda: drainers_of(receiver) == ["one", "one"])
     one.stop()
-    drain_emit(two, [2])
-    eventually(lambda: drain_senders(receiver) == ["one", "one", "two"])
+    emit_numbers(two, [2])
+    eventually(lambda: drainers_of(receiver) == ["one", "one", "two"])
     two.stop()
 
 
@@ -11021,12 +11147,12 @@ def test_a_process_that_stands_by_and_emits_does_not_spin(wal, serve):
     outbox.add_endpoint(receiver.url())
     with drain_process(wal, "there") as holder:
         assert holder.stdout.readline() == "started\n"
-        drain_emit(outbox, [0])
+        emit_numbers(outbox, [0])
         eventually(lambda: receiver.requests)
         standby.start()
         try:
             time.sleep(0.3)
-            drain_emit(standby, range(1, 4))
+            emit_numbers(standby, range(1, 4))
             eventually(lambda: len(receiver.requests) == 4)
             before = time.process_time()
             time.sleep(1.0)
@@ -11036,15 +11162,15 @@ def test_a_process_that_stands_by_and_emits_does_not_spin(wal, serve):
 
 
 def test_drain_once_beside_a_running_drain_waits_for_the_work_to_be_done(wal, serve):
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(wal)
     outbox.add_endpoint(receiver.url())
     with drain_process(wal, "there") as holder:
         assert holder.stdout.readline() == "started\n"
-        events = drain_emit(outbox, [0, 1])
+        events = emit_numbers(outbox, [0, 1])
         eventually(lambda: len(receiver.requests) == 2)
-        drain_emit(outbox, [2], delay=3600)
-        with drain_thread(outbox, once=True) as reports:
+        emit_numbers(outbox, [2], delay=3600)
+        with draining(outbox, once=True) as reports:
             time.sleep(0.5)
             assert not reports
             gate.opened.set()
@@ -11053,7 +11179,7 @@ def test_drain_once_beside_a_running_drain_waits_for_the_work_to_be_done(wal, se
             assert reports == [
                 webhook_outbox.DrainReport(delivered=0, retried=0, failed=0, pending=1)
             ]
-    assert set(drain_senders(receiver)) == {"there"}
+    assert set(drainers_of(receiver)) == {"there"}
 
 
 def test_drain_once_beside_a_running_drain_does_not_wait_out_a_pause(wal, serve):
@@ -11061,14 +11187,14 @@ def test_drain_once_beside_a_running_drain_does_not_wait_out_a_pause(wal, serve)
     hang until then."""
     receiver, outbox = serve(answer(429, b"", "Retry-After: 3600")), make_outbox(wal)
     outbox.add_endpoint(receiver.url(), max_in_flight=1)
-    drain_emit(outbox, [0])
+    emit_numbers(outbox, [0])
     outbox.drain(once=True)
-    drain_emit(outbox, [1])
+    emit_numbers(outbox, [1])
     assert outbox.drain(once=True).pending == 2
     with drain_process(wal, "there") as holder:
         assert holder.stdout.readline() == "started\n"
         time.sleep(0.3)
-        with drain_thread(outbox, once=True) as reports:
+        with draining(outbox, once=True) as reports:
             eventually(lambda: reports, within=5)
     assert len(receiver.requests) == 1
 
@@ -11082,24 +11208,24 @@ def test_commits_of_anybody_wake_the_drain(database, serve):
         conn.execute("INSERT INTO webhook_emit(type, data) VALUES ('order.created', '{\\"n\\": 3}')")
     """
     with outbox:
-        drain_emit(outbox, [0])
-        eventually(lambda: 0 in drain_sent(receiver), within=2)
+        emit_numbers(outbox, [0])
+        eventually(lambda: 0 in numbers_of(receiver), within=2)
         other = make_outbox(database)
-        drain_emit(other, [1])
-        eventually(lambda: 1 in drain_sent(receiver), within=2)
+        emit_numbers(other, [1])
+        eventually(lambda: 1 in numbers_of(receiver), within=2)
         query(
             database,
             """INSERT INTO webhook_emit(type, data) VALUES ('order.created', '{"n": 2}')""",
         )
-        eventually(lambda: 2 in drain_sent(receiver), within=2)
+        eventually(lambda: 2 in numbers_of(receiver), within=2)
         with drain_process(database, "", code) as process:
             assert process.wait(30) == 0
-            eventually(lambda: 3 in drain_sent(receiver), within=2)
+            eventually(lambda: 3 in numbers_of(receiver), within=2)
         with outbox.transaction() as conn:
             outbox.emit(conn, "order.created", {"n": 4})
             time.sleep(0.2)
             assert len(receiver.requests) == 4
-        eventually(lambda: 4 in drain_sent(receiver), within=2)
+        eventually(lambda: 4 in numbers_of(receiver), within=2)
 
 
 @pytest.mark.parametrize("seconds", [0.7, pytest.param(8, marks=pytest.mark.long)])
@@ -11107,10 +11233,10 @@ def test_outcomes_wait_for_a_lock_that_somebody_holds_and_nothing_is_sent_twice(
     either, serve, caplog, seconds
 ):
     """EXCLUSIVE keeps readers out as well in rollback mode; in WAL mode it is the write lock."""
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(either)
     outbox.add_endpoint(receiver.url())
-    events = drain_emit(outbox, range(5))
+    events = emit_numbers(outbox, range(5))
     with (
         outbox,
         contextlib.closing(sqlite3.connect(either, isolation_level=None, timeout=10)) as conn,
@@ -11124,7 +11250,7 @@ def test_outcomes_wait_for_a_lock_that_somebody_holds_and_nothing_is_sent_twice(
         conn.execute("COMMIT")
         eventually(lambda: outbox.stats().pending == 0)
         assert [len(outbox.attempts(id)) for id in events.values()] == [1] * 5
-        drain_emit(outbox, [5])
+        emit_numbers(outbox, [5])
         eventually(lambda: len(receiver.requests) == 6)
     assert caplog.records == []
 
@@ -11136,12 +11262,12 @@ def test_a_full_disk_pauses_sending_and_nothing_is_sent_twice(wal, serve):
     receiver, outbox = serve(), make_outbox(wal)
     outbox.add_endpoint(receiver.url())
     with drain_process(wal, "there") as holder:
-        drain_emit(outbox, [0])
+        emit_numbers(outbox, [0])
         eventually(lambda: receiver.requests and outbox.stats().pending == 0)
         resource.prlimit(holder.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        drain_emit(outbox, range(1, 6))
+        emit_numbers(outbox, range(1, 6))
         eventually(lambda: len(receiver.requests) > 1)
-        drain_emit(outbox, [6])
+        emit_numbers(outbox, [6])
         time.sleep(1.6)  # it tries again after a second
         assert len(receiver.requests) <= 7
         assert outbox.stats().pending == 6
@@ -11149,7 +11275,7 @@ def test_a_full_disk_pauses_sending_and_nothing_is_sent_twice(wal, serve):
             holder.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         )
         eventually(lambda: outbox.stats().pending == 0)
-    assert sorted(drain_sent(receiver)) == list(range(7))
+    assert sorted(numbers_of(receiver)) == list(range(7))
 
 
 def test_a_full_disk_is_found_out_before_anything_is_sent(database, serve):
@@ -11215,35 +11341,35 @@ def test_a_database_that_cannot_be_written_gives_one_error_and_nothing_is_sent(s
 
 @pytest.mark.parametrize("ordered", [False, True])
 def test_events_of_one_queue_go_out_strictly_in_order_through_failures(database, serve, ordered):
-    clock, receiver = Clock(), serve(DrainFails(n1=2, n3=1))
+    clock, receiver = Clock(), serve(Fails(n1=2, n3=1))
     outbox = make_outbox(database, clock=clock, retry=RetryPolicy((0, 5, 5), jitter=0.0))
     outbox.add_endpoint(receiver.url(), ordered=ordered)
     for number in range(5):
-        drain_emit(outbox, [number], key=None if ordered else "a")
+        emit_numbers(outbox, [number], key=None if ordered else "a")
         if not ordered:
-            drain_emit(outbox, [100 + number], key="b")
+            emit_numbers(outbox, [100 + number], key="b")
     outbox.drain(once=True)
-    assert [n for n in drain_sent(receiver) if n < 100] == [0, 1]
-    assert [n for n in drain_sent(receiver) if n >= 100] == (
+    assert [n for n in numbers_of(receiver) if n < 100] == [0, 1]
+    assert [n for n in numbers_of(receiver) if n >= 100] == (
         [] if ordered else [100, 101, 102, 103, 104]
     )
     for _ in range(3):
         clock.advance(5.1)
         outbox.drain(once=True)
-    assert [n for n in drain_sent(receiver) if n < 100] == [0, 1, 1, 1, 2, 3, 3, 4]
+    assert [n for n in numbers_of(receiver) if n < 100] == [0, 1, 1, 1, 2, 3, 3, 4]
     assert outbox.stats().pending == 0
 
 
 def test_queues_of_different_keys_go_out_in_parallel(wal, serve):
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(wal)
     outbox.add_endpoint(receiver.url())
     for key in "abcd":
-        drain_emit(outbox, range(3), key=key)
+        emit_numbers(outbox, range(3), key=key)
     with outbox:
         eventually(lambda: gate.most == 4)
         time.sleep(0.2)
-        assert drain_sent(receiver) == [0] * 4
+        assert numbers_of(receiver) == [0] * 4
         gate.opened.set()
         eventually(lambda: outbox.stats().pending == 0)
     assert gate.most == 4
@@ -11251,17 +11377,17 @@ def test_queues_of_different_keys_go_out_in_parallel(wal, serve):
 
 @pytest.mark.parametrize("word", ["skip", "replay", "discard", "update", "remove"])
 def test_a_dead_head_is_skipped_or_holds_its_queue_until_somebody_acts(database, serve, word):
-    clock, play = Clock(), DrainFails(n1=2)
+    clock, play = Clock(), Fails(n1=2)
     receiver, outbox = (
         serve(play),
         make_outbox(database, clock=clock, retry=RetryPolicy((0, 0), jitter=0.0)),
     )
     outbox.add_endpoint(receiver.url(), id="a", on_dead="skip" if word == "skip" else "hold")
-    drain_emit(outbox, range(4), key="k")
-    drain_emit(outbox, [100], key="other")
+    emit_numbers(outbox, range(4), key="k")
+    emit_numbers(outbox, [100], key="other")
     outbox.drain(until_empty=True)
     assert [row.attempts for row in outbox.failed()] == [2]
-    queue = lambda: [n for n in drain_sent(receiver) if n != 100]  # noqa: E731 - read again and again
+    queue = lambda: [n for n in numbers_of(receiver) if n != 100]  # noqa: E731 - read again and again
     if word != "skip":
         assert queue() == [0, 1, 1]
         assert outbox.drain(once=True).pending == 2
@@ -11275,47 +11401,47 @@ def test_a_dead_head_is_skipped_or_holds_its_queue_until_somebody_acts(database,
         query(database, "DELETE FROM webhook_failed")
     outbox.drain(until_empty=True)
     assert queue() == [0, 1, 1, *([1] if word == "replay" else []), 2, 3]
-    assert 100 in drain_sent(receiver)
+    assert 100 in numbers_of(receiver)
 
 
 def test_a_replayed_row_goes_before_the_younger_ones_of_its_queue(wal, serve):
-    clock, receiver = Clock(), serve(DrainFails(n1=1))
+    clock, receiver = Clock(), serve(Fails(n1=1))
     outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0,), jitter=0.0))
     outbox.add_endpoint(receiver.url())
-    drain_emit(outbox, range(3), key="k")
+    emit_numbers(outbox, range(3), key="k")
     outbox.drain(until_empty=True)
-    drain_emit(outbox, [3, 4], key="k")
+    emit_numbers(outbox, [3, 4], key="k")
     assert outbox.replay(all=True) == 1
     outbox.drain(until_empty=True)
-    assert drain_sent(receiver) == [0, 1, 2, 1, 3, 4]
+    assert numbers_of(receiver) == [0, 1, 2, 1, 3, 4]
 
 
 def test_switching_ordered_off_lets_the_rest_go(wal, serve):
-    clock, receiver = Clock(), serve(DrainFails(n0=1))
+    clock, receiver = Clock(), serve(Fails(n0=1))
     outbox = make_outbox(wal, clock=clock)
     outbox.add_endpoint(receiver.url(), id="a", ordered=True)
-    drain_emit(outbox, range(3))
-    drain_emit(outbox, [3, 4], key="k")
+    emit_numbers(outbox, range(3))
+    emit_numbers(outbox, [3, 4], key="k")
     outbox.drain(once=True)
-    assert drain_sent(receiver) == [0]
+    assert numbers_of(receiver) == [0]
     outbox.update_endpoint("a", ordered=False)
     outbox.drain(once=True)
-    assert sorted(drain_sent(receiver)) == [0, 1, 2, 3, 4]
-    assert drain_sent(receiver).index(3) < drain_sent(receiver).index(4)
+    assert sorted(numbers_of(receiver)) == [0, 1, 2, 3, 4]
+    assert numbers_of(receiver).index(3) < numbers_of(receiver).index(4)
 
 
 def test_switching_hold_off_lets_every_queue_of_the_endpoint_go_and_no_other(wal, serve):
     """Queues k and l wait behind a dead head, m behind one that is not due; m's second stays where
     it is."""
-    clock, receiver = Clock(), serve(DrainFails(n0=9))
-    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0,)))
+    clock, receiver = Clock(), serve(Fails(n0=9))
+    outbox = make_outbox(wal, clock=clock, retry=ONCE)
     for name in "ab":
         outbox.add_endpoint(receiver.url(), id=name, on_dead="hold")
     ids = {}
     for key in "klm":
         for number in range(3):
             later = 60.0 if (key, number) == ("m", 0) else 0.0
-            ids[key, number] = drain_emit(outbox, [number], key=key, delay=later)[number]
+            ids[key, number] = emit_numbers(outbox, [number], key=key, delay=later)[number]
 
     def waiting(id: str) -> list[str]:
         return [
@@ -11343,7 +11469,7 @@ def test_switching_hold_off_lets_every_queue_of_the_endpoint_go_and_no_other(wal
 def test_switching_ordered_leaves_what_is_done_as_it_is(wal, serve):
     """A month of delivered rows is not rewritten in the transaction of the host that asks for
     it."""
-    receiver, outbox = serve([OK, answer(400)]), make_outbox(wal, retry=RetryPolicy((0,)))
+    receiver, outbox = serve([OK, answer(400)]), make_outbox(wal, retry=ONCE)
     outbox.add_endpoint(receiver.url(), id="a", max_in_flight=1)
     for key in ("k", None):
         emit(outbox, key=key)
@@ -11358,18 +11484,18 @@ def test_switching_ordered_leaves_what_is_done_as_it_is(wal, serve):
 
 
 def test_switching_ordered_on_holds_for_deliveries_that_were_already_read(wal, serve):
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(wal)
     outbox.add_endpoint(receiver.url(), id="a", max_in_flight=4)
-    drain_emit(outbox, range(40))
+    emit_numbers(outbox, range(40))
     with outbox:
         eventually(lambda: len(receiver.requests) == 4)
         outbox.update_endpoint("a", ordered=True)
         time.sleep(0.3)
-        receiver.play = drain_slow(0.002)
+        receiver.play = answers_after(0.002)
         gate.opened.set()
         eventually(lambda: outbox.stats().pending == 0)
-    assert drain_sent(receiver)[4:] == list(range(4, 40))
+    assert numbers_of(receiver)[4:] == list(range(4, 40))
 
 
 # Plain SQL, and what it makes of the statuses of the rows that its :event and :id name; open is
@@ -11512,13 +11638,13 @@ def test_a_damaged_row_hurts_only_itself(wal, serve, caplog, sql, fails):
     outbox.add_endpoint(receiver.url("/well"), id="well")
     # Is told of the sick ones.
     outbox.add_endpoint(receiver.url("/monitor"), id="monitor", events=["webhook.*"])
-    drain_emit(outbox, [1])
+    emit_numbers(outbox, [1])
     ((first,),) = query(wal, "SELECT min(seq) FROM webhook_events")
     try:
         query(wal, sql.replace(":first", str(first)))
     except sqlite3.IntegrityError:
         return  # the schema does not let it in: better still
-    drain_emit(outbox, [2])
+    emit_numbers(outbox, [2])
 
     def arrived(number: int) -> bool:
         well = [r for r in list(receiver.requests) if "/well" in r.line]
@@ -11526,7 +11652,7 @@ def test_a_damaged_row_hurts_only_itself(wal, serve, caplog, sql, fails):
 
     with outbox:
         eventually(lambda: arrived(2), within=4)
-        drain_emit(outbox, [3])
+        emit_numbers(outbox, [3])
         eventually(lambda: arrived(3), within=4)
         if fails:
             eventually(
@@ -11546,7 +11672,7 @@ def test_answers_that_come_together_cannot_hurt_each_other(wal, serve):
     pair, hold = [], HeldLoop()
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        number = drain_number(request)
+        number = number_of(request)
         if number < 2:
             pair.append(sock)
             eventually(lambda: len(pair) == 2)
@@ -11565,10 +11691,10 @@ def test_answers_that_come_together_cannot_hurt_each_other(wal, serve):
     outbox = make_outbox(wal, clock=hold)
     outbox.add_endpoint(receiver.url(), id="gone", events=["order.created"])
     outbox.add_endpoint(other.url(), id="other", events=["other"])
-    drain_emit(outbox, range(2))
-    with drain_thread(outbox) as reports:
+    emit_numbers(outbox, range(2))
+    with draining(outbox) as reports:
         eventually(lambda: outbox.stats().pending == 0)
-        drain_emit(outbox, [2])
+        emit_numbers(outbox, [2])
         eventually(lambda: len(receiver.requests) == 3)
         emit(outbox, "other")
         eventually(lambda: not outbox.endpoint("gone").enabled)
@@ -11597,18 +11723,18 @@ def test_while_outcomes_cannot_be_recorded_nothing_is_sent_and_then_all_goes_on(
     receiver, outbox = (serve(answer(200, b"x" * 4000)), make_outbox(database))
     outbox.add_endpoint(receiver.url())
     with outbox:
-        drain_emit(outbox, [0])
+        emit_numbers(outbox, [0])
         eventually(lambda: outbox.stats().pending == 0)
         (drain,) = outbox._drains
         drain.file.db.execute(trouble)
-        drain_emit(outbox, range(1, 41))  # 512 bytes of each answer are kept
+        emit_numbers(outbox, range(1, 41))  # 512 bytes of each answer are kept
         eventually(lambda: "cannot be recorded" in caplog.text)
-        drain_emit(outbox, range(41, 44))
+        emit_numbers(outbox, range(41, 44))
         time.sleep(0.2)
         assert len(receiver.requests) <= 41 and outbox.stats().pending >= 3
         drain.file.db.execute(end)
         eventually(lambda: outbox.stats().pending == 0)
-    assert sorted(drain_sent(receiver)) == list(range(44))
+    assert sorted(numbers_of(receiver)) == list(range(44))
     assert [record.levelname for record in caplog.records] == ["ERROR"] and caplog.records[
         0
     ].getMessage().isprintable()
@@ -11643,7 +11769,7 @@ def test_a_process_that_takes_the_lock_in_bursts_delays_and_doubles_nothing(eith
             lambda: not query(either, "SELECT 1 FROM webhook_deliveries WHERE status = 'pending'"),
             within=30,
         )
-    assert sorted(drain_sent(receiver)) == list(range(n + 1))
+    assert sorted(numbers_of(receiver)) == list(range(n + 1))
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
@@ -11654,13 +11780,13 @@ def test_a_reader_that_pins_the_wal_holds_nobody_up_and_the_drain_pins_nothing(w
         reader.execute("BEGIN")
         assert reader.execute("SELECT count(*) FROM webhook_events").fetchone() == (0,)
         for start in range(0, 300, 100):
-            drain_emit(outbox, range(start, start + 100))
+            emit_numbers(outbox, range(start, start + 100))
             eventually(lambda: outbox.stats().pending == 0)
         assert outbox.prune(0) > 0
         assert reader.execute("SELECT count(*) FROM webhook_events").fetchone() == (0,)
         reader.execute("COMMIT")
         eventually(lambda: query(wal, "PRAGMA wal_checkpoint(TRUNCATE)") == [(0, 0, 0)])
-    assert sorted(drain_sent(receiver)) == list(range(300))
+    assert sorted(numbers_of(receiver)) == list(range(300))
 
 
 def test_a_file_that_is_replaced_is_drained_and_one_that_is_deleted_stays_so(
@@ -11675,7 +11801,7 @@ def test_a_file_that_is_replaced_is_drained_and_one_that_is_deleted_stays_so(
         for suffix in ("-wal", "-shm", *suffixes):
             pathlib.Path(wal + suffix).unlink(missing_ok=True)
 
-    drain_emit(outbox, [0])
+    emit_numbers(outbox, [0])
     with (
         contextlib.closing(sqlite3.connect(wal)) as conn,
         contextlib.closing(sqlite3.connect(tmp_path / "copy")) as copy,
@@ -11686,22 +11812,22 @@ def test_a_file_that_is_replaced_is_drained_and_one_that_is_deleted_stays_so(
         delete()
         os.replace(tmp_path / "copy", wal)
         eventually(lambda: len(receiver.requests) == 2)  # the copy knows of no delivery
-        drain_emit(outbox, [1])
+        emit_numbers(outbox, [1])
         eventually(lambda: outbox.stats().pending == 0)
         delete("")
         eventually(lambda: caplog.text.count("was deleted or replaced") == 2)
         with pytest.raises(SchemaError, match=r"does not exist.* init"):
             outbox.stats()
-    assert drain_sent(receiver) == [0, 0, 1] and not os.path.exists(wal)
+    assert numbers_of(receiver) == [0, 0, 1] and not os.path.exists(wal)
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
 def test_two_drains_never_run_because_somebody_deleted_the_lock_file(wal, serve, caplog):
-    gate, outbox, second = DrainGate(), make_outbox(wal), make_outbox(wal, app_name="second")
+    gate, outbox, second = Gate(), make_outbox(wal), make_outbox(wal, app_name="second")
     receiver = serve(gate)
     outbox.add_endpoint(receiver.url(), max_in_flight=1)
     with outbox:
-        drain_emit(outbox, range(3))
+        emit_numbers(outbox, range(3))
         eventually(lambda: gate.inside == 1)
         os.unlink(wal + "-webhooks")
         eventually(lambda: "lock file" in caplog.text)
@@ -11767,15 +11893,15 @@ def test_a_backup_of_the_lock_file_in_the_draining_process_leaves_a_standby_stan
     with lock_pair(wal, lock_kind) as (first, second):
         lock_tells(first, "open(sys.argv[1] + '-webhooks').read()", "outbox.stats()")
         time.sleep(0.5)
-        drain_emit(outbox, range(50))
+        emit_numbers(outbox, range(50))
         eventually(lambda: outbox.stats().pending == 0)
-        assert set(drain_senders(receiver)) == {"first"} and sorted(drain_sent(receiver)) == list(
+        assert set(drainers_of(receiver)) == {"first"} and sorted(numbers_of(receiver)) == list(
             range(50)
         )
         assert webhook_outbox._drainer(wal) == first.pid
         first.kill()
-        drain_emit(outbox, [50])
-        eventually(lambda: drain_senders(receiver)[50:] == ["second"], within=2)
+        emit_numbers(outbox, [50])
+        eventually(lambda: drainers_of(receiver)[50:] == ["second"], within=2)
         eventually(lambda: webhook_outbox._drainer(wal) == second.pid)
 
 
@@ -11841,8 +11967,8 @@ def test_two_copies_of_the_module_in_one_process_never_both_drain(wal, serve, lo
     with drain_process(wal, webhook_outbox.__file__, code) as process:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "", "")
-    assert drain_senders(receiver) == ["one"] * 40 + ["two"] * 20
-    assert collections.Counter(drain_sent(receiver)) == dict.fromkeys(range(20), 3)
+    assert drainers_of(receiver) == ["one"] * 40 + ["two"] * 20
+    assert collections.Counter(numbers_of(receiver)) == dict.fromkeys(range(20), 3)
 
 
 @every_lock
@@ -11859,14 +11985,14 @@ def test_a_child_of_a_draining_process_does_not_keep_the_lock_after_its_parent(
         )
         (child,) = (int(word) for word in said.split() if word.isdigit())
         stack.callback(os.kill, child, signal.SIGKILL)
-        drain_emit(outbox, [0])
-        eventually(lambda: drain_senders(receiver) == ["first"])
+        emit_numbers(outbox, [0])
+        eventually(lambda: drainers_of(receiver) == ["first"])
         eventually(lambda: outbox.stats().pending == 0)  # recorded: else it would come twice
         first.kill()
         first.wait()
         died = time.monotonic()
-        drain_emit(outbox, [1])
-        eventually(lambda: drain_senders(receiver) == ["first", "second"])
+        emit_numbers(outbox, [1])
+        eventually(lambda: drainers_of(receiver) == ["first", "second"])
         print("taken over after", time.monotonic() - died)
         os.kill(child, 0)  # it lives
 
@@ -12095,7 +12221,7 @@ def test_no_statement_of_a_turn_takes_longer_beside_a_large_backlog(wal, serve, 
     """Steps, not seconds: emit, pick, record, fail and replay beside few rows and beside many, of
     every status."""
     connect, most = sqlite3.connect, []
-    receiver, outbox = serve([answer(400), OK]), make_outbox(wal, retry=RetryPolicy((0,)))
+    receiver, outbox = serve([answer(400), OK]), make_outbox(wal, retry=ONCE)
     outbox.add_endpoint(receiver.url(), id="a")
     outbox.add_endpoint(receiver.url(), id="ordered", events=["order.*"], ordered=True)
     for backlog in (100, 3000):
@@ -12189,7 +12315,7 @@ def test_pruning_beside_a_busy_host_and_a_drain_takes_only_what_is_done(database
         removed += outbox.prune(0)
     assert (wrong, removed) == ([], 80)
     assert (
-        sorted(drain_sent(receiver))
+        sorted(numbers_of(receiver))
         == [n for (n,) in query(database, "SELECT id FROM orders")]
         == list(range(80))
     )
@@ -12199,15 +12325,15 @@ def test_pruning_beside_a_busy_host_and_a_drain_takes_only_what_is_done(database
 
 
 def test_workers_bounds_what_is_under_way_in_all(wal, serve):
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(), make_outbox(wal, workers=3)
     for number in range(4):
         outbox.add_endpoint(receiver.url(f"/{number}"))
     with outbox:
-        drain_emit(outbox, [0])
+        emit_numbers(outbox, [0])
         eventually(lambda: outbox.stats().pending == 0)
         receiver.play = gate
-        drain_emit(outbox, range(1, 6))
+        emit_numbers(outbox, range(1, 6))
         eventually(lambda: gate.most == 3)
         time.sleep(0.3)
         gate.opened.set()
@@ -12217,11 +12343,11 @@ def test_workers_bounds_what_is_under_way_in_all(wal, serve):
 
 
 def test_max_in_flight_bounds_one_endpoint(wal, serve):
-    bounded, free = DrainGate(), DrainGate()
+    bounded, free = Gate(), Gate()
     outbox = make_outbox(wal)
     outbox.add_endpoint(serve(bounded).url(), max_in_flight=2)
     outbox.add_endpoint(serve(free).url())
-    drain_emit(outbox, range(12))
+    emit_numbers(outbox, range(12))
     with outbox:
         eventually(lambda: bounded.most == 2 and free.most >= 4)
         time.sleep(0.2)
@@ -12243,7 +12369,7 @@ def test_concurrency_grows_by_one_on_success_and_halves_on_overload_and_5xx_only
 
     receiver, outbox = serve(play), make_outbox(wal, retry=RetryPolicy((0, 600), 0.0), timeout=60)
     outbox.add_endpoint(receiver.url())
-    drain_emit(outbox, range(40))
+    emit_numbers(outbox, range(40))
     steps = [  # what is answered, and then: requests in all, and those under way
         ((), 8, 8),
         ((503, 200), 8, 6),
@@ -12279,7 +12405,7 @@ def test_a_rate_is_never_exceeded_on_average(wal, serve):
 
     receiver.play = play
     outbox.add_endpoint(receiver.url(), rate=50)
-    drain_emit(outbox, range(40))
+    emit_numbers(outbox, range(40))
     start = time.monotonic()
     assert outbox.drain(until_empty=True).delivered == 40
     assert all(n <= 50 * (at - start) + 5 for n, at in enumerate(arrivals))
@@ -12287,11 +12413,11 @@ def test_a_rate_is_never_exceeded_on_average(wal, serve):
 
 
 def test_a_backlog_of_one_endpoint_does_not_delay_another(wal, serve):
-    busy, other = serve(drain_slow(0.02)), serve()
+    busy, other = serve(answers_after(0.02)), serve()
     outbox = make_outbox(wal)
     outbox.add_endpoint(busy.url(), events=["order.created"], max_in_flight=2)
     outbox.add_endpoint(other.url(), events=["other"])
-    drain_emit(outbox, range(300))
+    emit_numbers(outbox, range(300))
     emit(outbox, "other")
     with outbox:
         eventually(lambda: other.requests)
@@ -12305,13 +12431,13 @@ def test_a_backlog_of_one_endpoint_does_not_delay_another(wal, serve):
 def test_endpoints_that_hang_do_not_delay_healthy_ones(wal, serve, hanging):
     """All that hang still hang when all the healthy are done: no clock is needed to see that nobody
     waited."""
-    gate = DrainGate()
+    gate = Gate()
     hung, well, outbox = serve(gate), serve(), make_outbox(wal, timeout=20)
     for number in range(hanging):
         outbox.add_endpoint(hung.url(f"/{number}"))
     for number in range(50):
         outbox.add_endpoint(well.url(f"/{number}"))
-    drain_emit(outbox, range(4))
+    emit_numbers(outbox, range(4))
     with outbox:
         eventually(lambda: len(well.requests) == 200)
         assert gate.inside
@@ -12405,10 +12531,10 @@ def test_a_receiver_with_one_worker_is_not_starved_by_our_own_idle_connection(
     receiver, outbox = serve(kind=DrainPrefork), make_outbox(wal, timeout=10)
     for number in range(endpoints):
         outbox.add_endpoint(receiver.url(f"/{number}"), id=f"e{number}")
-    drain_emit(outbox, range(20))
+    emit_numbers(outbox, range(20))
     with outbox:
         eventually(lambda: outbox.stats().pending == 0, within=9)
-        drain_emit(outbox, range(20, 40))
+        emit_numbers(outbox, range(20, 40))
         eventually(lambda: outbox.stats().pending == 0, within=9)
     attempts = query(wal, "SELECT reason, duration FROM webhook_attempts ORDER BY id")
     assert [reason for reason, _ in attempts] == [None] * 40 * endpoints
@@ -12431,7 +12557,7 @@ def test_unknown_endpoints_fill_half_the_places_failing_ones_three_eighths(
     wal, serve, known, proven, expected
 ):
     """Quick ones fill what is left but for an eighth, and give none back that they have."""
-    gate, busy, receiver = DrainGate(), DrainGate(), serve(answer(500))
+    gate, busy, receiver = Gate(), Gate(), serve(answer(500))
     outbox = make_outbox(wal, workers=9, clock=Clock(), timeout=20)
     for number in range(10):
         outbox.add_endpoint(receiver.url(f"/{number}"), id=f"s{number}", events=["sick"])
@@ -12609,7 +12735,7 @@ def test_an_endpoint_has_failures_exactly_since_it_is_failing_and_is_told_of_in_
 
 
 def test_notices_of_an_endpoint_that_fails_and_answers_in_turn_come_in_one_pair_in_ten_minutes():
-    policy, lane = RetryPolicy((0,)), webhook_outbox._Lane("a")
+    policy, lane = ONCE, webhook_outbox._Lane("a")
     sick, well = webhook_outbox._Outcome(500, "status"), webhook_outbox._Outcome(200)
     told = []
     for second in range(0, 3_600, 2):
@@ -12632,7 +12758,7 @@ UNSTEADY = [  # outcomes of a day's attempts, over and over; when and why the en
 
 @pytest.mark.parametrize(("day", "when", "why"), UNSTEADY)
 def test_an_endpoint_that_hardly_ever_answers_is_hopeless_after_five_days(day, when, why):
-    policy, health, found = RetryPolicy((0,)), webhook_outbox._Health(), None
+    policy, health, found = ONCE, webhook_outbox._Health(), None
     for n in range(9):
         for number, letter in enumerate(day):
             now = 1e9 + 86_400.0 * (n + number / len(day))
@@ -12985,7 +13111,7 @@ class PlacesPlay:
         self.attempts: set[Any] = set()
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.now, self.count, self.most = 0.0, itertools.count(), 0
-        self.policy = RetryPolicy((0,))
+        self.policy = ONCE
         self.waits: dict[str, list[float]] = collections.defaultdict(list)
 
     def may_begin(self, lane: Any, share: float, openings: int, mono: float) -> bool:
@@ -13133,11 +13259,11 @@ def test_large_bodies_are_read_when_their_attempt_starts_and_small_ones_ahead_wi
         assert [backlog.take(conn, math.inf) for _ in range(2)][1].type is None
         conn.rollback()
     assert outbox.drain(once=True) == webhook_outbox.DrainReport(12, 0, 0, 0)
-    assert sorted(drain_sent(receiver)) == list(range(12))
+    assert sorted(numbers_of(receiver)) == list(range(12))
 
 
 def test_the_doctor_names_the_endpoint_that_holds_most_of_the_file(wal, serve):
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     outbox.add_endpoint(serve(answer(500, b"x" * 4096)).url(), id="big")
     outbox.add_endpoint(serve(answer(500)).url(), id="small")
     for count, expected in ((1, 0), (19, 1)):
@@ -13778,7 +13904,7 @@ def test_only_who_has_nothing_else_to_do_or_leaves_does_not_wait_to_record(
 @pytest.mark.parametrize(("writes", "count"), [(True, 750), (False, 1536)])
 def test_while_the_host_writes_commits_are_small(wal, monkeypatch, writes, count):
     monkeypatch.delenv("NOWHERE", raising=False)
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     outbox.add_endpoint("https://example.com/", id="broken", secret="env:NOWHERE")
     with outbox.transaction() as conn:
         for n in range(2100):
@@ -14050,7 +14176,7 @@ def test_what_makes_an_old_delivery_due_is_counted_and_what_does_not_is_not(wal,
     """Otherwise each commit would cost a look at all that wait, or a delivery would be looked for
     in vain."""
     clock, receiver = Clock(), serve([OK, answer(400), OK])
-    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, clock=clock, retry=ONCE)
     outbox.add_endpoint(receiver.url(), id="a", max_in_flight=1)
     ids = {"delivered": emit(outbox, "order.x"), "failed": emit(outbox, "order.x")}
     assert outbox.drain(once=True).failed == 1
@@ -14490,7 +14616,7 @@ def test_each_attempt_comes_back_once_with_its_outcome(wal, serve):
 def test_an_attempt_begins_only_where_a_connection_or_a_thread_is_free(wal, serve, slow):
     """Two are opened at once for an origin. Then its lanes are parked there until there is room
     again."""
-    gate = DrainGate()
+    gate = Gate()
     receiver, url = serve(gate), ""
     transforms = {"own": lambda event: b"1"}
     with carrier_of(wal, transforms=transforms) as carrier:
@@ -14586,7 +14712,7 @@ def test_as_many_connections_are_kept_idle_as_there_are_workers_and_the_longest_
 def test_an_attempt_presses_only_on_a_connection_that_nobody_has_served_yet(wal, serve, served):
     """Also where that connection was idle: it was opened for another, and no worker may have taken
     it."""
-    gate = DrainGate()
+    gate = Gate()
     receiver = serve([OK, OK, gate] if served else gate)
     with carrier_of(wal) as carrier:
         lane = lane_to(carrier, receiver.url())
@@ -14634,7 +14760,7 @@ def test_an_attempt_ends_at_its_deadline_wherever_it_is(wal, serve, where):
 
 
 def test_a_sender_that_stops_begins_nothing_more_and_lets_what_was_sent_end(wal, serve):
-    gate, go = DrainGate(), threading.Event()
+    gate, go = Gate(), threading.Event()
     receiver = serve(gate)
 
     def resolve(host: str, port: int) -> list[str]:
@@ -14721,9 +14847,7 @@ def test_retention_deletes_a_few_at_a_time_and_then_rests(wal):
 
 def test_failed_rows_stay_for_their_retention_and_their_events_then_for_theirs(wal, serve):
     clock = Clock()
-    outbox = make_outbox(
-        wal, clock=clock, retry=RetryPolicy((0,)), failed_retention=50.0, retention=100.0
-    )
+    outbox = make_outbox(wal, clock=clock, retry=ONCE, failed_retention=50.0, retention=100.0)
     outbox.add_endpoint(serve(answer(500)).url(), id="a")
     old = emit(outbox)
     outbox.drain(once=True)
@@ -14914,7 +15038,7 @@ def test_what_is_learned_of_more_endpoints_than_a_statement_holds_is_recorded_an
     """With 512 the last statement is full before it comes to the counts; with 1100 endpoints are
     left over."""
     monkeypatch.delenv("NOWHERE", raising=False)
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     with outbox.transaction() as conn:
         for number in range(count):
             outbox.add_endpoint(
@@ -14993,7 +15117,7 @@ def test_a_struggling_endpoint_gets_one_probe_at_a_time_and_one_success_opens_it
     options: dict[str, Any] = {"clock": clock, "retry": RetryPolicy((0, *[100] * 30), jitter=0.0)}
     outbox = make_outbox(wal, **options)
     outbox.add_endpoint(receiver.url(), max_in_flight=1)
-    drain_emit(outbox, range(20))
+    emit_numbers(outbox, range(20))
 
     def sends(after: float) -> int:
         clock.advance(after)
@@ -15016,12 +15140,12 @@ def test_probes_of_a_struggling_endpoint_are_never_parallel(wal, serve):
     clock, receiver = Clock(), serve(answer(500))
     outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 100, 100), jitter=0.0))
     outbox.add_endpoint(receiver.url())
-    drain_emit(outbox, range(40))
+    emit_numbers(outbox, range(40))
     outbox.drain(once=True)
     assert 10 <= len(receiver.requests) <= 10 + 8
     clock.advance(61)
-    receiver.play = gate = DrainGate()
-    with drain_thread(outbox, once=True):
+    receiver.play = gate = Gate()
+    with draining(outbox, once=True):
         eventually(lambda: gate.inside == 1)
         time.sleep(0.2)
         assert gate.most == 1
@@ -15034,7 +15158,7 @@ def test_a_ping_that_is_answered_ends_the_hold_also_in_a_drain_that_runs(either,
     outbox = make_outbox(either, retry=RetryPolicy((0, 100, 100), jitter=0.0))
     other = make_outbox(either)  # as another process has it
     outbox.add_endpoint(receiver.url(), id="crm")
-    drain_emit(outbox, range(40))
+    emit_numbers(outbox, range(40))
     with outbox:
         eventually(lambda: other.endpoint("crm").paused_until > time.time() + 1.5)
         assert other.ping("crm").reason == "status"
@@ -15070,11 +15194,11 @@ def test_a_hold_that_somebody_ended_is_not_brought_back_by_what_is_unrecorded(
 
 
 def test_a_drain_prunes_by_itself_and_prune_beside_it_takes_nothing_that_waits(wal, serve):
-    clock, receiver = Clock(), serve(DrainFails(n1=9))
+    clock, receiver = Clock(), serve(Fails(n1=9))
     outbox = make_outbox(wal, clock=clock, retention=100, retry=RetryPolicy((0,), jitter=0.0))
     outbox.add_endpoint(receiver.url())
-    old = drain_emit(outbox, (0, 1))
-    waiting = drain_emit(outbox, [2], delay=1000)
+    old = emit_numbers(outbox, (0, 1))
+    waiting = emit_numbers(outbox, [2], delay=1000)
     outbox.drain(once=True)
     clock.advance(99)
     outbox.drain(once=True)
@@ -15084,14 +15208,14 @@ def test_a_drain_prunes_by_itself_and_prune_beside_it_takes_nothing_that_waits(w
         eventually(lambda: not query(wal, "SELECT 1 FROM webhook_events WHERE id = ?", old[0]))
         removed = 0
         for start in range(100, 400, 10):
-            drain_emit(outbox, range(start, start + 10))
+            emit_numbers(outbox, range(start, start + 10))
             clock.advance(0.001)
             removed += outbox.prune(older_than=0)
         eventually(lambda: outbox.stats().due == 0)
         clock.advance(1)
         removed += outbox.prune(older_than=0)
     assert removed == 300
-    assert sorted(drain_sent(receiver)) == [0, 1, *range(100, 400)]
+    assert sorted(numbers_of(receiver)) == [0, 1, *range(100, 400)]
     assert outbox.event(old[1]).deliveries[0].status == "failed"
     assert outbox.event(waiting[2]).deliveries[0].status == "pending"
     assert query(wal, "SELECT count(*) FROM webhook_attempts") == [(1,)]
@@ -15608,7 +15732,7 @@ def test_a_child_forked_inside_a_transaction_neither_ends_nor_spoils_it(database
 
 
 def test_the_interpreter_exits_promptly_and_silently_with_attempts_under_way(wal, serve):
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(wal)
     outbox.add_endpoint(receiver.url())
     event = emit(outbox)
@@ -15629,36 +15753,12 @@ def test_the_interpreter_exits_promptly_and_silently_with_attempts_under_way(wal
     assert outbox.drain(until_empty=True).delivered == 1
 
 
-@contextlib.contextmanager
-def drain_command(path: str, *args: str) -> Iterator[Any]:
-    arguments = [
-        "-m",
-        "webhook_outbox",
-        "--db",
-        path,
-        "--allow-network",
-        "127.0.0.0/8",
-        "drain",
-        *args,
-    ]
-    pipes: dict[str, Any] = {
-        "stdin": subprocess.DEVNULL,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-    }
-    with subprocess.Popen([sys.executable, *arguments], text=True, cwd=ROOT, **pipes) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_attempts_under_way_end_and_takes_no_new_ones(wal, serve, number):
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(wal)
     outbox.add_endpoint(receiver.url(), max_in_flight=2)
-    events = drain_emit(outbox, range(4))
+    events = emit_numbers(outbox, range(4))
     with drain_command(wal) as process:
         eventually(lambda: len(receiver.requests) == 2)
         process.send_signal(number)
@@ -15674,7 +15774,7 @@ def test_a_signal_lets_attempts_under_way_end_and_takes_no_new_ones(wal, serve, 
 
 
 def test_a_second_signal_stops_waiting(wal, serve):
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(wal)
     outbox.add_endpoint(receiver.url())
     event = emit(outbox)
@@ -15689,31 +15789,6 @@ def test_a_second_signal_stops_waiting(wal, serve):
     gate.opened.set()
     assert "Traceback" not in err
     assert statuses(outbox, event).popitem()[1] == "pending"
-
-
-class DrainPaths:
-    """Does by the path: /slow1.5 answers after 1.5 s, /hang never, others at once. Notes when each
-    event came."""
-
-    def __init__(self) -> None:
-        self.at: dict[int, list[float]] = {}
-        self.over = threading.Event()
-        self.lock, self.inside, self.most = threading.Lock(), 0, 0
-
-    def __call__(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        path = request.line.split()[1]
-        with self.lock:
-            self.at.setdefault(drain_number(request), []).append(time.monotonic())
-            self.inside += 1
-            self.most = max(self.most, self.inside)
-        if path.startswith("/slow"):
-            time.sleep(float(path[5:]))
-        if path.startswith("/hang"):
-            self.over.wait(20)
-        with self.lock:
-            self.inside -= 1
-        sock.sendall(OK)
-        return True
 
 
 class DrainHandler(http.server.BaseHTTPRequestHandler):
@@ -15859,7 +15934,7 @@ def test_pythons_single_threaded_server_gets_a_burst_without_a_timeout_or_a_dupl
     thread.start()
     try:
         outbox.add_endpoint(f"http://127.0.0.1:{server.server_port}/")
-        drain_emit(outbox, range(events))
+        emit_numbers(outbox, range(events))
         assert outbox.drain(until_empty=True) == webhook_outbox.DrainReport(events, 0, 0, 0)
     finally:
         server.shutdown()
@@ -15886,11 +15961,11 @@ def test_an_origin_with_few_workers_gets_a_burst_without_a_timeout_or_a_duplicat
     wal, serve, authority, workers, tls, events, work
 ):
     context, outbox = authority.server() if tls else None, make_outbox(wal)
-    receiver = serve(drain_slow(work), kind=DrainPrefork, workers=workers, tls=context)
+    receiver = serve(answers_after(work), kind=DrainPrefork, workers=workers, tls=context)
     outbox.add_endpoint(receiver.url(), ca=authority.path if tls else None)
-    drain_emit(outbox, range(events))
+    emit_numbers(outbox, range(events))
     assert outbox.drain(until_empty=True) == webhook_outbox.DrainReport(events, 0, 0, 0)
-    assert sorted(drain_sent(receiver)) == list(range(events))
+    assert sorted(numbers_of(receiver)) == list(range(events))
 
 
 @pytest.mark.long
@@ -15906,7 +15981,7 @@ def test_traffic_of_one_endpoint_leaves_few_workers_to_another_of_the_same_origi
     wal, serve, authority, workers, tls
 ):
     """At first within two seconds: it has to be found out. From then on at once."""
-    paths, outbox = DrainPaths(), make_outbox(wal)
+    paths, outbox = Paths(), make_outbox(wal)
     receiver = serve(
         paths, kind=DrainPrefork, workers=workers, tls=authority.server() if tls else None
     )
@@ -15927,18 +16002,18 @@ def test_traffic_of_one_endpoint_leaves_few_workers_to_another_of_the_same_origi
     took = {number: paths.at[number][0] - at for number, at in emitted.items()}
     assert max(took.values()) < 2.5
     assert max(took[number] for number in range(52, 60)) < 0.75, took
-    assert len(receiver.requests) == len(set(drain_sent(receiver)))
+    assert len(receiver.requests) == len(set(numbers_of(receiver)))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seconds", [1.1, pytest.param(1.5, marks=pytest.mark.long)])
 def test_an_origin_that_is_slow_is_not_taken_for_one_with_few_workers(wal, serve, seconds):
-    paths, outbox = DrainPaths(), make_outbox(wal)
+    paths, outbox = Paths(), make_outbox(wal)
     outbox.add_endpoint(serve(paths).url(f"/slow{seconds}"))
     with outbox:
         for numbers in (range(1), range(1, 6), range(6, 14)):
             paths.most = 0
-            drain_emit(outbox, numbers)
+            emit_numbers(outbox, numbers)
             eventually(lambda: outbox.stats().pending == 0)
     assert paths.most == 8 and all(len(at) == 1 for at in paths.at.values())
 
@@ -15955,7 +16030,7 @@ def test_endpoints_that_hang_or_are_slow_cost_the_others_of_their_origin_nothing
     wal, serve, authority, seconds, tls
 ):
     """p99 as before they began, within a bound that no machine's hiccup reaches."""
-    paths, outbox = DrainPaths(), make_outbox(wal, timeout=4.0)
+    paths, outbox = Paths(), make_outbox(wal, timeout=4.0)
     receiver = serve(paths, tls=authority.server() if tls else None)
     for number, path in enumerate(["/a", "/b", "/slow1.1", "/slow1.3", "/hang", "/hang/too"]):
         outbox.add_endpoint(
@@ -15980,7 +16055,7 @@ def test_endpoints_that_hang_or_are_slow_cost_the_others_of_their_origin_nothing
     with outbox:
         before = p99([0, 1], 0, 1)
         beside = p99([0, 1, 2, 3, 4, 5], 100_000, seconds)
-        paths.over.set()
+        paths.opened.set()
     assert beside < 0.25 + 3 * before
 
 
@@ -16020,7 +16095,7 @@ def drain_hears(
 ) -> None:
     """The commit that a line ends with is delivered soon."""
     assert do(line) == "done"
-    eventually(lambda: number in drain_sent(receiver), within=within)
+    eventually(lambda: number in numbers_of(receiver), within=within)
 
 
 @pytest.mark.parametrize("journal", ["wal", "delete", "truncate", "persist"])
@@ -16076,7 +16151,7 @@ def test_a_commit_of_another_process_is_heard_soon_after_a_fork_of_the_draining_
                 fork_and_exit()
                 number = next(numbers)
                 emit(outbox, data={"n": number})
-                eventually(lambda number=number: number in drain_sent(receiver), within=1)
+                eventually(lambda number=number: number in numbers_of(receiver), within=1)
             with drain_writer(either) as do:
                 if way == "fork":
                     fork_and_exit()
@@ -16117,7 +16192,7 @@ for line in sys.stdin:
 @pytest.mark.parametrize("ears", ["inotify", "deaf"])
 def test_an_idle_drain_hears_commits_soon_and_does_not_spin(database, serve, ears):
     """The same where the system tells nothing of writes, and while an attempt hangs."""
-    gate = DrainGate()
+    gate = Gate()
     receiver, hanging, outbox = serve(), serve(gate), make_outbox(database)
     outbox.add_endpoint(receiver.url(), events=["order.*"])
     outbox.add_endpoint(hanging.url(), events=["hang"])
@@ -16144,7 +16219,7 @@ def test_an_idle_drain_hears_commits_soon_and_does_not_spin(database, serve, ear
 
 def test_timeouts_hold_while_a_host_keeps_the_file_locked(either, serve):
     """In rollback mode nothing can even be read then."""
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(either, timeout=0.5)
     outbox.add_endpoint(receiver.url())
     with outbox, contextlib.closing(sqlite3.connect(either, isolation_level=None)) as host:
@@ -16172,7 +16247,7 @@ def test_what_others_emit_is_found_while_thousands_wait_for_tomorrow(either, ser
             for number in range(5):
                 drain_hears(receiver, do, f"emit({number})", number)
     assert outbox.stats().pending == waiting // 3 * 3
-    assert collections.Counter(drain_sent(receiver)) == {number: 3 for number in range(-1, 5)}
+    assert collections.Counter(numbers_of(receiver)) == {number: 3 for number in range(-1, 5)}
 
 
 def test_deliveries_come_up_at_their_time_although_the_clock_jumps(wal, serve):
@@ -16201,14 +16276,14 @@ def test_deliveries_come_up_at_their_time_although_the_clock_jumps(wal, serve):
         ]
         for step, sent in steps:
             clock.advance(step)
-            eventually(lambda sent=sent: sorted(drain_sent(receiver)) == sent, within=2)
+            eventually(lambda sent=sent: sorted(numbers_of(receiver)) == sent, within=2)
             time.sleep(0.05)
-            assert sorted(drain_sent(receiver)) == sent
+            assert sorted(numbers_of(receiver)) == sent
         later("n1", 5, 10)
         clock.advance(-1e6)  # set back: it comes by the new time
         later("n1", 6, 10)
         clock.advance(10.1)
-        eventually(lambda: 6 in drain_sent(receiver), within=3)
+        eventually(lambda: 6 in numbers_of(receiver), within=3)
 
 
 # What makes an old delivery due, and which events (by number) are sent then. Before, a held queue
@@ -16247,7 +16322,7 @@ DRAIN_WORK: dict[str, tuple[Callable[[Outbox, dict[int, str]], Any], set[int]]] 
 @pytest.mark.parametrize("word", DRAIN_WORK)
 @pytest.mark.parametrize("by", ["this process", "another"])
 def test_whatever_makes_an_old_delivery_due_has_a_running_drain_send_it_soon(wal, serve, word, by):
-    receiver, outbox = serve(answer(400)), make_outbox(wal, retry=RetryPolicy((0,)))
+    receiver, outbox = serve(answer(400)), make_outbox(wal, retry=ONCE)
     outbox.add_endpoint(receiver.url("/a"), id="a", events=["a"], on_dead="hold")
     for name in "bce":
         outbox.add_endpoint(receiver.url(f"/{name}"), id=name, events=[name])
@@ -16272,9 +16347,9 @@ def test_whatever_makes_an_old_delivery_due_has_a_running_drain_send_it_soon(wal
             fork_and_exit(lambda: act(Outbox(wal), ids))
         else:
             act(outbox, ids)
-        eventually(lambda: set(drain_sent(receiver)) == sent, within=3)
+        eventually(lambda: set(numbers_of(receiver)) == sent, within=3)
         time.sleep(0.05)
-    assert sorted(drain_sent(receiver)) == sorted(sent)
+    assert sorted(numbers_of(receiver)) == sorted(sent)
 
 
 # What ends it that a delivery waits, however it was read ahead; and whether what was read goes out
@@ -16295,24 +16370,24 @@ DRAIN_RECALLS: dict[str, Callable[[Outbox, Any], Any]] = {
 @pytest.mark.parametrize("by", ["this process", "another"])
 def test_what_was_read_ahead_is_not_sent_once_it_was_cancelled(wal, serve, word, key, by):
     """What is under way ends as it ends; the next event goes out at once."""
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(wal)
     outbox.add_endpoint(receiver.url(), id="a", max_in_flight=2)
     outbox.add_endpoint(receiver.url("/other"), id="b", events=["other"])
     with outbox:
-        ids = drain_emit(outbox, range(50), key=key)
+        ids = emit_numbers(outbox, range(50), key=key)
         eventually(lambda: gate.inside == (1 if key else 2))
-        under_way = set(drain_sent(receiver))
+        under_way = set(numbers_of(receiver))
         if by == "another":
             fork_and_exit(lambda: DRAIN_RECALLS[word](Outbox(wal), None))
         else:
             DRAIN_RECALLS[word](outbox, None)
         gate.opened.set()
         emit(outbox, "other", {"n": 99})
-        eventually(lambda: 99 in drain_sent(receiver))
+        eventually(lambda: 99 in numbers_of(receiver))
         eventually(lambda: not gate.inside)
         time.sleep(0.05)
-        assert set(drain_sent(receiver)) == under_way | {99}
+        assert set(numbers_of(receiver)) == under_way | {99}
     found = {n: statuses(outbox, id).get("a") for n, id in ids.items() if word != "remove"}
     rest = "held" if word == "disable" else "cancelled"
     assert {n for n, status in found.items() if status == "delivered"} <= under_way
@@ -16332,7 +16407,7 @@ def test_what_was_read_ahead_is_not_sent_once_it_was_cancelled(wal, serve, word,
 def test_an_attempt_under_way_when_it_is_cancelled_is_recorded_and_not_followed_by_another(
     database, serve, plays, status, tries, key
 ):
-    gate = DrainGate()
+    gate = Gate()
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
         gate.opened.wait(20)
@@ -16386,11 +16461,11 @@ def test_a_drain_until_nothing_waits_ends_when_the_last_that_waits_is_cancelled(
 
 
 def test_the_answer_to_an_event_that_was_erased_under_way_is_not_kept(database, serve):
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(database)
     outbox.add_endpoint(receiver.url(), id="a")
     with outbox:
-        ids = drain_emit(outbox, range(2), key="k")
+        ids = emit_numbers(outbox, range(2), key="k")
         eventually(lambda: gate.inside == 1)
         outbox.erase(ids[0])
         gate.opened.set()
@@ -16425,7 +16500,7 @@ def test_no_attempt_begins_after_its_cancellation_has_committed(wal, serve, roun
     ):
         conn.execute("PRAGMA synchronous = OFF")
         for _ in range(rounds):
-            ids = drain_emit(outbox, range(200))
+            ids = emit_numbers(outbox, range(200))
             conn.execute("BEGIN IMMEDIATE")
             outbox.cancel(type="order.*", conn=conn)
             done.clear()
@@ -16464,28 +16539,28 @@ def test_an_endpoint_that_is_removed_gets_nothing_more_and_added_again_only_what
     either, serve
 ):
     """Its deliveries were read ahead."""
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(either, workers=4)
     outbox.add_endpoint(receiver.url("/old"), id="a")
     for again in (False, True):
         gate.opened.clear()
         receiver.requests.clear()
         with outbox:
-            drain_emit(outbox, range(100))
+            emit_numbers(outbox, range(100))
             eventually(lambda: len(receiver.requests) == gate.inside > 0)
-            under_way = set(drain_sent(receiver))
+            under_way = set(numbers_of(receiver))
             with outbox.transaction() as conn:
                 outbox.remove_endpoint("a", conn=conn)
                 if again:
                     outbox.add_endpoint(receiver.url("/new"), id="a", conn=conn)
             if not again:
                 outbox.add_endpoint(receiver.url("/new"), id="a")
-            drain_emit(outbox, [100, 101])
+            emit_numbers(outbox, [100, 101])
             time.sleep(0.2)
             gate.opened.set()
-            eventually(lambda: {100, 101} <= set(drain_sent(receiver)))
+            eventually(lambda: {100, 101} <= set(numbers_of(receiver)))
             eventually(lambda: outbox.stats().pending == 0)
-        paths = {(request.line.split()[1], drain_number(request)) for request in receiver.requests}
+        paths = {(request.line.split()[1], number_of(request)) for request in receiver.requests}
         old = "/new" if again else "/old"
         assert paths == {(old, number) for number in under_way} | {("/new", 100), ("/new", 101)}
         assert len(receiver.requests) == len(under_way) + 2
@@ -16564,12 +16639,12 @@ def test_deliveries_without_an_endpoint_hold_nobody_up_and_fail(either, serve):
     outbox.add_endpoint(receiver.url(), id="a")
     stray = "INSERT INTO webhook_deliveries (event, endpoint_id, due_at) "
     with outbox:
-        ids = drain_emit(outbox, range(300))
+        ids = emit_numbers(outbox, range(300))
         eventually(lambda: len(receiver.requests) == 300)
         query(either, f"{stray} SELECT seq, 'nobody', 0.0 FROM webhook_events")
         query(either, f"{stray} VALUES (1, 'none', 0.0), (1 << 62, 'later', 1e10)")
-        drain_emit(outbox, [300])
-        eventually(lambda: 300 in drain_sent(receiver), within=2)
+        emit_numbers(outbox, [300])
+        eventually(lambda: 300 in numbers_of(receiver), within=2)
     assert outbox.drain(once=True).failed == 302
     assert {row.error for row in outbox.failed(limit=1_000)} == {"there is no such endpoint"}
     assert statuses(outbox, ids[0]) == {"a": "delivered", "nobody": "failed"}
@@ -16577,7 +16652,7 @@ def test_deliveries_without_an_endpoint_hold_nobody_up_and_fail(either, serve):
 
 def test_an_event_after_one_that_was_deleted_under_way_is_another_one_and_delivered(either, serve):
     """Its key is not issued again, so the first one's answer says nothing about it."""
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(either)
     outbox.add_endpoint(receiver.url())
     with outbox:
@@ -16588,7 +16663,7 @@ def test_an_event_after_one_that_was_deleted_under_way_is_another_one_and_delive
         eventually(lambda: len(receiver.requests) == 2)
         gate.opened.set()
         drain_delivered(outbox, second)
-    assert first != second and sorted(drain_sent(receiver)) == [1, 2]
+    assert first != second and sorted(numbers_of(receiver)) == [1, 2]
     assert [attempt.reason for attempt in outbox.attempts(second)] == [None]
 
 
@@ -16598,14 +16673,14 @@ def test_a_queue_runs_from_memory_and_does_not_wait_for_the_disk(wal, serve, ord
     writes, too."""
     receiver, outbox = serve(), make_outbox(wal)
     outbox.add_endpoint(receiver.url(), ordered=ordered)
-    drain_emit(outbox, range(400), **({} if ordered else {"key": "k"}))
+    emit_numbers(outbox, range(400), **({} if ordered else {"key": "k"}))
     versions = set()
     with contextlib.closing(sqlite3.connect(wal, isolation_level=None, timeout=10)) as host, outbox:
         while outbox.stats().pending or len(receiver.requests) < 400:
             versions.add(host.execute("PRAGMA data_version").fetchone()[0])
             host.execute("INSERT INTO orders (total) VALUES (1)")
             time.sleep(0.002)
-    assert drain_sent(receiver) == list(range(400))
+    assert numbers_of(receiver) == list(range(400))
     assert len(versions) < 100  # far fewer than deliveries
 
 
@@ -16616,10 +16691,10 @@ def test_a_failure_in_the_middle_of_a_queue_is_tried_again_before_anything_behin
 ):
     """Number 30 fails twice, and 60 for good: then it is skipped, or the rest is held until it is
     discarded."""
-    fails = DrainFails(n30=2)
+    fails = Fails(n30=2)
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        if drain_number(request) != 60:
+        if number_of(request) != 60:
             return fails(receiver, sock, request)
         sock.sendall(answer(500, b"", "webhook-delivery: abort-message"))
         return True
@@ -16630,31 +16705,31 @@ def test_a_failure_in_the_middle_of_a_queue_is_tried_again_before_anything_behin
     )
     outbox.add_endpoint(receiver.url(), id="a", ordered=ordered, on_dead=word)
     with outbox:
-        drain_emit(outbox, range(50), **({} if ordered else {"key": "k"}))
-        drain_emit(outbox, range(50, 100), **({} if ordered else {"key": "k"}))
+        emit_numbers(outbox, range(50), **({} if ordered else {"key": "k"}))
+        emit_numbers(outbox, range(50, 100), **({} if ordered else {"key": "k"}))
         eventually(lambda: outbox.stats().failed)
         if word == "hold":
             time.sleep(0.1)
-            assert drain_sent(receiver)[-1] == 60
+            assert numbers_of(receiver)[-1] == 60
             outbox.discard(endpoint="a")
-        eventually(lambda: 99 in drain_sent(receiver))
-    assert drain_sent(receiver) == sorted([*range(100), 30, 30])
+        eventually(lambda: 99 in numbers_of(receiver))
+    assert numbers_of(receiver) == sorted([*range(100), 30, 30])
 
 
 def test_a_delay_in_the_middle_of_a_queue_holds_those_behind_it_back(wal, serve):
     clock, receiver = Clock(), serve()
     outbox = make_outbox(wal, clock=clock)
     outbox.add_endpoint(receiver.url(), ordered=True)
-    drain_emit(outbox, range(5))
-    drain_emit(outbox, [5], delay=60)
-    drain_emit(outbox, range(6, 10))
+    emit_numbers(outbox, range(5))
+    emit_numbers(outbox, [5], delay=60)
+    emit_numbers(outbox, range(6, 10))
     with outbox:
-        eventually(lambda: drain_sent(receiver) == list(range(5)))
-        drain_emit(outbox, [10])
+        eventually(lambda: numbers_of(receiver) == list(range(5)))
+        emit_numbers(outbox, [10])
         time.sleep(0.2)
-        assert drain_sent(receiver) == list(range(5))
+        assert numbers_of(receiver) == list(range(5))
         clock.advance(61)
-        eventually(lambda: drain_sent(receiver) == list(range(11)), within=3)
+        eventually(lambda: numbers_of(receiver) == list(range(11)), within=3)
 
 
 class DrainSteps:
@@ -16694,7 +16769,7 @@ def test_what_somebody_does_in_the_middle_of_a_queue_in_memory_keeps_its_order(e
     steps = DrainSteps()
     receiver, outbox = serve(steps), make_outbox(either)
     outbox.add_endpoint(receiver.url(), id="a", ordered=True)
-    ids = drain_emit(outbox, range(10))
+    ids = emit_numbers(outbox, range(10))
     act, expected = DRAIN_MIDDLE[word]
     with outbox:
         steps.step(2)
@@ -16702,26 +16777,26 @@ def test_what_somebody_does_in_the_middle_of_a_queue_in_memory_keeps_its_order(e
         eventually(lambda: len(receiver.requests) == 3)
         act(outbox, ids)
         time.sleep(0.1)  # for the drain to see it
-        drain_emit(outbox, [10])
+        emit_numbers(outbox, [10])
         steps.step(20)
         eventually(lambda: outbox.stats().pending == 0)
-    assert drain_sent(receiver) == expected
+    assert numbers_of(receiver) == expected
 
 
 def test_switching_ordered_off_in_the_middle_of_a_queue_in_memory_lets_the_rest_go_at_once(
     either, serve
 ):
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(either)
     outbox.add_endpoint(receiver.url(), id="a", ordered=True)
-    drain_emit(outbox, range(6))
+    emit_numbers(outbox, range(6))
     with outbox:
         eventually(lambda: receiver.requests)
         outbox.update_endpoint("a", ordered=False)
         eventually(lambda: gate.inside == 6)
         gate.opened.set()
         eventually(lambda: outbox.stats().pending == 0)
-    assert sorted(drain_sent(receiver)) == list(range(6))
+    assert sorted(numbers_of(receiver)) == list(range(6))
 
 
 def test_what_is_emitted_to_a_queue_that_has_just_ended_goes_out_before_the_outcomes_are_recorded(
@@ -16743,12 +16818,12 @@ def test_what_is_emitted_to_a_queue_that_has_just_ended_goes_out_before_the_outc
     with outbox:
         for number in range(60):
             begun = time.monotonic()
-            drain_emit(outbox, [number])
-            eventually(lambda number=number: number in drain_sent(receiver))
+            emit_numbers(outbox, [number])
+            eventually(lambda number=number: number in numbers_of(receiver))
             took.append(time.monotonic() - begun)
         over.set()
         thread.join()
-    assert drain_sent(receiver) == list(range(60))
+    assert numbers_of(receiver) == list(range(60))
     assert statistics.median(took) < 0.05
 
 
@@ -16762,7 +16837,7 @@ def test_a_queue_goes_on_in_order_after_sigkill_and_repeats_only_what_was_not_re
     outbox.add_endpoint(receiver.url(), ordered=True)
     count, recorded = 0, 0
     for _ in range(rounds):
-        drain_emit(outbox, range(count, count + 150))
+        emit_numbers(outbox, range(count, count + 150))
         count += 150
         sent = len(receiver.requests)
         with drain_process(path):
@@ -16770,17 +16845,17 @@ def test_a_queue_goes_on_in_order_after_sigkill_and_repeats_only_what_was_not_re
         (done,) = query(path, "SELECT count(*) FROM webhook_deliveries WHERE status = 'delivered'")[
             0
         ]
-        run = drain_sent(receiver)[sent:]
+        run = numbers_of(receiver)[sent:]
         assert run == list(range(recorded, recorded + len(run))) and done <= recorded + len(run)
         recorded = done
     sent = len(receiver.requests)
     assert outbox.drain(until_empty=True).delivered == count - recorded
-    assert drain_sent(receiver)[sent:] == list(range(recorded, count))
+    assert numbers_of(receiver)[sent:] == list(range(recorded, count))
 
 
 def test_many_queues_of_one_endpoint_run_side_by_side_each_in_order(either, serve):
     receiver, outbox = (
-        serve(DrainFails(**{f"n{n}": 1 for n in range(0, 600, 37)})),
+        serve(Fails(**{f"n{n}": 1 for n in range(0, 600, 37)})),
         make_outbox(either, workers=32),
     )
     outbox.retry = RetryPolicy((0, 0.01), jitter=0.0)
@@ -16792,7 +16867,7 @@ def test_many_queues_of_one_endpoint_run_side_by_side_each_in_order(either, serv
                     outbox.emit(conn, "order.created", {"n": n}, key=f"k{n % 7}")
         eventually(lambda: outbox.stats().pending == 0, within=20)
     for k in range(7):
-        sent = [n for n in drain_sent(receiver) if n % 7 == k]
+        sent = [n for n in numbers_of(receiver) if n % 7 == k]
         assert sent == sorted(sent) and set(sent) == set(range(k, 600, 7))
     assert len(receiver.requests) == 600 + len(range(0, 600, 37))
 
@@ -16833,12 +16908,10 @@ def test_a_host_that_commits_in_rollback_mode_between_any_two_reads_keeps_nothin
         thread.join()
         eventually(lambda: outbox.stats().pending == 0)
     sent = collections.Counter(
-        (request.line.split()[1], drain_number(request)) for request in receiver.requests
+        (request.line.split()[1], number_of(request)) for request in receiver.requests
     )
     assert len(sent) == 600 and set(sent.values()) == {1}
-    last = [
-        drain_number(request) for request in receiver.requests if request.line.split()[1] == "/3"
-    ]
+    last = [number_of(request) for request in receiver.requests if request.line.split()[1] == "/3"]
     assert last == list(range(150)) and "stopped" not in caplog.text
 
 
@@ -16869,9 +16942,9 @@ class DrainOnce:
     def paused(self) -> None:
         self.add("a")
         self.receiver.play = answer(429, b"", "Retry-After: 30")
-        drain_emit(self.outbox, [0])
+        emit_numbers(self.outbox, [0])
         self.outbox.drain(once=True)
-        drain_emit(self.outbox, range(1, 4))
+        emit_numbers(self.outbox, range(1, 4))
 
     def paused_then_over(self) -> None:
         self.paused()
@@ -16880,34 +16953,34 @@ class DrainOnce:
 
     def rate(self) -> None:
         self.add("a", rate=25.0)
-        drain_emit(self.outbox, range(6))
+        emit_numbers(self.outbox, range(6))
 
     def parked(self) -> None:
         silent = self.serve()  # and TLS is asked for: the openings hang
         for number in range(5):
             self.add(f"e{number}", url=f"https://127.0.0.1:{silent.port}/")
         self.add("well")
-        drain_emit(self.outbox, [0])
+        emit_numbers(self.outbox, [0])
 
     def one_worker(self) -> None:
         prefork = self.serve(kind=DrainPrefork)
         for number in range(5):
             self.add(f"e{number}", url=prefork.url(), timeout=5.0)
-        drain_emit(self.outbox, range(6))
+        emit_numbers(self.outbox, range(6))
 
     def starved(self) -> None:
         for number in range(3):
             self.add(f"e{number}", url=DRAIN_SHOP.format(self.receiver.port, number))
-        drain_emit(self.outbox, [0])
+        emit_numbers(self.outbox, [0])
 
     def disabled(self) -> None:
         self.add("off"), self.add("on")
-        drain_emit(self.outbox, range(10))
+        emit_numbers(self.outbox, range(10))
         self.outbox.disable_endpoint("off")
 
     def orphans(self) -> None:
         self.add("a")
-        drain_emit(self.outbox, range(3))
+        emit_numbers(self.outbox, range(3))
         query(
             self.outbox.path,
             """WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 300)
@@ -16919,27 +16992,27 @@ class DrainOnce:
         self.add("a")
         self.receiver.play = answer(500)
         self.clock.advance(1e6)
-        drain_emit(self.outbox, range(2))
+        emit_numbers(self.outbox, range(2))
         self.outbox.drain(once=True)
         self.receiver.play = OK
         self.clock.advance(-1e6)
 
     def a_queue(self) -> None:
         self.add("a", ordered=True)
-        drain_emit(self.outbox, range(300))
-        drain_emit(self.outbox, [300], delay=60)
-        drain_emit(self.outbox, range(301, 310))
+        emit_numbers(self.outbox, range(300))
+        emit_numbers(self.outbox, [300], delay=60)
+        emit_numbers(self.outbox, range(301, 310))
 
     def many(self) -> None:
         with self.outbox.transaction() as conn:
             for number in range(600):
                 self.outbox.add_endpoint(self.receiver.url(f"/{number}"), conn=conn)
-        drain_emit(self.outbox, range(2))
+        emit_numbers(self.outbox, range(2))
 
     def tomorrow(self) -> None:
         self.add("a")
-        drain_emit(self.outbox, [0])
-        drain_emit(self.outbox, range(1, 50), delay=86_400)
+        emit_numbers(self.outbox, [0])
+        emit_numbers(self.outbox, range(1, 50), delay=86_400)
 
     def nothing(self) -> None:
         self.add("a")
@@ -17006,7 +17079,7 @@ POISON_TABLES = ("endpoints", "events", "deliveries", "attempts", "failed", "cou
 
 def poison_shop(path: str, receiver: Receiver) -> None:
     """A file with a row of everything for the endpoint `bad`, and an endpoint `good`."""
-    outbox = make_outbox(path, retry=RetryPolicy((0,)))
+    outbox = make_outbox(path, retry=ONCE)
     outbox.add_endpoint(receiver.url("/good"), id="good", events=["well"])
     outbox.add_endpoint(receiver.url("/sick"), id="bad", events=["order.*"], ordered=True)
     emit(outbox, data={"n": 1}, key="k", headers={"X-A": "b"})
@@ -17239,11 +17312,11 @@ def test_eight_processes_that_all_drain_deliver_each_event_once(either, serve, h
     for number in range(8):
         herd.start("drain", f"d{number}", either, CRASHES_WAYS[number % 3])
     for start in range(0, 200, 10):
-        drain_emit(outbox, range(start, start + 10))
+        emit_numbers(outbox, range(start, start + 10))
         time.sleep(0.01)
     eventually(lambda: outbox.stats().pending == 0, within=60)
-    assert sorted(drain_sent(receiver)) == list(range(200))
-    assert len(set(drain_senders(receiver))) == 1
+    assert sorted(numbers_of(receiver)) == list(range(200))
+    assert len(set(drainers_of(receiver))) == 1
 
 
 @pytest.mark.parametrize("stopped", [0.6, pytest.param(3.0, marks=pytest.mark.long)])
@@ -17252,7 +17325,7 @@ def test_a_standby_takes_over_within_half_a_second_of_a_death_and_never_while_th
 ):
     """Half a second is promised, a poll of 0.1 s expected. The median of seven leaves room for a
     busy machine."""
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(either)
     outbox.add_endpoint(receiver.url())
     for number, way in enumerate(CRASHES_WAYS):
@@ -17261,19 +17334,19 @@ def test_a_standby_takes_over_within_half_a_second_of_a_death_and_never_while_th
 
     def send() -> str:
         """Have one more event delivered and recorded; return by whom."""
-        (number,) = drain_emit(outbox, [next(numbers)])
-        eventually(lambda: number in drain_sent(receiver))
+        (number,) = emit_numbers(outbox, [next(numbers)])
+        eventually(lambda: number in numbers_of(receiver))
         eventually(lambda: outbox.stats().pending == 0)
-        return drain_senders(receiver)[-1]
+        return drainers_of(receiver)[-1]
 
     gate.opened.set()
     holder = send()
     gate.opened.clear()
-    drain_emit(outbox, [next(numbers)])
+    emit_numbers(outbox, [next(numbers)])
     eventually(lambda: len(receiver.requests) == 2)
     herd.signal(holder, signal.SIGSTOP)
     gate.opened.set()  # the answer comes while nobody can read it
-    drain_emit(outbox, [next(numbers)])
+    emit_numbers(outbox, [next(numbers)])
     time.sleep(stopped)
     assert len(receiver.requests) == 2
     herd.signal(holder, signal.SIGCONT)
@@ -17281,25 +17354,14 @@ def test_a_standby_takes_over_within_half_a_second_of_a_death_and_never_while_th
     for number in range(3, 10):
         herd.kill(holder)
         died = time.monotonic()
-        drain_emit(outbox, [next(numbers)])
-        eventually(lambda: drain_senders(receiver)[-1] != holder)  # noqa: B023 - called at once
+        emit_numbers(outbox, [next(numbers)])
+        eventually(lambda: drainers_of(receiver)[-1] != holder)  # noqa: B023 - called at once
         took.append(time.monotonic() - died)
         herd.start("drain", f"d{number}", either, CRASHES_WAYS[number % 3])
         holder = send()
     print("taken over after", *(f"{seconds:.3f}" for seconds in sorted(took)))
     assert sorted(took)[3] < 0.5, took
-    assert sorted(drain_sent(receiver)) == list(range(next(numbers)))
-
-
-def crashes_received(requests_: list[Request]) -> dict[str, int]:
-    """Return how often each id came; the same id must always carry the same bytes."""
-    counts: dict[str, int] = {}
-    bodies: dict[str, bytes] = {}
-    for request in requests_:
-        id = request.headers["webhook-id"]
-        assert bodies.setdefault(id, request.body) == request.body
-        counts[id] = counts.get(id, 0) + 1
-    return counts
+    assert sorted(numbers_of(receiver)) == list(range(next(numbers)))
 
 
 @pytest.mark.parametrize("rounds", [8, pytest.param(80, marks=pytest.mark.long)])
@@ -17314,7 +17376,7 @@ def test_a_drain_killed_by_its_receiver_right_after_a_200_repeats_only_what_was_
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
         # Some requests are read after their sender's death.
-        ending = drain_sender(request) == name and next(turns) == 0
+        ending = drainer_of(request) == name and next(turns) == 0
         sock.sendall(OK)
         if ending:
             herd.signal(name, signal.SIGKILL)
@@ -17325,7 +17387,7 @@ def test_a_drain_killed_by_its_receiver_right_after_a_200_repeats_only_what_was_
     emitted: list[str] = []
     left: dict[str, set[str]] = {}  # what was pending when a process died
     for number in range(rounds):
-        emitted += drain_emit(outbox, range(20)).values()
+        emitted += emit_numbers(outbox, range(20)).values()
         name, turns = f"d{number}", itertools.count(-rng.randrange(20))
         herd.start("drain", name, database, rng.choice(CRASHES_WAYS))
         eventually(lambda name=name: name in herd.killed)
@@ -17336,11 +17398,11 @@ def test_a_drain_killed_by_its_receiver_right_after_a_200_repeats_only_what_was_
     eventually(lambda: not receiver.open)
     outbox.drain(until_empty=True)
     sent = collections.Counter(
-        (drain_sender(request), request.headers["webhook-id"]) for request in receiver.requests
+        (drainer_of(request), request.headers["webhook-id"]) for request in receiver.requests
     )
     assert set(sent.values()) == {1}
     repeats = collections.Counter(id for sender, id in sent if id in left.get(sender, ()))
-    assert crashes_received(receiver.requests) == {id: 1 + repeats[id] for id in emitted}
+    assert times_received(receiver.requests) == {id: 1 + repeats[id] for id in emitted}
     assert repeats
     assert query(database, "PRAGMA integrity_check") == [("ok",)]
 
@@ -17371,7 +17433,7 @@ class CrashesStorm:
         """Answer a request as the mood is; this is what the receiver plays."""
         moods, chances = ("200", "503", "reset", "late", "200 and kill"), (88, 4, 3, 3, 2)
         mood = "200" if self.quiet.is_set() else self.moody.choices(moods, chances)[0]
-        sender = drain_sender(request)
+        sender = drainer_of(request)
         self.receipts.append(
             CrashesReceipt(request.headers["webhook-id"], request.body, sender, mood)
         )
@@ -17532,15 +17594,15 @@ def test_killed_between_the_answer_and_its_recording_each_attempt_under_way_is_r
     database, serve
 ):
     """The test holds the write lock, so that every answer arrives and none can be recorded."""
-    gate = DrainGate()
+    gate = Gate()
     receiver, outbox = serve(gate), make_outbox(database)
     outbox.add_endpoint(receiver.url())
-    recorded = drain_emit(outbox, range(100, 103))
+    recorded = emit_numbers(outbox, range(100, 103))
     gate.opened.set()
     with drain_process(database) as process:
         eventually(lambda: outbox.stats().pending == 0)
         gate.opened.clear()
-        lost = drain_emit(outbox, range(5))
+        lost = emit_numbers(outbox, range(5))
         eventually(lambda: len(receiver.requests) == 8)
         with contextlib.closing(
             sqlite3.connect(database, isolation_level=None, timeout=10)
@@ -17552,7 +17614,7 @@ def test_killed_between_the_answer_and_its_recording_each_attempt_under_way_is_r
             process.wait()
             conn.execute("ROLLBACK")
     assert outbox.drain(until_empty=True).delivered == 5
-    assert crashes_received(receiver.requests) == {
+    assert times_received(receiver.requests) == {
         **dict.fromkeys(lost.values(), 2),
         **dict.fromkeys(recorded.values(), 1),
     }
@@ -17615,7 +17677,7 @@ def test_forks_and_pools_of_processes_at_any_moment_lose_and_repeat_nothing(eith
         out, err = process.communicate("\n", timeout=60)
     assert (process.returncode, out, err) == (0, "", "")
     sent = query(either, "SELECT id FROM orders ORDER BY id")
-    assert len(sent) > forks / 2 + 40 and [(n,) for n in sorted(drain_sent(receiver))] == sent
+    assert len(sent) > forks / 2 + 40 and [(n,) for n in sorted(numbers_of(receiver))] == sent
     assert query(either, "PRAGMA integrity_check") == [("ok",)]
 
 
@@ -17694,7 +17756,7 @@ def power_history(
     rollback and at the end: the first frame of interest, the marks so far, the database, the
     WAL."""
     outbox = power_outbox(path, receiver, clock)
-    drain_emit(outbox, range(-3, 0))
+    emit_numbers(outbox, range(-3, 0))
     query(path, "UPDATE webhook_events SET type = 'note'")
     outbox.drain(once=True)
     clock.advance(40 * 86_400)
@@ -17787,7 +17849,7 @@ def test_a_power_cut_anywhere_in_the_wal_keeps_what_was_acknowledged_and_halves_
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
         which = request.headers["webhook-id"], request.line
         tries[which] = tries.get(which, 0) + 1
-        sock.sendall(answer(500) if tries[which] <= drain_number(request) % 3 else OK)
+        sock.sendall(answer(500) if tries[which] <= number_of(request) % 3 else OK)
         return True
 
     receiver = serve(play)
@@ -17818,7 +17880,7 @@ def test_a_power_cut_anywhere_in_the_wal_keeps_what_was_acknowledged_and_halves_
                 assert state == before
             if rng.random() < 0.03:
                 power_drain(cut, receiver, clock)
-    crashes_received(receiver.requests)  # the same id, the same bytes, in every state
+    times_received(receiver.requests)  # the same id, the same bytes, in every state
 
 
 @pytest.mark.parametrize("images", [2, pytest.param(20, marks=pytest.mark.long)])
@@ -17966,7 +18028,7 @@ def test_struck_at_any_write_nothing_is_halved_or_lost_or_repeated_once_recorded
         pytest.skip(
             "the test knows the system calls of Linux on x86-64, and how to kill at them on ARM64"
         )
-    receiver, clock = serve(DrainFails(n1=math.inf)), Clock(time.time())
+    receiver, clock = serve(Fails(n1=math.inf)), Clock(time.time())
     outbox = power_outbox(database, receiver, clock)
     with outbox.transaction() as conn:
         conn.execute("INSERT INTO orders VALUES (1, 1.0)")
@@ -17996,7 +18058,7 @@ def test_struck_at_any_write_nothing_is_halved_or_lost_or_repeated_once_recorded
         )
         if int(n) % 3 == 0:
             power_drain(f"{database}.{n}", receiver, clock)
-    crashes_received(receiver.requests)
+    times_received(receiver.requests)
 
 
 CRASHES_CREATE = """
@@ -18084,7 +18146,7 @@ def test_a_replayed_delivery_goes_before_a_later_one_that_was_already_read(wal, 
         sock.sendall(answer(400) if name == "k1" and seen.count("k1") == 1 else OK)
         return True
 
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     outbox.add_endpoint(serve(play).url(), id="a", max_in_flight=1)
     emit(outbox, data="k1", key="k")
     assert outbox.drain(once=True).failed == 1
@@ -18128,7 +18190,7 @@ def test_an_endpoint_that_cannot_make_requests_does_not_keep_the_loop_from_the_o
 ):
     """Its attempts end at once, so that only the bound on unrecorded outcomes stops a turn."""
     monkeypatch.delenv("NOWHERE", raising=False)
-    receiver, outbox = serve(), make_outbox(wal, retry=RetryPolicy((0,)))
+    receiver, outbox = serve(), make_outbox(wal, retry=ONCE)
     outbox.add_endpoint(receiver.url(), id="broken", secret="env:NOWHERE")
     with outbox.transaction() as conn:
         for n in range(5000):
@@ -18170,7 +18232,7 @@ def test_a_refused_emit_leaves_no_transaction_that_the_driver_began_for_it(datab
 
 
 def test_replay_takes_each_failed_row_once_although_it_fails_again_meanwhile(wal, serve):
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     outbox.add_endpoint(serve(answer(400)).url(), id="a")
     with outbox.transaction() as conn:
         for n in range(1200):
@@ -18574,7 +18636,7 @@ def test_the_buttons_replay_discard_disable_and_enable(wal, visitor):
 
 
 def test_failed_rows_are_paged_filtered_by_endpoint_and_replayed_as_shown(wal, serve):
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     outbox.add_endpoint(serve(answer(500)).url(), id="a", events=["order.*"])
     outbox.add_endpoint(serve(answer(500)).url(), id="z", events=["order.0"])
     for n in range(30):
@@ -18756,7 +18818,7 @@ def test_a_page_may_not_be_framed_cached_or_scripted(visitor):
 
 
 def test_what_receivers_and_events_say_is_text_and_nothing_else(wal, serve):
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     hostile = HOSTILE.replace("\u202e", "")
     outbox.add_endpoint(
         serve(answer(500, HOSTILE.encode())).url(), id="a", events=["a.*"], description=hostile
@@ -18821,7 +18883,7 @@ def test_the_dashboard_shows_no_secret_header_or_query(wal, serve, monkeypatch):
         sock.sendall(answer(500, request.raw))
         return True
 
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     url = serve(echo).url(f"/hook?token={canary}")
     headers = {"Authorization": f"Bearer {canary}", "X-Token": "env:DASH_TOKEN"}
     secret = outbox.add_endpoint(url, id="a", headers=headers).secret
@@ -19171,7 +19233,7 @@ DASH_CONTRAST = """(() => {
 def test_in_a_real_browser_no_page_is_wider_than_a_phone_and_all_text_is_legible(
     wal, serve, chromium
 ):
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     long = "eyJhbGciOiJIUzI1NiJ9" * 30
     outbox.add_endpoint(
         serve(answer(500, long.encode())).url("/" + long), id="a" * 60, description=long
@@ -19545,7 +19607,7 @@ def test_the_portal_is_for_who_is_logged_in_and_its_forms_are_its_own(wal, caplo
 def test_what_a_customer_and_its_receiver_say_is_text_on_the_portal_too(wal, serve):
     hostile = HOSTILE.replace("\u202e", "")
     types = {"a.b": webhook_outbox.EventType(hostile, hostile, hostile)}
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)), event_types=types, transforms={"bad": int})
+    outbox = make_outbox(wal, retry=ONCE, event_types=types, transforms={"bad": int})
     receiver = serve(answer(500, HOSTILE.encode()))
     for id, body in (("mine", "standard"), ("bad", "bad")):
         outbox.add_endpoint(receiver.url(), id=id, tenant="c42", description=hostile, body=body)
@@ -19580,7 +19642,7 @@ def test_in_a_real_browser_two_customers_walk_the_portal_on_a_phone_and_a_desk(
     wal, serve, chromium
 ):
     receiver = serve([OK, answer(503, b"x" * 4_000), OK])
-    outbox = make_outbox(wal, event_types=CATALOGUE, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, event_types=CATALOGUE, retry=ONCE)
     who = ["c42"]
     press = "document.querySelector('form[action$=\"{}\"] button').click()"
 
@@ -20437,7 +20499,7 @@ def cli_fail_some(path: str) -> tuple[str, list[str]]:
         contextlib.closing(Receiver(answer(500, b"no"))) as receiver,
         socket.create_server(("127.0.0.1", 0)) as closed,
     ):
-        outbox = make_outbox(path, retry=RetryPolicy((0,)))
+        outbox = make_outbox(path, retry=ONCE)
         outbox.add_endpoint(receiver.url(), id="a", events=["order.*"])
         outbox.add_endpoint(
             f"http://127.0.0.1:{closed.getsockname()[1]}/", id="b", events=["user.created"]
@@ -20955,7 +21017,7 @@ def test_check_says_in_one_line_what_is_wrong_and_exits_1(wal, serve, cli):
     in a row, or a minute of them."""
     assert cli("check") == "ok: 0 pending, 0 failed rows\n"
     clock = Clock(time.time())
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)), clock=clock)
+    outbox = make_outbox(wal, retry=ONCE, clock=clock)
     outbox.add_endpoint(serve([*[answer(500)] * 3, answer(410)]).url(), id="crm")
     emit(make_outbox(wal, clock=lambda: time.time() - 1000))
     assert cli("check", code=1) == "the oldest due delivery has waited 17 m\n"
@@ -21031,7 +21093,7 @@ def test_only_three_commands_show_a_secret_and_none_a_query_or_a_header(cli, wal
         "--headers",
         f"Authorization: Bearer {CANARY}",
     )
-    outbox = make_outbox(wal, retry=RetryPolicy((0,)))
+    outbox = make_outbox(wal, retry=ONCE)
     id = emit(outbox, "order.created", {"n": 1}, headers={"X-Event": CANARY})
     assert outbox.drain(once=True).failed == 1
     reads = [
@@ -21443,7 +21505,7 @@ def test_the_live_line_tells_the_truth_in_every_phase(database, serve, phase):
     outbox = make_outbox(database, retry=RetryPolicy((0, 300, 300), jitter=0.0))
     outbox.add_endpoint(serve(play).url(), id="crm", rate=100)
     lock = options.pop("lock", False) if (options := dict(options)) else False
-    drain_emit(outbox, range(options.pop("count", 40)), **options)
+    emit_numbers(outbox, range(options.pop("count", 40)), **options)
     drain, lines = webhook_outbox._Drain(outbox._settings(), "forever"), list[str]()
     progress = webhook_outbox._Progress(drain, terminal=True)
 
@@ -21504,7 +21566,7 @@ def test_the_rate_is_that_of_the_last_seconds_and_there_is_no_estimate_at_0(wal,
 def test_a_hold_is_seen_on_the_terminal_and_after_drain_once(wal, serve):
     outbox = make_outbox(wal)
     outbox.add_endpoint(serve(answer(500)).url(), id="crm")
-    drain_emit(outbox, range(42))
+    emit_numbers(outbox, range(42))
     args = ("--db", wal, "--allow-network", "127.0.0.0/8", "drain")
     _, screen = cli_on_terminal(*args, ctrl_c_after="next probe in 2 s")
     line = r"\r\x1b\[Kdelivered 0  failed 0  waiting 42  held after 11 failures, next probe in 2 s"

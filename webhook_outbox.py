@@ -5314,24 +5314,73 @@ class _DrainFile:
 
 
 # ── drain: its rooms ──────────────────────────────────────────────────────────────────────────────
-# Each class below owns one thing, says what always holds of it, and knows nothing of the loop. Only
-# the loop's thread touches them, except where a comment says who else does.
+# The drain is one loop in one thread (the next section). It calls the classes of this section, its
+# rooms. Each room owns one thing, says what always holds of it, and knows nothing of the loop.
+#
+# The way of a delivery, which is also the order in which one turn of the loop calls the rooms:
+#
+#     1  wait     _Carrier   sleeps until a socket, the bell or a time wakes it; reads and sends
+#     2  poll     _Watch     has anybody committed since the last look at the file?
+#     3  end      _Outcomes  of attempts that ended: what becomes of the delivery and its endpoint;
+#                            the rows that say so go to the _Ledger
+#     4  find     _Finder    which endpoints have something to send? Each has a _Lane, which the
+#                            _Schedule puts in a round (now) or on an agenda (later)
+#     5  start    _Places    who may begin an attempt? The lane's _Backlog gives its next delivery,
+#                            and _Carrier.begin() writes the request and finds a connection
+#     6  chores   _Carrier   every 25 ms while it sends: timeouts, idle connections, retention
+#     7  flush    _Exchanges sends the requests of step 5
+#     8  record   _Ledger    writes what waits in it, in one statement, when the _Budget allows it
+#     9  finish   _Drain     is there a reason to leave the loop?
+#
+# What each room owns, from the bottom up, and what is always true of it:
+#
+#     _Agenda     when a key comes up          a key has one time at most
+#     _Health     an endpoint's failures       failures is 0 exactly when failing_since is None
+#     _Backlog    what was read ahead          every delivery that is read, under way or not yet
+#                                              recorded is in `known`, and so is not read again
+#     _Lane       an endpoint with work        `active` is the number of its attempts under way
+#     _Turns      who is next, by rank         a lane stands in one round at most
+#     _Origin     connections to one place     `open` counts them, the idle ones too
+#     _Openers    threads for what may block   an errand is in the hands of one thread, or of the
+#                                              loop, never of both
+#     _Exchanges  sockets that never block     a connection carries one attempt at most
+#     _Ledger     what the file lacks          a row leaves memory after its statement committed
+#     _Budget     the distance of commits      -
+#     _Teller     the observer's thread        it hears of nothing that is not in the file
+#     _Carrier    attempts under way           what begin() was given, ended() returns exactly once
+#     _Schedule   where a lane waits           a lane that is full or parked waits nowhere: the end
+#                                              of an attempt, or a connection, brings it back
+#     _Places     the places, `workers`        no more attempts are under way than there are places
+#     _Finder     the lanes, the file's news   an endpoint has one lane at most
+#     _Outcomes   what an outcome means        an outcome is in the ledger until it is recorded
+#
+# Threads: all of this belongs to the loop's thread, so most of it needs no lock. What other threads
+# touch is little. The threads of _Openers each own one errand, which they give back under a lock.
+# The observer's thread gets notices through a SimpleQueue. Any thread, and a signal handler, may
+# call stop() and wake() of the loop, which ring its bell. A thread that forks and the loop wait for
+# each other in _DrainFile.
 
-# Requests that are sent one right after the other; more would leave receivers idle meanwhile.
+# When many attempts begin in one turn, their requests are sent in groups of so many. Sent one by
+# one, each would wake the receiver for itself; all at the end, receivers would be idle till then.
 _TOGETHER = 8
 _OPENERS = 16  # threads that open connections or run the host's transforms at once, in all
-# And for one origin or endpoint, so that those which cannot be reached do not fill the pool.
+# The same for one origin or one endpoint: receivers that cannot be reached hold each thread until
+# the connect timeout, and would fill all sixteen.
 _OPENERS_EACH = 2
 _OPENER_RESTS = 0.5  # seconds that a thread waits for more work before it ends
-_PROVEN = 600.0  # seconds since its last success in which an endpoint counts as one that answers
-_QUICK = 1.0  # seconds that attempts of a quick endpoint hold their place at the most, on average
-_STEADY = 3, 10.0  # quick answers in a row, and the most seconds from each to the next, and to now
-_FIRST_LIMIT = 8  # exchanges at once with an endpoint that nothing is known about
+_PROVEN = 600.0  # seconds after a success in which an endpoint counts as one that answers
+# Seconds for which the attempts of a quick endpoint hold their places on average, at the most.
+_QUICK = 1.0
+# An endpoint is steady after so many quick answers in a row, with at most so many seconds from each
+# to the next, and from the last one to now.
+_STEADY = 3, 10.0
+_FIRST_LIMIT = 8  # attempts at once to an endpoint that nothing is known about
 _UNOBSERVED = 1_000  # notices that may wait for the observer; more are dropped
-_UNRECORDED = 2_000  # outcomes that may wait for the write lock before sending pauses
-# Seconds, of metrics.
+_UNRECORDED = 2_000  # outcomes that may wait for the write lock; with more, nothing is started
+# Upper bounds in seconds, from emit to success, of the histogram that metrics() prints.
 _BUCKETS = tuple(map(float, "0.01 0.05 0.1 0.5 1 5 30 60 300 3600 21600 86400 inf".split()))
 _BUCKET_NAMES = tuple(f"le {bound:g}" for bound in _BUCKETS)
+# Of the kinds of notices that the observer gets, those that are events too, and their types.
 _NOTICE_TYPES = {
     "gave_up": "webhook.delivery.failed",
     "failing": "webhook.endpoint.failing",
@@ -5341,20 +5390,25 @@ _NOTICE_TYPES = {
 
 
 class _Paced:
-    """Work that may take a share of the loop's time: after each turn it rests `rest` times as long
-    as that took, and `least` seconds at least. CPU time counts: a host that computes keeps us
-    waiting for the interpreter, and that is no work of ours."""
+    """Work that may take a share of the loop's time, because its cost grows with the tables.
+
+    After each time that it was done it rests `rest` times as long as that took: with 4 it takes a
+    fifth of the time at most. It rests `least` seconds at least. What counts is the CPU time of our
+    thread, not the time that passed: a host that computes in another thread keeps ours waiting for
+    the interpreter lock, and that is no work of ours.
+    """
 
     __slots__ = ("at", "least", "rest")
 
     def __init__(self, rest: float, least: float = 0.0) -> None:
-        self.rest, self.least, self.at = rest, least, 0.0
+        self.rest, self.least, self.at = rest, least, 0.0  # at, monotonic: not before
 
     def due(self, mono: float) -> bool:
         return mono >= self.at
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
+        """Do the work in this context; it is measured, and the next time is set."""
         begun = time.thread_time()
         try:
             yield
@@ -5363,9 +5417,14 @@ class _Paced:
 
 
 class _Agenda:
-    """What is to be looked at, and when: one time for each key. The loop looks at what is due,
-    never at all there is. The dictionary is the truth; entries of the heap that differ from it are
-    leftovers."""
+    """What is to be looked at, and when: one time for each key, in any clock that its owner uses.
+
+    Ten thousand endpoints may wait for a retry. So that a turn costs only what is due in it, the
+    times are in a heap (heapq: the earliest is first). An entry in the middle of a heap cannot be
+    changed or removed cheaply, so it stays when its key gets another time or is dropped. The
+    dictionary is the truth: an entry of the heap whose time differs from it is a leftover, which
+    is thrown away when it comes up.
+    """
 
     __slots__ = ("_heap", "_times")
 
@@ -5381,7 +5440,9 @@ class _Agenda:
         if self._times.get(key) != when:
             self._times[key] = when
             heapq.heappush(self._heap, (when, key))
-            if len(self._heap) > 64 + 4 * len(self._times):  # mostly leftovers
+            # Most of the heap is leftovers: a key that is set anew all the time would let it grow
+            # without end.
+            if len(self._heap) > 64 + 4 * len(self._times):
                 self._heap = [(when, key) for key, when in self._times.items()]
                 heapq.heapify(self._heap)
 
@@ -5410,26 +5471,37 @@ class _Agenda:
 
 
 class _Health(NamedTuple):
-    """What is remembered of an endpoint's attempts; most of it is in its row and survives restarts.
-    failures is 0 exactly when failing_since is None.
+    """What is remembered of an endpoint's attempts. A value: after() returns the next one.
 
-    An endpoint that answers one request of nine has never failed for long, and yet is of no use to
-    anybody. So it is counted what came of its attempts since it was steady for the last time."""
+    failures is 0 exactly when failing_since is None. Most of it is in the endpoint's row too, and
+    so survives a restart of the drain.
 
-    failures: int = 0  # in a row
+    An endpoint that answers one request of nine never fails for long without a break, and yet is of
+    no use to anybody. So there are two accounts. failures and failing_since are about the failures
+    since its last success. unsteady_since, good and bad are about everything since it last had ten
+    successes in a row.
+    """
+
+    failures: int = 0  # in a row, up to now
     failing_since: float | None = None  # wall clock: the first of them
-    paused_until: float = 0.0  # wall clock
-    hinted_until: float = 0.0  # wall clock: what of it Retry-After asked for; not in the row
-    # Wall clock: the first failure since ten successes in a row.
+    # Wall clock: no attempt before it, because the receiver asked for that (Retry-After) or failed
+    # ten times in a row.
+    paused_until: float = 0.0
+    hinted_until: float = 0.0  # wall clock: what of it the receiver asked for; not in the row
+    # Wall clock: the first failure since ten successes in a row; None: there was none.
     unsteady_since: float | None = None
-    good: int = 0  # attempts since then: successes
-    bad: int = 0  # and failures
-    in_a_row: int = 0  # successes just now; not in the row
+    good: int = 0  # attempts since unsteady_since that succeeded
+    bad: int = 0  # and those that failed
+    in_a_row: int = 0  # successes up to now, while unsteady; not in the row
 
     def after(self, outcome: _Outcome, now: float, policy: RetryPolicy) -> _Health:
-        """Return the health after one more outcome."""
+        """Return the health after one more outcome.
+
+        A success ends the row of failures, and with it the pause between probes. A pause that the
+        receiver asked for stays: several attempts are under way at once, and this success may have
+        been answered before the 429 that asked.
+        """
         if outcome.reason is None:
-            # This answer may be older than the hint, so the hint stays.
             well = _Health(0, None, min(self.paused_until, self.hinted_until), self.hinted_until)
             if self.unsteady_since is None or self.in_a_row + 1 >= _STEADY_AGAIN:
                 return well
@@ -5456,7 +5528,11 @@ class _Health(NamedTuple):
 
     def hopeless(self, now: float) -> tuple[float, str] | None:
         """Return since when hardly anything came through, and why an endpoint is to be disabled
-        for that; None while five days have not passed."""
+        for that; None where it is not.
+
+        It is so when it has failed for five days without a break; or when it has been unsteady for
+        five days, and three of four attempts failed in that time, at least twenty in all.
+        """
         patience, _ = _HOPELESS
         if self.failing_since is not None and now - self.failing_since >= patience:
             return self.failing_since, _NO_SUCCESS
@@ -5466,11 +5542,15 @@ class _Health(NamedTuple):
         return (self.unsteady_since, _HARDLY_ANY) if mostly else None
 
     def stored(self) -> tuple[Any, ...]:
-        """Return what the row must hold at once; the counts follow with the next failure."""
+        """Return what the endpoint's row must say soon. The counts of good and bad attempts are
+        left out: else each success of an unsteady endpoint would write its row. They are written
+        whenever one of these changes, at the next failure at the latest."""
         return self.failures, self.failing_since, self.paused_until, self.unsteady_since
 
 
-_WELL = _Health()  # most endpoints' health at most times, and then this very object
+# The health of most endpoints at most times. It is then this very object, so that `is` tells at no
+# cost that there is nothing to do.
+_WELL = _Health()
 
 
 def _verdict(
@@ -5482,7 +5562,16 @@ def _verdict(
     now: float,
     rng: Callable[[], float],
 ) -> tuple[str, float, str | None]:
-    """Return status, due time and reason of a delivery after its `attempts`-th attempt."""
+    """Return status, due time and reason of a delivery after its `attempts`-th attempt.
+
+    1. a 2xx: delivered
+    2. 410 Gone, or the receiver asked to give this one up: failed
+    3. no attempt is left in the policy: failed
+    4. expired: failed. That is so when the endpoint has failed without a break for as long as the
+       policy's delays take in all, counted from this delivery's first attempt. Time alone expires
+       nothing: after a week in which no drain ran, everything is still tried.
+    5. else pending, until the policy's delay has passed and the receiver's Retry-After
+    """
     if outcome.reason is None:
         return "delivered", now, None
     if outcome.reason in ("gone", "aborted"):
@@ -5490,8 +5579,6 @@ def _verdict(
     wait = policy.wait(attempts, outcome.overloaded, rng)
     if wait is None:
         return "failed", now, outcome.reason
-    # Expired: the endpoint failed without a break for this delivery's whole window. Time alone
-    # expires nothing.
     if failing_since is not None and 0 < policy.window <= now - max(first_at, failing_since):
         return "failed", now, "expired"
     return "pending", now + max(wait, outcome.hint or 0.0), outcome.reason

@@ -10748,17 +10748,39 @@ def _findings(outbox: Outbox) -> Iterator[_Finding]:
 
 
 # ── pages ─────────────────────────────────────────────────────────────────────────────────────────
-# Promises: pages without script or foreign asset, for the operator (dashboard) and for a customer
-# (portal). GET only reads; a POST counts only if a form of ours sent it. What people, receivers and
-# events say is escaped by _fill, which lets nothing but _Html through. No secret but a new one, no
-# header value; queries of URLs only to their customer who edits them. Knows the verbs, not SQL.
+# Two sites of plain HTML: the dashboard for the operator, the portal for a tenant (a customer of
+# the host). Both are WSGI applications (PEP 3333) that the host mounts under a path of its own, or
+# that the commands `dashboard` and `portal` serve on loopback.
+#
+# Promises: pages without script or foreign asset. GET only reads; a POST counts only if a form of
+# ours sent it. What people, receivers and events say is escaped by _fill, which lets nothing but
+# _Html through. No secret but a new one, no header value; queries of URLs only to the tenant that
+# edits its own. This section calls the verbs of Outbox and Tenant and knows no SQL.
+#
+# How a request is served, from the outside in:
+#   _site_app   makes the WSGI application; it turns whatever goes wrong into a page
+#   _site_of    reads where we are mounted, the query and the cookie's token: a _Site
+#   open        makes the pages of it: a _Dashboard, or after the host's login a _PortalPages
+#   _reply_to   finds the method for the path, in `gets` or `posts`, and calls it
+#   _read_form  for a POST: reads the form and refuses one that another site sent
+#
+# A POST that changed something is answered 303 to the page that shows it, so that loading that page
+# again in the browser does not send the form again. Three answers are pages at once, because what
+# they show is kept nowhere: what a ping brought, a new secret, and a form that comes back with what
+# is wrong in it.
 
-_LONGEST_FORM = 65_536  # bytes
-_MOST_FIELDS = 400
+_LONGEST_FORM = 65_536  # bytes of a POST: 100 patterns of 256 characters take less than half
+_MOST_FIELDS = 400  # fields of a form, ticked boxes included; more is answered 400
 _ON_A_PAGE = 25  # failed rows, deliveries, events
 _FIRST_FAILED = 10  # failed rows on the first page, before the endpoints
 _MOST_ENDPOINTS = 20  # on the dashboard's first page; on a page of their list five times as many
-_MOST_SHOWN = 50_000  # characters of one event's data
+_MOST_SHOWN = 50_000  # characters of one event's data, so that no page is of megabytes
+# The style of all pages stands in each page, for there is no asset to load. The header
+# Content-Security-Policy admits it by its SHA-256 (see _site_app), and no other style: an attribute
+# style="..." has no effect, so all that pages need is a class here. Colours are variables, set
+# twice, for light and for dark; a test measures in a real browser that every text has a contrast of
+# 4.5 to its ground, and that no page is wider than 320 pixels. Below 52rem a table's rows become
+# blocks, in which each cell names its column (data-name, see _table).
 _STYLE = """
 :root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --text: #1a1e26; --soft: #566072;
   --line: #dde1e8; --edge: #8a94a6; --link: #0b57d0; --on: #fff; --bar: #4c8df6; --good: #0b6138;
@@ -10842,33 +10864,49 @@ input, select { font: inherit; color: inherit; background: var(--card); border: 
 
 
 class _Html(str):
-    """Text that is HTML already."""
+    """Text that is HTML already, so that _fill takes it as it is.
+
+    Only templates of this file, and what _fill made of them, may become one. `_Html(text)` around
+    what an event, a receiver or a person said would be a hole.
+    """
 
     __slots__ = ()
 
 
 class _Refusal(Exception):
-    """A request that is not served: status line, what to tell, further headers."""
+    """A request that is not served; its arguments are the status line, what to tell the visitor,
+    and further headers. _site_app makes a page of it."""
 
 
 def _shown(value: object) -> str:
+    """Return a value as HTML: a list is its parts one after the other, and what is no _Html is
+    text, so it is escaped."""
     if isinstance(value, list):
         return "".join(map(_shown, value))
     return value if isinstance(value, _Html) else html.escape(str(value))
 
 
 def _fill(template: str, *values: object) -> _Html:
-    """Put values into a template of ours. What is not _Html is escaped, so forgetting lets nothing
-    through."""
+    """Put values into the {} of a template of ours.
+
+    What is no _Html is escaped, also between the quotes of an attribute: who forgets to mark a
+    value sees tags on the page, and lets nothing through. The template itself is not escaped, so it
+    holds no value.
+    """
     return _Html(template.format(*map(_shown, values)))
 
 
 def _pill(text: object, kind: str) -> _Html:
+    """Return a word or two on a coloured ground. kind: good, bad or off."""
     return _fill('<span class="pill {}">{}</span>', kind, text)
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> _Html:
-    """Return a table whose rows become blocks on a phone; the first cell of a row is its head."""
+    """Return a table, or words where it has no rows; the first cell of a row is its head.
+
+    On a phone the heads of the columns are gone and rows are blocks: each cell repeats the name of
+    its column for that, and the style shows it.
+    """
     head = [_fill('<th scope="col">{}</th>', name) for name in names]
     body = []
     for first, *rest in rows:
@@ -10885,7 +10923,7 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> _Html:
 
 
 def _facts(facts: Mapping[str, object], kind: str) -> _Html:
-    """Return names and values, as far as there are values. kind: tiles or facts."""
+    """Return names and values, leaving out what is "". kind: tiles (large numbers) or facts."""
     shown = [
         _fill("<div><dt>{}</dt><dd>{}</dd></div>", *fact) for fact in facts.items() if fact[1] != ""
     ]
@@ -10893,17 +10931,19 @@ def _facts(facts: Mapping[str, object], kind: str) -> _Html:
 
 
 def _alert(text: str | None) -> _Html:
+    """Return a red card that screen readers read out, or nothing where there is no text."""
     return _fill('<p class="card bad" role="alert">{}</p>', text) if text else _Html("")
 
 
 def _time(at: float | None, now: float) -> _Html:
+    """Return how long ago a time is, or how far ahead; the pointer over it shows it in UTC."""
     if at is None:
         return _Html("-")
     words = f"in {_age(at - now)}" if at > now else f"{_age(now - at)} ago"
     return _fill('<time title="{}">{}</time>', _moment(at), words)
 
 
-_STATUS_KINDS = {"delivered": "good", "failed": "bad"}
+_STATUS_KINDS = {"delivered": "good", "failed": "bad"}  # the others are grey
 
 
 def _status_pill(delivery: Delivery) -> _Html:
@@ -10911,6 +10951,9 @@ def _status_pill(delivery: Delivery) -> _Html:
 
 
 def _state_pill(e: EndpointStats, now: float) -> _Html:
+    """Return an endpoint's state. One is called failing from its first failure on: who looks at the
+    page wants to know at once. Alarms (`check`, notices) wait for `e.failing`, the third in a row
+    or a minute of them."""
     if not e.enabled:
         return _pill("disabled", "off")
     if e.failing_since is not None:
@@ -10919,13 +10962,18 @@ def _state_pill(e: EndpointStats, now: float) -> _Html:
 
 
 def _judged(row: FailedDelivery | Attempt) -> _Html:
+    """Return how an attempt ended: the reason where it failed, and the status code where an answer
+    came, "status · HTTP 500"."""
     words = [row.reason or "", f"HTTP {row.status_code}" if row.status_code is not None else ""]
     return _pill(" · ".join(filter(None, words)), "bad" if row.reason else "good")
 
 
 def _answer_of(row: FailedDelivery | Attempt) -> _Html:
-    """Return the error, where the status does not say it all, and the start of the receiver's
-    answer."""
+    """Return the error, and the start of the receiver's answer.
+
+    The error "HTTP 500" is left out: _judged stands beside it and says so already. The answer can
+    be scrolled, so it has a tabindex: people without a mouse reach it with the Tab key.
+    """
     error = (
         _fill("<p>{}</p>", row.error)
         if row.error and row.error != f"HTTP {row.status_code}"
@@ -10937,7 +10985,8 @@ def _answer_of(row: FailedDelivery | Attempt) -> _Html:
 
 
 def _timeline(attempts: Sequence[Attempt], with_endpoint: bool = True) -> _Html:
-    """Return attempts, the last 200 of them, each with what was answered."""
+    """Return attempts as a list, oldest first: at most the last 200, each with what was answered.
+    with_endpoint: say whose they are, where the page shows those of several endpoints."""
     step = (
         '<li class="{}"><div class="row"><strong>{}</strong>{}<span>{}after {}</span></div>{}</li>'
     )
@@ -10952,7 +11001,12 @@ def _timeline(attempts: Sequence[Attempt], with_endpoint: bool = True) -> _Html:
 
 
 def _bars(e: EndpointStats) -> _Html:
-    """Draw the deliveries of the last hour, a bar for each five minutes."""
+    """Draw the deliveries of the last hour, a bar for each five minutes.
+
+    A bar is 8 wide with 2 between, and at most 28 high. Rounding goes up (-(-a // b)), so that one
+    delivery beside a thousand is still seen; minutes without any get a grey line 2 high. The title
+    says the numbers to screen readers and under the pointer.
+    """
     most, bar = max(e.history) or 1, '<rect class="{}" x="{}" y="{}" width="8" height="{}" rx="1"/>'
     heights = [-(-count * 28 // most) or 2 for count in e.history]
     bars = [
@@ -10965,7 +11019,11 @@ def _bars(e: EndpointStats) -> _Html:
 
 
 def _pinged(ping: Callable[[], Attempt]) -> _Html:
-    """Ping, and return what came of it."""
+    """Ping, and return what came of it: the attempt, or why there could be none.
+
+    NotFound goes up, for it is about the page: _site_app answers it 404. Any other error of the
+    library is about the ping, a refused address say, and is shown.
+    """
     try:
         attempt = ping()
     except NotFound:
@@ -10980,12 +11038,17 @@ def _pinged(ping: Callable[[], Attempt]) -> _Html:
 
 
 def _bounded(text: str) -> str:
+    """Return text cut to what a page shows of one thing."""
     return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "\n…"
 
 
 def _pretty(data: Any) -> str:
-    """Return data as indented JSON. Deep nesting makes that a thousand times longer than the data
-    is, so it is cut while it is made."""
+    """Return an event's data as indented JSON, cut to _MOST_SHOWN characters.
+
+    Each level indents by two more spaces, so deep nesting makes that a thousand times longer than
+    the data is: it is cut while it is made, not afterwards. Data that Python cannot parse is shown
+    as its text.
+    """
     if isinstance(data, _Unparsed):
         return _bounded(data)
     parts, length = list[str](), 0
@@ -10998,7 +11061,9 @@ def _pretty(data: Any) -> str:
 
 
 class _Form(dict[str, str]):
-    """The fields of a form by name; `every` has all values of one that came several times."""
+    """The fields of a form by name. Of a name that came several times, as ticked boxes do, it has
+    the last value, and `every` has them all. A name that did not come is a KeyError, which
+    _reply_to answers 400."""
 
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
         super().__init__(pairs)
@@ -11011,11 +11076,13 @@ class _Form(dict[str, str]):
 class _Reply(NamedTuple):
     """What a request gets."""
 
-    status: str
+    status: str  # "303 See Other"
     page: _Html
-    headers: Sequence[tuple[str, str]] = ()
+    headers: Sequence[tuple[str, str]] = ()  # besides those that each answer has, see _site_app
 
 
+# The tables of a site's paths. A path is words and ids in turn, and * stands for an id. The method
+# gets the pages, for a POST also the form, and then the ids.
 _Gets = Mapping[str, Callable[..., _Html]]  # path -> what shows it
 _Posts = Mapping[str, Callable[..., _Reply]]  # path -> what does it
 
@@ -11023,29 +11090,37 @@ _Posts = Mapping[str, Callable[..., _Reply]]  # path -> what does it
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Site:
     """What the pages of one request share: where they are, what was asked, links, forms, and the
-    frame of a page."""
+    frame of a page. It is made for one request and never changed, so threads share nothing."""
 
-    base: str  # the path that we are mounted under, percent-encoded
-    query: Mapping[str, str]
-    token: str  # what the browser's cookie holds and each form repeats
+    base: str  # the path that we are mounted under, percent-encoded, without a slash at its end
+    query: Mapping[str, str]  # of the URL; anybody can write it
+    token: str  # what the browser's cookie holds and each form repeats, see _is_ours
 
-    gets: ClassVar[_Gets] = {}
+    gets: ClassVar[_Gets] = {}  # each site fills these two at the end of its class
     posts: ClassVar[_Posts] = {}
 
-    def place(self, path: str = "", **query: object) -> str:
+    def url(self, path: str = "", **query: object) -> str:
+        """Return the URL of a path of ours, for links and forms: it begins with the mount."""
         return f"{self.base}/{urllib.parse.quote(path)}" + (
             "?" + urllib.parse.urlencode(query) if query else ""
         )
 
     def link(self, text: object, path: str = "", kind: str = "", **query: object) -> _Html:
-        return _fill('<a class="{}" href="{}">{}</a>', kind, self.place(path, **query), text)
+        """Return a link to a path of ours. kind: "" or the classes of a button."""
+        return _fill('<a class="{}" href="{}">{}</a>', kind, self.url(path, **query), text)
 
     def form(self, action: str, *parts: object) -> _Html:
+        """Return a form that is sent by POST. action: a URL that `url` returned. It carries the
+        token, without which _is_ours refuses it."""
         token = _fill('<input type="hidden" name="token" value="{}">', self.token)
         return _fill('<form method="post" action="{}">{}{}</form>', action, token, list(parts))
 
     def button(self, action: str, text: str, kind: str = "", **fields: object) -> _Html:
-        """Return a form that is a button only."""
+        """Return a form that is a button only. fields: what it sends, unseen.
+
+        All "Replay" buttons of a page look alike; the label for screen readers adds what is sent,
+        "Replay: 17", so that they differ by ear too.
+        """
         hidden = [
             _fill('<input type="hidden" name="{}" value="{}">', *field) for field in fields.items()
         ]
@@ -11054,6 +11129,8 @@ class _Site:
         return self.form(action, hidden, face)
 
     def page(self, title: str, *parts: _Html) -> _Html:
+        """Return a whole page: the style, and the parts one below the other. The viewport makes
+        phones lay it out at their own width."""
         return _fill(
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{}</title>'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -11063,16 +11140,18 @@ class _Site:
             list(parts),
         )
 
-    def go(self, place: str) -> _Reply:
-        return _Reply("303 See Other", self.page("Done"), [("Location", place)])
+    def go(self, url: str) -> _Reply:
+        """Return the answer to a form that was obeyed: the browser loads this URL by GET."""
+        return _Reply("303 See Other", self.page("Done"), [("Location", url)])
 
     def not_found(self, error: NotFound) -> str:
-        """Return what to tell of something that is not there."""
+        """Return what to tell of something that is not there. The portal overrides it: the error
+        names what was asked for, which may be somebody else's."""
         return str(error)
 
 
-def _choice_of(name: str, label: str, options: Mapping[str, str], chosen: str) -> _Html:
-    """Return a list to choose from; options: value -> text."""
+def _select(name: str, label: str, options: Mapping[str, str], chosen: str) -> _Html:
+    """Return a list to choose from. options: value -> text, in the order shown."""
     mark = {chosen: _Html(" selected")}
     shown = [
         _fill('<option value="{}"{}>{}</option>', value, mark.get(value, ""), text)
@@ -11081,19 +11160,30 @@ def _choice_of(name: str, label: str, options: Mapping[str, str], chosen: str) -
     return _fill('<label>{}<select name="{}">{}</select></label>', label, name, shown)
 
 
-def _entry(name: str, label: str, value: str, kind: str = "text") -> _Html:
+def _input(name: str, label: str, value: str, kind: str = "text") -> _Html:
+    """Return a field to write in. kind: HTML's type of the input; a phone's keyboard obeys it."""
     return _fill(
         '<label>{}<input type="{}" name="{}" value="{}"></label>', label, kind, name, value
     )
 
 
-# Two things show that a form is ours, and both must hold. Sec-Fetch-Site, or else Origin: browsers
-# vouch for these, but very old ones send neither. And a random cookie that the form repeats: alone
-# it is not enough, as other ports of localhost and sibling domains can set it. Any worker process
-# can check both. Rejected: a token signed with a random key of the process, which the other workers
-# do not have. Lax, not Strict: a link in a chat would come without the cookie, and the new one
-# would make the forms in open tabs void; a foreign POST carries neither kind.
+# A visitor of our pages may have another site open in the next tab, and that site can have the
+# browser send a form to us: "replay all". Two things show that a form is ours, and both must hold.
+#
+# 1. The header Sec-Fetch-Site says same-origin; where a browser does not send it, the host in
+#    Origin is the one in Host. Browsers set these headers themselves and let no page change them.
+#    Very old browsers send neither; then the second thing alone decides.
+# 2. The form repeats the random token of the browser's cookie. Another site can neither read the
+#    cookie nor the page with the form. Alone it would not be enough: other ports of localhost and
+#    sibling domains can set a cookie for our name, and know its token then.
+#
+# Any worker process can check both, for nothing is kept in memory. Rejected: a token signed with a
+# random key of the process, which the other workers do not have. The cookie is SameSite=Lax, not
+# Strict: with Strict a link in a chat would come without it, the page would set a new one, and the
+# forms in open tabs would be void. A POST from another site carries neither kind.
 def _is_ours(environ: WSGIEnvironment, token: str, form: Mapping[str, str]) -> bool:
+    """Say whether a form was sent by a page of ours; the two rules stand above. The tokens are
+    compared in constant time, so that its time tells nothing about the right one."""
     site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
     if site is None and origin is not None:
         site = (
@@ -11107,8 +11197,13 @@ def _is_ours(environ: WSGIEnvironment, token: str, form: Mapping[str, str]) -> b
 
 
 def _read_form(environ: WSGIEnvironment, token: str) -> _Form:
-    """Return the form of a request, once it is known to be ours; raise _Refusal or ValueError."""
-    length = int(environ.get("CONTENT_LENGTH") or "x")
+    """Return the form of a request, once it is known to be ours.
+
+    Raises _Refusal (413 too long, 403 not ours) or ValueError, which _reply_to answers 400: no
+    length, as of a chunked body; bytes beyond ASCII, which browsers percent-encode; what is no form
+    or has more than _MOST_FIELDS fields. Nothing is read of a form that is too long.
+    """
+    length = int(environ.get("CONTENT_LENGTH") or "x")  # "x": a ValueError
     if length > _LONGEST_FORM:
         raise _Refusal("413 Content Too Large", "The form is too long.")
     body = environ["wsgi.input"].read(max(0, length)).decode("ascii")
@@ -11129,6 +11224,12 @@ def _read_form(environ: WSGIEnvironment, token: str) -> _Form:
 
 
 def _site_of(environ: WSGIEnvironment) -> _Site:
+    """Return what a request says of itself: our mount, the query, the token.
+
+    WSGI hands the mount over as text that holds one byte a character (PEP 3333), hence latin-1.
+    A query is read as far as 8,192 characters; links of ours are far shorter. A browser without our
+    cookie, or with something else under its name, gets a new random token.
+    """
     mount = environ.get("SCRIPT_NAME", "").strip("/")
     base = "/" + urllib.parse.quote(mount, encoding="latin-1") if mount else ""
     query = dict(urllib.parse.parse_qsl(environ.get("QUERY_STRING", "")[:8192]))
@@ -11139,8 +11240,13 @@ def _site_of(environ: WSGIEnvironment) -> _Site:
 
 
 def _reply_to(pages: _Site, environ: WSGIEnvironment) -> _Reply:
-    """Do what a request asks for, or raise what is wrong with it. A path is names and ids in turn:
-    endpoint/ID/edit stands in the tables as endpoint/*/edit."""
+    """Do what a request asks for, or raise what is wrong with it.
+
+    A path is words and ids in turn, so every second part is an id: endpoint/ID/edit stands in the
+    tables as endpoint/*/edit. The exits, in the order of the code: an unknown path is 404; GET and
+    HEAD of a page, which alone set the cookie; a method that the path does not have is 405; POST;
+    and a form that lacks a field, or holds what is no number, is 400.
+    """
     parts = environ.get("PATH_INFO", "").strip("/").split("/")
     path = "/".join("*" if n % 2 else part for n, part in enumerate(parts))
     show, act = pages.gets.get(path), pages.posts.get(path)
@@ -11162,8 +11268,15 @@ def _reply_to(pages: _Site, environ: WSGIEnvironment) -> _Reply:
 
 
 def _site_app(name: str, open: Callable[[WSGIEnvironment, _Site], _Site]) -> WSGIApplication:
-    """Return a WSGI application; open: makes the pages for a request. It keeps no state, so any
-    number of workers may serve it."""
+    """Return a WSGI application. name: for the log. open: makes the pages for a request, from its
+    environ and its _Site; it may raise _Refusal.
+
+    It keeps no state between requests, so any number of threads and worker processes may serve it.
+    The headers that each answer has: the policy admits our own style and nothing else, no script,
+    image or frame, forms only to us, and nobody may show a page in a frame (where clicks could be
+    stolen); no-store keeps events and a new secret out of caches; nosniff makes browsers believe
+    the content type.
+    """
     style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     policy = "default-src 'none'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; "
     always = [
@@ -11176,6 +11289,8 @@ def _site_app(name: str, open: Callable[[WSGIEnvironment, _Site], _Site]) -> WSG
     ]
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        """Answer a request. What goes wrong becomes a page with a status and a sentence: `told`,
+        in the form of a _Refusal's arguments."""
         pages = _site_of(environ)
         told: Any = None
         try:
@@ -11185,14 +11300,14 @@ def _site_app(name: str, open: Callable[[WSGIEnvironment, _Site], _Site]) -> WSG
             told = refusal.args
         except NotFound as error:
             told = "404 Not Found", pages.not_found(error)
-        except Exception:  # a browser sees no traceback
+        except Exception:  # the log has the traceback, which may hold data; a browser gets none
             _log.exception("the %s failed", name)
             told = "500 Internal Server Error", "It did not work; the app's log tells why."
         if told:
             status, text, *headers = told
             back = pages.link("Back to the overview")
             page = pages.page(status, _fill("<h1>{}</h1><p>{}</p><p>{}</p>", status, text, back))
-        body = page.encode("utf-8", "replace")
+        body = page.encode("utf-8", "replace")  # JSON can hold half a surrogate pair: "?"
         start_response(status, [*always, *headers, ("Content-Length", str(len(body)))])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
@@ -11200,8 +11315,12 @@ def _site_app(name: str, open: Callable[[WSGIEnvironment, _Site], _Site]) -> WSG
 
 
 def _trouble(e: EndpointStats) -> int:
-    """Return 0 for an endpoint that fails or is on hold, 1 for one with deliveries that wait for
-    somebody, 2 for one that is well."""
+    """Rank an endpoint, the worst first: pages, the portal and `status` sort by it.
+
+    0: it fails, or is on hold. 1: something waits for a person: it has failed rows, or it is
+    disabled and either holds deliveries or was disabled by the drain. 2: it is well; one that a
+    person disabled and that holds nothing is, too.
+    """
     if e.failing or e.paused_until:
         return 0
     gone = not e.enabled and (e.pending or e.disabled_reason in _DISABLED_BY_DRAIN)
@@ -11209,7 +11328,8 @@ def _trouble(e: EndpointStats) -> int:
 
 
 def _others(rest: Sequence[EndpointStats]) -> str:
-    """Say how many endpoints are not shown, and how many of them need a look."""
+    """Say how many endpoints are not shown, and how many of them need a look: a list that is cut
+    must not hide that."""
     well = sum(_trouble(e) == 2 for e in rest)
     more = [f"{len(rest) - well} more that need a look"] if well < len(rest) else []
     more += [f"{well} that are well"] if well else []
@@ -11217,18 +11337,25 @@ def _others(rest: Sequence[EndpointStats]) -> str:
 
 
 def _row_numbers(form: Mapping[str, str]) -> list[int]:
+    """Return the failed rows that a button names: "17", or "17,18,21" where it is for a page of
+    them."""
     return [int(id) for id in form["ids"].split(",")]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Dashboard(_Site):
-    """The operator's pages."""
+    """The operator's pages: an overview, the list of all endpoints, a search, one event.
+
+    It shows and changes what is anybody's, and asks for no login: that is the host's part, see
+    dashboard_app. The methods that return a part of a page stand beside the page that has it.
+    """
 
     outbox: Outbox
 
     @property
     def filters(self) -> dict[str, str]:
-        """Return what the failed rows are filtered by; a button keeps it."""
+        """Return what the overview's failed rows are filtered by: their endpoint, and the row after
+        which the page begins. Whatever else the query says is dropped."""
         return {
             name: value
             for name, value in self.query.items()
@@ -11236,7 +11363,9 @@ class _Dashboard(_Site):
         }
 
     def act(self, verb: str, text: str, kind: str = "", **fields: object) -> _Html:
-        return self.button(self.place(verb, **self.filters), text, kind, **fields)
+        """Return a button of the overview. Its URL keeps the filters, so that `change` comes back
+        to the failed rows that were looked at."""
+        return self.button(self.url(verb, **self.filters), text, kind, **fields)
 
     def overview(self) -> _Html:
         """Show what failed first, then the endpoints that need a look, then the latest events."""
@@ -11266,16 +11395,23 @@ class _Dashboard(_Site):
         )
 
     def finder(self, label: str, asked: str) -> _Html:
+        """Return the field to search events with; it asks by GET, so it needs no token."""
         form = '<form class="row pick" action="{}">{}<button>Find</button></form>'
-        return _fill(form, self.place("search"), _entry("q", label, asked, "search"))
+        return _fill(form, self.url("search"), _input("q", label, asked, "search"))
 
     def endpoints(self, some: Sequence[EndpointStats], now: float) -> _Html:
+        """Return the table of some endpoints. Numbers and options are read one after the other, so
+        an endpoint that was removed in between is left out."""
         rows = {e.id: e for e in self.outbox.endpoints()}
         names = ("Endpoint", "Last hour", "Success", "p50 / p95", "Waiting", "Failed", "Action")
         return _table(names, [self.endpoint(e, rows[e.id], now) for e in some if e.id in rows])
 
     def endpoint(self, e: EndpointStats, endpoint: Endpoint, now: float) -> tuple[object, ...]:
-        """Return an endpoint's row: whose it is and what it gets, its last hour, what to do."""
+        """Return an endpoint's row: whose it is and what it gets, its last hour, what to do.
+
+        Success counts attempts, and is rounded down: 100% means that none failed. "Try now" is for
+        one on hold: it makes all that waits due at once and ends the hold.
+        """
         held = _held(e.failures, e.paused_until or 0.0, now) if e.enabled else ""
         tenant = f"tenant {endpoint.tenant}" if endpoint.tenant else ""
         about = (tenant, _masked(endpoint.url), endpoint.description, endpoint.disabled_reason)
@@ -11319,6 +11455,7 @@ class _Dashboard(_Site):
         )  # fmt: skip
 
     def events(self, events: Sequence[Event], now: float) -> _Html:
+        """Return a table of events, without their data."""
         rows = []
         for e in events:
             of = e.type, e.tenant or "-", e.key or "-"
@@ -11326,8 +11463,12 @@ class _Dashboard(_Site):
         return _table(("Event", "Type", "Tenant", "Key", "Emitted"), rows)
 
     def search(self) -> _Html:
-        """Show the event of an id, or the events of a type, of a group, or whose type contains what
-        was asked for."""
+        """Show the event of an id, or the events of a type, of a group (order.*), or whose type
+        contains what was asked for; newest first, a page of them.
+
+        One more is read than is shown: where it is there, there is a next page. What can be no type
+        finds nothing and costs no query.
+        """
         asked, after = self.query.get("q", "").strip(), self.query.get("after")
         if _event_seq(asked) is not None:
             return self.event(asked)
@@ -11350,7 +11491,12 @@ class _Dashboard(_Site):
         )  # fmt: skip
 
     def failed(self, now: float) -> _Html:
-        """Show failed rows: a few, or a page of those of an endpoint, or behind one."""
+        """Show failed rows, oldest first: a few on the plain overview, a page of them where they
+        are filtered by an endpoint or begin after a row.
+
+        "Replay these" names the rows that the page shows, not a filter: what fails between looking
+        and pressing the button is not replayed unseen.
+        """
         endpoint, after = self.filters.get("endpoint"), int(self.filters.get("after", 0))
         most = _ON_A_PAGE if self.filters else _FIRST_FAILED
         found = self.outbox.failed(limit=most + 1, after=after, endpoint=endpoint)
@@ -11369,7 +11515,8 @@ class _Dashboard(_Site):
         return _fill(head + '<div class="row">{}</div></div>{}', of, links, shown or _table((), ()))
 
     def failed_row(self, row: FailedDelivery, now: float) -> _Html:
-        """Return the card of a failed row; what deletes it takes a second click."""
+        """Return the card of a failed row. Discarding deletes it for ever and there is no script to
+        ask "Are you sure?", so its button is folded away: it takes a second click."""
         return _fill(
             '<article class="card"><div class="row ends">'
             '<div class="row">{}<h3>{}</h3><span>to {}</span></div>'
@@ -11382,7 +11529,7 @@ class _Dashboard(_Site):
         )  # fmt: skip
 
     def event(self, id: str) -> _Html:
-        """Show an event with its data, its deliveries and what was tried."""
+        """Show an event with its data, up to 200 deliveries and what was tried; NotFound is 404."""
         event, attempts, now = self.outbox.event(id), self.outbox.attempts(id), self.outbox.clock()
         about = f"{event.id}, emitted {_moment(event.created_at)}"
         about += "".join(
@@ -11394,7 +11541,7 @@ class _Dashboard(_Site):
         names = ("Endpoint", "Status", "Attempts", "Next", "Delivered", "Action")
         more = f"and {len(event.deliveries) - 200} more" if len(event.deliveries) > 200 else ""
         again = (
-            self.button(self.place("resend"), "Resend to all", event=id)
+            self.button(self.url("resend"), "Resend to all", event=id)
             if len(event.deliveries) > 1
             else ""
         )
@@ -11415,12 +11562,13 @@ class _Dashboard(_Site):
         )
 
     def delivery(self, d: Delivery, now: float) -> tuple[object, ...]:
-        """Return a delivery's row; what waits can be sent now, or cancelled."""
+        """Return a delivery's row. What waits can be sent now, or cancelled; anything else can be
+        resent, also what was delivered. Both buttons are the verb `resend`."""
         waits = d.status in ("pending", "held")
         again = "Send now" if waits else "Resend"
         of = {"event": d.event_id, "endpoint": d.endpoint_id}
-        buttons = [self.button(self.place("resend"), again, **of)]
-        buttons += [self.button(self.place("cancel"), "Cancel", "bad", **of)] if waits else []
+        buttons = [self.button(self.url("resend"), again, **of)]
+        buttons += [self.button(self.url("cancel"), "Cancel", "bad", **of)] if waits else []
         return (
             d.endpoint_id,
             _status_pill(d),
@@ -11431,23 +11579,26 @@ class _Dashboard(_Site):
         )
 
     def ping(self, form: _Form) -> _Reply:
+        """Ping an endpoint and show what came of it. The browser waits for the attempt, which ends
+        within its timeout."""
         said = _pinged(lambda: self.outbox.ping(form["id"]))
         back = self.link("← Webhooks")
         page = _fill("<p>{}</p><h1>A ping to {}</h1>{}", back, form["id"], said)
         return _Reply("200 OK", self.page("Ping", page))
 
     def resend(self, form: _Form) -> _Reply:
+        """Have an event sent again, to one endpoint or, where none is named, to all it went to."""
         self.outbox.resend(form["event"], endpoint=form.get("endpoint"))
-        return self.go(self.place(f"event/{form['event']}"))
+        return self.go(self.url(f"event/{form['event']}"))
 
     def cancel(self, form: _Form) -> _Reply:
         self.outbox.cancel(event_id=form["event"], endpoint=form["endpoint"])
-        return self.go(self.place(f"event/{form['event']}"))
+        return self.go(self.url(f"event/{form['event']}"))
 
     def change(self, change: Callable[[], object]) -> _Reply:
         """Do something that the overview shows, and go back to it as it was filtered."""
         change()
-        return self.go(self.place(**self.filters))
+        return self.go(self.url(**self.filters))
 
     gets: ClassVar[_Gets] = {
         "": overview,
@@ -11474,7 +11625,8 @@ def dashboard_app(outbox: Outbox) -> WSGIApplication:
     the receiver's answer, an event's timeline; replay, discard, resend, cancel, ping, enable,
     disable.
 
-    Works under any SCRIPT_NAME. Other sites cannot make a visitor's browser act; what receivers
+    Works under any SCRIPT_NAME, and keeps no state: any number of workers may serve it. It needs no
+    drain in its process. Other sites cannot make a visitor's browser act; what receivers
     sent is escaped; secrets and header values are not shown, queries of URLs are masked. It asks
     for no login: whoever reaches it sees the events' data, and can replay, discard and disable.
     Mount it behind the login of your app, which also answers for the Host header.
@@ -11485,8 +11637,11 @@ def dashboard_app(outbox: Outbox) -> WSGIApplication:
 
 
 def _utc_of(text: str, end: bool = False) -> float | None:
-    """Return UTC seconds of a date, or a date and time, as a form has it; None for nothing. end: a
-    date alone means the end of that day. Raises ValueError."""
+    """Return UTC seconds of a date, or a date and time, as a form has it; None for nothing.
+
+    end: it ends a span, and a date alone means the end of that day ("until 2026-01-31" has the 31st
+    in it). Python 3.10 does not know the Z that stands for UTC. Raises ValueError.
+    """
     text = text.strip()
     if not text:
         return None
@@ -11495,8 +11650,8 @@ def _utc_of(text: str, end: bool = False) -> float | None:
 
 
 def _field_of(text: str, end: bool) -> str:
-    """Return a time as a browser's field for date and time takes it; what it cannot, it leaves
-    empty."""
+    """Return a time of the query as a browser's field for date and time takes it, to the minute.
+    What is no time is returned as it came, and such a field stays empty."""
     with contextlib.suppress(ValueError, OverflowError):
         if at := _utc_of(text, end):
             return _iso(at)[:16]
@@ -11504,13 +11659,15 @@ def _field_of(text: str, end: bool) -> str:
 
 
 def _fault(text: str | None) -> _Html:
+    """Return what is wrong with a field, or nothing. Errors of the library begin with a small
+    letter, and stand here as a sentence."""
     if not text:
         return _Html("")
     return _fill('<p class="fault" role="alert">{}</p>', text[:1].upper() + text[1:])
 
 
 def _box(value: str, text: str, hint: str, chosen: Sequence[str]) -> _Html:
-    """Return an event type or pattern to tick."""
+    """Return an event type or pattern to tick; all boxes have the one name "events"."""
     mark = _Html(" checked" if value in chosen else "")
     box = _fill('<input type="checkbox" name="events" value="{}"{}>', value, mark)
     label = '<label class="box">{}<span>{}<small>{}</small></span></label>'
@@ -11518,6 +11675,7 @@ def _box(value: str, text: str, hint: str, chosen: Sequence[str]) -> _Html:
 
 
 def _patterns_shown(patterns: Sequence[str]) -> str:
+    """Return an endpoint's patterns for a cell of a table: the first eight of up to a hundred."""
     if "*" in patterns:
         return "all"
     more = f", and {len(patterns) - 8} more" if len(patterns) > 8 else ""
@@ -11525,7 +11683,14 @@ def _patterns_shown(patterns: Sequence[str]) -> str:
 
 
 def _body_sent(outbox: Outbox, endpoint: Endpoint, event_id: str) -> str:
-    """Return the body that an endpoint gets of an event, as it is sent."""
+    """Return the body that an endpoint gets of an event, as an attempt would send it now.
+
+    It is made as the drain makes it, from the frozen data and the endpoint's options of today:
+    where these were changed, or a transform was, the attempts before had another body. It is not
+    signed, so no secrets are handed over. What cannot be made (a transform that raises, a sender
+    that this process does not know) is a sentence here and a line in the log: the error may hold
+    what is the operator's only.
+    """
     try:
         wire = _Wire.make(endpoint, [], outbox._settings())
         body, _ = wire.body(outbox._picked(event_id))
@@ -11535,7 +11700,10 @@ def _body_sent(outbox: Outbox, endpoint: Endpoint, event_id: str) -> str:
     return _bounded(body.decode("utf-8", "backslashreplace"))
 
 
+# How long the old secret signs too, as the form for a new one offers it: seconds -> text.
 _GRACES = {"86400": "for a day", "3600": "for an hour", "604800": "for a week", "0": "no longer"}
+# What a page says at its top after a form: the redirect names the key, `?said=saved`. The query has
+# a key and not the sentence, for else a link from outside could put any sentence on our page.
 _SAID = {
     "saved": "It is saved.",
     "enabled": "It is enabled: what was held is on its way.",
@@ -11548,18 +11716,27 @@ _SAID = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _PortalPages(_Site):
-    """What a customer sees, of what is that customer's."""
+    """What a customer sees, of what is that customer's: its endpoints, one endpoint with its
+    deliveries, one delivery with its attempts.
+
+    Everything that belongs to somebody is read through `door`, whose verbs raise NotFound for what
+    is another tenant's. `outbox` is asked only for the clock, the catalogue, and for events whose
+    ids the door has just returned. This class only shows: its `posts` is empty, so without `manage`
+    there is no form, and a forged one finds no path either.
+    """
 
     outbox: Outbox
-    door: Tenant
+    door: Tenant  # the scoped verbs of the customer who is logged in to the host
 
-    manage: ClassVar[bool] = False
+    manage: ClassVar[bool] = False  # whether pages show what changes something, see _Portal
 
     def not_found(self, error: NotFound) -> str:
-        """Return the same for what is somebody else's and for what does not exist."""
+        """Return one sentence for what is somebody else's and for what does not exist, so that no
+        customer finds out which ids there are."""
         return "There is no such page."
 
     def frame(self, title: str, *parts: object, back: _Html | None = None) -> _Html:
+        """Return a page with the way back, its title, and what came of the form before."""
         said, back = _SAID.get(self.query.get("said", "")), back or self.link("← Webhooks")
         return self.page(
             title,
@@ -11571,7 +11748,8 @@ class _PortalPages(_Site):
     # The list of endpoints.
 
     def overview(self) -> _Html:
-        """Show the customer's endpoints, or what an endpoint is where there is none."""
+        """Show the customer's endpoints, those in trouble first; where there is none yet, say what
+        an endpoint is."""
         now, rows = self.outbox.clock(), {e.id: e for e in self.door.endpoints()}
         stats = [e for e in self.door.stats().endpoints if e.id in rows]
         said = _SAID.get(self.query.get("said", ""))
@@ -11595,6 +11773,8 @@ class _PortalPages(_Site):
         )
 
     def row(self, e: EndpointStats, endpoint: Endpoint, now: float) -> tuple[object, ...]:
+        """Return an endpoint's row. Its URL is masked even here: customers show this page to
+        others, and share pictures of it."""
         about = (endpoint.description, endpoint.disabled_reason)
         return (
             _fill('<div class="row"><strong>{}</strong>{}</div><small>{}</small>',
@@ -11606,7 +11786,8 @@ class _PortalPages(_Site):
     # One endpoint.
 
     def endpoint(self, id: str) -> _Html:
-        """Show an endpoint: its state, what helps where it is in trouble, and its deliveries."""
+        """Show an endpoint: its state, what helps where it is in trouble, and its deliveries. One
+        that was removed between the two reads is NotFound as well."""
         endpoint, now = self.door.endpoint(id), self.outbox.clock()
         stats = next((e for e in self.door.stats().endpoints if e.id == id), None)
         if stats is None:
@@ -11629,42 +11810,46 @@ class _PortalPages(_Site):
         )
 
     def trouble(self, endpoint: Endpoint, stats: EndpointStats) -> _Html:
-        """Say why an endpoint gets nothing or fails, and what it missed, with what helps."""
+        """Say why an endpoint gets nothing or fails, and what it missed, with what helps.
+
+        Missed are events that came after the endpoint was added and match it, but were never given
+        to it: it was disabled then, or its patterns were others. They can be sent only to an
+        enabled endpoint.
+        """
         at, cards = f"endpoint/{endpoint.id}", list[_Html]()
         card = '<div class="card row ends"><p>{}</p>{}</div>'
         if not endpoint.enabled:
             why = f": {endpoint.disabled_reason}" if endpoint.disabled_reason else ""
             held = f" {stats.pending} deliveries wait." if stats.pending else ""
-            enable = (
-                self.button(self.place(f"{at}/enable"), "Enable", "main") if self.manage else ""
-            )
+            enable = self.button(self.url(f"{at}/enable"), "Enable", "main") if self.manage else ""
             cards.append(_fill(card, f"It is disabled{why}. Nothing is sent to it.{held}", enable))
         elif stats.failing_since is not None:
             why = f": {stats.last_error}" if stats.last_error else ""
             cards.append(_fill(card, f"It fails since {_moment(stats.failing_since)}{why}.", ""))
         if missed := self.door._missed(endpoint):
-            send = self.button(self.place(f"{at}/backfill"), "Send them", "main")
+            send = self.button(self.url(f"{at}/backfill"), "Send them", "main")
             words = f"{missed} event{'s were' if missed > 1 else ' was'} missed: never sent here."
             words += "" if endpoint.enabled else " Enable it to have them sent."
             cards.append(_fill(card, words, send if self.manage and endpoint.enabled else ""))
         return _fill("{}", cards)
 
     def actions(self, endpoint: Endpoint) -> _Html:
-        """Return what a customer may do with an endpoint; what needs a choice is folded."""
+        """Return what a customer may do with an endpoint. What needs a choice, or cannot be undone,
+        is folded and takes a second click."""
         at = f"endpoint/{endpoint.id}"
         types = {"": "webhook.ping"} | {type: type for type in self.types()}
         example = self.form(
-            self.place(f"{at}/ping"),
+            self.url(f"{at}/ping"),
             _fill('<div class="row pick">{}<button>Send it</button></div>',
-                  _choice_of("type", "Which", types, "")),
+                  _select("type", "Which", types, "")),
         )  # fmt: skip
         rotate = self.form(
-            self.place(f"{at}/rotate"),
+            self.url(f"{at}/rotate"),
             _fill('<div class="row pick">{}<button>Make a new secret</button></div>',
-                  _choice_of("grace", "The old secret signs too", _GRACES, "86400")),
+                  _select("grace", "The old secret signs too", _GRACES, "86400")),
         )  # fmt: skip
-        disable = self.button(self.place(f"{at}/disable"), "Disable") if endpoint.enabled else ""
-        remove = self.button(self.place(f"{at}/remove"), "Remove it, with what waits", "bad")
+        disable = self.button(self.url(f"{at}/disable"), "Disable") if endpoint.enabled else ""
+        remove = self.button(self.url(f"{at}/remove"), "Remove it, with what waits", "bad")
         folded = "<details><summary>{}</summary>{}</details>"
         return _fill(
             '<div class="row top">{}{}{}{}{}</div>',
@@ -11676,12 +11861,18 @@ class _PortalPages(_Site):
         )
 
     def types(self) -> dict[str, EventType]:
+        """Return the catalogue's types without the internal ones; none without a catalogue."""
         return self.outbox._catalogue.public().types or {}
 
     # Deliveries.
 
     def deliveries(self, id: str, now: float) -> _Html:
-        """Show the deliveries of an endpoint that the filter chooses, a page of them."""
+        """Show the deliveries of an endpoint that the filter chooses, newest first, a page of them.
+
+        A filter comes from the URL, so anybody may write anything into it. What is wrong with it is
+        said above the table: the library's words for a status or type, ours for a time. Deliveries
+        and the heads of their events are two reads; an event that was pruned between is left out.
+        """
         asked = {name: self.query.get(name, "") for name in ("status", "type", "since", "until")}
         found, fault = list[Delivery](), ""
         try:
@@ -11720,6 +11911,7 @@ class _PortalPages(_Site):
     def delivery_row(
         self, id: str, d: Delivery, head: tuple[str, float, Any], now: float
     ) -> tuple[object, ...]:
+        """Return a delivery's row. head: its event's type, when it was emitted, when erased."""
         link = self.link(head[0], f"endpoint/{id}/event/{d.event_id}")
         return (
             _fill("{}<small>{}</small>", link, d.event_id),
@@ -11731,27 +11923,30 @@ class _PortalPages(_Site):
         )
 
     def filter_form(self, id: str, asked: Mapping[str, str]) -> _Html:
-        """Return the filter of the deliveries, as it is set; it asks by GET."""
+        """Return the filter of the deliveries, as it is set; it asks by GET, so that a page of them
+        can be bookmarked. With a catalogue types are a list to choose from, in which the type asked
+        for stands even where it is not the catalogue's any more."""
         statuses = {"": "any", **{status: status for status in _STATUSES}}
         types = {"": "any", **{type: type for type in self.types()}}
         types.setdefault(asked["type"], asked["type"])
         by_type = (
-            _choice_of("type", "Type", types, asked["type"])
+            _select("type", "Type", types, asked["type"])
             if self.types()
-            else _entry("type", "Type", asked["type"])
+            else _input("type", "Type", asked["type"])
         )
         since, until = (_field_of(asked[name], name == "until") for name in ("since", "until"))
         return _fill(
             '<form class="row pick" action="{}">{}{}{}{}<button>Filter</button></form>',
-            self.place(f"endpoint/{id}"),
-            _choice_of("status", "Status", statuses, asked["status"]),
+            self.url(f"endpoint/{id}"),
+            _select("status", "Status", statuses, asked["status"]),
             by_type,
-            _entry("since", "From (UTC)", since, "datetime-local"),
-            _entry("until", "Until (UTC)", until, "datetime-local"),
+            _input("since", "From (UTC)", since, "datetime-local"),
+            _input("until", "Until (UTC)", until, "datetime-local"),
         )  # fmt: skip
 
     def delivery(self, id: str, event_id: str) -> _Html:
-        """Show one delivery: the body as it is sent, and what each attempt brought."""
+        """Show one delivery: the body as it is sent, and what each attempt brought. Of an event
+        that was erased there is no body, and nothing to send again."""
         endpoint, now = self.door.endpoint(id), self.outbox.clock()
         found = self.door.deliveries(event_id=event_id, endpoint=id, limit=1)
         if not found:
@@ -11768,7 +11963,7 @@ class _PortalPages(_Site):
             "Event": event_id,
         }
         may = self.manage and not erased_at
-        again = self.button(self.place(f"{at}/resend"), "Send it again") if may else ""
+        again = self.button(self.url(f"{at}/resend"), "Send it again") if may else ""
         body = "It was erased." if erased_at else _body_sent(self.outbox, endpoint, event_id)
         return self.frame(
             type,
@@ -11784,15 +11979,23 @@ class _PortalPages(_Site):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Portal(_PortalPages):
-    """What a customer sees and does: forms, and what they do."""
+    """What a customer sees and does: forms, and what they do.
+
+    The form of an endpoint has three fields: url, description, events. A customer sets no other
+    option here. In its methods `typed` is what stands in the fields, and `faults` what is wrong
+    with them: field -> sentence, "" for the form as a whole.
+    """
 
     manage = True
 
     def add_form(self) -> _Html:
-        once = secrets.token_hex(8)  # sent twice, the form adds one endpoint
+        """Show the empty form. `once` is of chance and comes back with it: a form that is sent
+        twice, by a double click say, adds one endpoint, see `add`."""
+        once = secrets.token_hex(8)
         return self.edit_page("Add an endpoint", "add", {"once": once}, {})
 
     def edit_form(self, id: str) -> _Html:
+        """Show the form with what the endpoint has; here alone its URL is whole, for its owner."""
         endpoint = self.door.endpoint(id)
         typed = {
             "url": endpoint.url,
@@ -11804,10 +12007,11 @@ class _Portal(_PortalPages):
     def edit_page(
         self, title: str, path: str, typed: Mapping[str, Any], faults: Mapping[str, str]
     ) -> _Html:
-        """Show the form of an endpoint with what was typed, and what is wrong with it beside the
-        field."""
+        """Show the form of an endpoint with what was typed, and beside each field what is wrong.
+        path: where the form is sent, by which it also knows whether it adds or edits."""
 
         def field(name: str, label: str, kind: str, hint: str) -> _Html:
+            """Return one field; its limit is the longest URL that is taken."""
             return _fill(
                 '<div class="field"><label for="{}">{}</label><small>{}</small>'
                 '<input id="{}" name="{}" type="{}" value="{}" maxlength="2048">{}</div>',
@@ -11820,7 +12024,7 @@ class _Portal(_PortalPages):
             title,
             _fault(faults.get("")),
             self.form(
-                self.place(path),
+                self.url(path),
                 _fill(hidden, typed["once"]) if path == "add" else "",
                 field("url", "URL", "url", "Where your server takes requests: https://..."),
                 self.events_field(typed.get("events", ()), faults.get("events")),
@@ -11830,7 +12034,13 @@ class _Portal(_PortalPages):
         )
 
     def events_field(self, chosen: Sequence[str], fault: str | None) -> _Html:
-        """Let the customer tick types of the catalogue, or write patterns where there is none."""
+        """Let the customer tick types of the catalogue, or write patterns where there is none.
+
+        An endpoint may have patterns that are no type of the catalogue: a group (order.*), a type
+        that was taken out. They get a box too, ticked, because the form says all that the endpoint
+        is to get: what has no box would be lost by saving. Internal types are not shown; such a
+        pattern is the operator's, and a customer's form cannot keep it.
+        """
         types = self.types()
         if not types:
             return _fill(
@@ -11857,6 +12067,8 @@ class _Portal(_PortalPages):
         return _fill(fieldset, boxes, _fault(fault))
 
     def typed(self, form: _Form) -> dict[str, Any]:
+        """Return the fields of a form as options of an endpoint: boxes come one by one, patterns
+        that were written as one text with spaces or commas between."""
         events = form.every("events")
         if not self.types():
             events = re.split(r"[\s,]+", form.get("events", "").strip())
@@ -11864,7 +12076,8 @@ class _Portal(_PortalPages):
         return {"url": url, "events": [e for e in events if e], "description": description}
 
     def faults(self, typed: Mapping[str, Any]) -> dict[str, str]:
-        """Return what is wrong, by field."""
+        """Return what is wrong, by field. Each option is checked alone, so that all faults are
+        shown at once; the library's verbs stop at the first."""
         found = {}
         for name, value in typed.items():
             try:
@@ -11876,26 +12089,37 @@ class _Portal(_PortalPages):
         return found
 
     def add(self, form: _Form) -> _Reply:
-        """Add an endpoint and show its secret, or show the form again with what is wrong."""
+        """Add an endpoint and show its secret, or show the form again with what is wrong.
+
+        The id is made of the customer's own id and the form's `once`: the same form has the same id
+        again, and finds that its endpoint is there. The hash keeps customers from choosing an id
+        that is another's. The second time the secret is not shown: the first answer had it, and
+        `New secret` helps where that was lost.
+        """
         typed, once = self.typed(form), f"{self.door.id} {form['once']}"
-        id = "ep_" + hashlib.sha256(once.encode()).hexdigest()[:16]  # never one that somebody has
+        id = "ep_" + hashlib.sha256(once.encode()).hexdigest()[:16]
         with contextlib.suppress(NotFound):
             self.door.endpoint(id)  # the form came twice
-            return self.go(self.place(f"endpoint/{id}"))
+            return self.go(self.url(f"endpoint/{id}"))
         if not (faults := self.faults(typed)):
             try:
                 endpoint = self.door.add_endpoint(**typed, id=id)
                 return self.secret_page("The endpoint is added", endpoint)
-            except OutboxError as error:
+            except OutboxError as error:  # of no one field: as many endpoints as may be
                 faults = {"": f"{error}."}
         page = self.edit_page("Add an endpoint", "add", {**typed, "once": form["once"]}, faults)
         return _Reply("400 Bad Request", page)
 
     def edit(self, form: _Form, id: str) -> _Reply:
-        """Save what was changed, or show the form again with what is wrong."""
+        """Save what was changed, or show the form again with what is wrong.
+
+        Only changes are checked and saved. So a description can be mended although the URL would be
+        refused today, and what the operator changed in the meantime stays. Patterns come in the
+        order of the boxes, as a list, which never equals the endpoint's tuple: as sets they do.
+        """
         endpoint, typed = self.door.endpoint(id), self.typed(form)
         changes = {n: v for n, v in typed.items() if v != getattr(endpoint, n)}
-        if set(typed["events"]) == set(endpoint.events):  # the same, in the order of the boxes
+        if set(typed["events"]) == set(endpoint.events):
             del changes["events"]
         if not (faults := self.faults(changes)):
             try:
@@ -11907,6 +12131,8 @@ class _Portal(_PortalPages):
         return _Reply("400 Bad Request", page)
 
     def secret_page(self, title: str, endpoint: Endpoint) -> _Reply:
+        """Show a new secret, the one time that it is shown. It is no redirect: a GET that shows a
+        secret would show it again."""
         said = _fill(
             '<div class="card"><p>Its secret, with which your server verifies each request. '
             "Keep it safe: it is not shown again.</p><p><code>{}</code></p></div><p>{}</p>",
@@ -11916,11 +12142,13 @@ class _Portal(_PortalPages):
         return _Reply("200 OK", self.frame(title, said))
 
     def rotate(self, form: _Form, id: str) -> _Reply:
+        """Give an endpoint a new secret and show it; what is no choice of the form's is 400."""
         grace = float(_choice("grace", form["grace"], list(_GRACES)))
         endpoint = self.door.rotate_secret(id, grace=grace)
         return self.secret_page("The endpoint has a new secret", endpoint)
 
     def ping(self, form: _Form, id: str) -> _Reply:
+        """Send a webhook.ping, or the catalogue's example of a type, and show what came of it."""
         type = form.get("type") or None
         said = _pinged(lambda: self.door.ping(id, type=type))
         go_on = _fill("<p>{}</p>", self.link("Go on", f"endpoint/{id}", "button"))
@@ -11928,7 +12156,8 @@ class _Portal(_PortalPages):
         return _Reply("200 OK", self.frame(title, said, go_on))
 
     def done(self, id: str, said: str) -> _Reply:
-        return self.go(self.place(f"endpoint/{id}", said=said))
+        """Go back to an endpoint's page. said: a key of _SAID."""
+        return self.go(self.url(f"endpoint/{id}", said=said))
 
     def enable(self, form: _Form, id: str) -> _Reply:
         self.door.enable_endpoint(id)
@@ -11940,17 +12169,21 @@ class _Portal(_PortalPages):
 
     def remove(self, form: _Form, id: str) -> _Reply:
         self.door.remove_endpoint(id)
-        return self.go(self.place(said="removed"))
+        return self.go(self.url(said="removed"))
 
     def backfill(self, form: _Form, id: str) -> _Reply:
+        """Have what an endpoint missed sent: all of it, though the page counts the latest 10,000
+        events only."""
         self.door.backfill(id, since=self.door.endpoint(id).created_at)
         return self.done(id, "backfilled")
 
     def resend(self, form: _Form, id: str, event_id: str) -> _Reply:
+        """Have a delivery sent again. The library's resend also makes one that was never there; a
+        page has only those that there are."""
         if not self.door.deliveries(event_id=event_id, endpoint=id, limit=1):
             raise NotFound(event_id)
         self.door.resend(event_id, endpoint=id)
-        return self.go(self.place(f"endpoint/{id}/event/{event_id}", said="resent"))
+        return self.go(self.url(f"endpoint/{id}/event/{event_id}", said="resent"))
 
     gets: ClassVar[_Gets] = {**_PortalPages.gets, "add": add_form, "endpoint/*/edit": edit_form}
     posts: ClassVar[_Posts] = {
@@ -11982,6 +12215,8 @@ def portal_app(
     kind = _Portal if manage else _PortalPages
 
     def open(environ: WSGIEnvironment, site: _Site) -> _Site:
+        """Return the pages of the customer whom the host names for this request. It is asked each
+        time: a logout counts from the next click on."""
         who = tenant(environ)
         if who is None:
             raise _Refusal("403 Forbidden", "Log in first; this page is for customers.")

@@ -3540,7 +3540,7 @@ def _checked_proxy(proxy: Any) -> str | None:
 
 
 def _checked_app_name(name: Any) -> str:
-    """Return the host's name: part of the User-Agent of every request, and source of CloudEvents."""
+    """Return the host's name: in the User-Agent of every request, and the source of CloudEvents."""
     if not _line("app_name", name, 100).isascii():
         raise PayloadError("app_name goes into a header: write it in ASCII letters")
     return str(name)
@@ -3778,15 +3778,23 @@ class _Process:
     A child that was forked in C, as uWSGI forks its workers, has run no hook: it does steps 4 and 5
     when it first opens the file or starts a drain (settle). Until then it keeps the parent's lock,
     and if the parent dies nobody takes over.
+
+    Any thread may open and close connections, and so change the sets below; each change is one
+    step of the interpreter. `forking` is for what takes several steps: a thread that forks holds it
+    from step 1 to step 3, a drain while it opens its file for the first time and while it opens its
+    lock file, and either waits for the other. A drain that wants its lock waits for a moment only:
+    see _Lock.acquire.
     """
 
     def __init__(self) -> None:
         self.pid = 0  # of the process that the rest is about; 0: nothing was opened, no hook is set
         self.forking = threading.RLock()  # held by a thread that forks, and by one that opens
-        self.pinned: dict[int, sqlite3.Connection] = {}  # connections of ours that are open, by id
+        # Connections of ours that are open, by id: the reference keeps the id from being reused.
+        self.pinned: dict[int, sqlite3.Connection] = {}
         self.descriptors: set[int] = set()  # open lock files, of which a child closes its copies
         self.drains: set[_DrainFile] = set()  # that drains have open
-        self.outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()  # made
+        # All that were made here and are still in use: a child has them forget their drains.
+        self.outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
         self.sqlite_only: set[str] = set()  # files that no other SQLite library opens here: _alone
 
     def pin(self, db: sqlite3.Connection) -> None:
@@ -3803,8 +3811,8 @@ class _Process:
         return id(db) in self.pinned and self.pid == os.getpid()
 
     def settle(self) -> None:
-        """Set the hooks at the first use, since they cannot be taken back, and an import does
-        nothing. In a child that ran none of them, do what they would have done."""
+        """Set the hooks at the first use; in a child that ran none of them, do what they would have
+        done. Not at import: hooks cannot be taken back, and an import does nothing."""
         before, self.pid = self.pid, os.getpid()
         if not before and hasattr(os, "register_at_fork"):
             os.register_at_fork(before=self._before, after_in_parent=self._in_parent)
@@ -3813,17 +3821,21 @@ class _Process:
             self._in_child()
 
     def _before(self) -> None:
+        """Steps 1 and 2, in the thread that forks: it waits until each drain has closed its file,
+        for each of them five seconds at most."""
         self.forking.acquire()
         for drain in list(self.drains):
             drain.park()
 
     def _in_parent(self) -> None:
+        """Step 3, in the thread that forked."""
         for drain in list(self.drains):
             drain.unpark()
         with contextlib.suppress(RuntimeError):  # a server in C may run this hook alone
             self.forking.release()
 
     def _in_child(self) -> None:
+        """Steps 4 and 5: right after the fork, or when settle() finds out."""
         import ctypes
 
         self.pid = os.getpid()
@@ -3839,11 +3851,13 @@ class _Process:
             outbox._forget_drains()
 
 
-_PROCESS: _Process = globals().get("_PROCESS") or _Process()  # the old one after a reload
+# importlib.reload runs the module again in the namespace that it had. The object of the first time
+# stays: its hooks are set, and it knows which connections are open.
+_PROCESS: _Process = globals().get("_PROCESS") or _Process()
 
 
 # SQLite libraries that Python can load, as modules that have a Connection. The standard library's
-# is among them, since pysqlite3 may have been put in its place (sys.modules["sqlite3"]).
+# is among them: where pysqlite3 was put in its place (sys.modules["sqlite3"]), it is the other one.
 _LIBRARIES = (
     *("_sqlite3", "apsw", "cysqlite", "libsql", "libsql_experimental", "pysqlcipher3.dbapi2"),
     *("pysqlite3.dbapi2", "sqlcipher3.dbapi2", "sqlean.dbapi2", "turso"),
@@ -3851,7 +3865,10 @@ _LIBRARIES = (
 
 
 def _other_library() -> str | None:
-    """Name a SQLite library that is loaded in this process beside the one that we use."""
+    """Name a SQLite library that is loaded in this process beside the one that we use; else None.
+
+    A module whose Connection is ours, or a base class of ours, is no other library.
+    """
     for name in _LIBRARIES:
         module = sys.modules.get(name)
         if module is not None:
@@ -3866,39 +3883,46 @@ def _alone(path: str) -> bool:
 
     SQLite's locks are POSIX locks, and those belong to the process: when one SQLite library closes
     a file, or unlocks it, the locks that another one has on it there are gone too, in the middle of
-    a transaction, and the file is damaged within seconds (sqlite.org/howtocorrupt.html, 2.2.1). What
-    a library will open is not known before it does, so its presence is enough, unless the host said
-    `sqlite_only=True`.
+    a transaction, and the file is damaged within seconds (sqlite.org/howtocorrupt.html, 2.2.1).
+    What a library will open is not known before it does, so its presence is enough, unless the host
+    said `sqlite_only=True`.
     """
     return path in _PROCESS.sqlite_only or _other_library() is None
 
 
 def _check_alone(path: str) -> None:
+    """Raise OutboxError, with what to do instead, where a connection of ours would be a danger."""
     if not _alone(path):
         raise OutboxError(
-            f"{_other_library()} is loaded in this process, and two SQLite libraries in one process "
-            f"damage a file that both open: drain and look in another process "
+            f"{_other_library()} is loaded in this process, and two SQLite libraries in one "
+            f"process damage a file that both open: drain and look in another process "
             f"(`python -m webhook_outbox --db {path} drain`), pass conn= here, or, if nothing but "
             "sqlite3 opens this file here, say Outbox(..., sqlite_only=True)"
         )
 
 
-# Decodes what SQLite calls text: plain SQL can store any bytes, and one such row must not stop
-# every reader. What is no UTF-8 becomes lone surrogates, which cannot be encoded, so that the
-# attempt fails and not the drain.
+# The text_factory of our own connections: how the bytes of a column of type text become a str.
+# Plain SQL can store any bytes there, and one such row must not stop every reader. What is no UTF-8
+# becomes lone surrogates, which cannot be encoded, so that the attempt fails and not the drain.
 _lenient_text = operator.methodcaller("decode", "utf-8", "surrogateescape")
 
 
+# Said where an emit failed for that reason, and by the doctor.
 _NO_TEMPORARY_FOLDER = (
     "SQLite finds no folder for temporary files that can be written (of /var/tmp, /tmp and the "
-    "current one): mount one, or name one in the variable SQLITE_TMPDIR, or say PRAGMA temp_store = "
-    "MEMORY on your connection"
+    "current one): mount one, or name one in the variable SQLITE_TMPDIR, or say "
+    "PRAGMA temp_store = MEMORY on your connection"
 )
 
 
 def _temporary_folder() -> str | None:
-    """Return where SQLite puts temporary files (a statement's journal beyond 64 KiB is one), by its
-    own order; None where it finds no folder: in a container whose root is read-only, say."""
+    """Return where SQLite puts temporary files, by its own order; None where it finds no folder: in
+    a container whose root is read-only, say.
+
+    A statement that fires triggers keeps a journal of the pages it touches, to be able to undo
+    itself. Beyond 64 KiB that is a temporary file, so without a folder an emit to a few endpoints
+    works while the tables are small and fails one day. The doctor tells of it before that.
+    """
     chosen = os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR")
     if sys.platform == "win32":
         return "there is one"
@@ -3909,7 +3933,8 @@ def _temporary_folder() -> str | None:
 
 
 def _check_there(path: str) -> None:
-    if not os.path.exists(path):  # SQLite would put an empty file there
+    """Raise SchemaError where there is no file: to open it, SQLite would put an empty one there."""
+    if not os.path.exists(path):
         raise SchemaError(
             f"{path} does not exist; `python -m webhook_outbox --db {path} init` makes it"
         )
@@ -3918,7 +3943,9 @@ def _check_there(path: str) -> None:
 def _open(path: str, patience: float = 5.0, create: bool = False) -> sqlite3.Connection:
     """Open a connection of our own, autocommit. patience: seconds that SQLite waits for a lock.
 
-    By the class, because tracing agents replace sqlite3.connect by one that returns a proxy.
+    The caller closes it with _close. The class is called, because tracing agents replace
+    sqlite3.connect by a function that returns a proxy. Raises SchemaError where the file is not
+    there or cannot be opened, OutboxError beside another SQLite library.
     """
     _check_alone(path)
     if not create:
@@ -3931,20 +3958,22 @@ def _open(path: str, patience: float = 5.0, create: bool = False) -> sqlite3.Con
         raise SchemaError(f"{path} cannot be opened ({error}); does its folder exist?") from None
     db.text_factory = _lenient_text
     _PROCESS.pin(db)
-    if not _temporary_folder():
+    if not _temporary_folder():  # or a statement of ours would fail there
         db.execute("PRAGMA temp_store = MEMORY")
     return db
 
 
 def _close(db: sqlite3.Connection, path: str) -> None:
-    """Close a connection of our own. Beside a SQLite library that was loaded since it was opened it
-    stays open to the end of the process: to close it would drop that one's locks."""
+    """Close a connection of our own. It stays open to the end of the process where to close it
+    would do harm: beside a SQLite library that was loaded since it was opened, whose locks on the
+    file would be gone, and in a child of the process that opened it."""
     if _alone(path) and _PROCESS.unpin(db):
         db.close()
 
 
 @contextlib.contextmanager
 def _session(path: str, create: bool = False) -> Iterator[sqlite3.Connection]:
+    """Yield a connection of our own, for a few reads or single statements, and close it."""
     db = _open(path, create=create)
     try:
         yield db
@@ -3954,7 +3983,12 @@ def _session(path: str, create: bool = False) -> Iterator[sqlite3.Connection]:
 
 @contextlib.contextmanager
 def _transaction(path: str) -> Iterator[sqlite3.Connection]:
-    """BEGIN IMMEDIATE on a connection of our own; commit, or roll back when the block raises."""
+    """BEGIN IMMEDIATE on a connection of our own; commit, or roll back when the block raises.
+
+    The write lock is taken at once, and waited for as long as _open says. A transaction that begins
+    with a read can be refused at its first write, without waiting, if somebody wrote in between.
+    A block that forks comes to its end twice: what the child does there must not touch the file.
+    """
     with _session(path) as db:
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -3968,14 +4002,18 @@ def _transaction(path: str) -> Iterator[sqlite3.Connection]:
 
 
 def _is_busy(error: sqlite3.Error) -> bool:
+    """Say whether an error means that somebody else has the file locked: try again in a moment.
+
+    Codes 5 and 6 are SQLITE_BUSY and SQLITE_LOCKED; the higher bits only say which kind of it.
+    """
     code = getattr(error, "sqlite_errorcode", None)  # since Python 3.11
-    # SQLITE_BUSY, SQLITE_LOCKED.
     return code & 0xFF in (5, 6) if code is not None else "locked" in str(error)
 
 
 @contextlib.contextmanager
 def _plain_text(db: sqlite3.Connection) -> Iterator[None]:
-    """Read text as str, whatever text_factory the host set on its connection; it is set back."""
+    """Read text as str in the block, whatever text_factory the host set on its connection; after
+    it the host's is set back."""
     factory = getattr(db, "text_factory", None)  # apsw's has none
     if factory is not None:
         db.text_factory = str
@@ -3986,23 +4024,32 @@ def _plain_text(db: sqlite3.Connection) -> Iterator[None]:
             db.text_factory = factory
 
 
+# Our tables, views, indexes and triggers in a file; not the indexes that SQLite makes by itself,
+# whose names begin with sqlite_.
 _OUR_OBJECTS = "SELECT type, name, sql FROM sqlite_master WHERE name GLOB 'webhook_*'"
 
 
 # SQLite's numbers of the limits that its page on security advises to lower, but for lengths.
 _LIMITED = (3, 4, 5, 6, 8, 9)  # expression, compound, opcodes, arguments, pattern, variables
+# What SQLite says when a statement is beyond one of them.
 _BEYOND_LIMIT = re.compile("Expression tree is too large|too many|pattern too complex")
 
 
 @contextlib.contextmanager
 def _without_limits(db: Any) -> Iterator[None]:
-    """Run statements of ours where the host lowered SQLite's limits on its connection; they are set
-    back. Our schema needs none of that, so that the host's own statements can be prepared; but an
-    expression counts together with all those around its query, so that flat ones alone would not do."""
+    """Run statements of ours where the host lowered SQLite's limits on its connection; after the
+    block they are as the host set them.
+
+    Our triggers and views are written so that they fit within the limits which SQLite advises: the
+    host's own statements on our tables have to be prepared without this. Statements of ours with
+    queries in their expressions do not: the depth of an expression counts together with that of all
+    that stand around its query. Where the driver has no way to set limits nothing is done.
+    """
     set_limit = getattr(db, "setlimit", None) or getattr(db, "limit", None)  # the latter: apsw's
     if set_limit is None:  # sqlite3 has it since Python 3.11
         yield
         return
+    # Beyond what SQLite was built for: it takes its own maximum then.
     before = [(limit, set_limit(limit, 1 << 30)) for limit in _LIMITED]
     try:
         yield
@@ -4012,6 +4059,7 @@ def _without_limits(db: Any) -> Iterator[None]:
 
 
 def _meta(db: sqlite3.Connection, key: str) -> Any:
+    """Return a value of webhook_meta; None where there is none."""
     row = (
         sqlite3.Cursor(db)
         .execute("SELECT value FROM webhook_meta WHERE key = ?", (key,))
@@ -4021,7 +4069,11 @@ def _meta(db: sqlite3.Connection, key: str) -> Any:
 
 
 def _check_version(version: int, path: str, make: bool = True) -> None:
-    """Refuse the tables of a newer version, and, where we must not make any, of an older one."""
+    """Refuse the tables of a newer version, and, where we must not make any, of an older one.
+
+    version: as webhook_meta has it, 0 where there are no tables. This copy of the module knows as
+    many versions as _SCHEMA has entries. make: older tables are no error, the caller upgrades them.
+    """
     if version > len(_SCHEMA):
         raise SchemaError(
             f"{path} was written by a newer webhook_outbox (schema {version}, this file knows "
@@ -4036,8 +4088,12 @@ def _check_version(version: int, path: str, make: bool = True) -> None:
 
 
 def _version(db: sqlite3.Connection, path: str) -> int:
-    """Return the schema version of a file, 0 when it has no tables of ours; refuse what is not ours
-    to touch."""
+    """Return the schema version of a file, 0 when it has no tables of ours; raise SchemaError for
+    what is not ours to touch.
+
+    That is a file which is no database, and one of a newer version. That the file is locked or the
+    disk fails is nothing about the file: such an OperationalError passes.
+    """
     try:
         exists = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'webhook_meta'").fetchone()
         version = int(_meta(db, "schema_version") or 0) if exists else 0
@@ -4058,8 +4114,11 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def _plan(schema: tuple[tuple[str, ...], ...]) -> _Plan:
-    """Make the tables in memory, once in a process, and read off what came of it: later versions
-    may change what earlier ones made."""
+    """Make the tables in memory, once in a process, and read off what came of it.
+
+    No list of names says it, because later versions may change what earlier ones made. The schema
+    is an argument so that another one (a test's) gets another plan.
+    """
     with contextlib.closing(sqlite3.Connection(":memory:", isolation_level=None)) as db:
         for statement in itertools.chain.from_iterable(schema):
             db.execute(statement)
@@ -4078,8 +4137,10 @@ def _repair(db: sqlite3.Connection) -> None:
     """Make again what is missing, in the caller's transaction. Other tools drop tables that they do
     not know (Alembic's autogenerate), and leave the views that stand on them.
 
-    What triggers keep is reckoned anew: each endpoint is switched off and on, or on and off. A file
-    whose webhook_meta was lost has a new identity from now on, as after `adopt`.
+    What triggers keep, such as webhook_patterns, is reckoned anew: each endpoint is switched off
+    and on, or on and off, so that its triggers run and it ends as it was. Rows of a table that was
+    dropped are lost. A file whose webhook_meta was lost has a new identity from now on, as after
+    `adopt`.
     """
     plan = _plan(_SCHEMA)
     for key in _lacking(db):
@@ -4092,10 +4153,17 @@ def _repair(db: sqlite3.Connection) -> None:
 
 
 def _make_tables(db: sqlite3.Connection, path: str, version: int) -> None:
-    """Bring the tables to the newest version, and repair what is missing then."""
+    """Bring the tables to the newest version, and repair what is missing then.
+
+    version: what the file had when it was looked at, without a lock. Each version is a transaction
+    of its own, so an upgrade that dies leaves the file at a version that is whole. Several
+    processes may come here at once: each looks again under the write lock, and goes on where
+    another was first. db, on which the caller looked, is used for reading only.
+    """
     while version < len(_SCHEMA):
         with _transaction(path) as own:
-            if _version(own, path) == version:  # another process may have been first
+            if _version(own, path) == version:
+                # No version, and yet tables: webhook_meta was dropped, the others stayed.
                 if version == 0 and own.execute(_OUR_OBJECTS).fetchone():
                     _repair(own)
                     return
@@ -4108,8 +4176,13 @@ def _make_tables(db: sqlite3.Connection, path: str, version: int) -> None:
 
 
 def _prepare_file(path: str, create: bool) -> str | None:
-    """Make or check the tables of a file; return the outbox's identity, which emit compares. None
-    where another SQLite library is loaded: then the host's connections show what is there."""
+    """Make or check the tables of a file; return the outbox's identity.
+
+    The identity is a random text in webhook_meta. emit compares it with that of the file which the
+    host's connection is open on. It is None where another SQLite library is loaded and we may not
+    open the file: then the first connection of the host's shows what is there. create: make tables,
+    upgrade or repair them; else they must be there and whole. Whatever is wrong is a SchemaError.
+    """
     if sqlite3.sqlite_version_info < _SQLITE_NEEDED:
         raise SchemaError(f"SQLite {sqlite3.sqlite_version} is too old; 3.34 or newer is needed")
     if not _alone(path):
@@ -4141,8 +4214,8 @@ def _is_sqlite3(conn: Any) -> bool:
 
 def _unproxied(conn: Any) -> Any:
     """Return the object under the proxies of a tracing agent, or under Flask's LocalProxy: a
-    sqlite3.Cursor cannot be made of them."""
-    for _ in range(8):
+    sqlite3.Cursor cannot be made of them. What is no proxy is returned as it is."""
+    for _ in range(8):  # proxies of proxies, but not for ever
         if _is_sqlite3(conn):
             break
         if hasattr(conn, "_get_current_object"):
@@ -4157,7 +4230,11 @@ def _unproxied(conn: Any) -> Any:
 def _driver(conn: Any) -> Any:
     """Return the connection that a driver made, under what a framework hands out: SQLAlchemy's
     Connection or Session, Django's connection or its alias, peewee's Database, a cursor; under an
-    agent's proxies, too. Known by what they have; nothing is imported."""
+    agent's proxies, too.
+
+    They are known by what they have, and none of them is imported. What is none of these is
+    returned as it is: _host judges it. PayloadError for an asynchronous one.
+    """
     conn = _unproxied(conn)
     django = sys.modules.get("django.db")
     if isinstance(conn, str) and django and conn in django.connections:
@@ -4180,9 +4257,13 @@ def _driver(conn: Any) -> Any:
 @contextlib.contextmanager
 def _begun(conn: Any) -> Iterator[None]:
     """Begin the transaction of SQLAlchemy's Connection, if it has none, as a statement that goes
-    through it would. Else its commit() does nothing after ours, and the event is lost. (A Session
-    begins when it is asked for its connection; other wrappers hand commit() to the driver.) When
-    the block raises it is as it was."""
+    through it would.
+
+    We write on the driver's connection under it, which SQLAlchemy does not see: without this its
+    commit() would find no transaction, do nothing, and the event would be lost. A Session needs no
+    help, since it begins when it is asked for its connection; other wrappers hand commit() to the
+    driver. When the block raises, what was begun here is rolled back.
+    """
     conn = _unproxied(conn)
     wanted = hasattr(conn, "exec_driver_sql") and not hasattr(conn, "run_sync")
     if not wanted or conn.in_transaction():
@@ -4200,7 +4281,13 @@ def _begun(conn: Any) -> Iterator[None]:
 
 def _host(conn: Any) -> sqlite3.Connection:
     """Return the connection under what a host hands us, once we know that what we write commits
-    with its rows."""
+    with its rows.
+
+    It is good in two cases: a transaction is open, or the driver will open one before our INSERT as
+    it does before one of the host's (sqlite3's legacy mode, with an isolation_level). Otherwise the
+    event would commit by itself, whatever becomes of the host's rows: NotInTransaction. That it is
+    open on our file is checked later, by _check_identity.
+    """
     db = _driver(conn)
     if not _is_sqlite3(db) and not (hasattr(db, "execute") and hasattr(db, "in_transaction")):
         raise PayloadError(
@@ -4208,12 +4295,11 @@ def _host(conn: Any) -> sqlite3.Connection:
         )
     # sqlite3.LEGACY_TRANSACTION_CONTROL, or Python before 3.12.
     legacy = getattr(db, "autocommit", -1) == -1
-    # The driver begins before our INSERT.
     opens_itself = legacy and getattr(db, "isolation_level", None) is not None
     if not db.in_transaction and not opens_itself:
         raise NotInTransaction(
-            "the connection is in autocommit mode with no transaction open: begin one first (BEGIN, "
-            "Django's atomic(), SQLAlchemy's begin(), peewee's atomic()), or use "
+            "the connection is in autocommit mode with no transaction open: begin one first "
+            "(BEGIN, Django's atomic(), SQLAlchemy's begin(), peewee's atomic()), or use "
             "`with outbox.transaction() as conn`"
         )
     return db  # type: ignore[no-any-return]
@@ -4222,26 +4308,33 @@ def _host(conn: Any) -> sqlite3.Connection:
 def _check_uwsgi() -> None:
     """Refuse a thread where uWSGI is about to fork: it loads the app before it makes its workers,
     and makes them in C, past Python's hooks, so that each inherits the locks of a thread that it
-    does not have."""
+    does not have.
+
+    A thread may run where uWSGI is not, in a worker or a mule of it, and where it has neither a
+    master nor several processes.
+    """
     uwsgi: Any = sys.modules.get("uwsgi")
     if not hasattr(uwsgi, "masterpid") or uwsgi.worker_id() or uwsgi.mule_id():
         return
     if uwsgi.masterpid() == os.getpid() or (uwsgi.masterpid() == 0 and uwsgi.numproc > 1):
         raise OutboxError(
-            "uWSGI has not made its workers yet, and threads do not survive that: call start() in a "
-            "function under @uwsgidecorators.postfork, or set lazy-apps = true"
+            "uWSGI has not made its workers yet, and threads do not survive that: call start() in "
+            "a function under @uwsgidecorators.postfork, or set lazy-apps = true"
         )
 
 
 def _as_they_are(cursor: Any, row: Any) -> Any:
+    """Return a row as it is: the row_trace of a cursor of apsw."""
     return row
 
 
 def _cursor(db: Any) -> sqlite3.Cursor:
-    """Return a cursor without the host's row_factory; a driver's look-alike has only its own.
+    """Return a cursor without the host's row_factory, so that rows are tuples.
 
-    Where the host has converters for declared types (detect_types), they would read our columns
-    too: what is read on a host's connection is an expression (`+id`), which has no declared type.
+    A sqlite3.Cursor is made past the host's own class of cursors; of another driver's connection
+    only its own cursor is to be had. Where the host has converters for declared types
+    (detect_types), they would read our columns too: what is read on a host's connection is an
+    expression (`+id`), which has no declared type.
     """
     if _is_sqlite3(db):
         return sqlite3.Cursor(db)
@@ -4260,8 +4353,13 @@ def _changes(cursor: sqlite3.Cursor) -> int:
 
 
 def _in_its_thread(conn: Any, do: Callable[[Any], Any]) -> Any:
-    """Call do with the driver's connection: at once, or, under the synchronous side of SQLAlchemy's
-    AsyncSession, in the thread that aiosqlite keeps for it."""
+    """Call do with a connection that it can write on: at once with the one given, or, under the
+    synchronous side of SQLAlchemy's AsyncSession, with sqlite3's in the thread that aiosqlite keeps
+    for it.
+
+    A sqlite3 connection may be used by the thread alone that made it. `_execute` and `_conn` are
+    private names of aiosqlite's; it has no public way to run a function of ours in its thread.
+    """
     with _begun(conn):
         db = _driver(conn)
         if not hasattr(db, "_execute"):
@@ -4276,7 +4374,8 @@ def _in_its_thread(conn: Any, do: Callable[[Any], Any]) -> Any:
 def _on_connection(
     method: Any, args: Sequence[Any], options: Mapping[str, Any]
 ) -> Callable[[Any], Any]:
-    """Return the call of a method that lacks its connection: its first argument, or one by name."""
+    """Return the call of a method that lacks its connection: its first argument (emit, accept), or
+    one by name (the verbs). PayloadError where the method takes none."""
     import inspect
 
     names = list(inspect.signature(method).parameters) if callable(method) else []
@@ -4293,8 +4392,12 @@ def _note_home(db: sqlite3.Connection, home: str) -> None:
 
 
 def _refusal(db: sqlite3.Connection, path: str, home: str | None) -> str | None:
-    """Return why nothing may be sent from a file, and what to do; None when it may. A file that was
-    copied from another home holds deliveries that the original sends as well."""
+    """Return why nothing may be sent from a file, and what to do; None when it may.
+
+    A file that was copied from another home holds deliveries that the original sends as well. It
+    may be sent from where the file has no home yet, and where its home is ours. Where we have no
+    name and the file has one, it may be a copy on a developer's machine: nothing is sent either.
+    """
     theirs = _meta(db, "home")
     if theirs is None or theirs == home:
         return None
@@ -4321,11 +4424,12 @@ def _main_file(db: Any) -> str:
     """Return the path of the file that a connection is open on; '' for a database in memory."""
     with _plain_text(db):
         cursor = _cursor(db)
-        cursor.execute("PRAGMA database_list")  # reads it
+        cursor.execute("PRAGMA database_list")  # which sets nothing
         return next((str(row[2] or "") for row in cursor.fetchall() if row[1] == "main"), "")
 
 
 def _is_open_on(db: Any, path: str) -> bool:
+    """Say whether a connection is open on the file at a path, by whatever name it was opened."""
     there = _main_file(db)
     return bool(there) and _file_id(there) == _file_id(path) is not None
 
@@ -4341,13 +4445,22 @@ def _other_file(db: Any, path: str, why: str) -> SchemaError:
 
 def _explained(db: Any, text: str, path: str) -> OutboxError | None:
     """Return our error for what SQLite said of a statement of ours on a host's connection; None
-    where it is the host's business."""
+    where it is the host's business.
+
+    In the order of the code:
+
+    1. a trigger of ours refused the row: its text says why
+    2. the main file of the connection has no tables of ours: it is our file, or it is another
+    3. PRAGMA trusted_schema is OFF, and this SQLite does not let a trigger use what ours need
+    4. there is no folder for temporary files
+    """
     if found := re.search("webhook_emit: (.*)", text):
         return PayloadError(found[1])
     if "no such table: main.webhook" in text or "unknown database" in text:
         if _is_open_on(db, path):
             return SchemaError(
-                f"{path} has no webhook tables; `python -m webhook_outbox --db {path} init` makes them"
+                f"{path} has no webhook tables; "
+                f"`python -m webhook_outbox --db {path} init` makes them"
             )
         why = "whose main file has no webhook tables (an attached file cannot commit atomically in "
         return _other_file(db, path, f"{why}WAL mode)")
@@ -4364,7 +4477,14 @@ def _explained(db: Any, text: str, path: str) -> OutboxError | None:
 @contextlib.contextmanager
 def _host_errors(db: sqlite3.Connection, path: str) -> Iterator[None]:
     """Turn SQLite's errors inside the host's transaction into ours; what is the host's business
-    (busy) passes. By what they say: apsw and others have classes of their own."""
+    (busy) passes.
+
+    They are known by what they say, since apsw and others have classes of their own. After an error
+    the transaction is as it was before our statement, which SQLite undoes by itself. There are two
+    exceptions: the driver began a transaction for our statement, which is rolled back, since
+    nothing of the host's is in it; and SQLite rolled back the host's. Then the host must know: it
+    believes to be in a transaction, and each further statement would commit by itself.
+    """
     before = db.in_transaction
     try:
         yield
@@ -4372,11 +4492,11 @@ def _host_errors(db: sqlite3.Connection, path: str) -> Iterator[None]:
         text = str(error)
         ours = None if isinstance(error, OutboxError) else _explained(db, text, path)
         if not before and db.in_transaction:
-            db.rollback()  # the driver began it for our statement: nothing of the host's is in it
+            db.rollback()
         if before and not db.in_transaction:
             raise TransactionLost(
-                f"SQLite rolled your transaction back ({ours or text}): nothing of it is stored; do "
-                "not go on, begin again"
+                f"SQLite rolled your transaction back ({ours or text}): nothing of it is stored; "
+                "do not go on, begin again"
             ) from error
         if ours is None:
             raise
@@ -4386,7 +4506,8 @@ def _host_errors(db: sqlite3.Connection, path: str) -> Iterator[None]:
 def _check_identity(db: Any, cursor: sqlite3.Cursor, identity: str | None, path: str) -> str:
     """Return the identity of the outbox on a host's connection; refuse one to another file.
 
-    identity: what we know of the file at `path`. Where we open no connection of our own it is not
+    identity: what we know of the file at `path`; the caller keeps what is returned. Mostly it is
+    the file's, and that is all. It may be another: where we open no connection of our own it is not
     known yet (None), and `adopt`, `neutralize` and a repair give a file a new one while other
     processes have an Outbox of it. Then the place decides: a connection to the file at our path is
     taken, one to another, the original of this copy for one, is not. Rejected: to keep the old
@@ -4630,8 +4751,8 @@ def _read_secrets(cursor: sqlite3.Cursor, stored: str) -> _Secrets:
 def _load_endpoints(db: sqlite3.Connection, source: str, *values: Any) -> list[_EndpointRow]:
     """Return the rows of endpoints with their secrets and state; source: what stands after FROM."""
     rows = db.execute(
-        f"""SELECT {_ENDPOINT_COLUMNS}, secrets, enabled, version, failures, failing_since, paused_until,
-                   unsteady_since, good, bad
+        f"""SELECT {_ENDPOINT_COLUMNS}, secrets, enabled, version, failures, failing_since,
+                   paused_until, unsteady_since, good, bad
               FROM {source}""",
         values,
     )
@@ -4774,8 +4895,10 @@ def _waiting(db: sqlite3.Connection, after: str = "") -> list[_Waiting]:
     after_id, some = " AND d.endpoint_id > CAST(? AS TEXT)", f" LIMIT {_LOOK_ROWS}"
     rows = db.execute(
         f"""{_endpoints_with("d.status = 'pending'", after_id, some)}
-           SELECT waiting.id, (SELECT due_at FROM webhook_deliveries
-                                WHERE status = 'pending' AND endpoint_id = waiting.id ORDER BY due_at LIMIT 1),
+           SELECT waiting.id,
+                  (SELECT due_at FROM webhook_deliveries
+                    WHERE status = 'pending' AND endpoint_id = waiting.id
+                    ORDER BY due_at LIMIT 1),
                   p.enabled
              FROM waiting LEFT JOIN webhook_endpoints AS p ON p.id = waiting.id
             WHERE waiting.id IS NOT NULL""",
@@ -4905,7 +5028,8 @@ def _monitored(db: sqlite3.Connection) -> bool:
     """Say whether an endpoint subscribes to events about deliveries and endpoints."""
     (found,) = db.execute(
         """SELECT EXISTS (SELECT 1 FROM webhook_patterns
-                           WHERE tenant IN ('', '*') AND pattern >= 'webhook.' AND pattern < 'webhook/')"""
+                           WHERE tenant IN ('', '*')
+                             AND pattern >= 'webhook.' AND pattern < 'webhook/')"""
     ).fetchone()
     return bool(found)
 
@@ -4971,7 +5095,8 @@ _PRUNE_ROWS = 500
 _PRUNE = """DELETE FROM main.webhook_events
  WHERE seq BETWEEN ? AND ? AND created_at < ?
    AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries
-                    WHERE event = seq AND (status IN ('pending', 'queued', 'failed') OR delivered_at >= ?))"""
+                    WHERE event = seq
+                      AND (status IN ('pending', 'queued', 'failed') OR delivered_at >= ?))"""
 
 
 def _prune_range(cursor: sqlite3.Cursor, after: int, cutoff: float) -> tuple[int, int] | None:
@@ -5219,7 +5344,8 @@ class _DrainFile:
 
     def __init__(self, path: str, ring: Callable[[], None]) -> None:
         self.path, self._ring, self._pid = path, ring, os.getpid()
-        self.db: sqlite3.Connection = None  # type: ignore[assignment]  # opened by run, in the loop's thread
+        # Opened by run, in the loop's thread.
+        self.db: sqlite3.Connection = None  # type: ignore[assignment]
         self.watch = _Watch()
         self.identity: tuple[int, int] | None = None  # of the file that db is open on
         self.forks = 0  # threads that are forking now
@@ -5236,7 +5362,8 @@ class _DrainFile:
 
     def _set_up(self) -> None:
         (mode,) = self.db.execute("PRAGMA journal_mode").fetchone()
-        # Losing the last outcomes in a power cut repeats deliveries, which is allowed: same id, same bytes.
+        # Losing the last outcomes in a power cut repeats deliveries, which is allowed: the same id
+        # and the same bytes. Not in rollback mode, where a power cut could damage the file then.
         if mode == "wal":
             self.db.execute("PRAGMA synchronous = NORMAL")
 

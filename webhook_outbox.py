@@ -5714,44 +5714,82 @@ def _verdict(
 class _Backlog:
     """Deliveries of one endpoint that were read ahead, in the order in which they will be tried.
 
-    known: the events that were read, are under way, or are not recorded yet; a delivery leaves it
-    when its outcome is recorded or when it was put back unread. due: when reading makes sense again
-    by the wall clock, 0 for now and inf for never. Reading goes on behind the last row read
-    (`after`), so a delivery that turns up before that place must be announced by `appeared`.
+    Up to 128 deliveries are read at a time, because a query costs more than a row. The file says
+    pending of each until its outcome is recorded, so reading again would find it again. `known` has
+    the events that must not be taken from the file once more: those read, those under way, and
+    those whose outcome is in the ledger. A delivery leaves it when its outcome is recorded, or when
+    what was read is forgotten (reread, leave).
 
-    A queue (one key, or an ordered endpoint) goes on from memory: when its head was delivered,
-    `follow` brings up the next one, which the file calls queued until the head's outcome is
-    recorded.
+    Reading goes on behind the last row read (`after`, in the order of due time and event), so that
+    a row is not read twice. A delivery that turns up before that place, or behind it after all was
+    read, must be announced: appeared().
+
+    A queue (deliveries with one key, or all of an ordered endpoint) goes out one after the other.
+    The file calls the oldest open one `pending`, that is the head, and those behind it `queued`;
+    when the outcome of the head is recorded, a trigger makes the next one the head. A queue that
+    waited for that would wait for the disk after each delivery. So after a success it goes on from
+    memory, and the outcomes follow into the file in the same order. The states of a queue, and what
+    the file holds meanwhile:
+
+        state       here                                the file
+        at rest     nothing of it is known              the head is pending, or there is none
+        up          its next one is in `read`           that one is pending; if the queue went on
+                                                        from memory, queued
+        under way   its next one is being tried; what   the same
+                    was read behind it is in `queues`
+        at its end  the last one, in `ends`, was        the same: the success is not recorded. An
+                    delivered; none behind it is due    event that comes now is made queued
+        left        the last one is in `known` alone    the same, until its outcome is recorded
+        held        nothing of it is known              the head is failed, and the endpoint's
+                                                        on_dead is hold: those behind stay queued
+
+        at rest    ──> up          take() read it from the file
+        up         ──> under way   take() gave it away
+        under way  ──> up          put_back(): it was not tried; or follow(): it was delivered, and
+                                   the next one is there
+        under way  ──> at its end  follow(): it was delivered, and no other is due
+        under way  ──> left        leave(): it failed, or too much is unrecorded, or the file
+                                   changed so that the file has to say who is next
+        at its end ──> up          follow(), called by the finder that read a new event
+        at its end, left ──> at rest, held    recorded(); who is next is pending in the file now
+        held       ──> at rest     somebody replays or discards the failed row, or ends on_dead
+        up, at its end ──> at rest or left    reread(): the file changed
+
+    After a crash the file says which ones were recorded, and the rest goes out again, in order.
     """
 
     __slots__ = ("after", "doubtful", "due", "ends", "id", "known", "queues", "read")
     _START = (-math.inf, 0)
 
     def __init__(self, id: str) -> None:
-        self.id = id
-        self.read: collections.deque[_Picked] = collections.deque()
-        self.known: set[int] = set()
+        """Begin with nothing to read; appeared() says that there is something."""
+        self.id = id  # the endpoint's
+        self.read: collections.deque[_Picked] = collections.deque()  # read and not given out
+        self.known: set[int] = set()  # events; see above
+        # Wall clock: when reading makes sense again. -inf: now; inf: when something appears.
         self.due = math.inf
-        self.after: tuple[float, int] = self._START
-        # What follows the head that is under way.
+        self.after: tuple[float, int] = self._START  # due time and event of the last row read
+        # By the queue's name: what was read behind the one that is up or under way.
         self.queues: dict[str, collections.deque[_Picked]] = {}
-        # Queues that were delivered to their end, unrecorded: the last event.
+        # By the queue's name: the last event, where all that was due is delivered and unrecorded.
         self.ends: dict[str, int] = {}
-        # Known when queues may have got another head: the file says who is next.
+        # Those of the known for which the file may have changed since they were read (a delivery
+        # was replayed, say): the queue does not go on from memory behind them.
         self.doubtful: set[int] = set()
 
     def when(self) -> float:
-        """Return the wall clock's time from which there is something to try."""
+        """Return the time of the wall clock from which there is something to try, or to read."""
         return -math.inf if self.read else self.due
 
     def appeared(self, due_at: float, event: int = 0) -> None:
-        """Note that a delivery has become due, or will be."""
+        """Note that a delivery has become due, or will be; event 0: which one is not known."""
         if (due_at, event) <= self.after:
             self.after = self._START
         self.due = min(self.due, due_at)
 
     def take(self, db: sqlite3.Connection, now: float, most: int = _READ_AHEAD) -> _Picked | None:
-        """Return the next delivery to try; it stays known. most: characters of data to read."""
+        """Return the next delivery to try, read from the file where none is left here; None where
+        none is due. It stays known. most: characters of data to read ahead."""
         while not self.read and self.due <= now:
             rows, self.due = _pick(db, self.id, now, self.after, most)
             if rows:
@@ -5764,21 +5802,30 @@ class _Backlog:
         picked = self.read.popleft()
         if picked.data is not None:
             return picked
-        try:
+        try:  # a large one, whose data was not read ahead
             return _with_data(db, picked)
         except sqlite3.Error:
             self.read.appendleft(picked)
             raise
 
     def put_back(self, picked: _Picked) -> None:
-        """Take back a delivery that was not tried: it goes first again."""
+        """Take back a delivery that was not tried: it goes first again. Large data is read anew
+        then, so that many that wait do not hold it."""
         if picked.data is not None and len(picked.data) > _LARGE:
             picked = picked._replace(data=None, valid=None)
         self.read.appendleft(picked)
 
     def follow(self, db: sqlite3.Connection, queue: str, event: int, now: float) -> None:
-        """Bring up what comes after a delivered event of a queue, as far as it is due and not under
-        way."""
+        """Bring up what comes after a delivered event of a queue, before anything else that was
+        read.
+
+        1. the file may have changed since the event was read: leave it to the file
+        2. the next one was read already: it is up
+        3. else the file is read behind the event. What it calls queued there and is known (being
+           tried, or unrecorded, after a change by hand) must not go out twice, nor be overtaken:
+           reading ends there, and where it is the first, the queue is left
+        4. nothing is due behind it: the queue is at its end
+        """
         if event in self.doubtful:
             return self.leave(queue)
         behind = self.queues.get(queue)
@@ -5797,12 +5844,13 @@ class _Backlog:
             self.ends[queue] = event
 
     def leave(self, queue: str) -> None:
-        """Forget what was read along a queue: its head failed, so the file has to say who is
-        next."""
+        """Forget what was read along a queue: after a failure, say, the file has to say who is
+        next. That the last one is known stays, until its outcome is recorded."""
         self.known.difference_update([row.event for row in self.queues.pop(queue, ())])
         self.ends.pop(queue, None)
 
     def recorded(self, event: int, queue: str | None) -> None:
+        """Note that an outcome is in the file: it tells the truth about that delivery again."""
         self.known.discard(event)
         self.doubtful.discard(event)
         if queue is not None and self.ends.get(queue) == event:
@@ -5810,7 +5858,8 @@ class _Backlog:
 
     def reread(self, queues_only: bool = False) -> None:
         """Forget what was read and not tried, because the file changed: all of it, or what is in
-        queues."""
+        queues. What stays known is under way or unrecorded; all of that is doubtful now. Reading
+        begins at the start again, once `due` allows it."""
         for name in list(self.queues):
             self.leave(name)
         self.ends.clear()
@@ -5822,27 +5871,38 @@ class _Backlog:
         self.after = self._START
 
     def recalled(self) -> None:
-        """Read again what was read and not tried: some of it may be cancelled."""
+        """Read again what was read and not tried: some of it may be cancelled. Called after any
+        cancel in the file, for each lane, so a lane that read nothing ahead pays nothing."""
         if self.read or self.queues or self.ends:
             self.reread()
             self.appeared(-math.inf)
 
 
 class _Lane:
-    """One endpoint that has work, or had some lately.
+    """One endpoint that has work, or had some lately: what the drain knows of it.
 
-    active is the number of its attempts under way, limit how many there may be; it is one more on
-    each success and half on overload. A lane that is not enabled starts nothing, and stays only
-    until what it had under way is recorded.
+    A lane is made when its endpoint has a delivery that is due, and forgotten when there is nothing
+    to do and there are many (_Finder). So what is registered costs nothing, and all that must
+    survive stands in the endpoint's row.
+
+    Three questions are answered here. May one more attempt start, as far as this endpoint alone is
+    concerned (may_start)? It may, if the endpoint is enabled, has something to send, does not pause,
+    stays within its rate, and has fewer attempts under way than `limit`. How trusted is it (rank)?
+    What was learned from an outcome (learn)?
+
+    `limit` is what the receiver seems to bear: one more after each success, up to the endpoint's
+    max_in_flight, and half after a timeout, 429 or 5xx. A lane that is not enabled starts nothing,
+    and stays only until what it had under way is recorded.
     """
 
     __slots__ = (
-        "active", "backlog", "broken", "disable", "enabled", "endpoint", "health", "id", "limit", "lost",
-        "answered_at", "holds", "making", "next_slot", "proven_until", "round", "streak", "tell_at",
-        "told", "usual", "wire",
+        "active", "answered_at", "backlog", "broken", "disable", "enabled", "endpoint", "health",
+        "holds", "id", "limit", "lost", "making", "next_slot", "proven_until", "round", "streak",
+        "tell_at", "told", "usual", "wire",
     )  # fmt: skip
 
     def __init__(self, id: str) -> None:
+        """Begin with nothing known; configure() takes over what the endpoint's row says."""
         self.id = id
         self.endpoint = Endpoint(id, "")
         self.enabled = True
@@ -5850,23 +5910,29 @@ class _Lane:
         self.broken: BaseException | None = None  # why there is no wire: each attempt fails with it
         self.backlog = _Backlog(id)
         self.health = _Health()
+        # Attempts under way. Up in _Carrier.begin, down in _Carrier._finish, nowhere else.
         self.active = 0
         self.making = 0  # of these: whose request a thread makes
-        self.lost = 0  # threads in the host's code, or at a secret's file, that are past their time
+        # Threads that are past their time in the host's code, or at a secret's file. They cannot be
+        # stopped; while there are two of them, attempts of this endpoint fail at once.
+        self.lost = 0
         self.limit = float(_FIRST_LIMIT)
-        self.round: int | None = None  # the rank in whose round it stands
-        self.next_slot = 0.0  # monotonic: the rate limit's next place
+        self.round: int | None = None  # the rank in whose round it stands; None: in none
+        self.next_slot = 0.0  # monotonic: from when the endpoint's rate allows an attempt
         self.proven_until = 0.0  # monotonic: until then it is known to answer; a timeout ends it
-        self.holds = 0.0  # seconds that its attempts lately held their place, on average
+        self.holds = 0.0  # seconds that its attempts lately held their places, on average
         self.answered_at = -math.inf  # monotonic: the last success
         self.streak = 0  # quick answers in a row that came within ten seconds of each other
-        self.usual = 0.0  # seconds that an answer takes
-        self.disable: str | None = None  # why, until that is recorded
-        self.told = False  # that it is failing; that it recovered is to be told then
-        self.tell_at = 0.0  # monotonic: not before
+        self.usual = 0.0  # seconds that an answer takes, on average; 0: not known
+        self.disable: str | None = None  # why it is to be disabled, until that is recorded
+        # The observer was told that it is failing, and is to be told when it recovers.
+        self.told = False
+        self.tell_at = 0.0  # monotonic: no notice that it is failing before
 
     def configure(self, row: _EndpointRow, settings: _Settings, mono: float) -> None:
-        """Take over what the endpoint's row says."""
+        """Take over what the endpoint's row says. Where that is useless (a transform that is not
+        known here, a damaged row), the attempts fail one by one, by their policy: somebody may
+        mend it."""
         try:
             if isinstance(row.endpoint, str):
                 raise _Unready("the endpoint's row is damaged; update or remove the endpoint")
@@ -5875,13 +5941,16 @@ class _Lane:
         except Exception as error:
             self.wire, self.broken = None, error
         self.limit = min(self.limit, self.endpoint.max_in_flight)
-        if self.endpoint.rate:  # a predecessor may just have used the current place
+        # This may be a new lane, or a new drain: one before it may have used the rate's slot of just
+        # now, so the first attempt waits for the next.
+        if self.endpoint.rate:
             self.next_slot = min(self.next_slot or math.inf, mono + 1 / self.endpoint.rate)
         else:
             self.next_slot = 0.0
 
     def full(self) -> bool:
-        """Say whether the end of one of its attempts must come first."""
+        """Say whether the end of one of its attempts must come first. While it struggles (ten
+        failures in a row), one attempt at a time finds out whether it is well again."""
         most = 1 if self.health.failures >= _STRUGGLING else self.limit
         return self.active + 1 > most or self.making >= _OPENERS_EACH
 
@@ -5897,7 +5966,8 @@ class _Lane:
         )
 
     def quick(self, mono: float) -> bool:
-        """Say whether it answered lately, and its attempts hold their places for a second at most."""
+        """Say whether it answered lately, and its attempts hold their places for a second at
+        most, on average."""
         return self.proven_until > mono and self.holds <= _QUICK
 
     def steady(self, mono: float) -> bool:
@@ -5906,8 +5976,9 @@ class _Lane:
         return self.streak >= answers and mono - self.answered_at <= seconds
 
     def rank(self, mono: float) -> int:
-        """Return 0 for a quick endpoint, 1 where nothing is known and the first attempt will find
-        out, 2 for one that is slow, that failed, or that has not answered yet."""
+        """Return in which round it takes its turns: 0 for a quick endpoint; 1 where nothing is
+        known, so that its first attempt will find out; 2 for one that is slow, or failing, or whose
+        first attempt is under way. What the ranks get: see _Places."""
         if self.quick(mono):
             return 0
         untried = self.health.failing_since is None and self.holds <= _QUICK and not self.active
@@ -5925,11 +5996,19 @@ class _Lane:
             self.holds += (seconds - self.holds) / (4 if seconds > self.holds else 2)
 
     def take_slot(self, mono: float) -> None:
+        """Use the rate's slot for an attempt that begins, and say when the next one is."""
         if self.endpoint.rate:  # a late loop may catch up on 50 ms, so that the average is exact
             self.next_slot = max(self.next_slot, mono - 0.05) + 1 / self.endpoint.rate
 
     def learn(self, outcome: _Outcome, now: float, mono: float, policy: RetryPolicy) -> str | None:
-        """Adapt to an outcome; return failing or recovered when that is to be told."""
+        """Adapt to an outcome; return "failing" or "recovered" when that is to be told.
+
+        1. the receiver wants no more: 410, or the header webhook-delivery: disable
+        2. health: failures in a row, pauses
+        3. a success: the limit goes up, it counts as proven for ten minutes, and as steady if such
+           answers come close together; an overload or a 5xx: the limit is halved
+        4. a timeout: it is not proven any more
+        """
         if outcome.disable:
             self.disable, self.enabled = _GONE if outcome.status_code == 410 else _ASKED, False
         if outcome.reason is not None or self.health is not _WELL:
@@ -5962,11 +6041,11 @@ class _Lane:
 
 
 class _Turns:
-    """Whose turn it is: a round for each rank. A lane stands in one round at most, and joins at the
-    end.
+    """Whose turn it is: a round for each rank, in which the lanes that could start an attempt at
+    once take turns. A lane stands in one round at most, and joins at the end.
 
-    Standing in a round costs nothing, so a turn costs what it starts; leaving one costs the same
-    wherever the lane stands in it.
+    A round is an OrderedDict used as a set in order: a lane that stands in it costs nothing until
+    its turn comes, and may leave from the middle at the same cost as from the front.
     """
 
     __slots__ = ("rounds",)
@@ -5980,7 +6059,8 @@ class _Turns:
         return any(self.rounds)
 
     def join(self, lane: _Lane, rank: int) -> None:
-        """Have a lane wait for its turn in the round of its rank; it keeps its place there."""
+        """Have a lane wait for its turn in the round of its rank. Where it stands there already, it
+        keeps its turn."""
         if lane.round != rank:
             self.leave(lane)
             self.rounds[rank][lane], lane.round = None, rank

@@ -5467,7 +5467,7 @@ class _DrainFile:
 #                                              recorded is in `known`, and so is not read again
 #     _Lane       an endpoint with work        `active` is the number of its attempts under way
 #     _Turns      who is next, by rank         a lane stands in one round at most
-#     _Origin     connections to one place     `open` counts them, the idle ones too
+#     _Origin     connections to one origin    `open` counts them, the idle ones too
 #     _Openers    threads for what may block   an errand is in the hands of one thread, or of the
 #                                              loop, never of both
 #     _Exchanges  sockets that never block     a connection carries one attempt at most
@@ -5886,7 +5886,7 @@ class _Lane:
     survive stands in the endpoint's row.
 
     Three questions are answered here. May one more attempt start, as far as this endpoint alone is
-    concerned (may_start)? It may, if the endpoint is enabled, has something to send, does not pause,
+    concerned (may_start)? It may, if the endpoint is enabled, has something to send, is not paused,
     stays within its rate, and has fewer attempts under way than `limit`. How trusted is it (rank)?
     What was learned from an outcome (learn)?
 
@@ -5941,8 +5941,8 @@ class _Lane:
         except Exception as error:
             self.wire, self.broken = None, error
         self.limit = min(self.limit, self.endpoint.max_in_flight)
-        # This may be a new lane, or a new drain: one before it may have used the rate's slot of just
-        # now, so the first attempt waits for the next.
+        # This may be a new lane, or a new drain: one before it may have used the rate's slot of this
+        # moment, so the first attempt waits for the next.
         if self.endpoint.rate:
             self.next_slot = min(self.next_slot or math.inf, mono + 1 / self.endpoint.rate)
         else:
@@ -6072,28 +6072,40 @@ class _Turns:
 
 
 _NOTHING = memoryview(b"")
-# Seconds: of connections opened so soon after another nobody knows which one came first.
+# Numbers of _Origin, which tells how it deals with a receiver that has fewer workers than we have
+# connections. All in seconds. They trade how soon such a receiver is noticed against how often one
+# that is merely slow is taken for one.
+#
+# Of two connections opened so soon after each other nobody knows which one reached the receiver
+# first.
 _ORDER_KNOWN = 0.1
-_CROWDED = 1.0  # seconds that the first answer of a connection may take before others make room for it, and then
-_ROOM_MAY_COME = 0.5  # seconds that an endpoint rests whose name found no room to be looked up
-_ROOM_HELPS = 0.25  # seconds after room was made within which an answer proves that this helped
-_CROWDED_FOR = 30.0  # seconds in which an origin then gets no more connections than brought answers
+# An attempt that waits so long for the first byte of its answer has others make room for it; and so
+# long again for what comes of that.
+_CROWDED = 1.0
+_ROOM_HELPS = 0.25  # an answer so soon after room was made proves that room was lacking
+_CROWDED_FOR = 30.0  # the origin then gets no more connections than brought answers, for so long
+# An endpoint rests so long when its name could not be looked up, because all lookups that there may
+# be are under way. This is no failure of the receiver's.
+_ROOM_MAY_COME = 0.5
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Connection:
-    """A connection to a receiver, idle at its origin or carrying one attempt."""
+    """A connection to a receiver, idle at its origin or carrying one attempt. Only the loop's thread
+    touches it; while it exists, the selector watches it for something to read."""
 
     sock: _Stream
     origin: _Origin
-    attempt: _Attempt | None = None
-    answer: _Answer = dataclasses.field(default_factory=_Answer)
+    attempt: _Attempt | None = None  # None: it is idle
+    answer: _Answer = dataclasses.field(default_factory=_Answer)  # to that attempt, so far
     out: memoryview = _NOTHING  # what of the request is still to be sent
-    failed: OSError | None = None  # sending did; an answer may have come before that
-    writing: bool = False  # the selector watches for room to write
-    used: bool = False  # was idle before
+    # Sending or reading failed with it. An answer may have come before that, so reading goes on
+    # until there is nothing more.
+    failed: OSError | None = None
+    writing: bool = False  # the selector watches for room to write, too
+    used: bool = False  # it was idle before, so the receiver may have closed it meanwhile
     proven: bool = False  # has brought an answer
-    # Its attempt has ended, and the loop has not decided yet whether to keep it.
+    # The exchange has ended, and the carrier has not decided yet whether to keep the connection.
     ended: bool = False
     since: float = 0.0  # monotonic: when it became idle, or was given its attempt
     opened: float = dataclasses.field(default_factory=_monotonic)
@@ -6108,11 +6120,18 @@ class _Attempt:
                       └─────────────┘           │  the kept-alive connection was dead: once more
         calling ────────────────────────────────┘
 
-    making      a thread makes the request; the loop touches nothing of it but `step`
-    waiting     it waits for a connection: one that becomes idle at its origin, or is opened for it
-    exchanging  a connection carries it
+    making      a thread makes the request, since the host's transform, or a file that holds the
+                secret, may block; the thread reads the attempt and changes nothing of it
+    waiting     it waits for a connection: one that becomes idle at its origin, or that a thread
+                opens for it (`opening`), whichever is first
+    exchanging  a connection carries it: the request is sent and the answer read
     calling     a thread calls a sender of the host's, instead of all this
-    ended       it has an outcome, or was handed back untried; what still comes of it is thrown away
+    ended       it has an outcome, or came back untried. A thread may still be busy with it; what
+                that one brings is thrown away
+
+    Every step may end it: making and calling when the host's code raises, waiting when no
+    connection can be opened, exchanging with the answer; and each of them when its time is over.
+    Where a thread is needed it begins with making or calling, else with waiting.
     """
 
     lane: _Lane
@@ -6124,9 +6143,9 @@ class _Attempt:
     started: float  # the same, monotonic
     deadline: float  # monotonic
     step: str = "waiting"
-    request: bytes | None = None
-    hidden: Sequence[str] = ()
-    connection: _Connection | None = None
+    request: bytes | None = None  # None: not made yet
+    hidden: Sequence[str] = ()  # what must not be stored of an answer or an error: secrets, say
+    connection: _Connection | None = None  # that carries it
     opening: bool = False  # a thread opens a connection for it
     resent: bool = False  # its kept-alive connection turned out to be dead; this is the second try
     hangs: bool = False  # it takes long, and room that others made did not help
@@ -6134,21 +6153,34 @@ class _Attempt:
 
 
 class _Origin:
-    """Connections to one origin. Any endpoint of the origin may use an idle one; each carries one
-    attempt.
+    """Connections to one origin. Two thousand customers may have their endpoints at one host: any of
+    them may use an idle connection; each connection carries one attempt at a time.
 
     open counts the connections there are, idle ones too; proven those of them that have brought an
     answer; hanging those whose attempt takes far longer than usual; opening the threads that open
     one.
 
     A receiver may have fewer workers than we have connections (a single-threaded server, Apache's
-    prefork with few processes). A worker stays with a connection until that is closed, and the
-    requests on the others wait. So an attempt whose new connection brings no answer for a second,
-    and for twice as long as its endpoint usually takes, presses, unless a younger connection was
-    served: another connection makes room, by being closed when it is idle or has brought its next
-    answer. Does an answer come right after that, this was the reason, and for half a minute the
-    origin gets no more connections than had brought one. Comes none within a second, on no new
-    connection, the endpoint is slow or hangs, and its connection does not count.
+    prefork with few processes). A worker stays with a connection until that is closed, even while
+    it is idle, and requests on the others wait for a worker until their time is over. They would be
+    sent again, though nothing is wrong with them. So an attempt that waits for its first byte
+    for a second, and for twice as long as its endpoint usually takes, presses for room:
+
+        patient ──> pressing    press(): it is on a connection that brought no answer yet, and there
+                                are others. One of those is to be closed: all idle ones that brought
+                                no answer and one that did, at once; else the next to bring one
+        pressing ──> has room   closed(): one was closed, so a worker may be free
+        has room ──> pressing   answered(): somebody who waited longer got that worker
+        any ──> hangs           press(): its connection has a worker, is the only one, or room was
+                                made and nothing came of it within a second: the endpoint is slow.
+                                The connection counts as hanging, and stands in nobody's way
+        any ──> (gone)          relax(): it ended
+
+    When an answer comes within a quarter of a second after room was made, room was what lacked:
+    for half a minute the origin gets no more connections than have brought an answer.
+
+    Where no connection is idle and none may be opened, lanes of the origin are parked here instead of
+    starting attempts that would only wait.
     """
 
     __slots__ = (
@@ -6163,9 +6195,9 @@ class _Origin:
         self.waiting: dict[_Attempt, None] = {}  # in the step waiting, oldest first
         # Lanes that could start an attempt if there were a connection, by rank.
         self.parked: tuple[dict[_Lane, None], ...] = ({}, {}, {})
-        # When room was made for each (monotonic), if it was.
+        # Attempts that press for room: when it was made (monotonic); None: not yet.
         self.pressing: dict[_Attempt, float | None] = {}
-        # Connections but for hanging ones; monotonic.
+        # How many connections there may be, hanging ones apart, and until when (monotonic).
         self._limit, self._limit_until = (math.inf, -math.inf)
         self._served_at = -math.inf  # monotonic: when a new connection brought its first answer
         self._newest = -math.inf  # monotonic: when the newest one that did was opened
@@ -6184,7 +6216,8 @@ class _Origin:
         )
 
     def keeps(self, mono: float) -> bool:
-        """Say whether a connection that has brought an answer may be kept."""
+        """Say whether a connection that has brought an answer may be kept; not while an attempt
+        presses for room, or there are more connections than the receiver has workers."""
         return None not in self.pressing.values() and self.open - self.hanging <= self._most(mono)
 
     def unused(self) -> bool:
@@ -6192,11 +6225,20 @@ class _Origin:
 
     def press(self, connection: _Connection, attempt: _Attempt, mono: float) -> bool:
         """Have another connection make room for an attempt that takes long; False where that does
-        not help, was tried, or there is none."""
-        # Workers take the oldest connection first.
+        not help, was tried, or there is none: then it hangs.
+
+        Workers take the oldest connection first. So its connection has a worker if it has brought
+        an answer before, or if one that was opened later has.
+
+        1. it pressed already, and others on new connections were served in the last second: they
+           stood before it, so it waits on
+        2. it has a worker, or pressed already in vain, or no other connection could make room: it
+           hangs
+        3. else it presses from now on
+        """
         has_worker = connection.proven or self._newest > connection.opened + _ORDER_KNOWN
         if attempt in self.pressing and mono - self._served_at < _CROWDED and not has_worker:
-            return True  # others were served meanwhile, which stood before it
+            return True
         if has_worker or attempt in self.pressing or self.open - self.hanging < 2:
             self.relax(attempt)
             attempt.hangs = True
@@ -6212,8 +6254,8 @@ class _Origin:
         attempt.hangs = False
 
     def closed(self, connection: _Connection, mono: float) -> None:
-        """Note that a connection was closed, for the attempt that has pressed for the longest
-        time."""
+        """Note that a connection was closed: that is room for the attempt that has pressed for the
+        longest time and has none yet."""
         self.open -= 1
         self.proven -= connection.proven
         for attempt, at in self.pressing.items():
@@ -6222,7 +6264,13 @@ class _Origin:
                 break
 
     def answered(self, connection: _Connection, attempt: _Attempt, mono: float) -> None:
-        """Learn from an answer, before its connection is kept or closed."""
+        """Learn from an answer, before its connection is kept or closed.
+
+        Did it come right after room was made for it? Then connections are limited for a while.
+        Which connections have a worker? Those that brought an answer. How long does the endpoint
+        usually take? A mean that falls fast and rises slowly; what an answer waited for a worker is
+        left out as well as that can be known.
+        """
         made, lane = self.pressing.get(attempt), attempt.lane
         quick = 0 < lane.usual < _ROOM_HELPS  # else it may just take that long
         if quick and made is not None and mono - made <= _ROOM_HELPS:
@@ -6245,7 +6293,8 @@ class _Origin:
 
 class _Errand(NamedTuple):
     """What a thread does for an attempt: make its request, open a connection to its origin, or call
-    its sender."""
+    its sender. It belongs to that thread until it stands in _Openers' list of those that are done;
+    the thread changes nothing but `result`."""
 
     attempt: _Attempt
     does: str  # make, open or call

@@ -6179,8 +6179,8 @@ class _Origin:
     When an answer comes within a quarter of a second after room was made, room was what lacked:
     for half a minute the origin gets no more connections than have brought an answer.
 
-    Where no connection is idle and none may be opened, lanes of the origin are parked here instead of
-    starting attempts that would only wait.
+    Where no connection is idle and none may be opened, lanes of the origin are parked here instead
+    of starting attempts that would only wait.
     """
 
     __slots__ = (
@@ -6217,7 +6217,8 @@ class _Origin:
 
     def keeps(self, mono: float) -> bool:
         """Say whether a connection that has brought an answer may be kept; not while an attempt
-        presses for room, or there are more connections than the receiver has workers."""
+        presses for room, or where there are more connections than the limit of a crowded
+        receiver."""
         return None not in self.pressing.values() and self.open - self.hanging <= self._most(mono)
 
     def unused(self) -> bool:
@@ -6305,12 +6306,18 @@ class _Openers:
     """Threads that do what may block: open a connection (lookup, connect, TLS), make a request with
     the host's transform or a secret's file, or call a sender.
 
-    A thread owns an errand until it hands it over under the lock and rings; the loop takes it with
-    take(). `spare` counts threads that wait for an errand less the errands that are on their way to
-    them: the loop gives an errand to a spare thread, else starts one; a thread that has waited long
-    enough ends if it can take itself off that count. busy is the number of errands that are out,
-    but for those that the loop gave up, and for calls: a call is the whole attempt, so it is
-    bounded as the exchanges are, by the places there are.
+    The way of an errand. The loop gives it to submit(). `_errands` takes it to a thread that waits
+    there, or a new thread begins with it. The thread owns it until it has put it into `_done`, under
+    the lock, and rings the loop's bell. The loop takes it from there with take().
+
+    `spare` is how many threads wait, less the errands that are on their way to them. So where it is
+    above 0, a thread waits for this errand for sure; else one is started. A thread that has waited
+    for half a second ends, but only if it can take itself off that count: at 0 an errand is on its
+    way to it. While nothing is sent there is no thread at all.
+
+    `busy` is how many errands are out. Two kinds are not counted: those that the loop gave up (their
+    thread is stuck in the host's code, and may be for ever), and calls of senders: a call is the
+    whole attempt, so calls are bounded as exchanges are, by the places.
     """
 
     __slots__ = (
@@ -6328,23 +6335,28 @@ class _Openers:
     def __init__(
         self, open: Callable[[_OriginKey, float], _Stream], ring: Callable[[], None]
     ) -> None:
+        """open: opens a connection, for as long as a deadline allows; ring: wakes the loop."""
         self._open, self._ring = open, ring
+        # Spare threads wait here; the loop wakes one with an errand, or with None to end it.
         self._errands: queue.SimpleQueue[_Errand | None] = queue.SimpleQueue()
-        # Guards spare, _done and _closed; held for a few instructions.
+        # Guards spare, _done and _closed. Whoever holds it, the loop or a thread, does so for a few
+        # instructions, and waits for nothing meanwhile.
         self._lock = threading.Lock()
-        self._done: list[_Errand] = []
-        self._closed = False
+        self._done: list[_Errand] = []  # errands that the loop is to take
+        self._closed = False  # nobody will take them: what is open in them is closed
         self.spare = 0
         self.busy = 0
         self.starved_until = 0.0  # monotonic: before it, no room for a thread or a connection
 
     def free(self, share: float, proven: int, mono: float) -> bool:
-        """Say whether a rank may give out one more errand. What proven endpoints hold takes nothing
-        from the share of the others, who would wait for the end of a backlog."""
+        """Say whether a rank may give out one more errand. share: of the openers, what its rank may
+        hold; proven: how many errands are those of quick endpoints. What these hold takes nothing
+        from the share of the others, who would wait for the end of a backlog else."""
         return self.busy < min(_OPENERS, _OPENERS * share + proven) and self.starved_until <= mono
 
     def submit(self, errand: _Errand) -> None:
-        """Give an errand to a thread; raise what _is_exhaustion knows when there is none."""
+        """Give an errand to a thread. Where none waits and none can be started, raise what
+        _is_exhaustion knows; the errand is the caller's again then."""
         with self._lock:
             waits = self.spare > 0
             self.spare -= waits
@@ -6355,6 +6367,7 @@ class _Openers:
         self.busy += errand.does != "call"
 
     def _work(self, errand: _Errand | None) -> None:
+        """Do errands until none has come for a while, or close(). What a thread runs."""
         while errand is not None:
             self._do(errand)
             with self._lock:
@@ -6364,6 +6377,8 @@ class _Openers:
             errand = self._wait()
 
     def _wait(self) -> _Errand | None:
+        """Return the next errand; None: this thread is to end. It may do so only as one that is
+        counted as spare: at 0 the loop has just given it an errand, which it takes."""
         while True:
             with contextlib.suppress(queue.Empty):
                 return self._errands.get(timeout=_OPENER_RESTS)
@@ -6375,6 +6390,8 @@ class _Openers:
                     return None
 
     def _do(self, errand: _Errand) -> None:
+        """Do one errand and hand it over, with what was made or with the exception. All of them are
+        caught, SystemExit of the host's code too: else the attempt would never end."""
         attempt, wire = errand.attempt, errand.attempt.wire
         try:
             assert wire is not None
@@ -6396,15 +6413,16 @@ class _Openers:
         self._ring()
 
     def take(self) -> list[_Errand]:
-        """Return the errands that are done."""
-        if not self._done:
+        """Return the errands that are done; they are the caller's now."""
+        if not self._done:  # as most often; looked at without the lock, since a ring follows
             return []
         with self._lock:
             done, self._done = self._done, []
         return done
 
     def close(self) -> None:
-        """Have the threads end; what they bring back is closed."""
+        """Have the threads end; connections that they bring back are closed. Nobody waits for them:
+        one may be stuck in the host's code."""
         with self._lock:
             self._closed = True
             left, self._done = self._done, []
@@ -6416,18 +6434,30 @@ class _Openers:
 
 
 class _Exchanges:
-    """Sends requests and reads answers on sockets that never block. wait() does what is ready and
-    returns what ended: (connection, attempt, answer or error). The connection is still open then,
-    and in nobody's hands: keep it or shut it. An attempt whose kept-alive connection was dead comes
-    back with None, once."""
+    """Sends requests and reads answers, on sockets that never block.
+
+    One selector watches all sockets: those of connections, the bell, and what tells of writes to
+    the file. wait() sleeps in it, does what is ready, and returns the exchanges that ended, each as
+    (connection, attempt, what came of it):
+
+        an _Answer     read whole, or as far as it came before the connection was closed
+        an Exception   the connection broke before a status was read
+        None           the connection had been kept idle and was dead: the attempt may be made once
+                       more, on another one. This comes once for an attempt at most
+
+    The connection is still open then, and in nobody's hands: the caller keeps it or shuts it.
+    Knows no deadlines; who calls it looks at those.
+    """
 
     __slots__ = ("_ended", "_hints", "_unsent", "idle", "selector")
 
     def __init__(self) -> None:
+        # What is registered is a connection, or a function to call, as `data` of its key.
         self.selector = selectors.DefaultSelector()
-        self._hints: _Inotify | None = None
+        self._hints: _Inotify | None = None  # what listen_to_hints registered
         self.idle: dict[_Connection, None] = {}  # of all origins, the longest idle one first
-        self._unsent: list[_Connection] = []
+        self._unsent: list[_Connection] = []  # given an attempt, and not sent by flush() yet
+        # What wait() will return next.
         self._ended: list[tuple[_Connection, _Attempt, _Answer | Exception | None]] = []
 
     def listen(self, sock: socket.socket, call: Callable[[], None]) -> None:
@@ -6446,6 +6476,8 @@ class _Exchanges:
             self._hints = source
 
     def add(self, sock: _Stream, origin: _Origin) -> _Connection:
+        """Take over a socket that was opened, as a connection of an origin that carries nothing
+        yet."""
         connection = _Connection(sock, origin)
         self.selector.register(sock, selectors.EVENT_READ, connection)
         origin.open += 1
@@ -6469,15 +6501,19 @@ class _Exchanges:
                 self._send(connection)
 
     def wait(self, pause: float) -> list[tuple[_Connection, _Attempt, _Answer | Exception | None]]:
-        """Do what is ready. Answers that have only begun to come are read first, and the rest of
-        longer ones for a few milliseconds: many that are expensive to read must not keep those
-        waiting that are complete with one read. What is left is ready in the next turn again."""
+        """Sleep until something is ready, `pause` seconds at most; do it, and return what ended.
+
+        Each socket gets one read. Answers of which nothing has come before are read at once: most
+        are complete with that read. Those that have begun are read after them, for two milliseconds
+        in all, so that many that are expensive to read keep nobody waiting. What is left is ready
+        in the next turn again.
+        """
         begun: list[_Connection] = []
         for key, mask in self.selector.select(0.0 if self._ended else pause):
             connection = key.data
             if not isinstance(connection, _Connection):
                 connection()  # the bell, or the watch
-            elif connection.ended:
+            elif connection.ended:  # by what was read before in this turn
                 continue
             elif mask & selectors.EVENT_WRITE and connection.writing:
                 self._send(connection)
@@ -6501,6 +6537,8 @@ class _Exchanges:
                 return
 
     def _send(self, connection: _Connection) -> None:
+        """Send what there is room for. The rest, or what TLS has made of it, waits until the
+        selector says that there is room."""
         sock, blocked = connection.sock, False
         try:
             while connection.out:
@@ -6529,7 +6567,18 @@ class _Exchanges:
 
     def _receive(self, connection: _Connection) -> None:
         """Read once from a connection: a receiver that sends without end gets one read a turn, and
-        what one answer may hold in all."""
+        what one answer may hold in all.
+
+        1. nothing came, and the answer may go on: wait for more
+        2. the connection is idle: the receiver closed it, or speaks out of turn; it is shut
+        3. nothing came, as TLS does it, once too often: the answer ends with what is there
+        4. the answer is complete, or useless; a 408 on a connection that was idle before means that
+           the receiver had given that up, so the attempt is made again
+        5. the end of the connection, before any byte of an answer: made again, if it was idle
+           before
+        6. sending or reading failed, and no status was read: the attempt ends with that error
+        7. else the end of the connection: the answer ends with what is there
+        """
         attempt, answer, sock = connection.attempt, connection.answer, connection.sock
         try:
             data = sock.recv(min(answer.room, _READ_AT_ONCE))
@@ -6562,6 +6611,7 @@ class _Exchanges:
     def _end(
         self, connection: _Connection, attempt: _Attempt, result: _Answer | Exception | None
     ) -> None:
+        """Note what came of an exchange, for wait() to return."""
         connection.ended = True
         self._ended.append((connection, attempt, result))
 
@@ -6577,7 +6627,8 @@ class _Exchanges:
         return True
 
     def keep(self, connection: _Connection, mono: float) -> None:
-        """Let a connection rest at its origin."""
+        """Let a connection rest at its origin, for whoever needs one next. The selector still
+        watches it: what is read from it now means that the receiver closed it."""
         connection.attempt, connection.used, connection.ended, connection.since = (
             None,
             True,
@@ -6588,12 +6639,14 @@ class _Exchanges:
         self.idle[connection] = None
 
     def reuse(self, origin: _Origin) -> _Connection:
-        """Return an idle connection of an origin that has one."""
+        """Return an idle connection of an origin that has one: the one that was used last, which is
+        the least likely to be closed by the receiver at this moment."""
         connection = origin.idle.pop()
         del self.idle[connection]
         return connection
 
     def shut(self, connection: _Connection) -> None:
+        """Close a connection, idle or not. An attempt that it carries is the caller's to end."""
         if connection in self.idle:
             del self.idle[connection]
             connection.origin.idle.remove(connection)
@@ -6613,6 +6666,7 @@ class _Exchanges:
         return origins
 
     def close(self) -> None:
+        """Shut all connections, at the end of the drain."""
         for key in list(self.selector.get_map().values()):
             if isinstance(key.data, _Connection):
                 self.shut(key.data)

@@ -1,14 +1,14 @@
 # webhook_outbox.py - webhooks from your SQLite transaction, signed and retried.
-# One file: copy it into your app.
+# Do this first: copy this file into your app, pip install requests, python webhook_outbox.py demo
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["requests>=2.32.4"]
 # ///
-"""Send webhooks from a small app, without a broker: the event commits with your data, or not at all.
+"""Send webhooks from a small app without a broker: the event commits with your data or not at all.
 
     outbox = Outbox("app.db")                      # makes its own tables, prefix webhook_
-    outbox.add_endpoint("https://example.com/hooks", events=["order.*"])
+    outbox.ensure_endpoint("https://example.com/hooks", id="crm", events=["order.*"])
 
     with sqlite3.connect("app.db") as conn:        # your transaction
         conn.execute("INSERT INTO orders (total) VALUES (49.99)")
@@ -16,36 +16,43 @@
 
     outbox.start()                                 # or: python -m webhook_outbox --db app.db drain
 
+How it works
+    emit inserts one row on your connection; a trigger makes of it the event and a delivery for each
+    endpoint that wants it. One thread of one process drains: it picks what is due, signs and sends
+    it, and records what came back, many outcomes in one commit. The tables are the whole state.
+
 What holds
     If your commit returned, every matching endpoint gets the event until it answers 2xx or 410, the
     delivery lands in the table webhook_failed, or an operator says otherwise; across kill -9, and
     across power loss when you commit with PRAGMA synchronous=FULL. After a rollback nothing is ever
     sent. An event may arrive twice after a crash, a timeout or a replay, always with the same
     webhook-id and the same bytes: receivers deduplicate (Inbox does it for you). Bytes go only to
-    addresses that the guard allows; one attempt ends within its timeout. An endpoint that hangs,
-    fails or is slow costs the others nothing.
+    addresses that the guard allows; one attempt ends within its timeout and half a second. An
+    endpoint that hangs, fails or is slow costs the others little.
 
 What does not hold
     No order between events, except between those of one endpoint with one key (or an endpoint that
     is ordered). No exactly-once on the wire: nobody has that. No delivery while no process drains.
+    Secrets stand in the file as they are, but for env:, file: and those of a master key.
 
 Words
     event       what happened: a type and JSON data, written once, never changed
-    endpoint    where to: a URL, or a sender of the host's, with its secret and its patterns of types
-    delivery    one event to one endpoint, the unit of state: pending, delivered, failed, cancelled
+    endpoint    where to: a URL, or a sender, with its secret and its patterns of types
+    sender      a function of the host's that takes events instead of a URL
+    delivery    one event to one endpoint, the unit of state; its states stand above the schema
     attempt     one HTTP try of a delivery, or one call of a sender; its result is an outcome
-    failed row  a delivery that was given up, in webhook_failed, until somebody replays or discards it
-    queue       deliveries of one endpoint that go out strictly one after the other
+    failed row  a delivery that was given up, in webhook_failed, until somebody replays or discards
+    queue       deliveries of one endpoint that go out strictly one after the other, from its head
     host        the app whose file and process we live in; receiver: the server at the other end
     tenant      a customer of the host; an endpoint of a tenant gets that tenant's events only
     origin      scheme, host, port, certificate and CA: what connections belong to
     place       the right to have one attempt under way; there are `workers` of them
     drain       to send what is due; one process per file drains, others stand by
 
-Contents: defaults and schema, errors, types, signing, retry policy, network guard, transport,
-exchange, catalogue, endpoint options, storage, drain (its rooms, then the loop), outbox, tenant,
-receiving, doctor, pages (dashboard and portal), command line, licence. Each section uses only what
-stands above it.
+Contents, each section using only what stands above it: defaults and schema, errors, types (values);
+signing, retry policy, network guard (pure functions); transport, exchange (one attempt); catalogue,
+endpoint options; storage; drain, its rooms, then its loop; outbox, tenant (the verbs); receiving;
+doctor, pages, command line (what people look at); licence, at the end.
 """
 
 from __future__ import annotations
@@ -165,35 +172,96 @@ _monotonic = (
 # SQL (the sqlite3 shell, another language) gets the same rules. Knows nothing about Python.
 
 _SQLITE_NEEDED = (3, 34, 0)
-_MAX_BODY = 262_144  # bytes
-_WARN_BODY = 20_480  # bytes; Standard Webhooks asks for small bodies
+_MAX_BODY = 262_144  # bytes of an event's data
+_WARN_BODY = 20_480  # bytes; Standard Webhooks (Payload size) recommends less than 20 kB
 _RETENTION = 30 * 86_400.0  # seconds
 _KEPT_RESPONSE = 4_096  # bytes of an answer that are stored
 _KEPT_SUCCESS = 512  # the same of a 2xx: nobody looks at those, and there are many
-_READ_AT_ONCE = 1_024  # bytes of an answer that are read in a turn of the loop
-_READ_TIME = 0.002  # seconds of a turn for answers that took more than one read
-_READ_RESPONSE = 65_536  # bytes of an answer that are read, with its heads and framing
+# What reading one answer may cost. A receiver may send without end, or a byte at a time, so each
+# read and each chunk counts as _READ_COST bytes more: what it costs in time.
+_READ_AT_ONCE = 1_024  # bytes that are read of one answer in one turn of the loop
+_READ_TIME = 0.002  # seconds of CPU in one turn for answers that took more than one read
+_READ_RESPONSE = 65_536  # bytes that are read of an answer in all, with its heads and framing
 _READ_HEAD = 16_384  # bytes of status line and headers that are read
-_READ_COST = 64  # bytes that a read, or a chunk, counts as beside its own: what it costs in time
+_READ_COST = 64  # bytes
 # Seconds until an idle connection is closed, so that DNS changes are followed.
 _IDLE_CONNECTION = 60.0
+# Why an attempt failed, or a delivery was given up: the column `reason`.
+#   dns       the host's name did not resolve in time
+#   blocked   the guard refuses the URL, or the address that the name resolved to
+#   connect   there is no connection, or it broke
+#   tls       the handshake failed, or the certificate is not good
+#   timeout   the attempt's time was over
+#   protocol  what came back is no HTTP answer that can be read
+#   status    the answer is no success
+#   gone      it is 410: the endpoint is disabled
+#   aborted   it says webhook-delivery: abort-message, so this delivery is given up
+#   expired   the event is worth nothing any more (emit's expires), or its endpoint has failed for
+#             as long as the retry schedule lasts
+#   sender    a sender of the host's raised
+#   internal  our side: a secret is missing, a transform misbehaves, a row is damaged
 _REASONS = (
     "dns blocked connect tls timeout protocol status gone aborted expired sender internal".split()
 )
 _CALL = "call:"  # begins the url of an endpoint that is a function of the host's, a sender
 
-# No CASE in it, but iif(): tools that cut SQL into statements (sqlparse, which Django uses) take an
-# END for that of the trigger.
+# A delivery's states (webhook_deliveries.status):
+#
+#   pending    waits to be tried; due_at says from when on
+#   queued     waits behind the head of its queue; people are shown "pending"
+#   delivered  a 2xx came, or a sender returned
+#   failed     given up; it has a row in webhook_failed
+#   discarded  was failed, and that row was deleted; people are shown "failed"
+#   cancelled  was taken back while it waited
+#
+# A disabled endpoint changes no state; people are shown "held" for what waits for it.
+#
+# What leads from one state to another. _SETTLE, and names with webhook_, are done by triggers:
+#
+#   from                to         by
+#   (none)              pending    emit; backfill; resend to an endpoint that had none of it
+#   (none)              queued     emit, where its queue has a head already
+#   queued              pending    _SETTLE: the head of its queue ended or was deleted
+#                                  webhook_endpoints_release: its endpoint holds queues no longer
+#                                  webhook_deliveries_requeue: its endpoint is not ordered any more
+#   pending             queued     _SETTLE: an older one of its queue waits again, or it was put
+#                                  into a queue (backfill; its endpoint was made ordered)
+#   pending, queued     the same   an attempt failed and another one will follow, at due_at
+#                                  retry_now: due_at is now
+#   pending, queued,    delivered  an attempt succeeded. Also after cancel: that is what happened
+#     cancelled
+#   pending, queued     failed     the last attempt of the schedule failed; 410; abort-message;
+#                                  expired; its endpoint is not there
+#   pending, queued     cancelled  cancel; erase; adopt and neutralize, in a file that was copied
+#   failed              pending    replay (webhook_deliveries_tell deletes the failed row)
+#   failed              discarded  webhook_failed_discard: its failed row was deleted, by discard,
+#                                  failed_retention, remove_endpoint or plain SQL
+#   any but queued      pending    resend, unless the event was erased; _SETTLE may queue it at once
+#   pending, queued     (none)     remove_endpoint
+#   delivered,          (none)     prune, with the event, when nothing of it waits or is failed;
+#     discarded,                   webhook_endpoints_again: another endpoint gets the id of one
+#     cancelled                    that was removed
+#   any                 (none)     forget, with all that was a customer's
+#
+# erase leaves a failed row failed, and takes it out of its queue.
 
-# In a queue (one key of one endpoint, or an ordered endpoint) only the oldest unfinished delivery
-# is 'pending'; those behind it are 'queued' and not in the index that the drain reads, so a long
-# queue costs a pick nothing. {row} is NEW or OLD. The head is the oldest unfinished delivery, or a
-# failed one that its endpoint holds on to.
+# The SQL below has no CASE in its triggers, but iif(): tools that cut SQL into statements
+# (sqlparse, which Django uses) take the END of a CASE for that of the trigger.
+
+# A queue is one key of one endpoint, or a whole ordered endpoint. Its head is its oldest delivery
+# that has not ended; or a failed one, where that is older and the endpoint holds on to it (on_dead
+# = 'hold'). Only the head may be 'pending'. Those behind it are 'queued' and so not in the index
+# that the drain reads: a queue of a million costs a pick no more than one of two.
+#
+# _SETTLE makes that so again, for the queue of one row, {row}: NEW or OLD of a trigger. Where the
+# head is a failed one, nothing of the queue stays pending.
 _SETTLE = """
   UPDATE webhook_deliveries SET status = 'queued'
-   WHERE endpoint_id = {row}.endpoint_id AND queue = {row}.queue AND status = 'pending' AND event > {head};
+   WHERE endpoint_id = {row}.endpoint_id AND queue = {row}.queue AND status = 'pending'
+     AND event > {head};
   UPDATE webhook_deliveries SET status = 'pending'
-   WHERE endpoint_id = {row}.endpoint_id AND queue = {row}.queue AND status = 'queued' AND event = {head};"""
+   WHERE endpoint_id = {row}.endpoint_id AND queue = {row}.queue AND status = 'queued'
+     AND event = {head};"""
 _HEAD = """(
      SELECT min(oldest) FROM (
        SELECT min(event) AS oldest FROM webhook_deliveries
@@ -204,16 +272,24 @@ _HEAD = """(
         UNION ALL
        SELECT min(event) FROM webhook_deliveries
         WHERE endpoint_id = {row}.endpoint_id AND queue = {row}.queue AND status = 'failed'
-          AND EXISTS (SELECT 1 FROM webhook_endpoints WHERE id = {row}.endpoint_id AND on_dead = 'hold')))"""
+          AND EXISTS (SELECT 1 FROM webhook_endpoints
+                       WHERE id = {row}.endpoint_id AND on_dead = 'hold')))"""
 
 
 def _settle(row: str) -> str:
+    """Return the statements of a trigger that put the queue of NEW, or of OLD, in order."""
     return _SETTLE.format(row=row, head=_HEAD.format(row=row))
 
 
-# Patterns that another pattern of the same endpoint covers are left out, so that a type matches at
-# most one row of an endpoint. GLOB is the matcher: '*' is everything except webhook.*, 'order.*'
-# everything below order.
+# What emit matches against is webhook_patterns, one row for a pattern of an endpoint, made from the
+# JSON list in webhook_endpoints.events whenever that changes. A disabled endpoint has no rows
+# there, so new events make no deliveries for it.
+#
+# GLOB is the matcher: '*' is everything except webhook.*, 'order.*' everything below order. A
+# pattern that another one of the same endpoint covers is left out, so that a type matches at most
+# one row of an endpoint and makes one delivery.
+#
+# The first two statements check what plain SQL wrote; add_endpoint has checked it before.
 _SUBSCRIBE = """
   SELECT RAISE(ABORT, 'webhook_endpoints: at most 100 patterns an endpoint')
    WHERE json_array_length(NEW.events) > 100;
@@ -228,18 +304,20 @@ _SUBSCRIBE = """
      SELECT 1 FROM json_each(NEW.events) AS wider
       WHERE wider.value <> one.value AND one.value GLOB wider.value
         AND NOT (wider.value = '*' AND one.value GLOB 'webhook.*'));"""
-# Endpoints whose version is newer than the newest that a drain has seen are those that it must read
-# again.
+# How a running drain learns of changes, whichever process makes them: it keeps the numbers that it
+# saw last and compares. _TOUCH gives a changed endpoint the next version; the drain reads those
+# endpoints again whose version is higher than the highest it knows.
 _TOUCH = """
   UPDATE webhook_meta SET value = value + 1 WHERE key = 'endpoints_version';
-  UPDATE webhook_endpoints SET version = (SELECT value FROM webhook_meta WHERE key = 'endpoints_version')
+  UPDATE webhook_endpoints
+     SET version = (SELECT value FROM webhook_meta WHERE key = 'endpoints_version')
    WHERE id = NEW.id;"""
-# Says that a delivery of an event that a drain has seen already became due: it looks over all that
-# wait.
+# A drain finds new deliveries behind the newest event that it has seen. Where a delivery of an
+# older event becomes due (a replay, say), this counts up, and the drain looks over all that wait.
 _WORK = "UPDATE webhook_meta SET value = value + 1 WHERE key = 'work'"
-_NOW = "(julianday('now') - 2440587.5) * 86400"
+_NOW = "(julianday('now') - 2440587.5) * 86400"  # seconds since 1970; with 000 behind it, in ms
 _EVENT_ID = "printf('msg_%016x', {})"
-_CHANCE_BITS = 20
+_CHANCE_BITS = 20  # of an event's key, the lowest ones; the milliseconds stand above them
 _CHANCE = f"abs(random() % {1 << _CHANCE_BITS})"
 # The year 2109. A clock beyond it (milliseconds instead of seconds, say) makes keys that still grow
 # by chance, with room for as many events again; at the end of 63 bits the next event would find no
@@ -249,14 +327,17 @@ _LAST_SECOND = 1e12  # of an event: what the checks of the tables let through, w
 
 
 def _refuse(why: str, when: str) -> str:
-    """Return a statement of a trigger that refuses a row. One statement a rule: a chain of
-    conditions in one expression would be too deep for hosts that set SQLITE_LIMIT_EXPR_DEPTH as
-    SQLite recommends."""
+    """Return a statement of a trigger that refuses a row, with a message for who wrote it.
+
+    One statement a rule: a chain of conditions in one expression would be too deep for hosts that
+    set SQLITE_LIMIT_EXPR_DEPTH as SQLite recommends. A condition that is NULL refuses nothing.
+    """
     return f"\n  SELECT RAISE(ABORT, 'webhook_emit: {why}') WHERE {when};"
 
 
 _DEEPEST = 500  # levels of nested data; Python and SQLite give up at a thousand
-# Whether data is nested deeper: counted level by level, where there are brackets enough for that.
+# Whether data is nested deeper. The levels are only walked where the text has more brackets than
+# that, which hardly any data has. Braces stand double: this is an f-string.
 _TOO_DEEP = f"""
      iif(length(NEW.data) - length(replace(replace(NEW.data, '[', ''), '{{', '')) > {_DEEPEST},
      EXISTS (
@@ -266,6 +347,9 @@ _TOO_DEEP = f"""
          SELECT value, depth + 1 FROM level, json_each(part)
           WHERE type IN ('array', 'object') AND depth <= {_DEEPEST})
        SELECT 1 FROM level WHERE depth > {_DEEPEST}), 0)"""
+# What plain SQL inserts into webhook_emit is checked here, as emit checks it in Python. SQL does
+# not know the max_body of the host's Outbox, so the default holds; nor the catalogue. Headers may
+# hold 16 KiB; 20,000 leaves room for the JSON around them.
 _EMIT_CHECKS = "".join(
     _refuse(why, when)
     for when, why in (
@@ -276,16 +360,19 @@ _EMIT_CHECKS = "".join(
         (_TOO_DEEP, f"data is nested too deeply, more than {_DEEPEST} levels"),
         (f"length(CAST(NEW.data AS BLOB)) > {_MAX_BODY}", "data is too large; send a link instead"),
         (
-            "typeof(NEW.type) <> 'text' OR length(NEW.type) NOT BETWEEN 1 AND 256 OR instr(NEW.type, char(0))",
+            "typeof(NEW.type) <> 'text' OR length(NEW.type) NOT BETWEEN 1 AND 256"
+            " OR instr(NEW.type, char(0))",
             "type must be text of 1 to 256 characters",
         ),
         (
-            "NEW.type GLOB '*[^A-Za-z0-9_.-]*' OR NEW.type GLOB '.*' OR NEW.type GLOB '*.' OR NEW.type GLOB '*..*'",
+            "NEW.type GLOB '*[^A-Za-z0-9_.-]*' OR NEW.type GLOB '.*'"
+            " OR NEW.type GLOB '*.' OR NEW.type GLOB '*..*'",
             "type must be letters, digits, _ and - in parts joined by dots, at most 256",
         ),
         (
             "length(NEW.tenant) NOT BETWEEN 1 AND 64 OR NEW.tenant GLOB '*[^A-Za-z0-9_-]*'",
-            "tenant must be 1 to 64 letters, digits, _ and -; leave it out for an event of your own",
+            "tenant must be 1 to 64 letters, digits, _ and -;"
+            " leave it out for an event of your own",
         ),
         (
             "typeof(NEW.tenant) NOT IN ('text', 'integer', 'null') OR instr(NEW.tenant, char(0))",
@@ -327,10 +414,16 @@ _EMIT_CHECKS = "".join(
     )
 )
 
-# The deliveries of a new event to endpoints of a tenant. Of an internal type (only the library knows
-# these) a customer gets it only where the operator subscribed by its name. It is the newest of its queue, so it is
-# the head if nobody else is in it; a trigger that looked at each new row would cost an eighth of an
-# emit, in no queue too. Two selects and not IN: that builds a table for its two values.
+# The deliveries of a new event, NEW being its row of webhook_accept, to endpoints of one tenant:
+# {}. It stands twice in the trigger, for the event's tenant and for '*': an IN would build a table
+# for its two values.
+#
+# A new event is the newest of its queue. So it is the head where nothing else of that queue is
+# unfinished, or failed and held, and queued otherwise. This is decided here: a trigger that looked
+# at each new delivery would cost an eighth of an emit, also where there is no queue.
+#
+# `matched` says which endpoints with a filter let the event through. Where it is NULL and there is
+# such an endpoint, the insert is refused; the library then decides and inserts again.
 _MATCH = """
   SELECT NEW.seq, endpoint_id, NEW.due_at, NEW.expires_at, iif(ordered, '', NEW.key),
          iif(EXISTS (
@@ -339,7 +432,8 @@ _MATCH = """
               AND ((status = 'pending' OR status = 'queued' OR status = 'failed')
                    AND (ordered OR NEW.key IS NOT NULL))
               AND (status <> 'failed'
-                   OR EXISTS (SELECT 1 FROM webhook_endpoints WHERE id = endpoint_id AND on_dead = 'hold'))),
+                   OR EXISTS (SELECT 1 FROM webhook_endpoints
+                               WHERE id = endpoint_id AND on_dead = 'hold'))),
            'queued', 'pending')
     FROM webhook_patterns AS p
    WHERE tenant = {} AND NEW.type GLOB pattern AND (pattern <> '*' OR NEW.type NOT GLOB 'webhook.*')
@@ -353,11 +447,15 @@ _FILTERED = """SELECT endpoint_id, filter FROM webhook_patterns
 
 
 def _met(filter: str, data: str) -> tuple[str, str]:
-    """Return the SQL, a FROM and a WHERE, that finds the paths of a filter at which data has one of
-    the values, or an array with one of them, as `wanted.key`. _lets_through says it in Python.
+    """Return the SQL, a FROM and a WHERE, that finds which paths of a filter an event's data meets.
+
+    A path is met where data has one of the wanted values there, or an array with one of them; it is
+    found as `wanted.key`. The event passes when all its paths are met, which who uses this counts.
+    _lets_through says the same in Python. filter, data: SQL expressions of JSON text.
 
     Values compare as JSON values: SQL alone would take true for 1. SQLite before 3.45 ends a text
-    at a NUL, so one with a NUL is like no value; there, two backslashes begin no escape.
+    at a NUL, so a text with \\u0000 in its JSON meets nothing. Two backslashes are one backslash
+    there and no part of that, so they are taken out before the look.
     """
     path = """'$."' || replace(wanted.key, '.', '"."') || '"'"""
     return (
@@ -377,8 +475,12 @@ _MATCH_OWN = _MATCH.format("coalesce(NEW.tenant, '')")
 _MET_BY_NEW = _met("p.filter", "CAST(NEW.data AS TEXT)")
 # What receivers answer to an event that was erased is not kept.
 _ERASED = "EXISTS (SELECT 1 FROM webhook_erased WHERE event = NEW.event)"
-# What was cancelled while an attempt of it was under way is not tried again; a 2xx that comes all
-# the same makes it delivered, because that is what happened.
+# What an attempt does to its delivery, NEW being a row of webhook_record. Its status is what the
+# drain decided: delivered, failed, or pending for "there will be another attempt".
+#
+# What was cancelled while its attempt was under way stays cancelled, unless that brought a success:
+# then it is delivered, because that is what happened. A delivery that has ended otherwise meanwhile
+# is left alone. {}: a further status in which it is changed.
 _AFTER_TRY = """
   UPDATE webhook_deliveries
      SET status = iif(NEW.status = 'pending' OR NEW.status = 'failed' AND status = 'cancelled',
@@ -390,31 +492,50 @@ _AFTER_TRY = """
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id
      AND (status = 'pending' OR status = 'queued'{});"""
 _AFTER_ANY_TRY = _AFTER_TRY.format(" OR status = 'cancelled'")
+# The row of webhook_failed, after the delivery became 'failed'. Its event may be missing: somebody
+# may have deleted rows by hand.
 _GIVE_UP = """
   INSERT OR IGNORE INTO webhook_failed
          (event, endpoint_id, type, key, attempts, reason, status_code, error, response,
           first_attempt_at, failed_at)
-  SELECT d.event, d.endpoint_id, coalesce(e.type, ''), e.key, d.attempts, NEW.reason, NEW.status_code,
-         NEW.error, NEW.response, d.first_attempt_at, NEW.at + NEW.duration
+  SELECT d.event, d.endpoint_id, coalesce(e.type, ''), e.key, d.attempts, NEW.reason,
+         NEW.status_code, NEW.error, NEW.response, d.first_attempt_at, NEW.at + NEW.duration
     FROM webhook_deliveries AS d LEFT JOIN webhook_events AS e ON e.seq = d.event
    WHERE NEW.status = 'failed' AND d.status = 'failed'
      AND d.event = NEW.event AND d.endpoint_id = NEW.endpoint_id;"""
 
 
 def _checks(condition: str, columns: str) -> str:
-    """Return a check for each column; one that is NULL passes. What the drain reckons with must be
-    what it takes it for, or one row that plain SQL wrote would stop it."""
+    """Return a CHECK of a condition for each of some columns; a column that is NULL passes.
+
+    SQLite stores any type in any column. What the drain reckons with must be what it takes it for,
+    or one row that plain SQL wrote would stop it.
+    """
     return ",\n".join(f"  CHECK ({condition.format(name)})" for name in columns.split())
 
 
-# In SQLite text and blobs are greater than every number.
+# In SQLite text and blobs are greater than every number, so a range of numbers refuses them too.
 _numbers = functools.partial(_checks, "{} BETWEEN -1e15 AND 1e15")
 _wholes = functools.partial(_checks, "typeof({0}) <> 'real' AND {0} BETWEEN -1e12 AND 1e12")
-# sqlacodegen trips over IN.
+# OR and not IN: sqlacodegen takes an IN in a CHECK for an enumeration.
 _texts = functools.partial(_checks, "typeof({0}) = 'text' OR {0} IS NULL")
 
+# The statements that make the tables, in their order: tables with their indexes, then the ways in
+# (the views webhook_accept and webhook_emit, whose triggers make events and deliveries), then the
+# rules (triggers of the tables), then webhook_record, through which the drain writes.
 _FIRST_SCHEMA = (
+    # Keys of webhook_meta, one row each:
+    #   outbox             the identity of this outbox, so that emit notices another file
+    #   schema_version     how many entries of _SCHEMA were run
+    #   endpoints_version, endpoints_removed, work, cancelled
+    #                      count up when something changes that a drain must look at (see _TOUCH)
+    #   drains             counts up when a drain starts: so it finds out whether it can write
+    #   home               whose file it is, where the host gives a home: a copy must not send
+    #   master_check, last_secret
+    #                      of a master key: what tells it from a wrong one, and the last number used
     """CREATE TABLE webhook_meta (key TEXT PRIMARY KEY NOT NULL, value) WITHOUT ROWID""",
+    # From failing_since to paused_until the drain keeps the endpoint's health here (see _Health),
+    # so that a restart forgets nothing of it.
     f"""CREATE TABLE webhook_endpoints (
   id TEXT PRIMARY KEY NOT NULL CHECK (id NOT GLOB '*[^A-Za-z0-9_-]*'),
   url TEXT NOT NULL,
@@ -426,7 +547,7 @@ _FIRST_SCHEMA = (
   headers TEXT NOT NULL DEFAULT '{{}}',          -- JSON object
   body TEXT NOT NULL DEFAULT 'standard',
   signing TEXT NOT NULL DEFAULT 'standard',
-  secrets TEXT NOT NULL,                       -- JSON list of [secret, valid until or null], current first
+  secrets TEXT NOT NULL,                       -- JSON: [[secret, until or null], ...], newest first
   rate REAL,                                   -- deliveries per second
   max_in_flight INTEGER NOT NULL DEFAULT 16,
   ordered INTEGER NOT NULL DEFAULT 0,
@@ -450,7 +571,8 @@ _FIRST_SCHEMA = (
   CHECK (max_in_flight > 0)
 )""",
     """CREATE INDEX webhook_endpoints_version ON webhook_endpoints (version)""",
-    # What a customer looks at costs what that customer has, however much the others have.
+    # The endpoints of one tenant: a customer's page costs what that customer has, however much the
+    # others have.
     """CREATE INDEX webhook_endpoints_of ON webhook_endpoints (tenant) WHERE tenant IS NOT NULL""",
     # An event looks up its own tenant and '*': what other tenants registered costs it nothing.
     """CREATE TABLE webhook_patterns (          -- kept by triggers: what emit matches against
@@ -465,12 +587,12 @@ _FIRST_SCHEMA = (
     """CREATE INDEX webhook_patterns_filter ON webhook_patterns (tenant)
  WHERE filter IS NOT NULL""",
     """CREATE INDEX webhook_patterns_endpoint ON webhook_patterns (endpoint_id)""",
-    # An event's key is made of the time and of chance. It only grows, because it is chosen under
-    # the write lock, so a drain finds what is new behind the newest that it has seen; and it is not
-    # issued again after the newest event was deleted or a backup restored, so an outcome never
-    # meets another event's delivery.
+    # An event's key (seq) is made of the time and of chance. Each is higher than all before it,
+    # which is checked under the write lock, so a drain finds what is new behind the newest that it
+    # has seen. SQLite's own numbers would be issued again after the newest event was deleted or a
+    # backup restored, and an outcome would meet another event's delivery.
     f"""CREATE TABLE webhook_events (
-  seq INTEGER PRIMARY KEY,                     -- milliseconds since 1970, times 2 to the 20th, plus chance
+  seq INTEGER PRIMARY KEY,                     -- milliseconds since 1970 << 20, plus chance
   id TEXT GENERATED ALWAYS AS ({_EVENT_ID.format("seq")}) VIRTUAL,
   type TEXT NOT NULL,
   tenant TEXT,
@@ -486,20 +608,21 @@ _FIRST_SCHEMA = (
 )""",
     """CREATE INDEX webhook_events_of ON webhook_events (tenant, seq) WHERE tenant IS NOT NULL""",
     """CREATE INDEX webhook_events_key ON webhook_events (key) WHERE key IS NOT NULL""",
-    # A table and no column: it is looked into for each answer, and mostly empty, which is a third of
-    # the cost of the event's row.
+    # Which events were erased. A table and no column of webhook_events: it is asked for each answer
+    # that is recorded, and is mostly empty. To read the event's row instead costs three times that.
     """CREATE TABLE webhook_erased (            -- events whose data is gone: never delivered again
   event INTEGER PRIMARY KEY,                   -- webhook_events.seq
   erased_at REAL NOT NULL
 )""",
-    """CREATE UNIQUE INDEX webhook_events_once ON webhook_events (idempotency_key, coalesce(tenant, ''))
- WHERE idempotency_key IS NOT NULL""",
+    """CREATE UNIQUE INDEX webhook_events_once
+ ON webhook_events (idempotency_key, coalesce(tenant, '')) WHERE idempotency_key IS NOT NULL""",
+    # In the order of the events, so that a drain finds what is new at the end of the table.
     f"""CREATE TABLE webhook_deliveries (
   event INTEGER NOT NULL,                      -- webhook_events.seq
   endpoint_id TEXT NOT NULL,
   status TEXT NOT NULL DEFAULT 'pending',      -- queued, delivered, failed, discarded, cancelled
-  attempts INTEGER NOT NULL DEFAULT 0,
-  due_at REAL NOT NULL,
+  attempts INTEGER NOT NULL DEFAULT 0,         -- since it was emitted, replayed or resent
+  due_at REAL NOT NULL,                        -- of the next attempt
   expires_at REAL,                             -- the event's, until somebody replays or resends it
   first_attempt_at REAL,
   delivered_at REAL,
@@ -509,17 +632,20 @@ _FIRST_SCHEMA = (
 {_wholes("attempts")},
 {_texts("endpoint_id")}
 ) WITHOUT ROWID""",
+    # What the drain picks from: of one endpoint, the oldest due first.
     """CREATE INDEX webhook_deliveries_due ON webhook_deliveries (endpoint_id, due_at, event)
  WHERE status = 'pending'""",
-    # Open rows only: what was delivered stays for a month, and must cost neither a count nor a
-    # look.
-    """CREATE INDEX webhook_deliveries_queue ON webhook_deliveries (endpoint_id, queue, status, event)
+    # Only rows that have not ended, or are failed: what was delivered stays for a month, and must
+    # cost neither a count nor a look. SQLite uses such an index only for a query whose own
+    # conditions imply that, so queries of queues say `queue IS NOT NULL` and one status.
+    """CREATE INDEX webhook_deliveries_queue
+ ON webhook_deliveries (endpoint_id, queue, status, event)
  WHERE queue IS NOT NULL AND (status = 'pending' OR status = 'queued' OR status = 'failed')""",
     f"""CREATE TABLE webhook_attempts (
   id INTEGER PRIMARY KEY,
-  event INTEGER NOT NULL,
+  event INTEGER NOT NULL,                      -- webhook_events.seq
   endpoint_id TEXT NOT NULL,
-  at REAL NOT NULL,
+  at REAL NOT NULL,                            -- when it began
   duration REAL NOT NULL,                      -- seconds
   status_code INTEGER,
   reason TEXT,                                 -- NULL: delivered
@@ -530,8 +656,9 @@ _FIRST_SCHEMA = (
 {_texts("endpoint_id reason error response")}
 )""",
     """CREATE INDEX webhook_attempts_event ON webhook_attempts (event)""",
-    # An endpoint's last hour is counted in this index alone, so that a busy one hides none of the
-    # others, and half a million of its attempts cost a look a few hundredths of a second.
+    # An endpoint's last hour (stats) is counted in this index alone, without a look at the rows.
+    # Each endpoint is counted for itself: among the newest attempts of all, a busy one would hide
+    # the others. Half a million attempts of one cost a few hundredths of a second.
     """CREATE INDEX webhook_attempts_endpoint ON webhook_attempts (endpoint_id, at, reason)""",
     f"""CREATE TABLE webhook_failed (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -553,10 +680,12 @@ _FIRST_SCHEMA = (
 {_texts("endpoint_id type key reason error response")}
 )""",
     """CREATE INDEX webhook_failed_endpoint ON webhook_failed (endpoint_id, failed_at)""",
+    # Ids of removed endpoints, of which there may still be rows: see webhook_endpoints_again.
     """CREATE TABLE webhook_removed (           -- endpoints that were there once
   id TEXT PRIMARY KEY NOT NULL
 ) WITHOUT ROWID""",
-    f"""CREATE TABLE webhook_counts (            -- what metrics counts; the rows themselves leave after a while
+    # Prometheus wants counters that only grow, and the rows that were counted leave after a while.
+    f"""CREATE TABLE webhook_counts (            -- what metrics counts, by endpoint and name
   endpoint_id TEXT NOT NULL,
   name TEXT NOT NULL,
   value REAL NOT NULL,
@@ -564,14 +693,24 @@ _FIRST_SCHEMA = (
 {_numbers("value")},
 {_texts("endpoint_id name")}
 ) WITHOUT ROWID""",
-    """CREATE TABLE webhook_inbox (id TEXT PRIMARY KEY NOT NULL, received_at REAL NOT NULL) WITHOUT ROWID""",
-    # The library's own way in: it checked the row already, so its trigger needs no JSON function,
-    # which hosts with PRAGMA trusted_schema = OFF refuse in some versions of SQLite. For the same
-    # reason filters are decided outside: `matched` are the endpoints that let the event through,
-    # each between blanks. The library leaves it out until it is told that there are filters.
+    # The receiver's half: ids that Inbox has accepted.
+    """CREATE TABLE webhook_inbox (
+  id TEXT PRIMARY KEY NOT NULL, received_at REAL NOT NULL
+) WITHOUT ROWID""",
+    # The library's own way in. It has checked the row already, so this trigger needs no JSON
+    # function, which hosts with PRAGMA trusted_schema = OFF refuse in some versions of SQLite. For
+    # the same reason filters are decided outside. The columns that are not the event's:
+    #   due_at    of its deliveries
+    #   outbox    the identity of the file that the host means; NULL: not compared
+    #   internal  1: customers get this type only where the operator subscribed by its name; the
+    #             catalogue, which only the library knows, says so
+    #   matched   the endpoints whose filter lets it through, each between blanks; NULL: not known
     """CREATE VIEW webhook_accept AS
-SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, expires_at, 0.0 AS due_at,
-       NULL AS outbox, NULL AS internal, NULL AS matched FROM webhook_events""",
+SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, expires_at,
+       0.0 AS due_at, NULL AS outbox, NULL AS internal, NULL AS matched FROM webhook_events""",
+    # In this order: another file is an error; an event with this idempotency_key that is there is
+    # the answer (RAISE(IGNORE) ends the insert without an error), or an error where it is another
+    # event; a key that is not new makes the library choose a higher one; then the rows.
     f"""CREATE TRIGGER webhook_accept_insert INSTEAD OF INSERT ON webhook_accept BEGIN
   SELECT RAISE(ABORT, 'webhook_emit: this is another outbox')
    WHERE NEW.outbox <> (SELECT value FROM webhook_meta WHERE key = 'outbox');
@@ -590,6 +729,8 @@ SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, expir
      AND (NEW.internal IS NULL OR pattern = NEW.type)
    UNION ALL{_MATCH.format("'*'")};
 END""",
+    # The way in for plain SQL, for triggers on the host's tables and other languages. It checks the
+    # row, makes the key as _Keys does, decides filters, and hands over to webhook_accept.
     """CREATE VIEW webhook_emit AS
 SELECT type, data, tenant, key, idempotency_key, 0.0 AS delay, 0.0 AS expires, headers, created_at
   FROM webhook_events""",
@@ -611,45 +752,59 @@ SELECT type, data, tenant, key, idempotency_key, 0.0 AS delay, 0.0 AS expires, h
            GROUP BY endpoint_id, filter
           HAVING count(DISTINCT wanted.key) = (SELECT count(*) FROM json_each(filter)));
 END""",
-    f"""CREATE TRIGGER webhook_endpoints_insert AFTER INSERT ON webhook_endpoints BEGIN{_SUBSCRIBE}{_TOUCH}
+    f"""CREATE TRIGGER webhook_endpoints_insert AFTER INSERT ON webhook_endpoints
+BEGIN{_SUBSCRIBE}{_TOUCH}
 END""",
     f"""CREATE TRIGGER webhook_endpoints_subscribe AFTER UPDATE OF events, filter, ordered, enabled
 ON webhook_endpoints WHEN OLD.events <> NEW.events OR OLD.filter IS NOT NEW.filter
  OR OLD.ordered <> NEW.ordered OR OLD.enabled <> NEW.enabled BEGIN{_SUBSCRIBE}
 END""",
-    f"""CREATE TRIGGER webhook_endpoints_update AFTER UPDATE OF url, events, headers, body, signing, secrets, rate,
-  max_in_flight, ordered, on_dead, timeout, cert, ca, enabled ON webhook_endpoints BEGIN{_TOUCH}
+    # What a drain must know of an endpoint. Its health is not among it: the drain wrote that
+    # itself.
+    f"""CREATE TRIGGER webhook_endpoints_update AFTER UPDATE OF url, events, headers, body, signing,
+  secrets, rate, max_in_flight, ordered, on_dead, timeout, cert, ca, enabled
+ON webhook_endpoints BEGIN{_TOUCH}
 END""",
     """CREATE TRIGGER webhook_endpoints_tenant BEFORE UPDATE OF tenant ON webhook_endpoints
 WHEN OLD.tenant IS NOT NEW.tenant BEGIN
-  SELECT RAISE(ABORT, 'webhook_endpoints: the tenant of an endpoint is fixed; add another endpoint');
+  SELECT RAISE(ABORT,
+    'webhook_endpoints: the tenant of an endpoint is fixed; add another endpoint');
 END""",
+    # A whole endpoint becomes one queue, or a queue for each key again; webhook_deliveries_requeue
+    # then settles each queue that a row came into.
     """CREATE TRIGGER webhook_endpoints_order AFTER UPDATE OF ordered ON webhook_endpoints
 WHEN OLD.ordered <> NEW.ordered BEGIN
   UPDATE webhook_deliveries
      SET queue = iif(NEW.ordered, '', (SELECT key FROM webhook_events WHERE seq = event))
    WHERE endpoint_id = NEW.id AND status IN ('pending', 'queued', 'failed');
 END""",
+    # An endpoint that no longer holds queues: where a failed delivery was the head of one, the
+    # oldest that is queued behind it becomes the head.
     """CREATE TRIGGER webhook_endpoints_release AFTER UPDATE OF on_dead ON webhook_endpoints
 WHEN OLD.on_dead = 'hold' AND NEW.on_dead <> 'hold' BEGIN
   UPDATE webhook_deliveries SET status = 'pending'
    WHERE endpoint_id = NEW.id AND queue IS NOT NULL AND status = 'queued'
      AND event = (SELECT min(o.event) FROM webhook_deliveries AS o
-                   WHERE o.endpoint_id = NEW.id AND o.queue = webhook_deliveries.queue AND o.status = 'queued')
+                   WHERE o.endpoint_id = NEW.id AND o.queue = webhook_deliveries.queue
+                     AND o.status = 'queued')
      AND NOT EXISTS (SELECT 1 FROM webhook_deliveries AS o
-                      WHERE o.endpoint_id = NEW.id AND o.queue = webhook_deliveries.queue AND o.status = 'pending');
+                      WHERE o.endpoint_id = NEW.id AND o.queue = webhook_deliveries.queue
+                        AND o.status = 'pending');
 END""",
+    # Queued rows go before pending ones: each pending one that goes would make one of them the
+    # head.
     """CREATE TRIGGER webhook_endpoints_delete AFTER DELETE ON webhook_endpoints BEGIN
   DELETE FROM webhook_patterns WHERE endpoint_id = OLD.id;
-  DELETE FROM webhook_deliveries WHERE endpoint_id = OLD.id AND queue IS NOT NULL AND status = 'queued';
+  DELETE FROM webhook_deliveries
+   WHERE endpoint_id = OLD.id AND queue IS NOT NULL AND status = 'queued';
   DELETE FROM webhook_deliveries WHERE endpoint_id = OLD.id AND status = 'pending';
   DELETE FROM webhook_failed WHERE endpoint_id = OLD.id;
   DELETE FROM webhook_counts WHERE endpoint_id = OLD.id;
   INSERT OR IGNORE INTO webhook_removed VALUES (OLD.id);
   UPDATE webhook_meta SET value = value + 1 WHERE key IN ('endpoints_version', 'endpoints_removed');
 END""",
-    # What was delivered stays on record when its endpoint is removed, until another endpoint gets the
-    # id, which may be another customer's. It is seldom, so no index serves the search.
+    # What was delivered stays on record when its endpoint is removed, until another endpoint gets
+    # the id, which may be another customer's. It is seldom, so no index serves the search.
     """CREATE TRIGGER webhook_endpoints_again AFTER INSERT ON webhook_endpoints
 WHEN EXISTS (SELECT 1 FROM webhook_removed WHERE id = NEW.id) BEGIN
   DELETE FROM webhook_deliveries WHERE endpoint_id = NEW.id;
@@ -658,24 +813,30 @@ WHEN EXISTS (SELECT 1 FROM webhook_removed WHERE id = NEW.id) BEGIN
   DELETE FROM webhook_counts WHERE endpoint_id = NEW.id;
   DELETE FROM webhook_removed WHERE id = NEW.id;
 END""",
-    # One that left the queue from behind its head, because the drain went ahead, leaves the head as
-    # it is.
+    # A delivery of a queue ended, or waits again after it had ended: the queue may have another
+    # head. Not so where it was 'queued': a drain that goes through a queue from memory may record a
+    # delivery before those ahead of it, and then the head stays as it is. What _SETTLE itself does
+    # (pending to queued and back) does not come here again.
     f"""CREATE TRIGGER webhook_deliveries_finish AFTER UPDATE OF status ON webhook_deliveries
 WHEN NEW.queue IS NOT NULL AND OLD.status <> 'queued'
  AND (NEW.status NOT IN ('pending', 'queued') OR OLD.status <> 'pending') BEGIN{_settle("NEW")}
 END""",
+    # A delivery came into a queue, or out of one (queue NULL), where nobody is ahead of it.
     f"""CREATE TRIGGER webhook_deliveries_requeue AFTER UPDATE OF queue ON webhook_deliveries
 WHEN OLD.queue IS NOT NEW.queue BEGIN
   UPDATE webhook_deliveries SET status = 'pending'
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id
      AND NEW.queue IS NULL AND status = 'queued';{_settle("NEW")}
 END""",
+    # The head of a queue was deleted, by plain SQL say: the next one becomes the head. A drain
+    # would not find it among what is new.
     f"""CREATE TRIGGER webhook_deliveries_delete AFTER DELETE ON webhook_deliveries
 WHEN OLD.queue IS NOT NULL AND OLD.status IN ('pending', 'failed') BEGIN{_settle("OLD")}
   {_WORK};
 END""",
-    # A drain looks over all that wait where something became due again, the next one of a queue
-    # say, and forgets what it read ahead where something was cancelled.
+    # What a running drain must be told of. A delivery that had ended waits again: it looks over all
+    # that wait. One was cancelled: it forgets what it read ahead, and in a queue another one became
+    # the head. A failed row that was replayed or resent is gone from webhook_failed.
     """CREATE TRIGGER webhook_deliveries_tell AFTER UPDATE OF status ON webhook_deliveries
 WHEN OLD.status <> 'pending' AND OLD.status <> 'queued' OR NEW.status = 'cancelled' BEGIN
   UPDATE webhook_meta SET value = value + 1
@@ -685,28 +846,37 @@ WHEN OLD.status <> 'pending' AND OLD.status <> 'queued' OR NEW.status = 'cancell
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id
      AND OLD.status = 'failed' AND NEW.status = 'pending';
 END""",
+    # Whoever deletes a failed row, discard or plain SQL, gives its delivery up for good: it stays
+    # on record, and a queue that it held goes on. Where the row goes because its delivery waits
+    # again, that is not 'failed' any more, and is left alone.
     """CREATE TRIGGER webhook_failed_discard AFTER DELETE ON webhook_failed BEGIN
   UPDATE webhook_deliveries SET status = 'discarded'
    WHERE event = OLD.event AND endpoint_id = OLD.endpoint_id AND status = 'failed';
 END""",
-    # Without the newest event the next one may get a lower key, which a drain would not find behind
-    # it.
+    # All of an event goes with it, but for its failed rows. Without the newest event the next one
+    # may get a lower key, which a drain would not find behind the newest that it has seen: so it
+    # looks over all that wait.
     f"""CREATE TRIGGER webhook_events_delete AFTER DELETE ON webhook_events BEGIN
   DELETE FROM webhook_deliveries WHERE event = OLD.seq;
   DELETE FROM webhook_attempts WHERE event = OLD.seq;
   DELETE FROM webhook_erased WHERE event = OLD.seq;
   {_WORK} AND NOT EXISTS (SELECT 1 FROM webhook_events WHERE seq > OLD.seq);
 END""",
-    # What the drain writes, in one statement a batch. `kind` says how the columns are to be read;
-    # rows without a kind are filling.
+    # What the drain writes, in one statement a batch. `kind` says how the columns are to be read
+    # (_Row has the table of them) and which of the triggers below acts; rows without a kind are
+    # filling. One view, because several statements would need a transaction, and to hold that from
+    # Python costs the host time: see _write_record.
     """CREATE VIEW webhook_record AS
-SELECT '' AS kind, event, endpoint_id, status, due_at, 0.0 AS at, 0.0 AS duration, NULL AS status_code,
-       NULL AS reason, NULL AS error, NULL AS response FROM webhook_deliveries""",
-    # Of a delivery's attempts the first and the last answer are kept: one endpoint that always fails
-    # with a long answer would fill the disk.
-    f"""CREATE TRIGGER webhook_record_outcome INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'outcome'
-BEGIN
-  INSERT INTO webhook_attempts (event, endpoint_id, at, duration, status_code, reason, error, response)
+SELECT '' AS kind, event, endpoint_id, status, due_at, 0.0 AS at, 0.0 AS duration,
+       NULL AS status_code, NULL AS reason, NULL AS error, NULL AS response
+  FROM webhook_deliveries""",
+    # An attempt and what came of it. Nothing is recorded of a delivery that is gone by now.
+    # Of a delivery's attempts the first and the last answer are kept: else one endpoint that always
+    # fails with a long answer would fill the disk.
+    f"""CREATE TRIGGER webhook_record_outcome INSTEAD OF INSERT ON webhook_record
+WHEN NEW.kind = 'outcome' BEGIN
+  INSERT INTO webhook_attempts
+         (event, endpoint_id, at, duration, status_code, reason, error, response)
   SELECT NEW.event, NEW.endpoint_id, NEW.at, NEW.duration, NEW.status_code, NEW.reason,
          iif(NEW.error IS NULL OR {_ERASED}, NULL, NEW.error),
          iif(NEW.response IS NULL OR {_ERASED}, NULL, NEW.response)
@@ -723,23 +893,27 @@ BEGIN
            WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id) > 2;
 {_GIVE_UP}
 END""",
-    # What was worth nothing any more when its turn came: no attempt. Unless it was sent again by
-    # hand meanwhile.
+    # What was worth nothing any more when its turn came: given up without an attempt. Where
+    # somebody has replayed or resent it since it was picked, expires_at is NULL, and it is left
+    # alone.
     f"""CREATE TRIGGER webhook_record_expired INSTEAD OF INSERT ON webhook_record
 WHEN NEW.kind = 'expired' BEGIN
   UPDATE webhook_deliveries SET status = 'failed'
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND expires_at <= NEW.at
      AND (status = 'pending' OR status = 'queued');{_GIVE_UP}
 END""",
-    # Only the delivery's part of an outcome, ahead of the outcomes of a batch. Of a queue that went
-    # on from memory the last success is marked first: each one that is recorded as the head of its
-    # queue makes the next one the head, a write that is wasted when that one is delivered too.
-    f"""CREATE TRIGGER webhook_record_mark INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'mark'
-BEGIN{_AFTER_TRY.format("")}
+    # Only the delivery's part of an outcome, written ahead of the outcomes of a batch, the newest
+    # first. A drain goes through a queue from memory, so a batch may hold many successes of one
+    # queue. Recorded oldest first, each would make the next one the head, a write that is wasted
+    # when that one is delivered too; marked newest first, only the last mark moves the head.
+    f"""CREATE TRIGGER webhook_record_mark INSTEAD OF INSERT ON webhook_record
+WHEN NEW.kind = 'mark' BEGIN{_AFTER_TRY.format("")}
 END""",
-    # An endpoint's state: due_at is paused_until, at is failing_since, duration is failures, error is
-    # why it is to be disabled, or NULL; response is unsteady_since, event is good, status_code is bad.
-    """CREATE TRIGGER webhook_record_endpoint INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'endpoint' BEGIN
+    # An endpoint's health: due_at is paused_until, at is failing_since, duration is failures, error
+    # is why it is to be disabled, or NULL; response is unsteady_since, event is good, status_code
+    # is bad.
+    """CREATE TRIGGER webhook_record_endpoint INSTEAD OF INSERT ON webhook_record
+WHEN NEW.kind = 'endpoint' BEGIN
   UPDATE webhook_endpoints
      SET failures = NEW.duration, failing_since = NEW.at, paused_until = NEW.due_at,
          unsteady_since = NEW.response, good = NEW.event, bad = NEW.status_code
@@ -747,31 +921,39 @@ END""",
   UPDATE webhook_endpoints SET enabled = 0, disabled_reason = NEW.error
    WHERE id = NEW.endpoint_id AND NEW.error IS NOT NULL AND enabled;
 END""",
-    # What was counted since the last write: JSON {name: increment} as response.
-    """CREATE TRIGGER webhook_record_counts INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'count' BEGIN
+    # What was counted of an endpoint since the last write: JSON {name: increment} as response.
+    """CREATE TRIGGER webhook_record_counts INSTEAD OF INSERT ON webhook_record
+WHEN NEW.kind = 'count' BEGIN
   INSERT INTO webhook_counts SELECT NEW.endpoint_id, key, value FROM json_each(NEW.response)
    WHERE EXISTS (SELECT 1 FROM webhook_endpoints WHERE id = NEW.endpoint_id)
       ON CONFLICT (endpoint_id, name) DO UPDATE SET value = value + excluded.value;
 END""",
-    # What endpoints that subscribe to webhook.* by name are told: type as status, data as response.
-    # Nobody subscribed: no event.
-    """CREATE TRIGGER webhook_record_notice INSTEAD OF INSERT ON webhook_record WHEN NEW.kind = 'notice' BEGIN
+    # An event about deliveries and endpoints, for endpoints that subscribe to webhook.* by name:
+    # its type as status, its data as response. Where nobody subscribed, there is no event.
+    """CREATE TRIGGER webhook_record_notice INSTEAD OF INSERT ON webhook_record
+WHEN NEW.kind = 'notice' BEGIN
   INSERT INTO webhook_emit (type, data, created_at) SELECT NEW.status, NEW.response, NEW.at
    WHERE EXISTS (SELECT 1 FROM webhook_patterns
                   WHERE tenant IN ('', '*') AND pattern <> '*' AND NEW.status GLOB pattern);
 END""",
     """INSERT INTO webhook_meta VALUES
-  ('outbox', lower(hex(randomblob(8)))), ('endpoints_version', 1), ('endpoints_removed', 0), ('work', 0),
-  ('cancelled', 0), ('drains', 0), ('schema_version', 1)""",
+  ('outbox', lower(hex(randomblob(8)))), ('endpoints_version', 1), ('endpoints_removed', 0),
+  ('work', 0), ('cancelled', 0), ('drains', 0), ('schema_version', 1)""",
 )
 
-# One entry a version, in one transaction each, only additions: a drain of an older copy goes on
-# beside them.
+# One entry for each version of the schema, its statements run in one transaction. To change the
+# tables append an entry that ends by setting schema_version; never edit one that was released,
+# whose statements will not run again in files that have it. Only add: a drain of an older copy of
+# this file may still run beside the new tables.
 _SCHEMA: tuple[tuple[str, ...], ...] = (_FIRST_SCHEMA,)
 
 
 def schema_sql() -> str:
-    """Return the SQL that makes the tables, for people who run migrations by hand."""
+    """Return the SQL that makes the tables, for people who run migrations by hand.
+
+    It is run once, in a file that has no tables of ours; Outbox() does the same by itself, in one
+    transaction, and also upgrades older tables.
+    """
     return "".join(f"{statement};\n\n" for version in _SCHEMA for statement in version)
 
 
@@ -1396,8 +1578,8 @@ _STANDARD_DELAYS = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 
 _LONGEST_HINT = 86_400.0  # seconds; a Retry-After beyond a day is cut
 _STRUGGLING = 10  # failures in a row
 _LONGEST_PROBE = 60.0  # seconds
-# An endpoint is disabled after so many seconds without a success, or in which three of four attempts
-# failed, when so many deliveries were given up in that time.
+# An endpoint is disabled after so many seconds without a success, or in which three of four
+# attempts failed, when so many deliveries were given up in that time.
 _HOPELESS = 5 * 86_400.0, 3
 _STEADY_AGAIN = 10  # successes in a row after which earlier failures are forgotten
 # An endpoint counts as failing after so many failures in a row, or so many seconds of them.

@@ -3936,10 +3936,11 @@ def _endpoint(row: Sequence[Any], lenient: bool = False) -> Endpoint:
 
 
 # ── storage ───────────────────────────────────────────────────────────────────────────────────────
-# Promises: our own connections are autocommit and short-lived but for the drain's one; each write
-# is one statement. On the host's connection only our own statements run; no pragma, no commit, no
-# rollback. Never opens the database, -wal or -shm as plain files: closing such a
-# descriptor drops SQLite's locks.
+# Promises: our own connections are autocommit, and short-lived but for the drain's one. The drain
+# writes in single statements; verbs write in transactions that take the write lock first. On the
+# host's connection only our own statements run: no pragma that sets anything, no commit, and no
+# rollback but of a transaction that the driver began for our statement alone. Never opens the
+# database, -wal or -shm as plain files: closing such a descriptor drops SQLite's locks.
 
 
 class _Process:
@@ -4709,7 +4710,11 @@ def _check_identity(db: Any, cursor: sqlite3.Cursor, identity: str | None, path:
 
 
 def _mounts() -> Iterator[tuple[str, str]]:
-    """Yield where each file system is mounted, and its type; nothing where /proc does not tell."""
+    """Yield where each file system is mounted, and its type; nothing where /proc does not tell.
+
+    In a line of mountinfo (proc(5)) the fifth field is the place, in which a blank stands as \\040,
+    and the type follows the field that is a single dash.
+    """
     with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
         for line in file:
             fields, _, kind = os.fsdecode(line).partition(" - ")
@@ -4718,9 +4723,12 @@ def _mounts() -> Iterator[tuple[str, str]]:
 
 
 def _warn_of_links(path: str) -> str | None:
-    """Say, if it is so, that the database may be open under another name too. SQLite puts the WAL,
-    and we put the lock, beside the name by which the file was opened: processes that use different
-    names do not see each other's commits, and each has a drain."""
+    """Say, if it is so, that the database may be open under another name too; else None.
+
+    SQLite puts the WAL, and we put the lock, beside the name by which the file was opened:
+    processes that use different names do not see each other's commits, and each has a drain. It
+    cannot be told whether anybody uses the other name, so it is a warning and no error.
+    """
     links = os.stat(path).st_nlink
     if any(place == path for place, _ in _mounts()):
         what = "is a mount point of its own"
@@ -4733,10 +4741,12 @@ def _warn_of_links(path: str) -> str | None:
     return f"{path} {what}: {danger}, which can damage the file and sends events twice; {cure}"
 
 
-_FLOCK = struct.Struct("hhqqi0q")  # struct flock: type, whence, start, length, process id
+# C's struct flock, as Linux lays it out: type, whence, start, length, process id.
+_FLOCK = struct.Struct("hhqqi0q")
 
 
 def _lock_error(path: str, error: OSError) -> OutboxError:
+    """Return our error for a lock file that cannot be opened or locked, with what to do then."""
     why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
     cure = ""
     if error.errno in (errno.ELOOP, errno.EISDIR):
@@ -4747,8 +4757,12 @@ def _lock_error(path: str, error: OSError) -> OutboxError:
 
 
 def _open_lock(path: str, flags: int = 0) -> int:
-    """Open the lock file of a database, but no symbolic link in its place. (Python's os.open lets
-    no program inherit it: O_CLOEXEC.)"""
+    """Open the lock file of a database, for reading and writing; flags: further ones of os.open.
+
+    Not where a symbolic link stands in its place: whoever may write in the folder could lead a
+    drain that runs as root to another file, which would get the database's owner then. A program
+    that the process starts does not inherit it, since os.open sets O_CLOEXEC.
+    """
     try:
         flags |= os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
         return os.open(path + "-webhooks", flags, 0o600)  # until _adopt_mode
@@ -4758,8 +4772,11 @@ def _open_lock(path: str, flags: int = 0) -> int:
 
 def _adopt_mode(path: str, fd: int) -> None:
     """Give the lock file owner and mode of the database, as SQLite does with its own side files.
+
     Else one `drain --once` by root would lock the app's user out, and a user who may not read the
-    database could lock the file and so keep every drain away."""
+    database could lock the file and so keep every drain away. What is not permitted is left as it
+    is: who cannot open the file then is told so by _lock_error.
+    """
     if sys.platform == "win32":
         return
     with contextlib.suppress(OSError):
@@ -4775,8 +4792,11 @@ def _adopt_mode(path: str, fd: int) -> None:
 
 def _look_at_lock(fd: int) -> tuple[bool, int] | None:
     """Say whether somebody else has the open file locked, and which process, if the kernel tells.
+
     None where it has no open-file-description locks: elsewhere than on Linux, and in some sandboxes
-    there."""
+    there. The kernel names no process for a lock that belongs to an open file, as a drain's does
+    (0 here), only for a record lock of other code.
+    """
     if sys.platform != "linux" or not hasattr(fcntl, "F_OFD_GETLK"):
         return None
     try:
@@ -4790,7 +4810,8 @@ def _look_at_lock(fd: int) -> tuple[bool, int] | None:
 
 
 def _set_lock(fd: int, locked: bool) -> bool:
-    """Lock an open file exclusively, or unlock it; False when somebody else has it locked."""
+    """Lock an open file exclusively, or unlock it, without waiting; False when somebody else has it
+    locked."""
     try:
         if sys.platform == "win32":
             os.lseek(fd, 1 << 20, os.SEEK_SET)  # not the process id: nobody could read it
@@ -4820,14 +4841,23 @@ class _Lock:
     On Linux it is an open-file-description lock, which one can look at without taking it, and which
     works wherever SQLite's own locks work; elsewhere it is flock, on Windows a locked byte. Whoever
     holds it writes its process id into the file, for people to read: nothing is decided by that.
+
+    Nobody is woken when the lock becomes free: a drain that stands by tries again ten times a
+    second. The file stays when the lock is given back. To delete it would let two drains in: one
+    that opened the old file just before, and one that makes a new file.
     """
 
     def __init__(self, path: str) -> None:
         self.database, self.path = path, path + "-webhooks"
-        self._fd = -1
+        self._fd = -1  # the lock file while the lock is ours, else -1
 
     def acquire(self) -> bool:
-        """Take the lock if it is free; OutboxError when the file cannot be used."""
+        """Take the lock if it is free, without waiting for it; say whether it is ours now.
+
+        In the order of the code: False while a thread of this process forks; OutboxError where the
+        file cannot be opened; False where another drain has the lock; OutboxError where it cannot
+        be locked at all; True.
+        """
         _PROCESS.settle()
         # If a fork fell between opening the file and noting that, the child would keep a copy. But
         # a fork that has begun may be waiting for this drain to close its database, so it is not
@@ -4847,13 +4877,14 @@ class _Lock:
         except OSError as error:
             self._close()
             raise _lock_error(self.database, error) from None
-        with contextlib.suppress(OSError):  # a full disk, say
+        with contextlib.suppress(OSError):  # a full disk, say: the lock holds without the number
             os.lseek(self._fd, 0, os.SEEK_SET)
             os.ftruncate(self._fd, os.write(self._fd, b"%d\n" % os.getpid()))
         return True
 
     def lost(self) -> bool:
-        """Say whether the file was deleted or replaced: then another process can lock a new one."""
+        """Say whether the file was deleted or replaced: then another process can lock a new one, so
+        the drain that holds the old one must end."""
         there = os.fstat(self._fd)
         return _file_id(self.path) != (there.st_dev, there.st_ino)
 
@@ -4865,15 +4896,21 @@ class _Lock:
             self._close()
 
     def _close(self) -> None:
-        _PROCESS.descriptors.discard(self._fd)  # first: the number is another file's in a moment
+        """Close the file, and with it give back the lock. It is taken off the list first: the
+        number may be another file's a moment after."""
+        _PROCESS.descriptors.discard(self._fd)
         os.close(self._fd)
         self._fd = -1
 
 
 def _drainer(path: str) -> int | None:
     """Say which process drains a file, without taking the lock: None when nobody does, 0 when it is
-    not known who. OutboxError when the lock file cannot be used. Where a lock cannot be looked at,
-    it is taken for an instant."""
+    not known who. OutboxError when the lock file cannot be used.
+
+    Where a lock cannot be looked at, it is taken for an instant; a drain that asks for it just then
+    finds it taken, and asks again. The number is what the holder wrote into the file: of a process
+    in another container it is the number that the process has there.
+    """
     if not os.path.lexists(path + "-webhooks"):
         return None
     fd = _open_lock(path)
@@ -4897,9 +4934,10 @@ class _EndpointRow(NamedTuple):
     """An endpoint's row as the drain needs it."""
 
     endpoint: Endpoint | str  # its id alone where the row is damaged
-    secrets: Any
+    secrets: Any  # _Secrets; none where the row is damaged
     enabled: bool
-    version: int
+    version: int  # the number of its last change, of all changes of endpoints
+    # Its health when that was last recorded; _Health says what it means.
     failures: int
     failing_since: float | None
     paused_until: float
@@ -4909,6 +4947,7 @@ class _EndpointRow(NamedTuple):
 
     @property
     def id(self) -> str:
+        """The endpoint's id, which is there in a damaged row too."""
         return self.endpoint if isinstance(self.endpoint, str) else self.endpoint.id
 
 
@@ -4918,7 +4957,13 @@ _LISTED = "(SELECT value AS listed FROM json_each(?)) CROSS JOIN webhook_endpoin
 
 
 def _read_secrets(cursor: sqlite3.Cursor, stored: str) -> _Secrets:
-    """Return the secrets of a row; derived ones with what they are derived from beside the key."""
+    """Return the secrets of a row; derived ones with what they are derived from beside the key.
+
+    Of those the row holds master:NUMBER, and this returns master:NUMBER:IDENTITY:CHECK, where
+    IDENTITY is the outbox's ('outbox' comes first in the order below) and CHECK tells a wrong key:
+    see _MasterKey. Where plain SQL damaged the column, one of the errors that _load_endpoints
+    catches is raised.
+    """
     pairs = [(secret, until) for secret, until in json.loads(stored)]
     if _DERIVED not in stored:
         return pairs
@@ -4931,7 +4976,9 @@ def _read_secrets(cursor: sqlite3.Cursor, stored: str) -> _Secrets:
 
 
 def _load_endpoints(db: sqlite3.Connection, source: str, *values: Any) -> list[_EndpointRow]:
-    """Return the rows of endpoints with their secrets and state; source: what stands after FROM."""
+    """Return the rows of endpoints with their secrets and state; source: what stands after FROM,
+    of our own making, with `values` for its parameters. A damaged row is one of them, without its
+    options and secrets, so that it keeps nobody from reading the others."""
     rows = db.execute(
         f"""SELECT {_ENDPOINT_COLUMNS}, secrets, enabled, version, failures, failing_since,
                    paused_until, unsteady_since, good, bad
@@ -4950,11 +4997,13 @@ def _load_endpoints(db: sqlite3.Connection, source: str, *values: Any) -> list[_
     return found
 
 
-# Large bodies are read when their attempt starts: two hundred endpoints that hang and share eight
-# events of 250 kB would hold hundreds of megabytes.
+# Deliveries are read ahead, many in one query, and kept in memory until their attempts begin. Large
+# bodies are left out and read when their attempt starts: two hundred endpoints that hang and share
+# eight events of 250 kB would hold hundreds of megabytes.
 _LARGE = 4_096  # characters
-_PICK_ROWS = 128
-_READ_AHEAD = 8 << 20  # characters of data that are read ahead, in all
+_PICK_ROWS = 128  # deliveries of one query
+_READ_AHEAD = 8 << 20  # characters of data read ahead; the endpoints that have work share them
+# The columns of a _Picked, in its order, and the tables that they come from.
 _PICK_COLUMNS = f"""d.event, d.due_at, d.attempts, d.first_attempt_at, d.queue, e.type,
        CASE WHEN length(e.data) <= {_LARGE} THEN e.data END,
        CASE WHEN length(e.data) <= {_LARGE} THEN json_valid(e.data) END,
@@ -4966,16 +5015,23 @@ def _read_ahead(
     db: sqlite3.Connection, sql: str, values: Sequence[Any], now: float, most: int
 ) -> tuple[list[_Picked], float]:
     """Return the deliveries that a query finds, those that are due and `most` characters of data;
-    and when the next one is due: -inf where there may be more that are, inf where there is none."""
+    and when the next one is due.
+
+    sql: with _PICK_COLUMNS, oldest first, _PICK_ROWS at most. It ends, in the order of the code:
+
+    1. at the first delivery that is not due yet: the time when it is
+    2. with the first that goes beyond `most`: -inf, since more may be due
+    3. with the last row: -inf where the query may have cut off others, else inf: there is none
+    """
     picked: list[_Picked] = []
     size = 0
     cursor = db.execute(sql, values)
     try:
         for row in cursor:
-            if row[1] > now:
+            if row[1] > now:  # due_at
                 return picked, float(row[1])
             picked.append(_Picked._make(row))
-            size += len(row[6] or "")
+            size += len(row[6] or "")  # data
             if size > most:
                 return picked, -math.inf
     finally:
@@ -4991,7 +5047,11 @@ def _pick(
     most: int = _READ_AHEAD,
 ) -> tuple[list[_Picked], float]:
     """Return due deliveries of an endpoint behind a place, oldest first; and when the next one is
-    due."""
+    due, as _read_ahead says it.
+
+    after: due_at and event of the last one read before. So what was read and waits in memory, or is
+    under way, is not read again, though the file calls it pending until its outcome is recorded.
+    """
     return _read_ahead(
         db,
         f"""SELECT {_PICK_COLUMNS}
@@ -5005,15 +5065,20 @@ def _pick(
 
 def _as_bytes(text: str) -> bytes:
     """Return text that SQLite gave us as it can be handed back, even if somebody stored bytes that
-    are no UTF-8."""
+    are no UTF-8. It goes into a query as CAST(? AS TEXT), which gives the same bytes as text."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def _pick_queue(
     db: sqlite3.Connection, endpoint_id: str, queue: str, event: int, now: float
 ) -> list[_Picked]:
-    """Return what follows an event in a queue, up to the first that is not due yet: nobody may
-    overtake it."""
+    """Return what follows an event in a queue, in its order, up to the first that is not due yet:
+    nobody may overtake it.
+
+    The file calls them queued: their turn comes when the event before them is delivered, which the
+    drain knows before it is recorded. That the queue is not NULL is said for the index, which holds
+    no others.
+    """
     return _read_ahead(
         db,
         f"""SELECT {_PICK_COLUMNS}
@@ -5027,7 +5092,8 @@ def _pick_queue(
 
 
 def _with_data(db: sqlite3.Connection, picked: _Picked) -> _Picked:
-    """Return a delivery with the data of its event, which was not read ahead if it is large."""
+    """Return a delivery with the data of its event, which was not read ahead if it is large. The
+    event may have been deleted since: then its type is None, as if it had been missing before."""
     if picked.data is not None or picked.type is None:
         return picked
     row = db.execute(
@@ -5048,21 +5114,26 @@ def _first_due(db: sqlite3.Connection, endpoint_id: str) -> float:
 
 
 class _Waiting(NamedTuple):
-    """An endpoint that has pending deliveries: when the first is due, whether it is enabled (None:
-    it is gone)."""
+    """An endpoint that has pending deliveries."""
 
     id: str
-    due_at: float
-    enabled: int | None
+    due_at: float  # of the first of them
+    enabled: int | None  # 0 or 1; None: there is no such endpoint
 
 
-_LOOK_ROWS, _NEW_ROWS = 256, 1_000  # of one look, so that the loop does something else in between
+# Endpoints of one look at those that wait, and new deliveries of one read: so many that a read is
+# worth it, and so few that the loop soon does something else.
+_LOOK_ROWS, _NEW_ROWS = 256, 1_000
 
 
 def _endpoints_with(kind: str, after: str = "", limit: str = "") -> str:
     """Return the SQL of a table waiting(id): the endpoints that have deliveries (d) of a kind, and
-    a NULL. Each is found with one seek behind the one before, however many rows it has. after,
-    limit: a further condition of the first, and a LIMIT."""
+    a NULL at the end.
+
+    Each is found with one seek in an index behind the one before, however many rows it has. kind: a
+    condition on d that an index serves. after, limit: a further condition of the first, and a
+    LIMIT.
+    """
     first = f"SELECT min(d.endpoint_id) FROM main.webhook_deliveries AS d WHERE {kind}"
     return f"""WITH RECURSIVE waiting(id) AS (
              {first}{after}
@@ -5072,8 +5143,8 @@ def _endpoints_with(kind: str, after: str = "", limit: str = "") -> str:
 
 
 def _waiting(db: sqlite3.Connection, after: str = "") -> list[_Waiting]:
-    """Return the endpoints with pending deliveries whose ids follow `after`, 256 at most. Three
-    seeks an endpoint, however many rows."""
+    """Return the endpoints with pending deliveries whose ids follow `after`, 256 at most, by id.
+    It costs three seeks an endpoint, however many rows it has; the last id is where to go on."""
     after_id, some = " AND d.endpoint_id > CAST(? AS TEXT)", f" LIMIT {_LOOK_ROWS}"
     rows = db.execute(
         f"""{_endpoints_with("d.status = 'pending'", after_id, some)}
@@ -5090,8 +5161,12 @@ def _waiting(db: sqlite3.Connection, after: str = "") -> list[_Waiting]:
 
 
 def _work_left(db: sqlite3.Connection, until: float, senders: Iterable[str] = ()) -> bool:
-    """Say whether an enabled endpoint that does not pause has a delivery due by `until`. Those of
-    senders that are not known here are not for us."""
+    """Say whether an enabled endpoint that does not pause has a delivery due by `until`.
+
+    A drain that ends by itself asks it: while another one has the lock and may do the work for it,
+    and at its end, where something on its agenda may have been cancelled. until: UTC seconds, inf
+    for any time. Endpoints of senders that are not known here are left to a drain that knows them.
+    """
     rows = _waiting(db)
     while rows:
         ids = [
@@ -5106,15 +5181,29 @@ def _work_left(db: sqlite3.Connection, until: float, senders: Iterable[str] = ()
 
 
 class _News:
-    """Finds what is new in the file, at a cost that follows what is new.
+    """Finds what is new in the file, at a cost that follows what is new and not what waits.
 
-    New deliveries are those behind the newest that was seen (`seen`): keys only grow. Endpoints
-    that changed have a newer version than the newest seen. Everything else that makes a delivery
-    due (a replay, a resend, a backfill, the head of a queue deleted) counts up `work` in
-    webhook_meta; then all that wait are looked at, 256 endpoints at a time, `at` being the last of
-    those looked at. A look that is under way is never begun anew, or a host that replays row by row
-    would let it end never: all are looked at once more after it. What makes a delivery not wait any
-    more counts up `cancelled`; then what was read ahead is read once more.
+    That somebody committed does not say what. But each kind of change leaves a trace:
+
+    what happened                      its trace                          what is done
+    an event was emitted               a key behind the newest seen       its deliveries are read
+    an endpoint was added or changed   counter endpoints_version,         its row is read again
+                                       and a newer version in its row
+    an endpoint was removed            counter endpoints_removed          it is forgotten
+    an older delivery became due       counter work                       all that wait are looked
+    (replay, resend, a queue's head                                       at, 256 endpoints a time
+    deleted)
+    a delivery was cancelled           counter cancelled                  what was read ahead is
+                                                                          read again
+
+    The counters are rows of webhook_meta; triggers and our own statements count them up, and this
+    object keeps what they were when the change was taken in. Keys only grow, so nothing new stands
+    before the newest one seen. The loop's thread alone uses it; _Finder does what is to be done.
+
+    A look at all that wait is under way while `at` is an id, that of the last endpoint looked at;
+    it begins while `at` is '', and None means that there is none. One that is under way is never
+    begun anew, or it would never end beside a host that replays row by row: all are looked at once
+    more after it.
     """
 
     __slots__ = ("_again", "at", "cancelled", "removed", "seen", "stale", "version", "work")
@@ -5122,23 +5211,25 @@ class _News:
     def __init__(self) -> None:
         self.stale = True  # somebody committed: read again
         self.seen: tuple[int, str] = (0, "")  # event and endpoint of the newest delivery read
+        # What counters() said when it was last taken in; -1: nothing was yet.
         self.version = self.removed = self.work = self.cancelled = -1
-        self.at: str | None = ""  # None: not looking at all that wait
-        self._again = False
+        self.at: str | None = ""
+        self._again = False  # look at all once more when this look has ended
 
     def begin(self, db: sqlite3.Connection) -> None:
         """Take the baseline: what is newer is news, what is older is found by looking at all that
-        wait."""
+        wait. It comes first in a run, when the lock is held."""
         self.seen, self.at, self.stale = self._newest(db), "", True
         self.version, self.removed, self.work, self.cancelled = self.counters(db)
 
     def mark(self) -> tuple[Any, ...]:
-        """Return how far was read, for turn_back."""
+        """Return how far was read, for turn_back: all but `stale`."""
         counters = self.version, self.removed, self.work, self.cancelled
         return self.seen, *counters, self.at, self._again
 
     def turn_back(self, mark: tuple[Any, ...]) -> None:
-        """Read again what was read since a mark: it did not get to where it belongs."""
+        """Read again what was read since a mark: an error, a lock mostly, came before all of it had
+        got to where it belongs. What did get there is found twice, which does no harm."""
         self.seen, self.version, self.removed, self.work, self.cancelled, self.at, self._again = (
             mark
         )
@@ -5156,27 +5247,31 @@ class _News:
         return *changes, found["work"], found["cancelled"]
 
     def look_at_all(self, db: sqlite3.Connection) -> None:
-        """Have all that wait looked at. Without the newest event, lower keys may be issued
-        again."""
+        """Have all that wait looked at, or once more after the look that is under way. The newest
+        event may have been deleted: then the next key may be lower, so `seen` goes back to what
+        there is."""
         self.seen = min(self.seen, self._newest(db))
         self._again = self.at is not None and self.at != ""
         self.at = self.at or ""
 
     def _newest(self, db: sqlite3.Connection) -> tuple[int, str]:
-        """Return the end of the events there are; behind all that there can be where it cannot be
-        read."""
+        """Return the place behind all deliveries of the newest event; where it cannot be read,
+        which a damaged page may cause, the place behind all that there can ever be."""
         try:
             (newest,) = db.execute("SELECT max(seq) FROM webhook_events").fetchone()
         except sqlite3.DatabaseError as error:
             if _is_busy(error):
                 raise
             return (1 << 63) - 1, ""
-        return newest or 0, "\U0010ffff"
+        return newest or 0, "\U0010ffff"  # no endpoint's id sorts behind it
 
     def new(self, db: sqlite3.Connection) -> list[tuple[int, str, float, str, str | None]]:
-        """Return new deliveries as (event, endpoint, due, status, queue), a thousand at most. A
-        stray row beyond the newest event is none of them: everything up to it would count as
-        seen."""
+        """Return new deliveries as (event, endpoint, due, status, queue), a thousand at most, and
+        count them as seen. Where it is a thousand there may be more.
+
+        A stray row beyond the newest event is none of them: everything up to it would count as seen
+        then. Where a page is damaged, those whose rows are elsewhere are found by looking at all.
+        """
         try:
             rows = db.execute(
                 f"""SELECT event, endpoint_id, due_at, status, queue FROM webhook_deliveries
@@ -5185,9 +5280,7 @@ class _News:
                      ORDER BY event, endpoint_id LIMIT {_NEW_ROWS}""",
                 (self.seen[0], _as_bytes(self.seen[1])),
             ).fetchall()
-        except (
-            sqlite3.DatabaseError
-        ) as error:  # a damaged page must not stop those whose rows are elsewhere
+        except sqlite3.DatabaseError as error:
             if _is_busy(error):
                 raise
             self.look_at_all(db)
@@ -5197,7 +5290,7 @@ class _News:
         return rows
 
     def waiting(self, db: sqlite3.Connection) -> list[_Waiting]:
-        """Return the next of all that wait."""
+        """Return the next of all that wait, 256 endpoints at most; only while `at` is not None."""
         assert self.at is not None
         rows = _waiting(db, self.at)
         self.at = rows[-1].id if len(rows) == _LOOK_ROWS else None
@@ -5207,7 +5300,9 @@ class _News:
 
 
 def _monitored(db: sqlite3.Connection) -> bool:
-    """Say whether an endpoint subscribes to events about deliveries and endpoints."""
+    """Say whether an endpoint subscribes to events about deliveries and endpoints, webhook.*; where
+    none does, the drain writes none. ('/' follows '.': the range is all that begins with
+    "webhook.".)"""
     (found,) = db.execute(
         """SELECT EXISTS (SELECT 1 FROM webhook_patterns
                            WHERE tenant IN ('', '*')
@@ -5216,8 +5311,9 @@ def _monitored(db: sqlite3.Connection) -> bool:
     return bool(found)
 
 
-# What was put off, or emitted, while the clock was far ahead. An event of the past that nobody
-# tried is not among it: the host may have asked for a long delay.
+# Deliveries that were put off, or emitted, while the clock was far ahead, and that are due later
+# than :latest. One that nobody tried, of an event that is not from the future, is not among them:
+# the host may have asked for a long delay.
 _AHEAD = """ FROM webhook_endpoints AS p CROSS JOIN webhook_deliveries AS d ON d.endpoint_id = p.id
   LEFT JOIN webhook_events AS e ON e.seq = d.event
  WHERE (d.status = 'pending' OR d.queue IS NOT NULL AND d.status = 'queued')
@@ -5225,8 +5321,13 @@ _AHEAD = """ FROM webhook_endpoints AS p CROSS JOIN webhook_deliveries AS d ON d
 
 
 def _pull_back(db: sqlite3.Connection, now: float, longest: float) -> None:
-    """Make a try due now, and an event as it was meant, `longest` from now at most, that an earlier
-    clock put later; end the pauses that it set."""
+    """Put right what was put off by a clock that has been set back since.
+
+    It may have been years ahead for a moment, and what it put off would wait until it gets there
+    again. So nothing waits longer than `longest` from now, the most seconds that the retry policy
+    can ask for: a pause that lasts longer is ended; a delivery that was tried before is due now;
+    one that was not is due after the delay that it was emitted with, counted from now.
+    """
     long = "FROM webhook_endpoints WHERE paused_until > ?"
     if db.execute(f"SELECT 1 {long} LIMIT 1", (now + longest,)).fetchone():
         db.execute(
@@ -5234,7 +5335,7 @@ def _pull_back(db: sqlite3.Connection, now: float, longest: float) -> None:
             (now + longest,),
         )
     values = {"now": now, "longest": longest, "latest": now + longest}
-    # Read first: an UPDATE locks while it looks.
+    # Read first: an UPDATE holds the write lock while it looks for rows, and mostly there are none.
     if db.execute(f"SELECT 1 {_AHEAD} LIMIT 1", values).fetchone():
         db.execute(
             f"""UPDATE webhook_deliveries
@@ -5245,6 +5346,8 @@ def _pull_back(db: sqlite3.Connection, now: float, longest: float) -> None:
         )
 
 
+# Columns of the view webhook_record, through which the drain writes; what they mean depends on the
+# kind of a row: see _Row. A row without a kind is ignored.
 _RECORD_COLUMNS = (
     "kind, event, endpoint_id, status, due_at, at, duration, status_code, reason, error, response"
 )
@@ -5253,27 +5356,31 @@ _NO_ROW = (None,) * 11
 
 @functools.lru_cache(maxsize=16)
 def _record_sql(rows: int) -> str:
+    """Return the statement that inserts so many rows."""
     return f"INSERT INTO webhook_record ({_RECORD_COLUMNS}) VALUES " + ", ".join(
         [f"({', '.join('?' * 11)})"] * rows
     )
 
 
 def _write_record(db: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Record rows in one autocommit statement. BEGIN ... COMMIT from Python would hand over the
-    interpreter lock at each row with SQLite's write lock held: beside busy host threads that is
-    tens of milliseconds.
+    """Record rows in one autocommit statement: all of them, or none where it raises.
 
-    Rows are filled up to a power of two with rows that the triggers ignore, so that a dozen
-    prepared statements serve all batches; json_each over one parameter costs a third more CPU.
+    BEGIN ... COMMIT from Python would hand over the interpreter lock at each row with SQLite's
+    write lock held: beside busy host threads that is tens of milliseconds. Rows are filled up to a
+    power of two with rows that the triggers ignore, so that a dozen prepared statements serve all
+    batches. Rejected: json_each over one parameter, which costs a third more CPU.
     """
     size = 1 << (len(rows) - 1).bit_length()
     filled = [*rows, *[_NO_ROW] * (size - len(rows))]
     db.execute(_record_sql(size), list(itertools.chain.from_iterable(filled)))
 
 
+# Events of one statement. A host that writes waits for it, so it is kept short.
 _PRUNE_ROWS = 500
-# Finished events of a range of keys that are older than the cutoff. Those with a failed row stay:
-# somebody has to act.
+# Deletes the finished events of a range of keys that are older than a time; triggers take their
+# deliveries and attempts along. Those stay of which a delivery waits, or has a failed row that
+# somebody has to act on, or was delivered later than that time. Parameters: the first key, the
+# last, and the time twice.
 _PRUNE = """DELETE FROM main.webhook_events
  WHERE seq BETWEEN ? AND ? AND created_at < ?
    AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries
@@ -5283,7 +5390,12 @@ _PRUNE = """DELETE FROM main.webhook_events
 
 def _prune_range(cursor: sqlite3.Cursor, after: int, cutoff: float) -> tuple[int, int] | None:
     """Return the first and last key of the 500 events behind `after`; None when none of them is
-    old: keys follow the time, so that the rest is not read."""
+    old: keys follow the time, so that the rest is not read.
+
+    after: the last key of the range before, 0 at the beginning. cutoff: UTC seconds; an event is
+    old that was created before it. Events that stay are passed over in this way, and are not looked
+    at again before the next beginning.
+    """
     cursor.execute(  # SQL compares, because a damaged row may hold text
         "SELECT seq, created_at < ? FROM main.webhook_events WHERE seq > ? ORDER BY seq LIMIT ?",
         (cutoff, after, _PRUNE_ROWS),
@@ -5294,14 +5406,17 @@ def _prune_range(cursor: sqlite3.Cursor, after: int, cutoff: float) -> tuple[int
 
 def _prune_some(db: sqlite3.Connection, after: int, cutoff: float) -> tuple[int, int | None]:
     """Delete old finished events among the 500 behind `after`; return how many, and where to go on
-    (None: the end)."""
+    (None: the end). One autocommit statement, by the drain, when it has nothing to record."""
     found = _prune_range(db.cursor(), after, cutoff)
     return (db.execute(_PRUNE, (*found, cutoff, cutoff)).rowcount, found[1]) if found else (0, None)
 
 
 def _discard_some(db: sqlite3.Connection, cutoff: float) -> int:
-    """Delete failed rows that are older than a time, 500 at most; return how many. They are looked
-    at in the order of their numbers, which follow the time."""
+    """Delete failed rows that are older than a time, 500 at most; return how many.
+
+    Only the 500 with the lowest numbers are looked at: numbers follow the time, so where none of
+    those is old the others are not either. 0 means that there is nothing more to do.
+    """
     return db.execute(
         """DELETE FROM webhook_failed WHERE id IN (
              SELECT id FROM webhook_failed WHERE id <= (
@@ -5312,8 +5427,14 @@ def _discard_some(db: sqlite3.Connection, cutoff: float) -> int:
 
 
 class _Bell:
-    """Wakes a loop that sleeps in select, from any thread and from signal handlers. A ring after
-    hear() began is never lost."""
+    """Wakes a loop that sleeps in select, from any thread and from signal handlers.
+
+    The loop's selector waits for `inside` to be readable; whoever rings sends a byte to `outside`:
+    an emit in this process, a thread that opened a connection or ran the host's code, stop(), a
+    thread that is about to fork. There is no lock, since a signal handler may ring in the middle of
+    another ring and would wait for itself. A ring is never lost; several of them before the loop
+    wakes are heard as one.
+    """
 
     __slots__ = ("_committed", "_rung", "inside", "outside")
 
@@ -5322,7 +5443,7 @@ class _Bell:
         self.inside.setblocking(False)
         self.outside.setblocking(False)
         self._rung = False  # a byte is on its way: no need for another
-        self._committed = False
+        self._committed = False  # one of those who rang emitted
 
     def ring(self, committed: bool = False) -> None:
         """Wake the loop; committed: because somebody emitted in this process."""
@@ -5333,25 +5454,32 @@ class _Bell:
                 self.outside.send(b"\0")
 
     def hear(self) -> bool:
-        """Take the ring; return whether somebody emitted."""
+        """Take the ring; return whether somebody emitted. In the loop's thread."""
         with contextlib.suppress(BlockingIOError):
             self.inside.recv(4096)
-        # After it: the byte of a ring in between would be gone, and all later ones suppressed.
+        # Only now. Before the read, a ring in between would set it again, the read would take that
+        # ring's byte away, and every later ring would believe that a byte is on its way.
         self._rung = False
         committed, self._committed = self._committed, False
         return committed
 
     def close(self) -> None:
+        """Close both ends; a later ring does nothing."""
         self.inside.close()
         self.outside.close()
 
 
 class _Inotify:
-    """Linux's news of writes to the database's files. It opens none of them, so no lock of SQLite's
-    is dropped. Without it (another system, no descriptor left) `fd` is -1 and nothing is ever
-    heard."""
+    """Linux's news of writes to the database's files: the file itself, its -wal and its -journal.
+
+    It opens none of them, so no lock of SQLite's is dropped. The files are watched for writes. The
+    folder is watched as well, since a -wal and a -journal come and go, and a watch belongs to the
+    file that stood there when it was set. Python has no call for it, so it is the C library's.
+    Without it (another system, no descriptor left) `fd` is -1 and nothing is ever heard.
+    """
 
     __slots__ = ("_folder", "_libc", "_names", "_path", "fd")
+    # Constants of <sys/inotify.h>.
     _MODIFY = 0x2
     _GONE = 0x400 | 0x800  # IN_DELETE_SELF, IN_MOVE_SELF
     # Of a folder: IN_MOVED_TO, IN_CREATE, IN_DELETE (a journal's end is the commit).
@@ -5359,7 +5487,8 @@ class _Inotify:
     _CLOEXEC_NONBLOCK = 0o2000000 | 0o4000
 
     def __init__(self, path: str) -> None:
-        self._path, self._folder = path, -1
+        """Begin to watch; path: of the database."""
+        self._path, self._folder = path, -1  # of the folder: the number of its watch
         self._names = [
             os.fsencode(os.path.basename(path) + suffix) for suffix in ("", "-wal", "-journal")
         ]
@@ -5375,7 +5504,8 @@ class _Inotify:
             self._watch()
 
     def _watch(self) -> None:
-        for suffix in ("", "-wal", "-journal"):  # a file that is watched already stays so
+        """Watch those of the files that are there; one that is watched already stays so."""
+        for suffix in ("", "-wal", "-journal"):
             self._libc.inotify_add_watch(
                 self.fd, os.fsencode(self._path + suffix), self._MODIFY | self._GONE
             )
@@ -5391,6 +5521,9 @@ class _Inotify:
         return found
 
     def _read(self, data: bytes) -> bool:
+        """Say whether one of the records in `data` (struct inotify_event: watch, mask, cookie,
+        length of the name, name) is about our files. Those of the folder are about any file in it,
+        and name it."""
         found, at = False, 0
         while at < len(data):
             watch, mask, _, length = struct.unpack_from("iIII", data, at)
@@ -5404,9 +5537,11 @@ class _Inotify:
         return found
 
     def fileno(self) -> int:
+        """Return the descriptor that is readable when there is news, for a selector."""
         return self.fd
 
     def close(self) -> None:
+        """End all watches; nothing is heard from now on."""
         if self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
@@ -5415,21 +5550,34 @@ class _Inotify:
 class _Watch:
     """Notices what others commit, and says how long the loop may sleep without looking.
 
-    PRAGMA data_version on our connection moves for everybody's commits but our own; a poll costs 3
-    us. It over-wakes and never under-wakes: what a baseline covers is read after it. Hints (the
-    bell after an emit in this process, inotify after a write of any) come a little before the
-    commit shows, so after one the version is polled at growing distances, from 0.1 ms on. They end
-    at 51 ms where no commit was seen, since a slow disk may hold one up after its writes; they
-    start again with each commit seen, to 6 ms then, since the writes of the next one may have been
-    heard with it. Where no hint came before a commit was seen, hints do not work (a file system
-    without events): then it is polled often, else ten times a second in case that one was lost.
+    PRAGMA data_version on our connection moves for everybody's commits but our own; to poll it
+    costs 3 us. A look after it may find nothing, but no commit is missed: what a poll told of is
+    read after that poll. Nothing wakes us when it moves. But there are hints: the bell after an
+    emit in this process, inotify after a write of any process. They come a little before the
+    commit shows, so the version is polled several times after one:
+
+    situation                           polls come
+    attempts are under way              every millisecond
+    a hint came                         at once, then 0.2, 0.4, 0.8 ... 51 ms apart: a slow disk may
+                                        hold the commit up after its writes
+    a commit was seen                   0.4, 0.8, 1.6 ... 6.4 ms apart: the writes of the next one
+                                        may have been heard with it
+    we committed, which makes hints     within 1.6 ms, then as above: a host's may be among them
+    none of these, and hints work       every 100 ms, in case that one was lost
+    none of these, and they do not      every millisecond for a tenth of a second after the last
+                                        commit, every 5 ms for a minute, then every 18 ms
+
+    Hints work if inotify told of the commit that was last seen; some file systems know no events.
+    The last row trades time against CPU: so late may a commit be seen, and so often does an idle
+    drain wake up. The loop's thread alone uses this; times are monotonic seconds.
     """
 
     __slots__ = ("_inotify", "_last_nap", "_nap", "_poll_at", "_seen_at", "_version", "hints")
-    _FIRST_NAP, _LAST_NAP, _LAST_UNSEEN = 0.0001, 0.0064, 0.0512  # seconds
+    # Seconds: what naps are doubled from, and the longest one after a commit, and after a hint.
+    _FIRST_NAP, _LAST_NAP, _LAST_UNSEEN = 0.0001, 0.0064, 0.0512
 
     def __init__(self) -> None:
-        self._version = -1
+        self._version = -1  # what data_version was; -1: not asked yet
         self._poll_at = 0.0  # monotonic
         self._seen_at = -math.inf  # monotonic: when a commit was seen, or hinted at
         self._nap = 0.0  # until the next poll after a hint; 0: no hint is fresh
@@ -5444,13 +5592,15 @@ class _Watch:
         self._version, self._poll_at, self.hints = -1, 0.0, False
 
     def close(self) -> None:
+        """Stop listening for hints; open() begins again."""
         if self._inotify is not None:
             self._inotify.close()
         self._inotify = None
 
     @property
     def source(self) -> _Inotify | None:
-        """What is readable when a hint has come; another object after each open()."""
+        """What is readable when a hint has come; another object after each open(), None where
+        inotify is not to be had."""
         return self._inotify if self._inotify is not None and self._inotify.fd >= 0 else None
 
     def hint(self, mono: float) -> None:
@@ -5459,7 +5609,7 @@ class _Watch:
         self._last_nap = self._LAST_UNSEEN
 
     def listen(self, mono: float) -> None:
-        """Take the hints that have come."""
+        """Take the hints that have come from inotify."""
         if self._inotify is not None and self._inotify.heard():
             self.hints = True
             self.hint(mono)
@@ -5474,17 +5624,20 @@ class _Watch:
     def poll(
         self, db: sqlite3.Connection, mono: float, sending: bool, at_once: bool = False
     ) -> str | None:
-        """Return who committed since the last poll: host, "first" for the first look at all, or
-        None. at_once: whether it is time for a poll or not."""
+        """Return who committed since the last poll: "host" for anybody else, "first" for the first
+        look at all, or None. sending: attempts are under way. at_once: look also where it is not
+        time for a poll; where nothing is seen then, the time of the next one stays."""
         if mono < self._poll_at and not at_once:
             return None
         (version,) = db.execute("PRAGMA data_version").fetchone()
         if version == self._version:
             if mono < self._poll_at:
                 return None
+            # The next nap after the hint; after the longest one the hint counts as used up.
             self._nap = 0.0 if self._nap >= self._last_nap else 2 * self._nap
             self._poll_at = mono + (0.001 if sending else self._pause(mono))
             return None
+        # No hint was fresh when this commit was seen: hints work only if one comes just now.
         if self._version != -1 and not self._nap:
             self.hints = self._inotify is not None and self._inotify.heard()
         first, self._version, self._seen_at = self._version == -1, version, mono
@@ -5493,6 +5646,7 @@ class _Watch:
         return "first" if first else "host"
 
     def _pause(self, mono: float) -> float:
+        """Return the seconds between two polls while nothing is under way."""
         quiet = mono - self._seen_at
         often = 0.1 if self.hints else 0.001 if quiet < 0.1 else 0.005 if quiet < 60 else 0.018
         return self._nap or often
@@ -5504,11 +5658,18 @@ class _Watch:
 
 class _DrainFile:
     """The drain's connection to the database, and what it watches there. Both are closed while a
-    thread of this process forks (_Process tells why): park() in the thread that forks waits until
-    the loop has closed them; the loop stands aside in let_fork() until unpark().
+    thread of this process forks (_Process tells why):
 
-    The connection belongs to the loop's thread. Under the condition: how many threads are forking,
-    and whether the loop has closed; whoever changes one of them wakes those who wait.
+    the thread that forks                      the loop's thread
+    park: forks + 1, rings the bell, waits     wakes up
+                                               let_fork: closes; _parked, wakes the other; waits
+    forks
+    unpark: forks - 1, wakes the loop          let_fork: not _parked; opens again
+
+    Neither waits for ever: the fork goes on after five seconds, and the child keeps a connection
+    that it never uses; the loop goes on after a minute. Where the loop's own thread forks, in a
+    callback of the host's, it does both sides itself. The connection belongs to the loop's thread.
+    `forks` and `_parked` change under the condition, and whoever changes one wakes all who wait.
     """
 
     __slots__ = (
@@ -5532,10 +5693,12 @@ class _DrainFile:
         self.identity: tuple[int, int] | None = None  # of the file that db is open on
         self.forks = 0  # threads that are forking now
         self._parked = False  # closed, and stays so until forks is 0
-        self._owner = 0
+        self._owner = 0  # the thread that opened it, the loop's
         self._changed = threading.Condition()
 
     def open(self) -> None:
+        """Open the file and watch it, in the loop's thread. Which file it is is noted before: one
+        that takes its place in between counts as another."""
         self._owner = threading.get_ident()
         self.identity = _file_id(self.path)
         self.db = _open(self.path, patience=0.0)
@@ -5543,6 +5706,7 @@ class _DrainFile:
         self.patiently(self._set_up)
 
     def _set_up(self) -> None:
+        """Set what is set on our connection alone; the host's own settings stay as they are."""
         (mode,) = self.db.execute("PRAGMA journal_mode").fetchone()
         # Losing the last outcomes in a power cut repeats deliveries, which is allowed: the same id
         # and the same bytes. Not in rollback mode, where a power cut could damage the file then.
@@ -5550,6 +5714,7 @@ class _DrainFile:
             self.db.execute("PRAGMA synchronous = NORMAL")
 
     def close(self) -> None:
+        """Stop watching and close the connection; open() may come again."""
         self.watch.close()
         if self.db is not None:
             _close(self.db, self.path)
@@ -5562,11 +5727,14 @@ class _DrainFile:
             _check_alone(self.path)
 
     def replaced(self) -> bool:
-        """Say whether the file at our path is another one than we opened: a restore, say."""
+        """Say whether the file at our path is another one than we opened, or gone: a restore of a
+        backup, say. Then what is in memory is not about the file there."""
         return _file_id(self.path) != self.identity
 
     def patiently(self, read: Callable[[], Any]) -> Any:
-        """Read outside the loop's rhythm, where waiting for a lock is fine."""
+        """Read outside the loop's rhythm, where waiting for a lock is fine: about five seconds,
+        then the error passes. Our connection itself does not wait (patience 0), for in the loop a
+        wait would hold up every endpoint."""
         for _ in range(500):
             try:
                 return read()
@@ -5577,17 +5745,18 @@ class _DrainFile:
         return read()
 
     def park(self) -> None:
-        """Before a fork, in the thread that forks."""
+        """Have the file closed before a fork, in the thread that forks."""
         with self._changed:
             self.forks += 1
-            if threading.get_ident() == self._owner:  # forked by a callback of ours
+            if threading.get_ident() == self._owner:  # a callback of the host's forks
                 self.close()
             else:
                 self._ring()
                 self._changed.wait_for(lambda: self._parked, 5.0)
 
     def unpark(self) -> None:
-        """After it, in the parent."""
+        """Have it open again after the fork, in the parent; while other threads are forking too,
+        the last of them does that."""
         with self._changed:
             self.forks -= 1
             self._changed.notify_all()
@@ -5597,8 +5766,8 @@ class _DrainFile:
             self.open()
 
     def let_fork(self) -> bool:
-        """In the loop: stand aside while a thread forks; return True when the file was opened
-        anew."""
+        """Stand aside while a thread forks, in the loop; return True when the file was opened anew,
+        after which everything has to be looked at again."""
         if not self.forks:
             return False
         self.close()
@@ -5615,7 +5784,7 @@ class _DrainFile:
         return os.getpid() != self._pid
 
     def leave(self) -> None:
-        """Close for good."""
+        """Close for good. Whoever waits in park(), now or later, goes on at once."""
         self.close()
         with self._changed:
             self._parked = True

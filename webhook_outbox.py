@@ -6292,8 +6292,8 @@ class _Lane:
         except Exception as error:
             self.wire, self.broken = None, error
         self.limit = min(self.limit, self.endpoint.max_in_flight)
-        # This may be a new lane, or a new drain: one before it may have used the rate's slot of this
-        # moment, so the first attempt waits for the next.
+        # This may be a new lane, or a new drain: one before it may have used the rate's slot of
+        # this moment, so the first attempt waits for the next.
         if self.endpoint.rate:
             self.next_slot = min(self.next_slot or math.inf, mono + 1 / self.endpoint.rate)
         else:
@@ -6442,8 +6442,8 @@ _ROOM_MAY_COME = 0.5
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Connection:
-    """A connection to a receiver, idle at its origin or carrying one attempt. Only the loop's thread
-    touches it; while it exists, the selector watches it for something to read."""
+    """A connection to a receiver, idle at its origin or carrying one attempt. Only the loop's
+    thread touches it; while it exists, the selector watches it for something to read."""
 
     sock: _Stream
     origin: _Origin
@@ -6504,8 +6504,8 @@ class _Attempt:
 
 
 class _Origin:
-    """Connections to one origin. Two thousand customers may have their endpoints at one host: any of
-    them may use an idle connection; each connection carries one attempt at a time.
+    """Connections to one origin. Two thousand customers may have their endpoints at one host: any
+    of them may use an idle connection; each connection carries one attempt at a time.
 
     open counts the connections there are, idle ones too; proven those of them that have brought an
     answer; hanging those whose attempt takes far longer than usual; opening the threads that open
@@ -6535,8 +6535,8 @@ class _Origin:
     """
 
     __slots__ = (
-        "_limit", "_limit_until", "_newest", "_served_at", "forgotten", "hanging", "idle", "key", "open",
-        "opening", "parked", "pressing", "proven", "waiting",
+        "_limit", "_limit_until", "_newest", "_served_at", "forgotten", "hanging", "idle", "key",
+        "open", "opening", "parked", "pressing", "proven", "waiting",
     )  # fmt: skip
 
     def __init__(self, key: _OriginKey) -> None:
@@ -6658,17 +6658,17 @@ class _Openers:
     the host's transform or a secret's file, or call a sender.
 
     The way of an errand. The loop gives it to submit(). `_errands` takes it to a thread that waits
-    there, or a new thread begins with it. The thread owns it until it has put it into `_done`, under
-    the lock, and rings the loop's bell. The loop takes it from there with take().
+    there, or a new thread begins with it. The thread owns it until it has put it into `_done`,
+    under the lock, and rings the loop's bell. The loop takes it from there with take().
 
     `spare` is how many threads wait, less the errands that are on their way to them. So where it is
     above 0, a thread waits for this errand for sure; else one is started. A thread that has waited
     for half a second ends, but only if it can take itself off that count: at 0 an errand is on its
     way to it. While nothing is sent there is no thread at all.
 
-    `busy` is how many errands are out. Two kinds are not counted: those that the loop gave up (their
-    thread is stuck in the host's code, and may be for ever), and calls of senders: a call is the
-    whole attempt, so calls are bounded as exchanges are, by the places.
+    `busy` is how many errands are out. Two kinds are not counted: those that the loop gave up
+    (their thread is stuck in the host's code, and may be for ever), and calls of senders: a call is
+    the whole attempt, so calls are bounded as exchanges are, by the places.
     """
 
     __slots__ = (
@@ -7025,22 +7025,48 @@ class _Exchanges:
 
 
 class _Row(NamedTuple):
-    """A row of the view webhook_record, which the drain writes. What a column means depends on the
-    kind:
+    """A row that the drain writes into the view webhook_record. All that goes into the file in one
+    batch is rows of this one view, because only one statement is atomic without BEGIN (see
+    _write_record). A trigger for each kind says what becomes of it:
 
-    kind         outcome, mark,     endpoint        count               notice
-                 expired
-    event        of the delivery    good            -                   -
-    status       the delivery's     -               -                   type of the event
-    due_at       of the next try    paused_until    -                   -
-    at           of the attempt     failing_since   -                   now
-    duration     of the attempt     failures        -                   -
-    status_code  of the answer      bad             -                   -
-    error        of the attempt     why disabled    -                   -
-    response     of the attempt     unsteady_since  JSON of increments  JSON data of the event
+        kind      written for              what its trigger does
+        outcome   an attempt; a delivery   adds a row to webhook_attempts; updates the delivery
+                  whose endpoint is gone   (status, due_at, attempts + 1, first_attempt_at,
+                                           delivered_at); adds a row to webhook_failed, where the
+                                           delivery is failed now
+        expired   a delivery that was      the delivery becomes failed and a row is added to
+                  worth nothing when its   webhook_failed, if it is pending or queued and has still
+                  turn came                expired; no attempt is counted
+        mark      a success in a queue,    updates the delivery as its outcome will, which then
+                  ahead of its outcome     adds the attempt alone: see _Ledger
+        endpoint  an endpoint whose        updates the endpoint's health; where it is to be
+                  health changed           disabled and is not, disables it and says why
+        count     what metrics() counts    adds the increments in webhook_counts
+        notice    what webhook.* events    emits an event without a tenant, if anybody subscribes
+                  tell                     to its type by name
+        None      filling                  there is no trigger: nothing
+
+    An outcome respects what somebody did meanwhile: "pending" leaves the status as it is, and what
+    was cancelled stays so after a failure. When a delivery of a queue gets another status, the
+    triggers of webhook_deliveries make the next one the head.
+
+    What a column means depends on the kind:
+
+        kind         outcome, mark,     endpoint        count               notice
+                     expired
+        event        of the delivery    good            -                   -
+        endpoint_id  of the delivery    its id          its id              -
+        status       the delivery's     -               -                   type of the event
+        due_at       of the next try    paused_until    -                   -
+        at           of the attempt     failing_since   -                   now
+        duration     of the attempt     failures        -                   -
+        status_code  of the answer      bad             -                   -
+        reason       of the attempt     -               -                   -
+        error        of the attempt     why disabled    -                   -
+        response     of the answer      unsteady_since  JSON of increments  JSON data of the event
     """
 
-    kind: str | None = None  # None: filling
+    kind: str | None = None  # outcome, expired, mark, endpoint, count or notice; None: filling
     event: int | None = None
     endpoint_id: str | None = None
     status: str | None = None
@@ -7053,7 +7079,8 @@ class _Row(NamedTuple):
     response: str | float | None = None
 
 
-# Outcomes, and rows, of one statement; 11 parameters each, SQLite takes 32,766.
+# The most outcomes, with their marks, and the most rows in all of one statement. A row has 11
+# parameters, and SQLite takes 32,766 of them.
 _BATCH, _MOST_ROWS = (1_536, 2_048)
 
 
@@ -7061,20 +7088,31 @@ class _Ledger:
     """What came back and is not in the file yet: outcomes, states of endpoints, counts, notices.
 
     write() takes the oldest, in one statement, all or nothing: a row leaves memory only after its
-    statement committed, and notices for the observer go out after that.
+    statement committed. If the process dies before, the deliveries are still pending in the file
+    and go out once more, with the same ids: that is the promise. What is told to the observer waits
+    here too, so that it hears of nothing that a crash could undo.
+
+    Successes of a queue that went on from memory need care. Recorded in their order, each would be
+    the head of its queue, and the trigger would make the next one the head: a write that is wasted,
+    because that one is delivered too. So the batch begins with marks: the deliveries' part of these
+    outcomes alone, the last one first. Those behind the head are `queued`, and to finish a queued
+    row leaves the head as it is; the head itself comes last and makes the next one the head, once.
     """
 
     __slots__ = ("counts", "queues", "rows", "states", "untold")
 
     def __init__(self) -> None:
         self.rows: list[_Row] = []  # outcomes and notices, in the order in which they came
-        # Of the outcomes that are in a queue: (endpoint, event).
+        # Of the outcomes that are of a queue: its name, by endpoint and event.
         self.queues: dict[tuple[str, int], str] = {}
-        self.states: dict[str, _Lane] = {}  # whose health is not in their row yet
+        # By id: endpoints whose health, or that they are disabled, is not in their row yet.
+        self.states: dict[str, _Lane] = {}
         self.counts: dict[str, dict[str, float]] = {}  # by endpoint: increments
-        self.untold: list[Notice] = []
+        self.untold: list[Notice] = []  # for the observer, when what they tell is recorded
 
     def __bool__(self) -> bool:
+        """Say whether there is a reason to write. Counts alone are none: they go with the next
+        outcome, or when the drain leaves."""
         return bool(self.rows or self.states)
 
     def forget(self) -> None:
@@ -7091,7 +7129,8 @@ class _Ledger:
             of["seconds"] = of.get("seconds", 0.0) + seconds
 
     def write(self, db: sqlite3.Connection, most: int = _BATCH) -> list[_Row]:
-        """Write at most so many outcomes and what goes with them; return those written."""
+        """Write at most so many outcomes and what goes with them; return those written. Raise
+        sqlite3.Error where the file is locked or cannot be written: then nothing has changed."""
         batch, marks = self._batch(most)
         lanes = list(self.states.values())[: _MOST_ROWS - _BATCH]
         states = [
@@ -7114,8 +7153,8 @@ class _Ledger:
         return batch
 
     def _batch(self, most: int) -> tuple[list[_Row], list[_Row]]:
-        """Return the oldest outcomes, and the marks of those that are successes of queues: see the
-        schema."""
+        """Return the oldest outcomes, and the marks of those that are successes of queues, the last
+        one first. Outcomes and marks are `most` together, but one outcome at the least."""
         if not self.queues:
             return self.rows[:most], []
         count, marks = 0, list[_Row]()
@@ -7130,12 +7169,13 @@ class _Ledger:
 
 
 class _Budget:
-    """How large our next commit may be, and how far from the last one. The rule, in one place:
+    """How large our next commit may be, and how far from the last one, so that the host hardly
+    notices that somebody else writes its file. The rule, in one place:
 
     A host meets our commits in two ways. Where it writes while we hold the lock, it waits: at most
     as long as one statement of ours, which is cut to about six milliseconds. Where it has read
-    before and writes after us, in a deferred transaction, it is refused; each commit of ours can do
-    that.
+    before and writes after us, in a deferred transaction, SQLite refuses its write ("database is
+    locked", at once); each commit of ours can do that, however short.
 
     The host writes: somebody else committed within the last second, h times. Then our commits stand
     at least a tenth of a second apart, and hold the lock for such a share of the time that the host
@@ -7143,12 +7183,15 @@ class _Budget:
     2/h). Beside 3 commits a second that is no bound, beside 100 it is two hundredths of the time.
 
     The host is quiet: 10 ms between two commits while we send, so that outcomes gather, else 1 ms.
-    Less than that starves hosts in SQLite's busy handler (p99 35 to 160 ms instead of 1.2).
+    Less than that starves a host that begins to write, in SQLite's busy handler, which sleeps
+    between its tries (p99 of its commits 35 to 160 ms, instead of 1.2).
     """
 
     __slots__ = ("_cost", "hosts")
-    # Seconds, seconds, a second, one of so many.
-    _HELD, _LEAST_GAP, _WAITS, _SELDOM = (0.006, 0.1, 2.0, 110.0)
+    _HELD = 0.006  # seconds for which one statement may hold the lock
+    _LEAST_GAP = 0.1  # seconds between two commits
+    _WAITS = 2.0  # a second, that the host may have to wait
+    _SELDOM = 110.0  # or of its commits, one of so many
 
     def __init__(self) -> None:
         # Monotonic: the host's commits.
@@ -7162,14 +7205,16 @@ class _Budget:
         return len(self.hosts)
 
     def most(self, mono: float) -> int:
-        """Return how many outcomes the next statement may record."""
+        """Return how many outcomes the next statement may record: beside a host that writes, what
+        takes six milliseconds by what a row took lately, and 32 at the least."""
         if not self.host_rate(mono):
             return _BATCH
         return max(32, min(_BATCH, int(self._HELD / self._cost)))
 
     def gap(self, mono: float, took: float, rows: int, sending: bool) -> float:
-        """Return the seconds until the next commit, after one of `rows` rows that took so many
-        seconds of CPU."""
+        """Return the seconds until the next commit, after one of `rows` outcomes that took so many
+        seconds of CPU; learn what a row costs. sending: attempts are under way, so that more
+        outcomes will come."""
         if rows >= 32:
             self._cost += (took / rows - self._cost) / 4
         rate = self.host_rate(mono)
@@ -7180,8 +7225,13 @@ class _Budget:
 
 
 class _Teller:
-    """Tells the log, and the host's observer in a thread of its own, in order: one that blocks must
-    not hold deliveries up. What is told is recorded already, so that nothing told can be lost."""
+    """Calls the host's observer, in a thread of its own and in order: one that blocks must not hold
+    up deliveries. The thread is started with the first notice. It waits at `_notices`, the loop
+    wakes it with a notice, or with None for the end. What an observer raises is logged.
+
+    What is told is recorded already, but not the other way round: when the process dies, notices
+    that wait here are lost; and one that falls a thousand behind misses some, which is logged.
+    """
 
     __slots__ = ("_notices", "_observer", "_thread")
 
@@ -7191,6 +7241,7 @@ class _Teller:
         self._thread: threading.Thread | None = None
 
     def tell(self, notice: Notice) -> None:
+        """Pass a notice on, without waiting."""
         if self._notices.qsize() >= _UNOBSERVED:
             return _log.error("the observer is %d behind; it misses %s", _UNOBSERVED, notice)
         self._notices.put(notice)
@@ -7200,6 +7251,7 @@ class _Teller:
                 self._thread = _start_thread(self._run, name="webhook_outbox observer")
 
     def _run(self) -> None:
+        """Call the observer with each notice until None comes. What the thread runs."""
         for notice in iter(self._notices.get, None):
             try:
                 self._observer(notice)  # type: ignore[misc]
@@ -7216,6 +7268,9 @@ class _Teller:
 def _log_outcome(
     lane: _Lane, picked: _Picked, outcome: _Outcome, gave_up: bool, disabled: bool
 ) -> None:
+    """Log what one attempt came to: a success for debugging, a failure for information, a delivery
+    that is given up and an endpoint that is disabled as warnings. It is logged when it is known,
+    which is before it is recorded. `extra` gives log processors the same as fields."""
     extra = {
         "event": picked.id,
         "endpoint": lane.id,
@@ -7233,26 +7288,37 @@ def _log_outcome(
 
 
 class _Carrier:
-    """Carries attempts out. Each attempt that it was given by begin() comes back once from ended():
-    with its outcome, or with None when it was not tried, through no fault of the receiver.
+    """Carries attempts out: from a delivery to an outcome, with origins, openers and exchanges.
 
-    attempts are those under way. freed are lanes that were parked at an origin which has room
-    again; the loop takes them from there. A sender of the host's is called by a thread, and that is
-    the whole attempt.
+    Each attempt that begin() was given comes back from ended() exactly once: with its outcome, or
+    with None when it was not tried, through no fault of the receiver (the drain stops; this process
+    has no descriptor left). In between it is in `attempts`. Nothing here blocks: what may block is
+    given to a thread of the openers. A sender of the host's is called by such a thread, and that
+    call is the whole attempt.
+
+    The functions below, along the steps of an attempt (see _Attempt):
+
+        begin, then _made if a thread made the request
+          ──> _await_connection, then _serve, or _opened if a thread opened a connection
+          ──> _carry, then _carried when the exchange ended ──> _finish
+        begin ──> _called, when the sender has returned ──> _finish
+        look ──> _press and _expire, for one that takes long, and one whose time is over
     """
 
     __slots__ = (
-        "_look_at", "_opener", "attempts", "crowded", "done", "exchanges", "freed", "openers", "origins", "settings",
-        "shutdown", "stopping",
+        "_look_at", "_opener", "attempts", "crowded", "done", "exchanges", "freed", "openers",
+        "origins", "settings", "shutdown", "stopping",
     )  # fmt: skip
     _ORIGINS = 1_024  # more are remembered only while they are in use
 
     def __init__(self, settings: _Settings, ring: Callable[[], None]) -> None:
+        """ring: wakes the loop, from any thread."""
         self.settings = settings
         self._opener = _Opener(settings)
         self.openers, self.exchanges = _Openers(self._opener.open, ring), _Exchanges()
         self.origins: dict[_OriginKey, _Origin] = {}
         self.attempts: set[_Attempt] = set()
+        # Lanes that were parked at an origin which has room again; the loop takes them from here.
         self.freed: list[_Lane] = []
         self.crowded: dict[_Origin, None] = {}  # where lanes are parked, or were
         self.stopping = False  # no connection is kept, nothing is begun on a new one
@@ -7261,7 +7327,7 @@ class _Carrier:
         self._look_at = math.inf  # monotonic: the earliest look_at of the attempts, or before it
 
     def origin(self, wire: _Wire) -> _Origin:
-        """Return the origin that an endpoint's connections belong to."""
+        """Return the origin that an endpoint's connections belong to. The wire remembers it."""
         found = wire.origin
         if found is None or found.forgotten:
             found = wire.origin = self.origins.get(wire.origin_key) or self._new_origin(
@@ -7280,9 +7346,12 @@ class _Carrier:
     # Beginning.
 
     def may_begin(self, lane: _Lane, share: float, proven: int, mono: float) -> bool | None:
-        """Say whether an attempt of a lane could go on at once. None: there is no connection for
-        it, nor may one be opened; the lane is parked at its origin and comes back as freed. False:
-        no thread is free."""
+        """Say whether an attempt of a lane could go on at once, so that none begins which would
+        only wait, with its time running. share, proven: see _Openers.free.
+
+        True: it could, or would fail at once. None: there is no connection for it, nor may one be
+        opened; the lane is parked at its origin and comes back as freed. False: no thread is free.
+        """
         if lane.wire is None:
             return True
         if lane.wire.call is not None:
@@ -7298,6 +7367,14 @@ class _Carrier:
         return self.openers.free(share, proven, mono)
 
     def begin(self, lane: _Lane, picked: _Picked, now: float) -> None:
+        """Begin an attempt of a delivery. It may have ended when this returns: see `done`.
+
+        1. there is no wire, or the request cannot be made: it fails
+        2. no host's code is needed: the request is made here, and waits for a connection
+        3. two threads of the endpoint are stuck in the host's code: it fails, before it takes a
+           third from the others
+        4. else a thread calls the sender, or makes the request
+        """
         mono, wire = _monotonic(), lane.wire
         deadline = mono + (lane.endpoint.timeout or self.settings.timeout)
         origin = None if wire is None or wire.call is not None else self.origin(wire)
@@ -7330,6 +7407,7 @@ class _Carrier:
             lane.making -= 1
 
     def _submit(self, errand: _Errand) -> bool:
+        """Give an errand to a thread; where there is none, the attempt ends untried (False)."""
         try:
             self.openers.submit(errand)
             return True
@@ -7338,8 +7416,9 @@ class _Carrier:
             return False
 
     def _starve(self, attempt: _Attempt, error: BaseException) -> None:
-        """This process ran out of something: not the receiver's fault, so not an attempt. Give back
-        what we can spare, and open nothing for a second."""
+        """End an attempt untried, since this process ran out of descriptors, memory or threads: not
+        the receiver's fault, so it counts as no attempt. Idle connections are closed, since the
+        host may need the descriptors more than we do, and nothing is opened for a second."""
         mono = _monotonic()
         self.exchanges.shut_idle(0, mono)
         if "shutdown" in str(error):  # RuntimeError of an interpreter that is ending
@@ -7366,7 +7445,10 @@ class _Carrier:
             self._serve(origin, mono)
 
     def _serve(self, origin: _Origin, mono: float) -> None:
-        """Give an origin's connections, and the right to open more, to those who wait there."""
+        """Give an origin's connections, and the right to open more, to those who wait there: first
+        idle connections to attempts; then a thread each to two attempts at the most, to open one;
+        then, if there is still room, parked lanes go back to the loop. Called whenever there may be
+        room: a connection was closed, kept or opened, an attempt ended."""
         while origin.idle and origin.waiting:
             self._carry(self.exchanges.reuse(origin), mono)
         for attempt in (
@@ -7380,16 +7462,16 @@ class _Carrier:
                 attempt.opening = False
                 origin.opening -= 1
         if origin in self.crowded and not origin.waiting and origin.has_room(mono):
-            # One of each rank: one that gets no place now, because its rank has its share, must not
-            # keep the others from the connection.
+            # One lane of each rank, for one connection: the first one may get no place now, because
+            # its rank has its share, and must not keep the others from the connection.
             for parked in filter(None, origin.parked):
                 lane = next(iter(parked))
                 del parked[lane]
                 self.freed.append(lane)
 
     def _carry(self, connection: _Connection, mono: float, attempt: _Attempt | None = None) -> None:
-        """Have a connection carry an attempt that waits at its origin, the first one or a certain
-        one."""
+        """Have a connection carry an attempt that waits at its origin: a certain one, or the one
+        that has waited the longest."""
         origin = connection.origin
         attempt = attempt or next(iter(origin.waiting))
         del origin.waiting[attempt]
@@ -7416,10 +7498,14 @@ class _Carrier:
         return bool(ended or errands)
 
     def ended(self) -> list[tuple[_Attempt, _Outcome | None]]:
+        """Return the attempts that ended since the last call, each with its outcome; None: it was
+        not tried."""
         done, self.done = self.done, []
         return done
 
     def _finish(self, attempt: _Attempt, outcome: _Outcome | None) -> None:
+        """End an attempt, wherever it is; None: untried. All ends come here, once. The connection,
+        if any, is the caller's to keep or shut."""
         if attempt.origin is not None:
             attempt.origin.waiting.pop(attempt, None)
             attempt.origin.relax(attempt)
@@ -7435,9 +7521,17 @@ class _Carrier:
         result: _Answer | Exception | None,
         mono: float,
     ) -> None:
-        """An exchange has ended: keep the connection or not, and judge the answer."""
+        """An exchange has ended: keep the connection or not, and judge the answer.
+
+        Where a connection that had been idle was dead, the origin's other idle ones are most likely
+        dead as well (the receiver was restarted, say): all are shut, and the attempt waits for
+        another one.
+
+        A connection is kept if the answer ended where it said (reusable), the request was sent
+        whole, and the origin has use for it. Kept or not, others who wait are served.
+        """
         origin = connection.origin
-        if result is None:  # its other idle connections are most likely as dead as this one
+        if result is None:
             for dead in [connection, *origin.idle]:
                 self.exchanges.shut(dead)
             if self.stopping:
@@ -7457,8 +7551,8 @@ class _Carrier:
             self._serve(origin, mono)
 
     def _keep(self, connection: _Connection, mono: float) -> None:
-        """Let a connection rest; the longest idle one makes room where there are as many as may be
-        kept."""
+        """Let a connection rest. As many are kept as there are places (`workers`), of all origins
+        together; beyond that the longest idle one is closed."""
         self.exchanges.keep(connection, mono)
         if len(self.exchanges.idle) > self.settings.workers:
             self._shut_idle(-math.inf, mono)
@@ -7470,7 +7564,8 @@ class _Carrier:
             self._serve(origin, mono)
 
     def _made(self, attempt: _Attempt, result: Any, mono: float) -> None:
-        """A thread has made a request, or could not."""
+        """A thread has made a request, or could not. Where the attempt's time was over before, the
+        thread is lost no more, and what it made is thrown away."""
         if attempt.step == "ended":  # its time was over before
             attempt.lane.lost -= 1
             return
@@ -7485,7 +7580,8 @@ class _Carrier:
             self._await_connection(attempt, mono)
 
     def _called(self, attempt: _Attempt, result: Any) -> None:
-        """A sender has returned, or raised."""
+        """A sender has returned, which is a success, or raised; or did so after the time was over.
+        That attempt failed then, and the event will be delivered again."""
         if attempt.step == "ended":  # its time was over before
             attempt.lane.lost -= 1
         elif isinstance(result, BaseException):
@@ -7494,8 +7590,17 @@ class _Carrier:
             self._finish(attempt, _Outcome())
 
     def _opened(self, attempt: _Attempt, result: Any, mono: float) -> None:
-        """A thread has opened a connection, or could not. The attempt may have found another one
-        meanwhile."""
+        """A thread has opened a connection for an attempt, or could not. The attempt may have found
+        another one meanwhile, or ended (it does not wait any more).
+
+        It could not, and the attempt still waits: this process ran out of something, or all lookups
+        were taken: the attempt ends untried. Else that is its outcome.
+
+        It could: 1. the attempt still waits and gets it; 2. another one waits and gets it; 3. lanes
+        are parked here, or connections of the origin do bring answers: it is kept; 4. nobody needs
+        it, or the drain is stopping: it is shut. While stopping, only what was sent once already
+        goes on.
+        """
         origin = attempt.origin
         assert origin is not None
         origin.opening -= 1
@@ -7519,7 +7624,7 @@ class _Carrier:
             elif not self.stopping and (
                 any(origin.parked) or (origin.proven and origin.keeps(mono))
             ):
-                self._keep(connection, mono)  # thrown away, it would be opened again in a moment
+                self._keep(connection, mono)  # shut, one would be opened again in a moment
             else:
                 self.exchanges.shut(connection)
                 if waits:
@@ -7529,8 +7634,14 @@ class _Carrier:
     # Time.
 
     def look(self, mono: float) -> None:
-        """End attempts whose time is over; have new connections that wait too long press for
-        room."""
+        """Look at attempts that have been under way for long: those that began first come first.
+
+        Each is looked at when its `look_at` has come: after a second at first, then at its deadline.
+        Its lane learns that the place is held for so long before the attempt ends, so an endpoint
+        that hangs loses its rank after a second. Before the deadline, it may press for room. At the
+        deadline it ends; while it has no connection it gets another quarter of a second, for a
+        thread that opens one ends by then, and says better what went wrong.
+        """
         if mono < self._look_at:
             return
         for attempt in sorted(
@@ -7540,29 +7651,30 @@ class _Carrier:
             if mono < attempt.deadline:
                 self._press(attempt, mono)
             elif attempt.connection is None and mono < attempt.deadline + 0.25:
-                # Who opens a connection for it ends by then, and knows more.
                 attempt.look_at = attempt.deadline + 0.25
             else:
                 self._expire(attempt, mono)
         self._look_at = min((attempt.look_at for attempt in self.attempts), default=math.inf)
 
     def _press(self, attempt: _Attempt, mono: float) -> None:
-        """Have others make room for an attempt that takes long; once more, and it hangs."""
+        """Have others at its origin make room for an attempt that takes long, where that may help:
+        see _Origin. Idle connections make it at once."""
         origin, connection = attempt.origin, attempt.connection
         attempt.look_at = attempt.deadline
         if origin is not None and connection is not None and not connection.answer.started():
             if origin.press(connection, attempt, mono):
                 attempt.look_at = min(attempt.deadline, mono + _CROWDED)
-                # Which of those that brought no answer have a worker is not known; one that did
-                # has.
+                # An idle connection may keep a worker from us. One that brought an answer has one,
+                # so closing one of these frees a worker. Of the others that is not known: all go.
                 proven = [idle for idle in origin.idle if idle.proven]
                 for idle in [idle for idle in origin.idle if not idle.proven] + proven[:1]:
                     self.exchanges.shut(idle)
             self._serve(origin, mono)
 
     def _expire(self, attempt: _Attempt, mono: float) -> None:
-        """End an attempt whose time is over: with what its status says where one was read, of an
-        answer that never ends."""
+        """End an attempt whose time is over. Where a status was read, of an answer that never ends,
+        that decides; else it is a timeout, which says what it waited for. A thread in the host's
+        code cannot be stopped: it counts as lost until it comes back."""
         connection = attempt.connection
         if connection is not None and connection.ended:
             return  # the next wait() tells what came of it
@@ -7571,7 +7683,6 @@ class _Carrier:
         if connection is not None:
             self.exchanges.shut(connection)
         elif attempt.step == "making":
-            # Opening a connection ends in time, the host's own code need not.
             self.openers.busy -= 1
             attempt.lane.making -= 1
             attempt.lane.lost += 1
@@ -7585,8 +7696,8 @@ class _Carrier:
             self._serve(attempt.origin, mono)
 
     def chores(self, mono: float) -> None:
-        """Close connections that were idle for long; free lanes that still stand where there is
-        room."""
+        """Close connections that were idle for a minute. Free parked lanes where there is room by
+        now: that nobody else notices when it comes with time, as a crowded origin's limit ends."""
         self._shut_idle(mono - _IDLE_CONNECTION, mono)
         for origin in list(self.crowded):
             if any(origin.parked):
@@ -7595,7 +7706,8 @@ class _Carrier:
                 del self.crowded[origin]
 
     def stop(self) -> None:
-        """Begin nothing more: what waits for a connection without a thread comes back untried."""
+        """Begin nothing more. What waits for a connection and has no thread that opens one comes
+        back untried, unless it was sent once already; what is under way goes on."""
         if not self.stopping:
             self.stopping = True
             for attempt in [
@@ -7604,12 +7716,14 @@ class _Carrier:
                 self._finish(attempt, None)
 
     def close(self) -> None:
+        """Shut everything, whatever is under way: those deliveries stay pending in the file."""
         self.openers.close()
         self.exchanges.close()
 
 
 def _call_once(wire: _Wire, picked: _Picked, deadline: float) -> _Outcome:
-    """Call a sender in a thread of its own, and wait for it until the deadline (monotonic)."""
+    """Call a sender in a thread of its own, and wait for it until the deadline (monotonic). What it
+    raises is raised here; at the deadline the thread is left alone."""
     done: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def call() -> None:
@@ -7630,7 +7744,8 @@ def _call_once(wire: _Wire, picked: _Picked, deadline: float) -> _Outcome:
 def _send_once(
     settings: _Settings, endpoint: Endpoint, secrets: _Secrets, picked: _Picked
 ) -> _Outcome:
-    """Make one attempt at once, outside any drain, on the same parts."""
+    """Make one attempt at once, outside any drain, on the same parts: for ping(). It blocks its
+    caller, and what goes wrong is in the outcome, as in the drain."""
     opener, exchanges, now, mono = (_Opener(settings), _Exchanges(), settings.clock(), _monotonic())
     deadline = mono + (endpoint.timeout or settings.timeout)
     hidden: Sequence[str] = ()

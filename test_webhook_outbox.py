@@ -19425,6 +19425,25 @@ def test_a_form_that_is_wrong_comes_back_with_what_was_typed_and_why(wal, catalo
         assert outbox.endpoint(id).url == URL
 
 
+def test_an_internal_type_that_the_operator_gave_stays_while_a_customer_changes_no_box(wal):
+    outbox = make_outbox(wal, event_types=CATALOGUE)
+    both = ("order.paid", "audit.login")
+    outbox.add_endpoint(URL, id="both", tenant="c42", events=both)
+    outbox.add_endpoint(URL, id="inside", tenant="c42", events=["audit.login"])
+    with portal_of(outbox) as visitor:
+        for id, boxes, events in (
+            ("both", ["order.paid"], both),
+            ("inside", [], ("audit.login",)),
+            ("both", ["order.sent"], ("order.sent",)),
+        ):
+            path = f"endpoint/{id}/edit"
+            action, fields = visitor.form(path, path="/" + path)
+            sent = {**fields, "description": f"for {boxes}", "events": boxes}
+            assert visitor.post(action, sent).status_code == 303
+            found = outbox.endpoint(id)
+            assert (found.events, found.description) == (events, f"for {boxes}")
+
+
 def test_a_customer_sees_what_was_sent_and_answered_why_it_is_disabled_and_sends_what_was_missed(
     wal, serve
 ):

@@ -12814,8 +12814,8 @@ class _Portal(_PortalPages):
 
         An endpoint may have patterns that are no type of the catalogue: a group (order.*), a type
         that was taken out. They get a box too, ticked, because the form says all that the endpoint
-        is to get: what has no box would be lost by saving. Internal types are not shown; such a
-        pattern is the operator's, and a customer's form cannot keep it.
+        is to get: what has no box is lost when the boxes are changed. Internal types have none: the
+        door refuses them, and a customer is not to read their names.
         """
         types = self.types()
         if not types:
@@ -12891,11 +12891,12 @@ class _Portal(_PortalPages):
 
         Only changes are checked and saved. So a description can be mended although the URL would be
         refused today, and what the operator changed in the meantime stays. Patterns come in the
-        order of the boxes, as a list, which never equals the endpoint's tuple: as sets they do.
+        order of the boxes, as a list, which never equals the endpoint's tuple: as sets they do. An
+        internal type, which the operator gave and no box shows, is lost only to who changes a box.
         """
         endpoint, typed = self.door.endpoint(id), self.typed(form)
         changes = {n: v for n, v in typed.items() if v != getattr(endpoint, n)}
-        if set(typed["events"]) == set(endpoint.events):
+        if set(typed["events"]) == set(endpoint.events) - self.outbox._catalogue.internal:
             del changes["events"]
         if not (faults := self.faults(changes)):
             try:

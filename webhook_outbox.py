@@ -13004,18 +13004,34 @@ def portal_app(
 
 
 # ── command line ──────────────────────────────────────────────────────────────────────────────────
-# Promises: the library's verbs with the library's names; errors are one line; the only section that
-# prints. Exit codes: 0 done, 1 the thing asked for failed or did not hold, 2 usage.
+# Promises: the library's verbs with the library's names; errors are one line on standard error; the
+# only section that prints. Exit codes: 0 done, 1 the thing asked for failed or did not hold, 2
+# usage, 130 Ctrl-C in a command that only watches.
+#
+# Its order: how things are printed; what each command does, a function (outbox, options) that
+# returns an exit code, or None for 0; the local servers; the demo; the tables _ARGUMENTS and
+# _COMMANDS, from which _parser makes the whole command line; main. To add a command, write its
+# function and a row of _COMMANDS.
+#
+# What is printed may come from outside: an event's data, a receiver's answer, an id that plain SQL
+# wrote. Three functions stand between it and the terminal. _visible turns into escapes what a
+# terminal obeys. _say prints through it. _print prints what is safe already, and is called directly
+# only where the text has escapes of our own.
 
 
 class _Usage(Exception):
-    """The command line asks for nothing that can be done."""
+    """The command line asks for nothing that can be done; main answers it with exit code 2."""
 
 
-_PLAIN = str.maketrans("·▁▂▃▄▅▆▇█…", ".12345678~")
+_PLAIN = str.maketrans("·▁▂▃▄▅▆▇█…", ".12345678~")  # a terminal without Unicode shows these
 
 
 def _print(text: str) -> None:
+    """Print text that holds nothing to be obeyed but our own escapes.
+
+    It is flushed at once: who reads from a pipe follows a long command, and a reader that is gone
+    is a BrokenPipeError here, inside main, not when the interpreter ends.
+    """
     encoding = sys.stdout.encoding or "utf-8"
     try:
         text.encode(encoding)
@@ -13025,24 +13041,33 @@ def _print(text: str) -> None:
 
 
 def _escaped(found: re.Match[str]) -> str:
+    """Return a character, or its escape as in JSON where it is not printable; json.dumps leaves
+    one, DEL, as it is."""
     c = found[0]
     return c if c.isprintable() else "\\u007f" if c == "\x7f" else json.dumps(c)[1:-1]
 
 
 def _visible(text: str) -> str:
-    """Return text in which nothing is obeyed by a terminal, or hidden on it: what events and
-    receivers say may hold control characters, also beyond ASCII, and marks that turn the direction
-    of writing. Each of them becomes its escape in JSON. Line breaks stay."""
+    """Return text in which nothing is obeyed by a terminal, or hidden on it.
+
+    What events and receivers say may hold control characters, also beyond ASCII, and marks that
+    turn the direction of writing. Each of them becomes its escape in JSON, so JSON stays JSON. Line
+    breaks stay.
+    """
     return re.sub(r"[^\n -~]", _escaped, text)
 
 
 def _say(text: str = "") -> None:
+    """Print a line, or several, for people or as JSON; anything may stand in it."""
     _print(_visible(text))
 
 
 def _indented(value: Any) -> str:
-    """Return JSON; on one line where it is so deep that Python's own encoder gives up, which is the
-    one that indents."""
+    """Return JSON, indented, but for data that is nested very deep.
+
+    To indent is the work of an encoder written in Python, which gives up sooner than the one in C.
+    What is too deep for it is written on one line.
+    """
     try:
         return json.dumps(value, indent=2)
     except RecursionError:
@@ -13050,8 +13075,12 @@ def _indented(value: Any) -> str:
 
 
 def _json_text(value: Any) -> str:
-    """Return JSON that every parser takes. Python writes Infinity where a number is too large for
-    it, as one that came as 1e999; that is valid JSON and as large."""
+    """Return JSON that every parser takes.
+
+    An event's data may hold 1e999, which is valid JSON. Python reads it as infinity and writes the
+    word Infinity, which is none. So it is written as 1e999 again. The pattern takes each string as
+    a whole, so that the word inside a string stays.
+    """
     numbers = {"Infinity": "1e999", "-Infinity": "-1e999", "NaN": "null"}
     return re.sub(
         r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN',
@@ -13061,6 +13090,8 @@ def _json_text(value: Any) -> str:
 
 
 def _cut(text: str, most: int) -> str:
+    """Return text on one line of at most so many characters, escapes counted; … at its end says
+    that there is more."""
     line = _visible(text[: most + 1].strip()).replace("\n", "\\n")
     return line if len(line) <= most else line[: most - 1] + "…"
 
@@ -13071,6 +13102,11 @@ def _data_text(data: Any) -> str:
 
 
 def _cell(name: str, value: Any) -> str:
+    """Return a field of a record as a table shows it; how, its name says before its type does.
+
+    Nothing is "-"; so is 0 where the name is of a time. Times are UTC, durations have a unit, data
+    is JSON on one line, and what is long is cut to 80 characters.
+    """
     if value is None or value == "" or value == {}:
         return "-"
     if name == "at" or name.endswith(("_at", "_since", "_until")):
@@ -13088,7 +13124,8 @@ def _cell(name: str, value: Any) -> str:
 
 def _record(row: Any) -> dict[str, Any]:
     """Return a dataclass as a dict that may be shown: no secret, no header value, no query of a
-    URL."""
+    URL. Tables and JSON of them go through here. The commands that show a secret on purpose
+    (`endpoint add`, `rotate`, `secret`) print it by itself."""
     record = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
     if isinstance(row, Event):  # asdict would copy its data, however deep
         record["deliveries"] = [_record(delivery) for delivery in row.deliveries]
@@ -13099,8 +13136,12 @@ def _record(row: Any) -> dict[str, Any]:
 
 
 def _fitting(names: Sequence[str], widths: list[int]) -> list[int]:
-    """Return the widths of columns as a terminal has room for them: the widest give way, but for
-    ids, which people copy. In a pipe nothing is cut."""
+    """Return the widths of columns as a terminal has room for them, two spaces between them.
+
+    As long as they are too wide, the widest gives up a character; ids do not, because people copy
+    them, and nothing gets narrower than 6. What is too wide even so is broken by the terminal. In a
+    pipe nothing is cut: other programs read it.
+    """
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     while room and sum(widths) + 2 * len(widths) - 2 > room:
         may = [n for n, name in enumerate(names) if not name.endswith("id") and widths[n] > 6]
@@ -13111,9 +13152,12 @@ def _fitting(names: Sequence[str], widths: list[int]) -> list[int]:
 
 
 def _show(rows: Sequence[Any], columns: str, as_json: bool, empty: str, without: str = "") -> None:
-    """Print dataclasses as a table of some columns, or as JSON with all fields but `without`. A
-    tenant's column is left out where there are none; on a terminal, which has little room, so is
-    every other."""
+    """Print dataclasses as a table of some columns, or as JSON with all fields but `without`.
+
+    empty: what to say where there are none; JSON is [] then. In a pipe the columns are always the
+    same, for scripts that count them, but for the tenant's, which most apps have no use for: it is
+    left out where no row has one. On a terminal, which has little room, so is every other.
+    """
     records = [
         {name: value for name, value in _record(row).items() if name != without} for row in rows
     ]
@@ -13135,6 +13179,7 @@ def _show(rows: Sequence[Any], columns: str, as_json: bool, empty: str, without:
 
 
 def _show_one(row: Any, as_json: bool) -> None:
+    """Print a dataclass, a field on each line, or as JSON."""
     if as_json:
         return _say(_json_text(_record(row)))
     for name, value in _record(row).items():
@@ -13147,7 +13192,7 @@ _STATUS_ROWS = 20  # endpoints of `status` without --all
 
 @dataclasses.dataclass(frozen=True)
 class _TypeRow:
-    """A row of `types`."""
+    """A row of `types`: an EventType with its name, which is the key of the catalogue."""
 
     type: str
     description: str
@@ -13158,6 +13203,7 @@ class _TypeRow:
 
 
 def _status_note(e: EndpointStats, now: float) -> str:
+    """Say why an endpoint gets nothing, or what went wrong there last; "" where all is well."""
     if not e.enabled:
         why = f" ({e.disabled_reason})" if e.disabled_reason else ""
         return f"disabled{why}" + (f", {e.pending} deliveries are held" if e.pending else "")
@@ -13167,8 +13213,13 @@ def _status_note(e: EndpointStats, now: float) -> str:
 
 def _status_row(e: EndpointStats, now: float, columns: int, width: int) -> list[str]:
     """Return an endpoint's line of the table; where little is left of a line, its note has one of
-    its own."""
-    share = f"{100 * e.delivered // e.attempts} %" if e.attempts else "-"  # 100 %: none failed
+    its own. width: of the column of ids.
+
+    The columns behind the id take 61 characters, and two spaces stand before the note. The share
+    is rounded down, so 100 % means that none failed. A bar is so many sevenths of the busiest five
+    minutes, rounded up: one delivery is seen beside a thousand. · is none.
+    """
+    share = f"{100 * e.delivered // e.attempts} %" if e.attempts else "-"
     most = max(e.history) or 1
     bars = "".join("▁▂▃▄▅▆▇█"[-(-count * 7 // most)] if count else "·" for count in e.history)
     p50, p95, oldest = (_age(age).replace(" ", "") for age in (e.p50, e.p95, e.oldest_due_age))
@@ -13181,8 +13232,13 @@ def _status_row(e: EndpointStats, now: float, columns: int, width: int) -> list[
 
 
 def _status_text(stats: Stats, now: float, most: float = _STATUS_ROWS, height: float = 1e9) -> str:
-    """Return a table for the terminal's width (200 in a pipe), of as many endpoints as there may
-    be lines. Those that somebody should look at come first, and the others are counted."""
+    """Return the sums and a table for the terminal's width (200 in a pipe).
+
+    most: endpoints at the most. height: lines at the most, the last of which counts what is left
+    out; `status --watch` gives the screen's. Endpoints that somebody should look at come first, so
+    that a table that is cut shows them. The column of ids is as wide as the longest id, but leaves
+    the other columns their 61 characters.
+    """
     oldest = f", oldest {_age(stats.oldest_due_age)}" if stats.due else ""
     behind = sum(e.pending for e in stats.endpoints if e.enabled and e.paused_until)
     oldest += f"; {behind} behind a hold" if behind else ""
@@ -13206,8 +13262,12 @@ def _status_text(stats: Stats, now: float, most: float = _STATUS_ROWS, height: f
 
 
 def _status(outbox: Outbox, options: Any) -> None:
-    """Print the table, or all there is as JSON; --watch does so every two seconds, on a terminal in
-    one place and no longer than the screen."""
+    """Print the table, or all numbers as JSON; with --watch again every two seconds, until Ctrl-C.
+
+    On a terminal each table is written over the one before: the cursor goes home, each line is
+    cleared behind its text, and the rest of the screen behind the last. So it may not be longer
+    than the screen. Clearing the screen first would flicker.
+    """
     most = math.inf if options.all else _STATUS_ROWS
     over = options.watch and sys.stdout.isatty() and not options.json
     while True:
@@ -13216,7 +13276,7 @@ def _status(outbox: Outbox, options: Any) -> None:
             height = (shutil.get_terminal_size().lines or 24) - 1
         if options.json:
             _say(_json_text(dataclasses.asdict(stats)))
-        elif over:  # over the last one, without a flicker
+        elif over:
             text = _visible(_status_text(stats, outbox.clock(), most, height))
             _print("\x1b[H" + text.replace("\n", "\x1b[K\n") + "\x1b[K\x1b[J")
         else:
@@ -13227,7 +13287,11 @@ def _status(outbox: Outbox, options: Any) -> None:
 
 
 def _doctor(outbox: Outbox | SchemaError, options: Any) -> int:
-    """Print what is wrong, also where it is the tables themselves, so that there is no Outbox."""
+    """Print what is wrong; exit code 1 where there is a problem, not for a note.
+
+    Where the tables themselves are wrong there is no Outbox: main hands over the SchemaError, which
+    is the one finding then.
+    """
     found = [_problem(str(outbox))] if isinstance(outbox, SchemaError) else [*_findings(outbox)]
     healthy = all(finding.level != "problem" for finding in found)
     if options.json:
@@ -13241,6 +13305,12 @@ def _doctor(outbox: Outbox | SchemaError, options: Any) -> int:
 
 
 def _check(outbox: Outbox, options: Any) -> int:
+    """Say in one line what is wrong, or that all is well; exit code 1 where something is.
+
+    Wrong is, in the order of the code: nothing may be sent from here (a copied file); the oldest
+    due delivery waits too long; too many failed rows; too many endpoints that fail, or that the
+    drain disabled. One that a person disabled is no alarm.
+    """
     stats = outbox.stats()
     failing = [
         e.id for e in stats.endpoints
@@ -13264,7 +13334,12 @@ def _init(outbox: Outbox, options: Any) -> None:
 
 
 def _given(options: Any, names: str) -> dict[str, Any]:
-    """Return those of some options that were given, as the library takes them."""
+    """Return those of some options that were given, as keyword arguments of the library.
+
+    names: with spaces between. An option that was not given is None, and is left out, so that the
+    library's default holds and `endpoint update` changes nothing else. A header comes as "Name:
+    value", and cert as a list of one path or two.
+    """
     given = {name: value for name in names.split() if (value := getattr(options, name)) is not None}
     if "headers" in given:
         pairs = [text.partition(":") for text in given["headers"]]
@@ -13277,6 +13352,9 @@ def _given(options: Any, names: str) -> dict[str, Any]:
 
 
 def _emit_by_hand(outbox: Outbox, options: Any) -> None:
+    """Record an event in a transaction of its own and print its id. That no endpoint gets it is no
+    error, but seldom meant: it is said on standard error, so that the id stays alone on standard
+    output."""
     try:
         data = json.loads(sys.stdin.read() if options.data == "-" else options.data)
     except (ValueError, RecursionError) as error:
@@ -13301,9 +13379,10 @@ class _Progress:
     """Says what a drain does: on a terminal in one live line, elsewhere in a line of the log every
     ten seconds in which something changed.
 
-    The rate is that of the last seconds, so it is 0 soon after the last delivery, and then there is
-    no estimate. What holds the drain up is said in words. The loop's own thread calls `show`, so
-    that it may look at the loop.
+    The rate is that of the last three seconds, so it is 0 soon after the last delivery, and then
+    there is no estimate of the time left. What holds the drain up is said in words. The loop's own
+    thread calls `show`, about four times a second, and no other does: so it may look at the loop's
+    parts without a lock, and must be quick.
     """
 
     __slots__ = ("_logged", "_seen", "drain", "terminal")
@@ -13311,10 +13390,13 @@ class _Progress:
 
     def __init__(self, drain: _Drain, terminal: bool) -> None:
         self.drain, self.terminal = drain, terminal
-        self._seen = collections.deque([(_monotonic(), 0)])  # when, and delivered by then
-        self._logged = _monotonic(), DrainReport(0, 0, 0, 0)
+        # When, and how many were delivered by then: of the last _WINDOW seconds, oldest first.
+        self._seen = collections.deque([(_monotonic(), 0)])
+        self._logged = _monotonic(), DrainReport(0, 0, 0, 0)  # the last line of the log
 
     def show(self, report: DrainReport) -> None:
+        """Write the live line over itself, or a line of the log when it is time for one. The width
+        is asked each time: people resize their windows."""
         mono = _monotonic()
         if self.terminal:
             with contextlib.suppress(OSError):  # the terminal was closed; a signal comes of that
@@ -13328,7 +13410,8 @@ class _Progress:
             _log.info("delivered %d, failed %d, waiting %d%s", *counts, phase and f"; {phase}")
 
     def rate(self, delivered: int, mono: float) -> tuple[float, int]:
-        """Return the deliveries a second of the last seconds, and how many that were."""
+        """Return the deliveries a second of the last seconds, and how many that were. One entry
+        that is older than the window stays, as the point to count from."""
         self._seen.append((mono, delivered))
         while len(self._seen) > 2 and self._seen[1][0] <= mono - self._WINDOW:
             self._seen.popleft()
@@ -13336,8 +13419,14 @@ class _Progress:
         return (delivered - before) / max(0.001, mono - then), delivered - before
 
     def phase(self, pending: int, moves: bool, mono: float) -> tuple[str, str]:
-        """Return what keeps the drain from going faster, or what it waits for: an endpoint, and
-        words."""
+        """Return what keeps the drain from going faster, or what it waits for: an endpoint or "",
+        and words or "".
+
+        moves: something was delivered lately. The first of these that holds is said, in the order
+        of the code: it is stopping; outcomes cannot be recorded, so nothing is sent; another
+        process has had the file locked for a second; endpoints are on hold, the one that goes on
+        first or how many; attempts are under way; nothing is pending; the next one is due later.
+        """
         drain, now = self.drain, self.drain.settings.clock()
         locked = 0.0 if drain.counts.locked_at is None else mono - drain.counts.locked_at
         held = [
@@ -13363,7 +13452,9 @@ class _Progress:
         return "", "" if due_at == math.inf else f"next in {_age(max(0.0, due_at - now))}"
 
     def line(self, report: DrainReport, mono: float, columns: int) -> str:
-        """Return the live line; where a terminal is narrow, what says least is left out."""
+        """Return the live line as it fits a terminal. Each part has a rank, and where the line is
+        too long the parts of the highest rank go first, down to those of rank 0, which stay. Time
+        left is an estimate of three deliveries or more, of what this drain has to send."""
         rate, lately = self.rate(report.delivered, mono)
         whose, what = self.phase(report.pending, lately > 0, mono)
         known = lately >= 3 and not self.drain.stopping
@@ -13386,8 +13477,8 @@ class _Progress:
 
 
 class _LogLine(logging.Formatter):
-    """A line of the log, with nothing in it that a terminal obeys; it takes the live line's
-    place."""
+    """A line of the log, with nothing in it that a terminal obeys. On a terminal it clears the live
+    line first and stands in its place; the next live line comes below it."""
 
     def __init__(self, terminal: bool) -> None:
         super().__init__("%(message)s" if terminal else "%(asctime)s %(levelname)s %(message)s")
@@ -13398,7 +13489,8 @@ class _LogLine(logging.Formatter):
 
 
 def _left_waiting(stats: Stats, refused: Iterable[str], now: float) -> Iterator[str]:
-    """Say what a drain left waiting, and why: its endpoint is on hold, disabled, or refused."""
+    """Say what a drain left waiting, and why: its endpoint is disabled, refused by this command's
+    guard, or on hold; with what helps. refused: ids, see _refused."""
     waits = [
         e for e in stats.endpoints
         if e.pending and (not e.enabled or e.paused_until or e.id in refused)
@@ -13416,16 +13508,26 @@ def _left_waiting(stats: Stats, refused: Iterable[str], now: float) -> Iterator[
 
 def _refused(outbox: Outbox, stats: Stats) -> set[str]:
     """Return the enabled endpoints for which something waits, and which this command's own guard
-    refuses."""
+    refuses. The app may have admitted them by options that this command line was not given; the
+    drain leaves them waiting, see _barred."""
     waits = {e.id for e in stats.endpoints if e.enabled and e.pending}
     return {e.id for e in outbox.endpoints() if e.id in waits and _barred(e.url, outbox._guard)}
 
 
 def _drain_here(outbox: Outbox, options: Any) -> int:
-    """Drain, say what happens, and at the end what was left and why. For cron, once and quiet, it
-    does not wait for another drain: the next minute brings the next try."""
+    """Drain, say what happens, and at the end what was left and why.
+
+    Exit code 1 where a drain that ends by itself left something for an endpoint that it may not
+    reach: more tries would change nothing. For cron (`--once --quiet`) it does not wait while
+    another process drains: the next minute brings the next try.
+
+    The first SIGINT or SIGTERM stops the drain, which lets what is under way finish within ten
+    seconds; a second one ends it at once. The handler runs in this thread, which is the loop's, and
+    only tells the loop. The handlers of before come back at the end.
+    """
     mode = _drain_mode(options.once, options.until_empty)
-    if mode != "forever" and (refusal := outbox._refusal()):  # in one line; the drain would log it
+    # A copied file: one line and exit code 1. A drain for ever logs it, and waits for `adopt`.
+    if mode != "forever" and (refusal := outbox._refusal()):
         raise OutboxError(refusal)
     if options.quiet and mode != "forever" and _drainer(outbox.path) is not None:
         return 0
@@ -13464,6 +13566,8 @@ def _drain_here(outbox: Outbox, options: Any) -> int:
 
 
 def _endpoint_add(outbox: Outbox, options: Any) -> None:
+    """Register an endpoint; print its id and its secret, which a sender of the host's has no use
+    for."""
     given = _given(options, " ".join(("id", "secret", *_OPTIONS)))
     endpoint = outbox.add_endpoint(given.pop("url"), **given)
     if endpoint.url.startswith(_CALL):
@@ -13499,7 +13603,7 @@ def _endpoint_list(outbox: Outbox, options: Any) -> None:
 
 
 def _endpoint_set(outbox: Outbox, options: Any) -> None:
-    """disable, enable and remove; each says what that means for what waits."""
+    """Disable, enable or remove an endpoint, and say what that means for what waits."""
     waiting = {e.id: e.pending for e in outbox.stats().endpoints}.get(options.id, 0)
     if options.verb == "disable":
         outbox.disable_endpoint(options.id, options.reason)
@@ -13522,7 +13626,9 @@ def _endpoint_rotate(outbox: Outbox, options: Any) -> None:
 
 
 def _endpoint_ping(outbox: Outbox, options: Any) -> int:
-    """Say what came of it; where an endpoint answers again, also what waits for its next try."""
+    """Ping an endpoint and say what came of it; exit code 1 where it failed. A success ends the
+    endpoint's hold, but what was tried before waits for its own next try: how to hurry it is said
+    too."""
     failed = outbox.endpoint(options.id).failures > 0
     attempt = outbox.ping(options.id, type=options.type)
     answer = attempt.error or f"HTTP {attempt.status_code}"
@@ -13536,6 +13642,8 @@ def _endpoint_ping(outbox: Outbox, options: Any) -> int:
 
 
 def _backfill(outbox: Outbox, options: Any) -> None:
+    """Give an endpoint what it missed. Everything that is recorded may be years, so it has to be
+    said, by --all; a wrong id is said before that."""
     outbox.endpoint(options.id)
     if options.since is None and not options.all:
         raise _Usage("say --since, or --all for everything that is recorded")
@@ -13546,6 +13654,7 @@ def _backfill(outbox: Outbox, options: Any) -> None:
 
 
 def _events_list(outbox: Outbox, options: Any) -> None:
+    """List events. Their deliveries are left out, also of the JSON: `events show` has them."""
     rows = outbox.events(**_given(options, "ids tenant type since until limit after"))
     _show(
         rows, "id type tenant key created_at data", options.json, "no events", without="deliveries"
@@ -13553,6 +13662,7 @@ def _events_list(outbox: Outbox, options: Any) -> None:
 
 
 def _events_show(outbox: Outbox, options: Any) -> None:
+    """Print an event with its data, its deliveries and its attempts; as JSON in one object."""
     event, attempts = outbox.event(options.id), outbox.attempts(options.id)
     if options.json:
         record = _record(event) | {"attempts": [_record(attempt) for attempt in attempts]}
@@ -13569,19 +13679,21 @@ def _events_show(outbox: Outbox, options: Any) -> None:
 
 
 def _failed_filters(options: Any) -> Any:
+    """Return the filters of failed rows. Ids may stand alone and behind --ids; both count."""
     return _given(options, "endpoint tenant type reason since until") | {
         "ids": [*options.ids, *options.more_ids] or None
     }
 
 
 def _refuse_typo(outbox: Outbox, options: Any, found: bool) -> None:
-    """Raise NotFound where nothing was found for an endpoint that does not exist: that must not
-    look like good news."""
+    """Raise NotFound where nothing was found for an endpoint that does not exist: "nothing failed"
+    for a misspelt id would look like good news."""
     if options.endpoint and not found:
         outbox.endpoint(options.endpoint)
 
 
 def _failed_list(outbox: Outbox, options: Any) -> None:
+    """List the failed rows that the filters choose, a page of them."""
     rows = outbox.failed(**_given(options, "limit after"), **_failed_filters(options))
     _refuse_typo(outbox, options, bool(rows))
     _show(
@@ -13600,6 +13712,7 @@ def _failed_show(outbox: Outbox, options: Any) -> None:
 
 
 def _failed_act(outbox: Outbox, options: Any) -> None:
+    """Replay or discard failed rows, and say how many; none where ids were named is an error."""
     act = outbox.replay if options.verb == "replay" else outbox.discard
     count = act(all=options.all, dry_run=options.dry_run, **_failed_filters(options))
     _refuse_typo(outbox, options, count > 0)
@@ -13609,7 +13722,11 @@ def _failed_act(outbox: Outbox, options: Any) -> None:
 
 
 def _adopt(outbox: Outbox, options: Any) -> None:
-    """adopt and neutralize."""
+    """Adopt or neutralize a copied file, and say whose it is now and what was done to it.
+
+    Secrets that are derived from the master key depend on the file's identity, which is new now, so
+    receivers need new ones: that is said where there are such secrets.
+    """
     adopts, was = options.command == "adopt", outbox._home()
     if adopts and outbox.home == was is not None:
         return _say(f"the home of {outbox.path} is {was!r} already: nothing was changed")
@@ -13619,7 +13736,8 @@ def _adopt(outbox: Outbox, options: Any) -> None:
         return _say(f"{whose}; what waits will be sent")
     whose = whose if adopts else f"{outbox.path} belongs to no place now"
     _say(
-        f"{whose}: {count} deliveries cancelled, all endpoints disabled; `endpoint enable ID` ends that"
+        f"{whose}: {count} deliveries cancelled, all endpoints disabled; "
+        "`endpoint enable ID` ends that"
     )
     if any(_DERIVED in row[0] for row in outbox._select("SELECT secrets FROM webhook_endpoints")):
         _say(
@@ -13632,6 +13750,8 @@ def _resend(outbox: Outbox, options: Any) -> None:
 
 
 def _events_cancel(outbox: Outbox, options: Any) -> None:
+    """Cancel what waits and is chosen. The event's id may stand alone or behind --event-id, the
+    library's name for it."""
     filters = _given(options, "event_id endpoint tenant key type since until")
     if options.id is not None and filters.setdefault("event_id", options.id) != options.id:
         raise PayloadError("two events are named; cancel one after the other")
@@ -13645,6 +13765,8 @@ def _events_erase(outbox: Outbox, options: Any) -> None:
 
 
 def _endpoint_retry(outbox: Outbox, options: Any) -> None:
+    """Make what waits for an endpoint due now. For a disabled one that sends nothing, which is said
+    on standard error."""
     count = outbox.retry_now(endpoint=options.id, **_given(options, "type dry_run"))
     _say(f"{count} deliveries {'would be' if options.dry_run else 'are'} due now")
     if not outbox.endpoint(options.id).enabled:
@@ -13654,22 +13776,33 @@ def _endpoint_retry(outbox: Outbox, options: Any) -> None:
         )
 
 
+# The local servers. `listen`, `dashboard`, `portal` and the demo's receivers are small WSGI servers
+# of the standard library, with a thread for each connection. They are for one person and for tests:
+# in production the host's own server mounts the pages.
+
 _PATIENCE = 30.0  # seconds that a connection to a local server may last
 _CLIENTS = 64  # connections to it at once
 
 
 class _Clients:
-    """Connections to a local server, oldest first, and when they came. The thread that accepts them
-    adds them and cuts them off, which wakes the one that serves them; that one takes them out.
+    """Connections to a local server, oldest first, and when they came.
 
     A client may be slow, or silent, or many: none stays longer than `patience` whatever it does,
     and the oldest makes room where there are too many, so that whoever comes is served.
+
+    Two kinds of threads touch it. The one that accepts connections adds them (`come`), and at least
+    twice a second takes out those that are late and shuts them down (`look`). That wakes the thread
+    that serves such a connection, for it waits in a read. This one takes its own connection out
+    (`gone`) before it closes it. There is no lock: each step is one operation of the dict, and one
+    that finds its connection gone does nothing.
     """
 
     def __init__(self, patience: float) -> None:
+        # since: connection -> monotonic seconds when it came; a dict keeps the order of coming
         self.patience, self.since = patience, dict[Any, float]()
 
     def come(self, sock: Any) -> None:
+        """Take a connection in; where there are as many as may be, the oldest has to go."""
         if len(self.since) >= _CLIENTS:
             self._cut(*list(self.since)[:1])
         self.since[sock] = _monotonic()
@@ -13678,6 +13811,7 @@ class _Clients:
         self.since.pop(sock, None)
 
     def look(self) -> None:
+        """Cut off the connections that have lasted too long."""
         late = _monotonic() - self.patience
         for sock, since in list(self.since.items()):
             if since < late:
@@ -13692,8 +13826,13 @@ class _Clients:
 def _local_server(
     app: WSGIApplication, port: int, host: str = "127.0.0.1", patience: float = _PATIENCE
 ) -> Any:
-    """Return an HTTP server of one WSGI application, a thread for each connection; not yet
-    serving."""
+    """Return an HTTP server of one WSGI application, which listens but does not serve yet: call its
+    serve_forever. patience: seconds that a connection may last.
+
+    port 0 is one that is free: `server_port` says which. Threads are daemons, so that Ctrl-C does
+    not wait for them. What a client does wrong is not printed. Raises OutboxError where it cannot
+    listen.
+    """
     import io
     import socketserver
     import wsgiref.simple_server
@@ -13704,7 +13843,7 @@ def _local_server(
         def log_message(self, *_: Any) -> None:
             pass
 
-        def get_stderr(self) -> Any:  # for the traceback of a peer that breaks off
+        def get_stderr(self) -> Any:  # takes the traceback of a client that breaks off
             return io.StringIO()
 
     class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
@@ -13732,9 +13871,14 @@ def _local_server(
 
 
 def _receiver_app(answer: Callable[[Mapping[str, str], bytes], int]) -> WSGIApplication:
-    """Return a WSGI application that answers each POST with the status that `answer` returns."""
+    """Return a receiver, as a WSGI application. answer: headers and body of a POST -> status.
+
+    It is for our own drain and for tests, so it takes what these send: a body of a known length
+    below 10 MB. Anything but a POST is 405, one without a length is 411.
+    """
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        """Answer a request; WSGI has the header webhook-id as HTTP_WEBHOOK_ID."""
         length = environ.get("CONTENT_LENGTH", "")
         if environ["REQUEST_METHOD"] != "POST":
             status = 405
@@ -13753,8 +13897,12 @@ def _receiver_app(answer: Callable[[Mapping[str, str], bytes], int]) -> WSGIAppl
 
 
 def _listen(_: None, options: Any) -> None:
-    """Serve a receiver that prints what arrives. A wrong signature is answered 400, and does not
-    count as one of the requests that are to fail."""
+    """Serve a receiver that prints what arrives, until Ctrl-C.
+
+    With --secret each request is verified; a wrong signature is answered 400, and does not count as
+    one of the requests that are to fail (--fail). A connection may last as much longer as --delay
+    has it wait for its answer. Options are checked before it listens.
+    """
     secret = _resolve_value(options.secret) if options.secret else None
     if secret:
         _key(secret)
@@ -13763,6 +13911,8 @@ def _listen(_: None, options: Any) -> None:
     to_fail = iter(range(_whole("fail", options.fail, 0, 1_000_000)))
 
     def answer(headers: Mapping[str, str], body: bytes) -> int:
+        """Print a request and return the status to answer. Many threads may call it at once; each
+        number of to_fail is given to one of them, so no more requests fail than were asked for."""
         verdict = "not verified (give --secret)"
         if secret:
             try:
@@ -13784,12 +13934,18 @@ def _listen(_: None, options: Any) -> None:
 
 
 def _serve_page(page: WSGIApplication, name: str, can: str, options: Any) -> None:
-    """Serve a page until Ctrl-C. can: what who reaches it can do."""
+    """Serve the dashboard or the portal until Ctrl-C. can: what whoever reaches it can do, which is
+    said beside the address: there is no login here."""
     own = {"localhost", "127.0.0.1", "::1", options.host}
 
     def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Serve only under our own names: a foreign name may be made to point here (DNS rebinding),
-        an address not."""
+        """Serve only under our own names.
+
+        A site that a visitor has open may have its own name resolve to 127.0.0.1 (DNS rebinding);
+        for the browser the page here is of that site then, which may read and press everything. The
+        name is in Host, and is refused. Where --host says "every address" of this machine, any
+        address may stand in Host, for no resolver has a say in that, but no other name.
+        """
         host = re.sub(r":[0-9]+$", "", environ.get("HTTP_HOST", "")).strip("[]").lower()
         if host in own or (options.host in ("0.0.0.0", "::") and _literal(host)):
             return page(environ, start_response)
@@ -13818,6 +13974,8 @@ def _portal(outbox: Outbox, options: Any) -> None:
 
 
 def _types(outbox: Outbox, options: Any) -> None:
+    """Print the catalogue, which is the app's: it is in no file, so it takes --app to see it. The
+    table has internal types too; an OpenAPI document, which is for customers, has not."""
     types = outbox.event_types
     if options.openapi:
         if types is None:
@@ -13831,24 +13989,29 @@ def _types(outbox: Outbox, options: Any) -> None:
 
 
 class _Mailbox:
-    """A mail server as small as can be (RFC 5321), for the demo: it takes what comes, but refuses
-    the first message for now. `taken` are the messages."""
+    """A mail server as small as can be (RFC 5321), for the demo: it takes what comes, but answers
+    "later, please" to the first e-mail, so that the demo shows a sender's retry.
+
+    One thread of its own accepts and serves, one client after the other; the demo's thread reads
+    `taken` after the drain that sent. close() wakes the thread from accept, and that ends it.
+    """
 
     def __init__(self) -> None:
-        self.taken, self.refused = list[str](), 0
+        self.taken, self.refused = list[str](), 0  # the e-mails' texts; 1 once one was refused
         self._socket = socket.create_server(("127.0.0.1", 0))
-        self.place = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
-        with contextlib.suppress(OSError):  # closed
+        with contextlib.suppress(OSError):  # close() was called
             while True:
                 sock, _ = self._socket.accept()
                 with sock, sock.makefile("rwb") as lines, contextlib.suppress(OSError):
                     self._talk(lines)
 
     def _talk(self, lines: Any) -> None:
-        """Speak with one peer until it leaves."""
+        """Speak with one client until it leaves. Each command gets one line, which is all that
+        smtplib waits for; the text of an e-mail ends with a line that is a dot."""
 
         def say(text: str) -> None:
             lines.write(text.encode() + b"\r\n")
@@ -13876,9 +14039,16 @@ class _Mailbox:
 
 class _Demo:
     """The invoice story on temporary files: a shop with its outbox, three real receivers and a mail
-    server on this machine."""
+    server on this machine.
+
+    The three are `billing`, which verifies, makes an invoice and e-mails it to accounting by an
+    outbox of its own; `flaky`, which answers 503 twice; and `dead`, which answers 500 until it is
+    mended. Nothing is simulated: the requests go over loopback, and what a step says it has seen
+    was read from the files, from what arrived and from the answers.
+    """
 
     def __init__(self, folder: str, stack: contextlib.ExitStack) -> None:
+        """Make the files, the outboxes and the receivers. stack: closes what was opened."""
         self.stack, self.seen, self.received = stack, list[bool](), list[str]()
         self.shop, self.billing = (
             os.path.join(folder, "shop.db"),
@@ -13904,6 +14074,8 @@ class _Demo:
         self.add("dead", lambda headers, body: 500 if self.broken else 200)
 
     def add(self, id: str, answer: Callable[[Mapping[str, str], bytes], int]) -> Endpoint:
+        """Start a receiver in a thread and register it as an endpoint; answer: as _receiver_app
+        takes it."""
         server = self.stack.enter_context(_local_server(_receiver_app(answer), 0))
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         self.stack.callback(server.shutdown)
@@ -13916,7 +14088,8 @@ class _Demo:
             return conn.execute(sql).fetchone()
 
     def mails(self) -> Outbox:
-        """The receiver's own outbox, for its e-mails, as a process that starts opens it."""
+        """Return billing's own outbox, for its e-mails. It is opened anew each time, as a process
+        that starts opens it: what the one before had recorded is sent all the same."""
         return Outbox(self.billing, senders={"mail": self.mail}, **self.quick)
 
     def mail(self, event: Event) -> None:
@@ -13928,12 +14101,15 @@ class _Demo:
         message["From"], message["To"] = "billing@example.com", "accounting@example.com"
         message["Subject"] = f"Invoice for order {event.data['order_id']}"
         message["Message-ID"] = f"<{event.id}@billing.example.com>"  # the same at each try
-        with smtplib.SMTP(self.mailbox.place, local_hostname="demo", timeout=10) as server:
+        with smtplib.SMTP(self.mailbox.address, local_hostname="demo", timeout=10) as server:
             server.send_message(message)
 
     def invoice(self, headers: Mapping[str, str], body: bytes) -> int:
-        """The receiver's side: verify, then the invoice, the e-mail that it means and the event's id
-        in one transaction."""
+        """Take a webhook, on billing's side; return the status to answer.
+
+        One transaction holds the event's id (Inbox), the invoice and the e-mail that it means: a
+        crash leaves all of them or none, and an event that comes again changes nothing.
+        """
         try:
             event = verify(body, headers, self.secret)
         except SignatureError:
@@ -13949,7 +14125,8 @@ class _Demo:
         return 200
 
     def order(self, total: float, refused: bool = False) -> str:
-        """The app's side: the order and its event in one transaction."""
+        """Record an order and its event in one transaction, on the shop's side. refused: raise
+        before the commit, so that both are rolled back."""
         with contextlib.closing(sqlite3.connect(self.shop)) as conn, conn:
             row = conn.execute("INSERT INTO orders (total) VALUES (?)", (total,)).lastrowid
             id = self.outbox.emit(conn, "order.created", {"order_id": row, "total": total})
@@ -13958,6 +14135,7 @@ class _Demo:
             return id
 
     def step(self, text: str, held: bool) -> None:
+        """Say whether something that was promised was seen; the exit code is made of these."""
         self.seen.append(held)
         _say(f"   {'seen    ' if held else 'NOT SEEN'}  {text}")
 
@@ -13970,7 +14148,8 @@ class _Demo:
         _say("\n" + _status_text(self.outbox.stats(), self.outbox.clock()))
 
     def play_invoice(self) -> None:
-        """An order makes an invoice and an e-mail, once, whatever comes twice or stops between."""
+        """Show that an order makes one invoice and one e-mail, whatever comes twice or stops in
+        between, and that an order which is rolled back makes none."""
         _say("1. An order and its event commit together; the webhook arrives, signed.")
         id = self.order(49.99)
         self.outbox.drain(once=True)
@@ -13997,7 +14176,7 @@ class _Demo:
         self.step("no order, no event, no request", orders == (1,) and len(self.received) == 2)
 
     def play_failures(self) -> None:
-        """What is retried, given up and replayed."""
+        """Show what is retried, given up and replayed."""
         _say("4. A flaky receiver is retried; a dead one ends in the failed table.")
         id = self.received[0]
         self.outbox.drain(until_empty=True)
@@ -14022,13 +14201,14 @@ class _Demo:
 
 
 def _demo(_: None, options: Any) -> int:
-    """Play the story; 0 only if every step was seen."""
+    """Play the story; exit code 0 only if every step was seen."""
     import tempfile
 
-    # The story itself tells what fails.
+    # The story tells what fails; without a handler Python would print the drain's warnings too.
     logging.getLogger("webhook_outbox").addHandler(logging.NullHandler())
     _say(
-        "A shop with an orders table, its outbox in the same file, three receivers and a mail server here.\n"
+        "A shop with an orders table, its outbox in the same file, "
+        "three receivers and a mail server here.\n"
     )
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -14041,12 +14221,17 @@ def _demo(_: None, options: Any) -> int:
 
 
 def _load_app(name: str) -> Outbox:
-    """Return the host's own Outbox, MODULE:NAME; a function is called, and what it makes may also
-    be an app that has the Outbox as its `outbox`. The module may be this file under another name
-    (vendored, or run with -m), so the object is known by what it can do."""
+    """Return the host's own Outbox, by MODULE:NAME (NAME is "outbox" where it is left out).
+
+    What the name stands for may be, in the order of the code: an Outbox; a function that returns
+    one, or an app; an app that has the Outbox as its attribute `outbox`. Modules are looked for in
+    the working directory first. Whatever the host's code raises is one line, an OutboxError.
+    """
     import importlib
 
     def is_outbox(found: Any) -> bool:
+        """Say whether it is an Outbox, by what it can do. isinstance would not do: the host may
+        have imported this file under another name (vendored), and has a class of its own then."""
         verbs = ("emit", "drain", "add_endpoint")
         return not isinstance(found, type) and all(callable(getattr(found, v, 0)) for v in verbs)
 
@@ -14069,7 +14254,8 @@ def _load_app(name: str) -> Outbox:
 
 
 def _when(text: str) -> float:
-    """UTC seconds, or an ISO date and time (UTC where it names no zone)."""
+    """Return UTC seconds of an argument: a number, or an ISO date and time, which is UTC where it
+    names no zone."""
     import argparse
 
     with contextlib.suppress(ValueError):
@@ -14082,8 +14268,10 @@ def _when(text: str) -> float:
 
 
 _FLAG = {"action": "store_true"}
-# The arguments of all commands. One that differs in a command stands under that command's words
-# too; one that is a plain text and says enough by its name is left out.
+# The arguments of all commands, as argparse's add_argument takes them. They have the names of the
+# library's keyword arguments. "--type" is that of every command that takes one; "endpoint ping
+# --type" is that of one command only, and goes before it. An argument that is a plain text and says
+# enough by its name is left out.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--json": _FLAG,
     "--dry-run": dict(_FLAG, help="only count"),
@@ -14160,7 +14348,9 @@ _GROUPS = {
     "events": "the record of events",
     "failed": "deliveries that were given up",
 }
-# Each command: its words, what runs it with (outbox, options), its help, its arguments.
+# All commands, in the order of --help. Each row: its words; the function that runs it with (outbox,
+# options) and returns its exit code, or None for 0; its help; its arguments, which _ARGUMENTS
+# describes. The answer to a typo reads this table as well.
 _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
     ("demo", _demo, "show the whole story on temporary files", ""),
     ("init", _init, "make the tables", "--wal"),
@@ -14252,6 +14442,7 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
 )
 
 
+# What may stand before the command, behind it, or between its two words, see _parser.
 _GLOBALS: dict[str, dict[str, Any]] = {
     "--db": dict(metavar="PATH", help="the app's file; else the variable WEBHOOK_OUTBOX_DB"),
     "--app": dict(metavar="MODULE:NAME", help="use the app's own Outbox instead of --db"),
@@ -14264,13 +14455,18 @@ _GLOBALS: dict[str, dict[str, Any]] = {
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
+    """Return what a mistyped word may mean, or ""."""
     import difflib
 
     return next(iter(difflib.get_close_matches(word, list(known), 1)), "")
 
 
 def _no_command(group: str, word: str) -> str:
-    """Say that there is no such command, and which one is meant: also a verb without its group."""
+    """Say that there is no such command, and which ones are meant, or which there are.
+
+    group: "endpoint" where the word stands behind it, else "". word: "" where none was given. A
+    verb without its group is understood too: `replay` is answered with `failed replay`.
+    """
     all = [words for words, *_ in _COMMANDS]
     verbs = {words.rpartition(" ")[2] for words in all if words.startswith(group and group + " ")}
     near = _nearest(word, verbs if group else verbs | _GROUPS.keys())
@@ -14283,7 +14479,8 @@ def _no_command(group: str, word: str) -> str:
 
 
 def _not_taken(options: Any, extra: Sequence[str]) -> str:
-    """Say which argument a command does not take, and which one is meant."""
+    """Say which argument a command does not take, and which one is meant. extra: what argparse had
+    no use for; of several, the first option is the likeliest mistake, for a value follows it."""
     words = " ".join(filter(None, (options.command, getattr(options, "verb", None))))
     unknown = next((text for text in extra if text.startswith("-")), extra[0])
     if not unknown.startswith("-"):
@@ -14294,12 +14491,17 @@ def _not_taken(options: Any, extra: Sequence[str]) -> str:
 
 
 class _Missing(Exception):
-    """A command lacks arguments: its last word, how many, and what argparse says of it."""
+    """A command lacks arguments: its last word, how many, and what argparse says of it. _untangled
+    may find them at the end of an option with several values."""
 
 
 def _usage_text(prog: str, message: str, of_command: bool) -> str:
-    """Return what argparse says in better words; raise _Missing where a list of values may have
-    what is missing. of_command: it is not said of a group, or of what stands before the command."""
+    """Return what argparse says of a wrong command line, in better words.
+
+    prog: the words so far, "python -m webhook_outbox endpoint add". of_command: these are a whole
+    command, not a group or nothing. The exits, in the order of the code: an unknown command; a
+    command or a verb is missing; an argument is missing, which raises _Missing; argparse's words.
+    """
     last = prog.rpartition(" ")[2]
     if wrong := re.match(r"argument (COMMAND|VERB): invalid choice: '(.*?)'", message):
         return _no_command(last if wrong[1] == "VERB" else "", wrong[2])
@@ -14312,8 +14514,15 @@ def _usage_text(prog: str, message: str, of_command: bool) -> str:
 
 
 def _untangled(argv: Sequence[str], verb: str, count: int) -> list[str]:
-    """Return a command line whose missing arguments stand first: `add --events 'order.*' URL` gave
-    the URL to --events, which takes as many values as there are."""
+    """Return a command line in which the missing arguments stand directly behind the verb.
+
+    `endpoint add --events 'order.*' URL`: an option with several values takes all that follow, so
+    argparse gave the URL to --events and misses it. People write that, so it is mended: the last
+    `count` words behind such an option are moved in front. Where several options could have taken
+    them, one whose last value looks like a URL goes first, then the last one of the line. Where no
+    option could have, the line comes back as it was, and argparse complains again.
+    """
+    # runs: where the values of such an option end, with more of them than are missing.
     lists = [name for name, how in _ARGUMENTS.items() if how.get("nargs") == "+"]
     words, runs, end = list(argv), list[int](), len(argv)
     for at in reversed(range(len(words))):
@@ -14331,19 +14540,26 @@ def _untangled(argv: Sequence[str], verb: str, count: int) -> list[str]:
 
 
 def _parser() -> Any:
-    """Return the parser. What stands before the command may stand behind it too, or within: there
-    it has a name of its own, because argparse would put the one in the place of the other."""
+    """Return the parser of all commands, made of _GLOBALS, _COMMANDS and _ARGUMENTS.
+
+    What stands before the command (--db) may stand behind it too, or between its words. There it
+    is stored under a name of its own, late_db or group_db: under one name a parser that did not
+    find it would put its default over what an outer one found. _command_line joins them.
+    """
     import argparse
 
     class Parser(argparse.ArgumentParser):
+        """argparse, with errors in one line and in our words, and an option with --name and
+        --no-name. Its subparsers are of this class as well."""
+
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
-            # --name and --no-name.
             self.register("action", "switch", argparse.BooleanOptionalAction)
 
         def error(self, message: str) -> NoReturn:
             message = _usage_text(self.prog, message, bool(self.get_default("run")))
-            message = re.sub(r"whsec_\S+", "whsec_...", message)  # a secret without its --secret
+            # A secret that stands where none is expected is quoted by argparse.
+            message = re.sub(r"whsec_\S+", "whsec_...", message)
             more = "" if message.endswith("?") else "; see --help"
             self.exit(2, f"webhook_outbox: {_cut(' '.join(message.split()), 240)}{more}\n")
 
@@ -14360,14 +14576,14 @@ def _parser() -> Any:
     parser.add_argument("--version", action="version", version=__version__)
     for name, how in _GLOBALS.items():
         parser.add_argument(name, **how)
-    places = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
+    groups = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
     for words, run, help, arguments in _COMMANDS:
         group, _, name = words.rpartition(" ")
-        if group not in places:
-            made = places[""].add_parser(group, help=_GROUPS[group], description=_GROUPS[group])
+        if group not in groups:
+            made = groups[""].add_parser(group, help=_GROUPS[group], description=_GROUPS[group])
             add_again(made, "group")
-            places[group] = made.add_subparsers(dest="verb", required=True, metavar="VERB")
-        made = places[group].add_parser(name, help=help, description=help)
+            groups[group] = made.add_subparsers(dest="verb", required=True, metavar="VERB")
+        made = groups[group].add_parser(name, help=help, description=help)
         made.set_defaults(run=run)
         for argument in arguments.split():
             made.add_argument(
@@ -14378,7 +14594,9 @@ def _parser() -> Any:
 
 
 def _check_first(argv: Sequence[str], refuse: Callable[[str], Any]) -> None:
-    """Refuse an unknown option before the command: its value would be taken for the command."""
+    """Refuse an unknown option before the command. argparse would take its value for the command,
+    and say that there is no command of that name. As argparse does, it takes the beginning of an
+    option's name for the option. refuse: ends the program."""
     at = 0
     while at < len(argv) and argv[at].startswith("-"):
         name, given, _ = argv[at].partition("=")
@@ -14389,7 +14607,9 @@ def _check_first(argv: Sequence[str], refuse: Callable[[str], Any]) -> None:
 
 
 def _command_line(argv: Sequence[str]) -> Any:
-    """Return the options of a command line; leave with usage where they are wrong."""
+    """Return the options of a command line; SystemExit with code 2 and one line where they are
+    wrong, with 0 after --help. Of --db and --app the one nearest to the end counts, networks of all
+    places are admitted."""
     parser = _parser()
     _check_first(argv, parser.error)
     try:
@@ -14410,8 +14630,12 @@ def _command_line(argv: Sequence[str]) -> Any:
 
 
 def _own_outbox(path: str, making: bool, networks: Sequence[str]) -> Outbox:
-    """Return an Outbox of the command line's own, by options and the environment. It does not know
-    what the app's own admits, so its guard is provisional."""
+    """Return an Outbox of the command line's own, by options and the environment.
+
+    The app's own may admit more networks than this command line was told. So its guard is
+    provisional: what it refuses is left waiting, while an app's guard would end the attempt as
+    `blocked`. making: for `init`; other commands refuse a file without our tables.
+    """
     key = "WEBHOOK_OUTBOX_MASTER_KEY"
     more = os.environ.get("WEBHOOK_OUTBOX_ALLOW_NETWORKS", "").replace(",", " ").split()
     outbox = Outbox(
@@ -14425,7 +14649,12 @@ def _own_outbox(path: str, making: bool, networks: Sequence[str]) -> Outbox:
 
 
 def _open_outbox(options: Any) -> Outbox:
-    """Return the app's own Outbox, or one of the file that is named."""
+    """Return the app's own Outbox (--app), or one of the file that is named.
+
+    --app goes with --db only where both mean one file, and never with --allow-network: the app has
+    its own, and an option that is silently ignored would mislead. Raises _Usage where that, or no
+    file, is said.
+    """
     making = options.run is _init
     if options.app:
         outbox = _load_app(options.app)
@@ -14445,7 +14674,15 @@ def _open_outbox(options: Any) -> Outbox:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line and return its exit code; argv: without the program's name, as sys.argv
+    has it where it is None.
+
+    What is raised becomes one line on standard error and an exit code, in the order of the code:
+    _Usage is 2; SystemExit is argparse's; Ctrl-C is 130 as in a shell (`drain` has handlers of its
+    own and ends with 0 or 1); a reader of our output that is gone (`... | head`) is 1 without a
+    word; the library's errors, SQLite's and the system's are 1. Anything else is a defect, and its
+    traceback is wanted. `doctor` gets a SchemaError as what it is to speak about.
+    """
     try:
         options = _command_line(sys.argv[1:] if argv is None else argv)
         alone = options.command in ("demo", "schema", "listen")  # needs no database
@@ -14463,7 +14700,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `... | head`
+    except BrokenPipeError:  # else the interpreter would try to write the rest at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OutboxError, _Unready, sqlite3.Error, OSError, OverflowError) as error:

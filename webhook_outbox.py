@@ -7894,9 +7894,7 @@ class _Places:
     ) -> bool:
         """Serve the round of a rank; lean: those that hold little first. False: stop altogether."""
         turns, round = schedule.turns, schedule.turns.rounds[rank]
-        quick = (
-            [attempt for attempt in carrier.attempts if attempt.lane.quick(mono)] if rank else ()
-        )
+        quick = [a for a in carrier.attempts if a.lane.quick(mono)] if rank else ()
         openings = sum(a.connection is None and a.step != "calling" for a in quick)
         passed, fat = 0, False  # lanes passed over in a row; one of them for what it holds
         while passed < min(len(round), self._TRIES):

@@ -958,7 +958,8 @@ def schema_sql() -> str:
 
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────────
-# Promises: one root; a message says what to do next and holds no secret.
+# Promises: one root; a message says what to do next and holds no secret. sqlite3's own errors
+# ("database is locked") pass through as they are: a host has its own way with those.
 
 
 class OutboxError(Exception):
@@ -1005,9 +1006,12 @@ class _SenderFailed(Exception):
     """A sender of the host's raised; the text says what."""
 
 
+# The following end an attempt, never a call of the host's: _explain makes a reason of each.
+
+
 class _Unready(Exception):
     """The attempt cannot be made: a secret is not where it should be, a transform misbehaved, a row
-    is damaged."""
+    is damaged. It counts as an attempt, with reason internal, and is tried again."""
 
 
 class _NoMasterKey(_Unready):
@@ -1020,11 +1024,16 @@ class _NoMasterKey(_Unready):
 
 
 def _one_line(text: str, most: int = 300) -> str:
-    """Return printable text on one line; what came from outside may hold anything."""
+    """Return text as one printable line of at most so many characters.
+
+    What came from outside may hold line breaks, which forge log records, and escape sequences,
+    which change what a terminal shows.
+    """
     return "".join(c if c.isprintable() else " " for c in text)[:most].strip()
 
 
 def _moment(value: float) -> str:
+    """Return UTC seconds as people read them, 2026-01-01 00:00:00Z."""
     try:
         return datetime.datetime.fromtimestamp(value, datetime.timezone.utc).strftime(
             "%Y-%m-%d %H:%M:%SZ"
@@ -1039,6 +1048,7 @@ def _seconds(moment: datetime.datetime) -> float:
 
 
 def _age(seconds: float | None) -> str:
+    """Return a duration as people read it, in the largest unit of which there are two: 90 m."""
     if seconds is None:
         return "-"
     for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
@@ -1048,12 +1058,15 @@ def _age(seconds: float | None) -> str:
 
 
 class _Keys:
-    """Makes keys for events: milliseconds, then chance, each higher than the one before. The file
-    refuses a key that is no higher than its newest one, which another process may have made.
-    Threads may make the same one: then the second to commit is refused.
+    """Makes keys for events: milliseconds, then 20 bits of chance, each higher than the one before.
+
+    It works without the write lock, so that an emit holds that as short as can be. Two threads may
+    therefore make the same key, and another process a higher one: the file refuses a key that is
+    not higher than its newest, and emit makes another one that follows it.
 
     The chance is a generator of our own: tests seed the global one, and a key that came again after
-    a restore would be another event's. It is no secret."""
+    a restore would be another event's. It is no secret.
+    """
 
     __slots__ = ("_chance", "_last")
 
@@ -1061,7 +1074,11 @@ class _Keys:
         self._chance, self._last = random.Random(), 0
 
     def new(self, now: float, newest: int = 0) -> int:
-        """Return a key for an event of `now`; newest: what the file has."""
+        """Return a key for an event of `now` (UTC seconds); newest: the highest that the file has.
+
+        Where the clock went back, or a second event falls into the same millisecond with a lower
+        chance, the key follows the last one instead of the time.
+        """
         key = int(
             min(max(now * 1000, 0), _LAST_MILLISECOND)
         ) << _CHANCE_BITS | self._chance.getrandbits(_CHANCE_BITS)
@@ -1085,6 +1102,10 @@ def _event_seq(id: object) -> int | None:
 
 
 def _masked_part(part: str) -> str:
+    """Return a part of a URL's path, or its first three characters where it may be a token.
+
+    A token mixes letters with digits in seven characters or more, or is longer than words are.
+    """
     words = re.fullmatch("[a-z]{1,20}([-_.][a-z]{1,20})*", part)
     mixed = re.search("[0-9]", part) and re.search("[A-Za-z]", part)
     least = 7 if mixed else 40 if words else 20
@@ -1103,36 +1124,43 @@ def _masked(url: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)
 class Endpoint:
-    """Where events go. `secret` is set only on what add_endpoint and rotate_secret return."""
+    """Where events go, its options, and how it has fared.
+
+    A value of the moment in which it was read: it does not follow the file. `secret` is set only on
+    what add_endpoint, rotate_secret, and ensure_endpoint for a new endpoint return; show it once.
+    """
 
     id: str
-    url: str
-    events: tuple[str, ...] = ("*",)
+    url: str  # https://..., or call:NAME for a sender
+    events: tuple[str, ...] = ("*",)  # patterns: order.created, order.*, *
     tenant: str | None = None  # None: the app's own; "*": sees the events of all
     filter: Mapping[str, Sequence[Any]] | None = None  # path in data -> values, one of which it has
     description: str = ""
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    body: str = "standard"
-    signing: str = "standard"
-    rate: float | None = None  # deliveries per second
-    max_in_flight: int = 16
-    ordered: bool = False
-    on_dead: str = "skip"  # skip or hold
-    timeout: float | None = None  # None: the outbox's
-    cert: str | tuple[str, str] | None = None
-    ca: str | None = None
-    enabled: bool = True
-    disabled_reason: str = ""
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)  # sent with each attempt
+    body: str = "standard"  # standard, data, cloudevents, or the name of a transform
+    signing: str = "standard"  # standard, stripe, github, or several joined by +
+    rate: float | None = None  # deliveries per second; None: no limit
+    max_in_flight: int = 16  # attempts under way at once, at the most
+    ordered: bool = False  # all its deliveries are one queue
+    on_dead: str = "skip"  # what a queue does when its head fails for good: go on, or "hold"
+    timeout: float | None = None  # seconds of an attempt; None: the outbox's
+    cert: str | tuple[str, str] | None = None  # paths: for mutual TLS, with the key or a pair
+    ca: str | None = None  # path: for a receiver whose authority is private
+    enabled: bool = True  # False: what waits is held, and new events make no delivery
+    disabled_reason: str = ""  # "" while enabled, or where nobody gave one
     failing_since: float | None = None  # None: the last attempt was a success, or there was none
     failures: int = 0  # in a row
     paused_until: float = 0.0  # on hold until then: a pause before the next probe, or Retry-After
     created_at: float = 0.0
-    secret: str | None = None
+    secret: str | None = None  # None: not shown here
 
     def __repr__(self) -> str:  # no secret, no header value, no query
         tenant = f", tenant={self.tenant!r}" if self.tenant else ""
         state = "" if self.enabled else f", disabled: {self.disabled_reason!r}"
-        return f"Endpoint(id={self.id!r}, url={_masked(self.url)!r}, events={list(self.events)!r}{tenant}{state})"
+        return (
+            f"Endpoint(id={self.id!r}, url={_masked(self.url)!r}, events={list(self.events)!r}"
+            f"{tenant}{state})"
+        )
 
 
 class TenantOptions(TypedDict, total=False):
@@ -1166,104 +1194,121 @@ class EndpointOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Delivery:
-    """One event to one endpoint."""
+    """One event to one endpoint, as people see it.
+
+    status is one of:
+        pending    it waits for its time, for its turn, or behind another one of its queue
+        held       it waits, and its endpoint is disabled
+        delivered  a 2xx came, or the sender returned
+        failed     it was given up; also once its failed row was discarded
+        cancelled  it was taken back while it waited
+    """
 
     event_id: str
     endpoint_id: str
-    # pending; held: its endpoint is disabled; delivered; failed, also once discarded; cancelled
     status: str
-    attempts: int  # since it was emitted or last replayed
-    due_at: float
-    delivered_at: float | None
+    attempts: int  # since it was emitted, or last replayed or resent
+    due_at: float  # pending: when the next attempt is due
+    delivered_at: float | None  # None: not delivered
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Event:
-    """What happened."""
+    """What happened. Transforms and senders get one; Outbox.event() and events() return it."""
 
     id: str
     type: str
-    data: Any
-    tenant: str | None
-    key: str | None
+    data: Any  # as json.loads gives it; text where Python cannot parse what plain SQL stored
+    tenant: str | None  # None: it concerns no customer
+    key: str | None  # events of one key reach an endpoint in order; None: no order
     created_at: float
-    deliveries: tuple[Delivery, ...] = ()
+    deliveries: tuple[Delivery, ...] = ()  # filled by Outbox.event() only
     erased_at: float | None = None  # then its data is None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EventType:
-    """A type in the host's catalogue. `example`: data that such an event may carry, sent by
-    ping(type=) and shown to customers. internal: never for customers. deprecated: on its way
-    out."""
+    """A type in the host's catalogue, Outbox(event_types=).
+
+    It describes and is no schema: data is never compared with it.
+    """
 
     description: str = ""
-    example: Any = dataclasses.field(default_factory=dict)
-    group: str = ""
-    internal: bool = False
-    deprecated: bool = False
+    example: Any = dataclasses.field(default_factory=dict)  # data; ping(type=) sends it
+    group: str = ""  # a heading under which the portal shows it
+    internal: bool = False  # never for customers; the portal does not show it
+    deprecated: bool = False  # on its way out; it works as before
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Attempt:
-    """One HTTP try, or one call of a sender. `reason` is None on success, else one of: dns blocked
-    connect tls timeout protocol status gone aborted expired sender internal. `response` is the
-    start of the answer's body, at most 4 KiB, undecoded but for UTF-8."""
+    """One HTTP try, or one call of a sender.
+
+    `reason` is None on success, else one of: dns blocked connect tls timeout protocol status gone
+    aborted expired sender internal. Secrets of the endpoint that a receiver sent back are masked in
+    `error` and `response`, as far as they are found.
+    """
 
     event_id: str
     endpoint_id: str
-    at: float
-    status_code: int | None
+    at: float  # when it began
+    status_code: int | None  # None: no answer came
     reason: str | None
-    error: str | None
-    duration: float
+    error: str | None  # one line about what went wrong; None on success, or once erased
+    duration: float  # seconds
+    # The start of the answer's body, at most 4 KiB, 512 bytes of a 2xx; not decoded but for UTF-8.
+    # None: there was none, or it is not kept: of a delivery the first and the last answer are.
     response: str | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FailedDelivery:
-    """A row of webhook_failed: a delivery that was given up."""
+    """A row of webhook_failed: a delivery that was given up, until it is replayed or discarded.
 
-    id: int
+    reason, status_code, error and response are those of its last attempt: see Attempt.
+    """
+
+    id: int  # grows with the time; failed() pages by it
     event_id: str
     endpoint_id: str
-    type: str
+    type: str  # of the event
     key: str | None
-    attempts: int
+    attempts: int  # 0: it expired before the first
     reason: str
     status_code: int | None
     error: str | None
     response: str | None
-    first_attempt_at: float | None
+    first_attempt_at: float | None  # None: there was no attempt
     failed_at: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DrainReport:
-    """What one drain did: outcomes by kind, and what is left."""
+    """What one drain did since it began: outcomes by kind, and what is left."""
 
     delivered: int
     retried: int  # failed attempts that will be tried again
-    failed: int
-    pending: int
+    failed: int  # deliveries that were given up
+    pending: int  # what still waits, for enabled endpoints
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EndpointStats:
-    """One endpoint's numbers; rates and latencies are of the last hour."""
+    """One endpoint's numbers, of the moment in which they were read."""
 
     id: str
     enabled: bool
-    pending: int
-    oldest_due_age: float | None  # seconds
-    failed: int
+    pending: int  # what waits for it, also while it is disabled
+    oldest_due_age: float | None  # seconds since the oldest became due; None: nothing is due
+    failed: int  # rows in webhook_failed
+    # The following six are of the last hour.
     delivered: int
     attempts: int
-    p50: float | None  # seconds
+    p50: float | None  # seconds that a success took, in the median; None: there was none
     p95: float | None
     last_error: str | None
     history: tuple[int, ...]  # deliveries in each twelfth of the last hour, oldest first
-    failing_since: float | None
+    failing_since: float | None  # None: the last attempt was a success, or there was none
     failures: int  # in a row
     failing: bool  # enabled, and three failures in a row or a minute of them
     paused_until: float | None  # None: not on hold
@@ -1277,16 +1322,25 @@ class Stats:
     pending: int  # waiting for enabled endpoints
     due: int  # of these: due now
     held: int  # waiting for disabled endpoints
-    failed: int
-    oldest_due_age: float | None  # seconds
+    failed: int  # rows in webhook_failed
+    oldest_due_age: float | None  # seconds since the oldest became due; None: nothing is due
     endpoints: tuple[EndpointStats, ...]
     refusal: str | None = None  # why nothing is sent from here, and what to do; None: it is
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Notice:
-    """What the observer gets. `kind`: delivered, attempt_failed, gave_up, failing, recovered,
-    disabled."""
+    """What the observer gets, after the outcome was recorded. kind is one of:
+
+        delivered       an attempt succeeded
+        attempt_failed  one failed, and there will be another one
+        gave_up         a delivery ended in webhook_failed
+        failing         its endpoint has failed three times in a row, or for a minute
+        recovered       a success after that; one such pair in ten minutes at the most
+        disabled        the drain disabled its endpoint
+
+    The other fields are those of the attempt that led to it.
+    """
 
     kind: str
     endpoint_id: str
@@ -1298,30 +1352,36 @@ class Notice:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReceivedEvent:
-    """What verify returns. `type` is empty and `data` the whole body where the body is no
-    envelope."""
+    """What verify returns: a request that is authentic, though perhaps a duplicate."""
 
-    id: str
-    timestamp: int | None  # None for scheme "github", which signs none
-    type: str
-    data: Any
-    body: bytes
+    id: str  # the same each time this event is sent: what Inbox.accept asks for
+    timestamp: int | None  # when it was signed; None for scheme "github", which signs none
+    type: str  # "" where the body is no envelope with type and data
+    data: Any  # the envelope's, else the whole body; None where that is no JSON
+    body: bytes  # as received
 
 
 # ── signing ───────────────────────────────────────────────────────────────────────────────────────
-# Promises: pure functions of secret, id, time and bytes. Standard Webhooks 1.0
-# (standardwebhooks.com), Stripe's scheme and GitHub's. verify raises SignatureError and nothing
-# else, whatever bytes arrive, and parses last.
+# Promises: pure functions of secret, id, time and bytes. verify raises SignatureError and nothing
+# else, whatever bytes arrive, and parses last. Three schemes, each HMAC-SHA256:
+#
+#   scheme    what is signed          header               what it looks like
+#   standard  id "." time "." body    webhook-signature    v1,BASE64 v1,BASE64
+#   stripe    time "." body           Stripe-Signature     t=TIME,v1=HEX,v1=HEX
+#   github    body                    X-Hub-Signature-256  sha256=HEX
+#
+# standard is Standard Webhooks 1.0 (standardwebhooks.com: Signature scheme, Webhook headers). While
+# a secret is rotated, the old one and the new one both sign, and the header holds both signatures.
 
-_MAX_SIGNATURES = 16  # that verify looks at
+_MAX_SIGNATURES = 16  # of a request that verify looks at; each costs it a hash
 _MAX_SECRETS = 10  # that sign one request: the newest ones
 
 
 def _key(secret: str | bytes, least: int = 16, most: int = 1 << 16) -> bytes:
     """Return the key bytes of a Standard Webhooks secret: `whsec_` and strict base64, or raw bytes.
 
-    Lenient decoders drop foreign characters, so a typo would sign with another key: refuse it
-    instead.
+    Lenient decoders drop foreign characters, so a typo would sign with another key: it is refused
+    instead. least, most: bytes of key. Raises PayloadError, which never quotes the secret.
     """
     if isinstance(secret, bytes):
         key = secret
@@ -1339,13 +1399,17 @@ def _key(secret: str | bytes, least: int = 16, most: int = 1 << 16) -> bytes:
     return key
 
 
+# Tables for bytes.translate: XOR of each byte with RFC 2104's ipad and opad.
 _INNER, _OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
 
 
 @functools.lru_cache(maxsize=1_024)
 def _halves(scheme: str, secret: str | bytes) -> tuple[Any, Any]:
-    """Return HMAC's inner and outer hash (RFC 2104), which have read a secret's key. To sign with
-    copies of them is half the cost of hmac.digest, which prepares the key each time."""
+    """Return HMAC's inner and outer hash (RFC 2104, 2), which have read a secret's key.
+
+    Both are remembered, so whoever signs updates copies of them. That is half the cost of
+    hmac.digest, which prepares the key each time. A test compares the two.
+    """
     key = (
         _key(secret)
         if scheme == "standard"
@@ -1358,7 +1422,7 @@ def _halves(scheme: str, secret: str | bytes) -> tuple[Any, Any]:
 
 
 def _signature(scheme: str, secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
-    """Return the signature of a body as the scheme's header carries it."""
+    """Return the signature of a body as the scheme's header carries it; see the table above."""
     inner, outer = [half.copy() for half in _halves(scheme, secret)]
     if scheme == "standard":
         inner.update(b"%b.%d." % (id.encode(), timestamp))
@@ -1375,7 +1439,8 @@ def sign(secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
     """Return the Standard Webhooks signature `v1,...` of a body.
 
     secret: `whsec_...`, bare base64, or raw key bytes, of 16 bytes or more; PayloadError (a
-    ValueError) otherwise.
+    ValueError) otherwise. id: goes into webhook-id; it must hold no dot. timestamp: UTC seconds of
+    this attempt. body: the exact bytes that are sent. Standard Webhooks, Signature scheme.
     """
     _key(secret)  # also refuses what _halves cannot remember
     return _signature("standard", secret, id, timestamp, body)
@@ -1384,7 +1449,10 @@ def sign(secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
 def _signature_headers(
     schemes: Sequence[str], signing_secrets: Sequence[str], id: str, timestamp: int, body: bytes
 ) -> list[tuple[str, str]]:
-    """Return the headers that sign a body with each secret, current first, for each scheme."""
+    """Return the headers that sign a body for each scheme; the secrets: current first.
+
+    A receiver that moves from one scheme to another gets the headers of both.
+    """
     headers = []
     for scheme in schemes:
         signatures = [_signature(scheme, secret, id, timestamp, body) for secret in signing_secrets]
@@ -1403,8 +1471,11 @@ _SIGNING_HEADER = re.compile(
 
 
 def _received_headers(headers: Any) -> dict[str, str]:
-    """Return the headers that sign, with lower-case names. One that comes twice with two values is
-    refused, since whoever stands between may have looked at the other."""
+    """Return those headers that carry a signature, with lower-case names.
+
+    headers: a mapping, or pairs, of text or bytes, as the frameworks give them. One that comes
+    twice with two values is refused: a proxy may have checked the one, and we would take the other.
+    """
     found: dict[str, str] = {}
     for name, value in headers.items() if hasattr(headers, "items") else headers:
         name, value = (x.decode("latin-1") if isinstance(x, bytes) else x for x in (name, value))
@@ -1421,7 +1492,11 @@ def _received_headers(headers: Any) -> dict[str, str]:
 
 def _signed_at(text: str, tolerance: float, now: float | None) -> int:
     """Return the timestamp if it is a canonical decimal within `tolerance` seconds of now, before
-    or after."""
+    or after; raise SignatureError or TimestampError (Standard Webhooks, Verifying signatures).
+
+    Canonical, because the signature is checked over the number as we write it; "07" is another
+    text.
+    """
     if not re.fullmatch(r"0|[1-9][0-9]{0,14}", text):
         raise SignatureError("the timestamp is not a decimal number of seconds")
     if not abs((time.time() if now is None else now) - int(text)) <= tolerance:
@@ -1432,7 +1507,11 @@ def _signed_at(text: str, tolerance: float, now: float | None) -> int:
 
 
 def _any_equal(expected: Iterable[str], received: Sequence[str]) -> bool:
-    """Compare each pair in constant time, without stopping at the first match."""
+    """Say whether one of the signatures is one of those expected.
+
+    Each pair is compared in constant time, and none is left out after a match, so that the time
+    tells nothing of how near a forged signature came.
+    """
     if len(received) > _MAX_SIGNATURES:
         raise SignatureError(f"more than {_MAX_SIGNATURES} signatures")
     found = False
@@ -1446,13 +1525,18 @@ _SCHEMES = ("standard", "stripe", "github")
 
 
 def _claims(scheme: str, headers: Mapping[str, str]) -> tuple[str, str | None, list[str]]:
-    """Return what a request says of itself, unproven: its id, its timestamp and its signatures."""
+    """Return what a request says of itself, unproven: its id, its timestamp and its signatures.
+
+    The timestamp is None for github, which signs none. Signatures of versions that are not known
+    stay in the list, and match nothing. Raises SignatureError where a header is missing.
+    """
     if scheme == "github":
         signature = headers.get("x-hub-signature-256")
         if not signature:
             raise SignatureError("X-Hub-Signature-256 is missing")
         return headers.get("webhook-id", ""), None, [signature]
     if scheme == "stripe":
+        # Beside signatures the header may hold others of older schemes (v0=), hence twice as many.
         parts = headers.get("stripe-signature", "").split(",", 2 * _MAX_SIGNATURES)
         times = [part[2:] for part in parts if part.startswith("t=")]
         if len(times) != 1:
@@ -1460,8 +1544,8 @@ def _claims(scheme: str, headers: Mapping[str, str]) -> tuple[str, str | None, l
         signatures = [part for part in parts if part.startswith("v1=")]
         return headers.get("webhook-id", ""), times[0], signatures
     names = ("id", "timestamp", "signature")
-    # Svix's older names of the same three: only where none of today's is there, else one of each
-    # could be signed for.
+    # Svix's older names of the same three count only where none of today's is there. Mixed, a
+    # forger could add a webhook-id of his own to a request that was signed under the older names.
     brand = "webhook" if any(f"webhook-{name}" in headers for name in names) else "svix"
     id, timestamp, signature = (headers.get(f"{brand}-{name}") for name in names)
     if not (id and timestamp and signature):
@@ -1472,15 +1556,17 @@ def _claims(scheme: str, headers: Mapping[str, str]) -> tuple[str, str | None, l
 
 
 def _is_stripe_event(data: Mapping[str, Any]) -> bool:
+    """Say whether a body is an event as Stripe sends it, with its id, in version 1 or 2."""
     return data.get("object") in ("event", "v2.core.event") and isinstance(data.get("id"), str)
 
 
 def _signed_id(data: Any, body: bytes) -> str:
-    """Return an event's id where the scheme signs the body alone: what a header says could be
-    changed in a request that was overheard, and the Inbox would let it in again each time.
+    """Return an event's id where the scheme does not sign the header webhook-id (stripe, github).
 
-    A Stripe event and a CloudEvent say their id in the body. Of other bodies it is their hash: a
-    retry has the same one, and so have two events whose bodies are equal to the byte.
+    Who overheard a request could change that header, send it again, and the Inbox would let it in
+    each time. So the id is taken from what is signed. A Stripe event and a CloudEvent say theirs in
+    the body. Of other bodies it is the hash: a retry has the same one, but so have two events whose
+    bodies are equal to the byte, and the second of them counts as a duplicate.
     """
     if isinstance(data, dict) and (_is_stripe_event(data) or "specversion" in data):
         id = data.get("id")
@@ -1490,8 +1576,11 @@ def _signed_id(data: Any, body: bytes) -> str:
 
 
 def _parsed(scheme: str, id: str, signed_at: int | None, body: bytes) -> ReceivedEvent:
-    """Return the event of a body that is genuine. It is an envelope only with both type and data:
-    what an app sends as the data alone may well have a field `type` of its own."""
+    """Return the event of a body that is genuine.
+
+    It is an envelope only with both type and data: what an app sends as the data alone may well
+    have a field `type` of its own. A Stripe event has a type, and is its data as a whole.
+    """
     try:
         whole = json.loads(body)
     except (ValueError, RecursionError):  # a transform may send something else than JSON
@@ -1506,8 +1595,11 @@ def _parsed(scheme: str, id: str, signed_at: int | None, body: bytes) -> Receive
 
 
 def _candidate_keys(scheme: str, secret: Any) -> list[str | bytes]:
-    """Return the keys that verify tries: each secret as it is, and as whoever copied it meant it,
-    without white space around it and with the padding of its base64."""
+    """Return the keys that verify tries: each secret as it is, and as whoever copied it meant it.
+
+    People copy secrets with a line break at the end, or without the = at the end of base64. For
+    stripe and github a secret is any text, white space too, so both are tried.
+    """
     given = [secret] if isinstance(secret, (str, bytes)) else list(secret)
     keys: list[str | bytes] = []
     for each in given:
@@ -1537,12 +1629,16 @@ def verify(
     nothing else.
 
     body: the raw bytes as received, before any JSON or text handling. headers: any mapping, names
-    in any case. secret: one or several, while you rotate. tolerance: seconds, before and after.
-    scheme: standard (Standard Webhooks 1.0, with Svix's names of the headers too), stripe, or
-    github. The latter two sign the body and not the header webhook-id, so the event's id is taken
-    from the body: what a Stripe event or a CloudEvent says there, or the hash of the body. github
-    signs no time either: a replay cannot be told from the original. Not a guarantee against
-    duplicates: pass the id to Inbox.accept.
+    in any case, or pairs. secret: one or several, while you rotate. tolerance: seconds, before and
+    after. now: UTC seconds, for tests. scheme: standard (Standard Webhooks 1.0, with Svix's names
+    of the headers too), stripe, or github.
+
+    The latter two do not sign the header webhook-id, so the event's id is taken from the body: what
+    a Stripe event or a CloudEvent says there, or the hash of the body. github signs no time either:
+    a replay cannot be told from the original.
+
+    Not a guarantee against duplicates: pass the id to Inbox.accept. TimestampError, a kind of
+    SignatureError, says that the signature's time is too far from now, or its clock.
     """
     try:
         if not isinstance(body, (bytes, bytearray, memoryview)):
@@ -1565,7 +1661,9 @@ def verify(
             )
     except SignatureError:
         raise
-    except Exception as error:  # hostile headers reach odd corners; answer 400, never 500
+    # Hostile headers, and headers of a framework that raise, reach odd corners. Whoever calls this
+    # answers 400 then, and never 500. Only our own errors say what they hold.
+    except Exception as error:
         why = str(error) if isinstance(error, OutboxError) else type(error).__name__
         raise SignatureError(f"the request cannot be verified: {why}") from None
     return _parsed(scheme, id, signed_at, body)
@@ -1573,11 +1671,15 @@ def verify(
 
 # ── retry policy ──────────────────────────────────────────────────────────────────────────────────
 # Promises: an immutable value; decisions are functions of values. Knows no clock and no database.
+# What these numbers mean for an endpoint is kept in _Health, by the drain.
 
+# Standard Webhooks, Deliverability and reliability: at once, 5 s, 5 min, 30 min, 2 h, ..., 24 h.
 _STANDARD_DELAYS = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)
 _LONGEST_HINT = 86_400.0  # seconds; a Retry-After beyond a day is cut
-_STRUGGLING = 10  # failures in a row
-_LONGEST_PROBE = 60.0  # seconds
+# An endpoint that failed so many times in a row gets one attempt at a time, a probe, with growing
+# pauses of at most so many seconds, until one succeeds.
+_STRUGGLING = 10
+_LONGEST_PROBE = 60.0
 # An endpoint is disabled after so many seconds without a success, or in which three of four
 # attempts failed, when so many deliveries were given up in that time.
 _HOPELESS = 5 * 86_400.0, 3
@@ -1595,10 +1697,12 @@ _DISABLED_BY_DRAIN = (_GONE, _ASKED, _NO_SUCCESS, _HARDLY_ANY)
 class RetryPolicy:
     """When to try again.
 
-    delays: seconds before each attempt, one attempt an entry; the standard ten take about 75 hours.
-    jitter: share of its delay that an attempt is moved back at random, 0.2 for up to 20 %.
-    overload_delay: least seconds to wait after 429, 502, 504 and timeouts; None means 60 with the
-    standard delays and 0 with your own.
+    delays: seconds before each attempt after the one before, one attempt an entry; after the last
+    one the delivery is given up. The standard ten take about 75 hours. jitter: share of its delay
+    that an attempt is moved back at random, 0.2 for up to 20 %, so that what failed together does
+    not come back together. overload_delay: least seconds to wait after 429, 502, 504 and timeouts,
+    which say that the receiver has too much to do; None means 60 with the standard delays and 0
+    with your own. Raises PayloadError.
     """
 
     delays: tuple[float, ...] = _STANDARD_DELAYS
@@ -1606,6 +1710,8 @@ class RetryPolicy:
     overload_delay: float | None = None
 
     def __post_init__(self) -> None:
+        """Check the fields, and put numbers in the place of None. A frozen dataclass is written by
+        object.__setattr__."""
         delays = tuple(self.delays) if isinstance(self.delays, (list, tuple)) else ()
         numbers = [
             *delays,
@@ -1615,7 +1721,8 @@ class RetryPolicy:
         sound = all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers)
         if not delays or not sound or self.jitter > 10:
             raise PayloadError(
-                "RetryPolicy: delays must be one or more numbers of seconds, jitter a share up to 10"
+                "RetryPolicy: delays must be one or more numbers of seconds,"
+                " jitter a share up to 10"
             )
         delays = tuple(map(float, delays))
         if self.overload_delay is None:
@@ -1627,7 +1734,7 @@ class RetryPolicy:
         cls, base: float, factor: float = 2.0, cap: float = 86_400.0, attempts: int = 10
     ) -> RetryPolicy:
         """Return a policy that tries at once, then after base, base * factor, ... seconds, none
-        over cap."""
+        over cap. attempts: how many in all, 1 to 1,000. Raises PayloadError."""
         if not (
             0 < base < math.inf
             and 1 <= factor < math.inf
@@ -1644,19 +1751,20 @@ class RetryPolicy:
 
     @property
     def longest(self) -> float:
-        """The most seconds that an attempt, or an endpoint that asks for it, can put the next one
-        off."""
+        """The most seconds that a failed attempt, or a Retry-After, can put the next one off. A
+        retry that is due later than that was put there by a clock that was wrong."""
         return max(max(self.delays) * (1 + self.jitter), self.overload_delay or 0.0, _LONGEST_HINT)
 
     @property
     def window(self) -> float:
         """The most seconds that the schedule lets pass between a delivery's first attempt and its
-        last."""
+        last. A delivery whose endpoint has failed for as long as that is given up, reason expired:
+        pauses between probes may have kept it from using up its attempts."""
         return sum(self.delays) * (1 + self.jitter)
 
     def wait(self, attempts: int, overloaded: bool, rng: Callable[[], float]) -> float | None:
         """Return the seconds until the next try after `attempts` failed ones, or None when there is
-        none left."""
+        none left. rng: returns 0 to 1."""
         if attempts >= len(self.delays):
             return None
         delay = self.delays[attempts]
@@ -1665,16 +1773,19 @@ class RetryPolicy:
         )
 
     def probe_pause(self, failures: int) -> float:
-        """Return the seconds that a struggling endpoint rests after `failures` in a row; 0 below
-        ten."""
+        """Return the seconds that a struggling endpoint rests after `failures` in a row: 0 below
+        ten, then 1, 2, 4, ..., at most a minute and never more than the longest delay."""
         if failures < _STRUGGLING:
             return 0.0
         return min(2.0 ** min(failures - _STRUGGLING, 30), _LONGEST_PROBE, max(self.delays))
 
 
 def _held(failures: int, paused_until: float, now: float) -> str:
-    """Say that an endpoint is on hold, why and for how long; '' where it is not. Ten failures in a
-    row make it wait for its next probe; before that only its own Retry-After does."""
+    """Say that an endpoint is on hold, why and for how long; '' where it is not.
+
+    paused_until, now: UTC seconds. Ten failures in a row make it wait for its next probe; before
+    that only its own Retry-After does.
+    """
     left = paused_until - now
     if left <= 0:
         return ""
@@ -1684,14 +1795,18 @@ def _held(failures: int, paused_until: float, now: float) -> str:
     return f"held by its Retry-After, next try in {rest}"
 
 
-_MOST_HINTS = 16
+_MOST_HINTS = 16  # of one answer that are looked at
 _DAY_AND_DATE = r"[A-Z][a-z]{2,8},? "  # each of the three date formats of RFC 9110 begins like this
 _HINT = re.compile(rf"\s*({_DAY_AND_DATE}[^,]*|[^,]+)")
 
 
 def _retry_after(values: Sequence[str], now: float) -> float | None:
     """Return the seconds of Retry-After (RFC 9110, 10.2.3), 0 to a day; None when absent or not
-    well-formed. A proxy on the way may have joined two of them with a comma; the latest holds."""
+    well-formed.
+
+    It is a number of seconds or a date, and a date holds a comma itself. A proxy on the way may
+    have joined two headers with another comma; the latest of them holds. now: UTC seconds.
+    """
     hints: list[float] = []
     for value in itertools.islice(_HINT.findall(",".join(values)), _MOST_HINTS):
         value = value.strip()

@@ -5801,6 +5801,7 @@ class _DrainFile:
     )
 
     def __init__(self, path: str, ring: Callable[[], None]) -> None:
+        """Note the path; open() opens it. ring: of the loop's bell, for a thread that forks."""
         self.path, self._ring, self._pid = path, ring, os.getpid()
         # Opened by run, in the loop's thread.
         self.db: sqlite3.Connection = None  # type: ignore[assignment]

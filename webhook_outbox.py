@@ -1628,17 +1628,26 @@ def verify(
     """Check a received request and return its event; raise SignatureError for every bad input, and
     nothing else.
 
-    body: the raw bytes as received, before any JSON or text handling. headers: any mapping, names
-    in any case, or pairs. secret: one or several, while you rotate. tolerance: seconds, before and
-    after. now: UTC seconds, for tests. scheme: standard (Standard Webhooks 1.0, with Svix's names
-    of the headers too), stripe, or github.
+    Answer 400 to what raises it, and do nothing else. Nothing of a body is parsed before a
+    signature matched. TimestampError, a kind of SignatureError, says that the time is too far from
+    now.
 
-    The latter two do not sign the header webhook-id, so the event's id is taken from the body: what
-    a Stripe event or a CloudEvent says there, or the hash of the body. github signs no time either:
-    a replay cannot be told from the original.
+    body       the raw bytes as received, before any JSON or text handling
+    headers    any mapping, names in any case, or pairs of name and value
+    secret     whsec_ and base64, bare base64, or raw key bytes, of 16 bytes or more; several while
+               you rotate, of which one has to match. Of stripe and github: the text that they gave
+               you
+    tolerance  seconds that the signed time may be before or after now
+    now        UTC seconds, for tests; None: the clock
+    scheme     standard (Standard Webhooks 1.0, with Svix's names of the headers too), stripe, or
+               github
 
-    Not a guarantee against duplicates: pass the id to Inbox.accept. TimestampError, a kind of
-    SignatureError, says that the signature's time is too far from now, or its clock.
+    Stripe and GitHub sign the body and not the header webhook-id, so the event's id is then taken
+    from the body: what a Stripe event or a CloudEvent says there, or the hash of the body. GitHub
+    signs no time either: a replay cannot be told from the original.
+
+    It is no guarantee against duplicates: a genuine event may come again, as a retry or sent by
+    whoever overheard it. Pass the id to Inbox.accept.
     """
     try:
         if not isinstance(body, (bytes, bytearray, memoryview)):
@@ -9045,16 +9054,23 @@ class _Drain:
 # transaction when `conn` is given, else in one of its own. Reads and writes tables; knows nothing
 # of sockets.
 
+# The INSERT of emit. The trigger of webhook_accept makes the event and its deliveries of it. Three
+# of its values are used by place: seq (the first), idempotency_key (the sixth), and at the end
+# `matched`, which _insert_event fills in, and `outbox`.
 _EMIT = """INSERT INTO main.webhook_accept
        (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, expires_at,
         internal, matched, outbox)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+# The endpoints with a filter whose patterns match; parameters :type and :tenant, of an event.
 _FILTERS_OF = _FILTERED.replace("webhook_p", "main.webhook_p").format(":")
+# Whether the filter of an endpoint p lets the data of an event e through: all of its paths are met.
+# Data that is no JSON gives NULL, which chooses nothing. For backfill, which decides in SQL.
 _MET = _met("p.filter", "e.data")
 _LETS_THROUGH = f"""CASE WHEN p.filter IS NULL THEN 1
                    WHEN json_valid(e.data) THEN (SELECT count(*) FROM json_each(p.filter)) = (
                      SELECT count(DISTINCT wanted.key) FROM {_MET[0]} WHERE {_MET[1]}) END"""
 _NEWEST = "SELECT max(seq) FROM main.webhook_events"
+# The event of an idempotency key and a tenant; there is at most one (index webhook_events_once).
 _EMITTED_ONCE = """SELECT +seq FROM main.webhook_events
  WHERE idempotency_key = ? AND coalesce(tenant, '') = coalesce(?, '')"""
 _UNDO = "DELETE FROM main.webhook_events WHERE seq = ?"
@@ -9062,16 +9078,27 @@ _UNDO = "DELETE FROM main.webhook_events WHERE seq = ?"
 # already: the drain looks for what is new behind the newest event, and elsewhere only when this
 # says so.
 _SAY_WORK = _WORK.replace("webhook_meta", "main.webhook_meta")
-# Who gets what, of an event e and an endpoint p: the rule of the trigger of webhook_accept.
+# The queue that a row of webhook_deliveries belongs in: '' on an ordered endpoint, else the event's
+# key, which is NULL where it has none: then it is in no queue. The trigger of webhook_accept says
+# the same.
 _QUEUE_OF = """(SELECT CASE WHEN p.ordered THEN '' ELSE e.key END
                   FROM main.webhook_events AS e, main.webhook_endpoints AS p
-                 WHERE e.seq = event AND p.id = endpoint_id)"""  # of a delivery
+                 WHERE e.seq = event AND p.id = endpoint_id)"""
+# Whether an endpoint p may have an event e at all, whatever its patterns: the table of tenants. The
+# trigger of webhook_accept says the same.
 _MAY_HAVE = "coalesce(p.tenant, '') IN (coalesce(e.tenant, ''), '*')"
+# The parts of JSON text that say how deep it is nested. Texts are among them so that the brackets
+# in them do not count.
 _NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
 
 
 def _matched(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> str:
-    """Return the endpoints with a filter that lets an event's row through, each between blanks."""
+    """Return the endpoints whose filter lets an event through, as the column `matched` wants them:
+    their ids with a blank before and after each.
+
+    row: the values of _EMIT. The trigger cannot decide it: it would need a JSON function, which
+    hosts with PRAGMA trusted_schema = OFF refuse in some versions of SQLite.
+    """
     _, type, tenant, data, *_ = row
     cursor.execute(_FILTERS_OF, {"type": type, "tenant": tenant})
     found = [endpoint for endpoint, filter in cursor.fetchall() if _lets_through(filter, data)]
@@ -9083,13 +9110,18 @@ def _insert_event(
 ) -> int:
     """Insert an event; return its key, or that of the event which had its idempotency_key before.
 
-    The key was made before we had the write lock, so another process may have made a higher one
-    since: then the file refuses it, and we make one that follows the newest. It also says when
-    endpoints with a filter are concerned; then we decide, and insert again. No event may stay
-    behind an emit that raised. Two ways lead there: the read of the first event is interrupted, or
-    the INSERT was when all of it was done: SQLite asks the progress handler once more when a
-    statement ends. An INSERT that fails for another reason is undone by SQLite. Where the undoing
-    is interrupted as well, SQLite rolls the host's transaction back.
+    The trigger may refuse the row with one of two texts that ask for a second try:
+
+        the key is not new   it was made before we had the write lock, and another process made a
+                             higher one since: make one that follows the newest
+        filters decide       endpoints with a filter are concerned: say which of them get it
+
+    No event may stay behind an emit that raised. SQLite undoes an INSERT that fails, but for two
+    cases, in which we delete the event ourselves. Both are interruptions (Connection.interrupt, or
+    a progress handler of the host's): of the read after the INSERT, and of the INSERT itself when
+    all of it was done, since SQLite asks the handler once more when a statement ends. Where the
+    deletion is interrupted as well, SQLite rolls the host's transaction back, and emit raises
+    TransactionLost.
     """
     written, inserted = getattr(db, "total_changes", None), False
     try:
@@ -9109,6 +9141,8 @@ def _insert_event(
             cursor.execute(_EMITTED_ONCE, (row[5], row[2]))
             return int(cursor.fetchone()[0])
     except Exception as error:
+        # Where the idempotency key was known, nothing was written though `inserted` is true, and
+        # our key was never compared: it may be another event's. The count of changes tells.
         done = inserted or "interrupted" in str(error)
         if done and db.in_transaction and getattr(db, "total_changes", None) != written:
             cursor.execute(_UNDO, row[:1])
@@ -9117,15 +9151,17 @@ def _insert_event(
 
 
 def _checked_type(type: Any) -> str:
+    """Return the type of an event to emit; PayloadError where it is none."""
     if not isinstance(type, str) or len(type) > 256 or not _TYPE.fullmatch(type):
         raise PayloadError(
-            "the type is not valid: letters, digits, _ and - in parts joined by dots (order.created)"
+            "the type is not valid: letters, digits, _ and - in parts joined by dots "
+            "(order.created)"
         )
     return type
 
 
 def _depth(text: str) -> int:
-    """Return how deep JSON text is nested."""
+    """Return how deep JSON text is nested: 0 for a number, 1 for a flat object."""
     deepest = depth = 0
     for match in _NESTING.finditer(text):
         if match[0] in "[{":
@@ -9137,7 +9173,11 @@ def _depth(text: str) -> int:
 
 
 def _path_of_fault(data: Any, default: Callable[[Any], Any] | None) -> str:
-    """Return where in data the part is that cannot be JSON: data.items[2].price."""
+    """Return where in data the part is that cannot be JSON: data.items[2].price.
+
+    For the text of an error, so it may take its time: each part is encoded by itself, and the
+    first that cannot be is looked into in turn, until it has no parts or all of them are good.
+    """
     path = "data"
     while len(path) < 200:  # a circle has no end
         steps: Iterable[tuple[str, Any]] = ()
@@ -9161,7 +9201,12 @@ def _path_of_fault(data: Any, default: Callable[[Any], Any] | None) -> str:
 
 def _checked_data(data: Any, default: Callable[[Any], Any] | None) -> tuple[str, int]:
     """Return data as JSON text that every receiver can parse and that will be sent as it is, and
-    its size in bytes."""
+    its size in bytes. PayloadError names the place of what cannot be JSON.
+
+    Refused beside what json.dumps refuses: NaN and Infinity, which are no JSON; half a surrogate
+    pair, which is no UTF-8; and nesting beyond 500 levels, since Python and SQLite give up at a
+    thousand.
+    """
     try:
         text = _dumps(data, default)
         size = len(text.encode())
@@ -9176,13 +9221,18 @@ def _checked_data(data: Any, default: Callable[[Any], Any] | None) -> tuple[str,
         where, why = _path_of_fault(data, default), _one_line(str(error), 120)
         cure = "convert it, or give the Outbox a json_default" if default is None else "convert it"
         raise PayloadError(f"{where} is not plain JSON: {why}; {cure}") from None
+    # First a cheap look: without that many brackets it cannot be so deep.
     if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
         raise PayloadError(f"data is nested too deeply, more than {_DEEPEST} levels")
     return text, size
 
 
 class _Unparsed(str):
-    """The text of data that Python cannot parse: an integer of 4,301 digits, a thousand levels."""
+    """The text of data that Python cannot parse: an integer of 4,301 digits, a thousand levels.
+
+    It stands where an event's parsed data would. A class of its own, so that the pages show it as
+    it is, and not as a JSON text in quotes.
+    """
 
     __slots__ = ()
 
@@ -9195,8 +9245,9 @@ def _finite(text: str) -> float:
 
 
 def _data_of(text: str) -> Any:
-    """Return the value of stored data. Plain SQL can write what SQLite takes for JSON and Python
-    does not; nobody who only looks at an event should fail over it."""
+    """Return the value of stored data; where Python cannot parse it, its text. Plain SQL can write
+    what SQLite takes for JSON and Python does not, and nobody who only looks at an event should
+    fail over it."""
     try:
         return json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -9214,7 +9265,8 @@ def _is_json_already(data: Any) -> bool:
 
 
 def _warn_of(type: str, data: Any, size: int) -> None:
-    """Log what receivers will not like about an event's data."""
+    """Log what receivers will not like about an event's data. size: bytes, as JSON. The event is
+    emitted all the same."""
     if size > _WARN_BODY:
         _log.warning(
             "%s carries %d bytes; receivers expect less than 20 KiB, consider sending a link",
@@ -9232,8 +9284,12 @@ def _warn_of(type: str, data: Any, size: int) -> None:
 def _emit_times(
     now: float, delay: float, expires: float | None, first: float
 ) -> tuple[float, float, float | None]:
-    """Return when an event is emitted, due and worth nothing any more. One that is worth nothing
-    before it is due ends then, and holds up nobody behind it."""
+    """Return when an event is emitted, due and worth nothing any more, all in UTC seconds; the last
+    is None where it does not expire. first: seconds, the first delay of the retry policy.
+
+    An event that is worth nothing before it is due becomes due when it expires: it ends then, and
+    does not hold up what is behind it in its queue until the end of its delay.
+    """
     due_at = now + _number("delay", delay, 0, 1e9) + first
     if expires is None:
         return now, due_at, None
@@ -9242,15 +9298,20 @@ def _emit_times(
 
 
 def _path(database: str | os.PathLike[str]) -> str:
+    """Return the one name by which we open a database, with symbolic links followed, as SQLite does
+    it: the lock of the drain stands beside the file of that name."""
     path = os.fsdecode(os.fspath(database))
     if path in ("", ":memory:") or path.startswith("file:"):
         raise SchemaError(
-            "this needs the path of a file: a database in memory is one connection's own, and forgets"
+            "this needs the path of a file: a database in memory is one connection's own, "
+            "and forgets"
         )
     return os.path.realpath(path)
 
 
 def _networks(networks: Iterable[str | _Network]) -> tuple[_Network, ...]:
+    """Return networks, parsed where they are text; PayloadError where one is none. A single text is
+    taken as one network, and not as a list of its characters."""
     if isinstance(networks, str):
         networks = [networks]
     try:
@@ -9262,7 +9323,7 @@ def _networks(networks: Iterable[str | _Network]) -> tuple[_Network, ...]:
 
 
 class EmitOptions(TypedDict, total=False):
-    """What aemit takes beside connection, type and data, as emit does."""
+    """What aemit takes beside connection, type and data; each means what it means in emit."""
 
     tenant: str | None
     key: str | None
@@ -9273,18 +9334,21 @@ class EmitOptions(TypedDict, total=False):
 
 
 class Filters(TypedDict, total=False):
-    """What failed, replay and discard take to choose failed rows."""
+    """What failed, replay and discard take to choose failed rows. A row must meet all that are
+    given; None is as good as left out."""
 
-    ids: Iterable[int] | None
+    ids: Iterable[int] | None  # FailedDelivery.id
     endpoint: str | None
     tenant: str | None  # of the event
     type: str | None  # a type, or a group: order.*
     reason: str | None
-    since: float | None  # of failed_at, UTC seconds
-    until: float | None
+    since: float | None  # of failed_at, UTC seconds, itself included
+    until: float | None  # the same, itself not included
 
 
 def _row_ids(ids: Any) -> str:
+    """Return the numbers of rows as a JSON list, for json_each. One number, or text, is a mistake
+    and not a list."""
     found = [ids] if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable) else list(ids)
     if not all(type(id) is int for id in found) or not isinstance(ids, Iterable):
         raise PayloadError("ids must be a list of row numbers")
@@ -9292,15 +9356,19 @@ def _row_ids(ids: Any) -> str:
 
 
 def _event_keys(ids: Iterable[str]) -> str:
+    """Return the keys of events as a JSON list; null, which finds nothing, for an id that is no
+    event's."""
     return _dumps([_event_seq(id) for id in ids])
 
 
 _STATUSES = ("pending", "held", "delivered", "failed", "cancelled")
-# What a filter asks of its column, and the check of its value. A time that is text would compare
-# greater than every number in SQLite, so `until` would mean everything.
+# Filters, as verbs take them by keyword: what each asks of its column ({}), and the check that
+# makes of the value given what SQL compares. The check matters: a time that is text would compare
+# greater than every number in SQLite, so that `until` meant everything.
 _FILTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "ids": ("{} IN (SELECT value FROM json_each(?))", _row_ids),
     "events": ("{} IN (SELECT value FROM json_each(?))", _event_keys),
+    # No event has the key -1.
     "event_id": ("{} = ?", lambda id: -1 if (seq := _event_seq(id)) is None else seq),
     "endpoint": ("{} = ?", str),
     "tenant": ("{} = ?", _checked_tenant),
@@ -9310,10 +9378,12 @@ _FILTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "key": ("{} = ?", lambda key: _line("key", key, 256, 1)),
     "since": ("{} >= ?", lambda since: _number("since", since, -1e12, 1e12)),
     "until": ("{} < ?", lambda until: _number("until", until, -1e12, 1e12)),
-    # What a customer's door adds: endpoints of this tenant, and not these types.
+    # No keywords of a verb. The door of a customer adds them: endpoints of this tenant only, and
+    # none of these types.
     "_of": ("{} IN (SELECT id FROM main.webhook_endpoints WHERE tenant = ?)", str),
     "_but": ("{} NOT IN (SELECT value FROM json_each(?))", _dumps),
 }
+# Which filters a verb takes, and the column, or SQL, that each looks at there. For failed rows:
 _OF_FAILED = {name: name for name in ("type", "reason")} | {
     "ids": "webhook_failed.id",
     "endpoint": "endpoint_id",
@@ -9323,9 +9393,12 @@ _OF_FAILED = {name: name for name in ("type", "reason")} | {
     "_of": "endpoint_id",
     "_but": "type",
 }
+# Whether an event was erased; {} is its key.
 _WAS_ERASED = "EXISTS (SELECT 1 FROM main.webhook_erased WHERE event = {})"
-# For batches by id: the index by endpoint would be read from its beginning for each of them.
+# The failed table for batches by id: without the hint SQLite may take the index by endpoint where
+# an endpoint is chosen, and read it from its beginning for each batch.
 _FAILED = "main.webhook_failed NOT INDEXED"
+# The filters of verbs about events, and what each looks at; e is the event:
 _OF_EVENT = {
     "events": "e.seq",
     "tenant": "e.tenant",
@@ -9334,15 +9407,25 @@ _OF_EVENT = {
     "until": "e.created_at",
     "_but": "e.type",
 }
+# What people are told of the status of a delivery d to an endpoint p:
+#
+#     in the file         told
+#     pending, queued     pending, or held while the endpoint is disabled
+#     delivered           delivered
+#     failed, discarded   failed; `discarded` is one whose failed row somebody deleted
+#     cancelled           cancelled
 _PUBLIC_STATUS = """CASE WHEN d.status IN ('pending', 'queued')
        THEN CASE WHEN p.enabled = 0 THEN 'held' ELSE 'pending' END
        WHEN d.status = 'discarded' THEN 'failed' ELSE d.status END"""
+# The same of verbs about deliveries; d is the delivery:
 _OF_DELIVERY = {
     **_OF_EVENT,
     "event_id": "d.event",
     "endpoint": "d.endpoint_id",
     "status": _PUBLIC_STATUS,
 }
+# What stats tells of each endpoint besides its last hour. Each number is read from one index: rows
+# that wait are counted, and what was delivered is not read.
 _NUMBERS = """SELECT p.id, (SELECT count(*) FROM webhook_failed WHERE endpoint_id = p.id),
        p.enabled, p.failing_since, p.failures, p.paused_until, p.disabled_reason,
        (SELECT count(*) FROM webhook_deliveries
@@ -9354,34 +9437,49 @@ _NUMBERS = """SELECT p.id, (SELECT count(*) FROM webhook_failed WHERE endpoint_i
        (SELECT due_at FROM webhook_deliveries
          WHERE endpoint_id = p.id AND status = 'pending' ORDER BY due_at LIMIT 1)
   FROM webhook_endpoints AS p"""
-# The last hour of each endpoint that was tried in it: attempts and failures of each twelfth, and the
-# seconds of its newest successes.
+# The last hour of each endpoint that was tried in it, from :since on: for each twelfth, 0 the
+# oldest, the attempts and the failures in it, as 'ATTEMPTS FAILURES'. The newest twelfth has no
+# end, so that what was tried since the clock was read counts too.
 _HOUR = """SELECT p.id, one.value,
        (SELECT count(*) || ' ' || count(reason) FROM webhook_attempts
          WHERE endpoint_id = p.id AND at >= :since + 300 * one.value
            AND at < CASE one.value WHEN 11 THEN 9e99 ELSE :since + 300 * (one.value + 1) END)
   FROM webhook_endpoints AS p CROSS JOIN json_each('[0,1,2,3,4,5,6,7,8,9,10,11]') AS one
  WHERE (SELECT max(at) FROM webhook_attempts WHERE endpoint_id = p.id) >= :since"""
+# The seconds that the newest successes of that hour took, :most of each endpoint.
 _TOOK = """SELECT p.id, a.duration FROM webhook_endpoints AS p CROSS JOIN webhook_attempts AS a
  WHERE a.id IN (SELECT id FROM webhook_attempts
                  WHERE endpoint_id = p.id AND at >= :since AND reason IS NULL
                  ORDER BY at DESC LIMIT :most)"""
+# The last failure of that hour, of the endpoints in the JSON list :failed.
 _LAST_ERRORS = """SELECT endpoint_id, reason, error FROM webhook_attempts
  WHERE id IN (SELECT (SELECT id FROM webhook_attempts
                        WHERE endpoint_id = found.value AND at >= :since AND reason IS NOT NULL
                        ORDER BY at DESC, id DESC LIMIT 1) FROM json_each(:failed) AS found)"""
+# What `deliveries` reads. An endpoint that was removed has no row; its deliveries are on record.
 _DELIVERIES = """webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event
                     LEFT JOIN webhook_endpoints AS p ON p.id = d.endpoint_id"""
 _OUR_SIDE = ("internal", "sender")  # reasons that are about our side, and not the receiver's
 _NOT_SENT = "it could not be sent"  # what a customer is told of these
-# A tenant's own: CROSS JOIN has SQLite begin with the tenant's events, whatever it counted of the
-# others'. What '*' endpoints got of them, and what removed endpoints had, is not among these.
+# What `deliveries` of a tenant's door reads: CROSS JOIN has SQLite begin with the tenant's events,
+# whatever it counted of the others'. What '*' endpoints got of them, and what removed endpoints
+# had, is not among these.
 _DELIVERIES_OF_TENANT = """webhook_events AS e CROSS JOIN webhook_deliveries AS d ON d.event = e.seq
-                    CROSS JOIN webhook_endpoints AS p ON p.id = d.endpoint_id AND p.tenant = e.tenant"""
+                    CROSS JOIN webhook_endpoints AS p
+                            ON p.id = d.endpoint_id AND p.tenant = e.tenant"""
+# The same of cancel and retry_now, about deliveries that wait:
 _OF_WAITING = {**_OF_EVENT, "event_id": "e.seq", "endpoint": "d.endpoint_id", "key": "e.key"}
 _OF_WAITING["_of"] = "d.endpoint_id"
-# What erase does to an event. A failed row that holds its queue lets it go on: it can never be
-# replayed. The key goes from the queue's name too.
+# What erase does to the event :seq, in this order:
+#
+#     1. what waits is cancelled
+#     2. a failed row that holds its queue lets it go on, since it can never be replayed:
+#        `discarded` holds nothing
+#     3. the event's key, which may say who it is about, leaves the names of queues; then what has a
+#        failed row is `failed` again, and in no queue
+#     4. answers and errors go, from attempts and failed rows; then what the app itself gave
+#     5. the event is entered as erased: from then on triggers keep no answer to it, and no verb
+#        delivers it
 _ERASE = (
     """UPDATE main.webhook_deliveries SET status = 'cancelled'
         WHERE event = :seq AND status IN ('pending', 'queued')""",
@@ -9390,7 +9488,8 @@ _ERASE = (
     """UPDATE main.webhook_deliveries
           SET queue = NULL,
               status = CASE WHEN EXISTS (SELECT 1 FROM main.webhook_failed AS f
-                                          WHERE f.event = :seq AND f.endpoint_id = webhook_deliveries.endpoint_id)
+                                          WHERE f.event = :seq
+                                            AND f.endpoint_id = webhook_deliveries.endpoint_id)
                             THEN 'failed' ELSE status END
         WHERE event = :seq AND queue IS NOT NULL""",
     """UPDATE main.webhook_attempts SET error = NULL, response = NULL WHERE event = :seq""",
@@ -9401,9 +9500,10 @@ _ERASE = (
         WHERE seq = :seq""",
     "INSERT OR IGNORE INTO main.webhook_erased VALUES (:seq, :now)",
 )
-# How what waits is found, some rows at a time: what the rows are, what orders them before the
-# event, and where that begins. Queued rows come first: one that the end of its head makes pending
-# meanwhile is met among those.
+# Deliveries that wait are read a thousand at a time, in two passes over two indexes. Of each pass:
+# which rows it reads, the column that orders them (before the event), and what is below all of its
+# values. Queued rows come first: one that becomes pending meanwhile, because the head of its queue
+# ended, is then met in the second pass. The other way round it would be missed.
 _WAITING_ROWS = (
     ("d.queue IS NOT NULL AND d.status = 'queued'", "d.queue", ""),
     ("d.status = 'pending'", "d.due_at", -math.inf),
@@ -9411,9 +9511,12 @@ _WAITING_ROWS = (
 
 
 def _chosen(columns: Mapping[str, str], filters: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    """Return the conditions of those filters that are not None, joined, and their values; '1' when
-    there is none. columns: filter -> SQL of what it looks at. A filter that is not among them is an
-    error, never ignored."""
+    """Return the SQL condition of some filters and the values of its parameters; '1', which is
+    always true, where all of them are None. columns: filter -> SQL of what it looks at.
+
+    A filter that is not among the columns is a TypeError, as for any keyword that there is not; to
+    ignore it would act on more rows than meant. PayloadError where a value cannot be one.
+    """
     terms, values = list[str](), list[Any]()
     for name, value in filters.items():
         if name not in columns:
@@ -9427,6 +9530,7 @@ def _chosen(columns: Mapping[str, str], filters: Mapping[str, Any]) -> tuple[str
 
 
 def _drain_mode(once: bool, until_empty: bool) -> str:
+    """Return the mode of a _Drain that two switches ask for."""
     if once and until_empty:
         raise PayloadError("say once (--once) or until_empty (--until-empty), not both")
     return "until_empty" if until_empty else "once" if once else "forever"
@@ -9435,14 +9539,16 @@ def _drain_mode(once: bool, until_empty: bool) -> str:
 class _Hour(NamedTuple):
     """What an endpoint's attempts of the last hour came to."""
 
-    tried: list[int]  # in each twelfth
-    failed: list[int]
-    took: list[float]  # seconds, of its newest successes
+    tried: list[int]  # attempts in each twelfth (five minutes), oldest first
+    failed: list[int]  # of these
+    took: list[float]  # seconds of its newest successes, in no order
 
 
 def _endpoint_stats(
     row: Sequence[Any], hour: _Hour, last_error: str | None, now: float
 ) -> EndpointStats:
+    """Return an endpoint's numbers. row: of _NUMBERS. What waits is what is due and what is due
+    later, queued rows among the latter. A pause that is over counts as none."""
     id, failed, enabled, failing_since, failures, paused_until, reason, later, due, oldest = row
     good = sorted(hour.took)
     p50, p95 = (good[len(good) * share // 100] if good else None for share in (50, 95))
@@ -9467,6 +9573,7 @@ def _endpoint_stats(
     )
 
 
+# The gauges of metrics(), one sample an endpoint: name, help, field of EndpointStats.
 _GAUGES = (
     ("pending", "Deliveries that wait, held ones too.", "pending"),
     ("failed", "Rows of webhook_failed.", "failed"),
@@ -9486,6 +9593,8 @@ def _family(
 
 
 def _histogram(labels: str, counts: Mapping[str, float]) -> Iterator[tuple[str, str, float]]:
+    """Yield the samples of an endpoint's seconds to delivery, for _family. The file counts each
+    bucket by itself; Prometheus wants each to hold the smaller ones too, and writes +Inf."""
     total = 0.0
     for name in _BUCKET_NAMES:
         total += counts.get(name, 0.0)
@@ -9495,7 +9604,8 @@ def _histogram(labels: str, counts: Mapping[str, float]) -> Iterator[tuple[str, 
     yield "_count", labels, total
 
 
-# What an endpoint's row holds when it is enabled by hand: its failures are forgotten.
+# What an endpoint's row holds when it is enabled by hand. Its failures are forgotten: else the next
+# failed row could disable it again at once, for what was before.
 _FRESH = {
     "disabled_reason": "",
     "failures": 0,
@@ -9508,28 +9618,61 @@ _FRESH = {
 
 
 class Outbox:
-    """The webhooks of one SQLite file.
+    """The webhooks of one SQLite file: its endpoints, its events, and what became of them.
 
-    database: the app's file; its tables are made or upgraded here (`create=False`: only checked).
-    retry: RetryPolicy. timeout, connect_timeout: seconds of wall clock an attempt, or its lookup
-    and connect, may last. workers: attempts under way at once, in all. allow_networks: CIDR texts
-    that may be reached although private, also over http. max_body: bytes. retention: seconds that
-    delivered events are kept. failed_retention: the same for failed rows; None: until somebody
-    acts. json_default: makes JSON of values that are none (Decimal, datetime), as json.dumps'
-    default. sqlite_only: nothing but the standard library's sqlite3 opens this file in this
-    process, although apsw or pysqlite3 is loaded. proxy: http://host:port; the network guard then
-    is the proxy's duty. app_name: put into User-Agent. transforms: name -> callable(Event) -> bytes
-    or (bytes, content type), a pure function, for endpoints whose `body` names it. senders: name ->
-    callable(Event), for endpoints whose url is call:NAME: to return is success, to raise a failed
-    attempt. event_types: the catalogue, names or name -> EventType: emit refuses others, an
-    endpoint's patterns must match one. home: the name of this place (production, say), else the
-    variable WEBHOOK_OUTBOX_HOME: the first drain writes it into the file, and no drain of another
-    place sends from a copy until `adopt`. master_key: env:NAME or file:PATH of a key (32 characters
-    at least) from which secrets are derived, so that the file holds none. observer: called with
-    each Notice, in order, after it was recorded, in a thread of its own; one that falls 1,000
-    notices behind misses some. clock, rng, resolver: seams for tests.
+    To make one makes or upgrades the tables; it starts nothing. It holds no connection, but for a
+    drain that runs. Threads may share it. After a fork the child may use it too: no drain runs
+    there until the child calls start() or drain().
 
-    Safe to share between threads. Holds no connection, but for a drain that runs.
+    database          path of the app's file; a database in memory is refused
+    create            False: only check that the tables are there
+    retry             a RetryPolicy; None: ten attempts in about 75 hours
+    timeout           seconds of wall clock that an attempt may last, from the lookup of the name to
+                      the end of the answer
+    connect_timeout   seconds of these that lookup and connect may take; not used with a proxy
+    workers           attempts under way at once, in all; at most as many idle connections are kept
+    allow_networks    CIDR texts (10.1.0.0/16) that may be reached although they are private, and
+                      over http
+    allow_http        True: public addresses may be reached over http too
+    max_body          bytes of an event's data as JSON; emit refuses more
+    retention         seconds that finished events are kept
+    failed_retention  seconds that failed rows are kept; None: until somebody acts
+    json_default      makes JSON of values that are none (Decimal, datetime), as json.dumps' default
+    sqlite_only       True: in this process nothing but the standard library's sqlite3 opens this
+                      file, although apsw, pysqlite3 or the like is loaded
+    proxy             http://host:port that connects for us; to refuse private addresses is its
+                      duty then, and not ours
+    app_name          ASCII text that is put into User-Agent
+    transforms        name -> callable(Event) that returns bytes, or (bytes, content type): a pure
+                      function, for endpoints whose `body` names it, called for each attempt
+    senders           name -> callable(Event), for endpoints whose url is call:NAME: to return is
+                      success, to raise is a failed attempt. An async function is refused
+    event_types       the catalogue, names or name -> EventType: emit refuses other types, and each
+                      pattern of an endpoint must match one; None: every type is good
+    home              the name of this place (production, say); None: the variable
+                      WEBHOOK_OUTBOX_HOME, if it is set. The first drain writes it into the file,
+                      and no drain of another place sends from a copy of it until `adopt`
+    master_key        env:NAME or file:PATH of a key of 32 characters at least. Secrets are derived
+                      from it, so that neither the file nor a copy of it holds one
+    observer          called with each Notice, in order, after it was recorded, in a thread of its
+                      own. What it raises is logged and ignored; one that falls 1,000 notices behind
+                      misses some
+    clock             for tests: a function that returns UTC seconds
+    rng               for tests: a function that returns a number from 0 to 1
+    resolver          for tests: (host, port) -> list of addresses; raises OSError where there is
+                      none
+
+    SchemaError: the file is not usable (no database, or tables of a newer version; with
+    create=False also none, or older ones), or SQLite is older than 3.34. PayloadError: an option
+    cannot be used as it is.
+
+    Verbs that take `conn` are part of the transaction that is open there when it is given, and take
+    effect when you commit. Those that write raise NotInTransaction where none is open and the
+    driver begins none; all raise SchemaError where conn is open on another file, and
+    TransactionLost where SQLite rolled your transaction back. Without conn a verb uses a connection
+    of its own, and waits for the write lock up to 5 seconds (sqlite3.OperationalError, "database is
+    locked"). So do not leave conn out between a write of yours and your commit: the verb would wait
+    for you.
     """
 
     def __init__(
@@ -9560,6 +9703,7 @@ class Outbox:
         rng: Callable[[], float] = random.random,
         resolver: _Resolver | None = None,
     ) -> None:
+        """Check the options, and make or check the tables. The class says what each option is."""
         self.path, self.retry = _path(database), retry or RetryPolicy()
         self.timeout = _number("timeout", timeout, 0.01, 3600)
         self.connect_timeout = _number("connect_timeout", connect_timeout, 0.01, 3600)
@@ -9579,7 +9723,7 @@ class Outbox:
         self._open(create, sqlite_only)
 
     def _open(self, create: bool, sqlite_only: bool) -> None:
-        """Make or check the tables; have the process know of this outbox."""
+        """Make or check the tables; have the process know of this outbox, for its forks."""
         if sqlite_only:
             _PROCESS.sqlite_only.add(self.path)
         self._identity = _prepare_file(self.path, create)
@@ -9587,17 +9731,23 @@ class Outbox:
         _PROCESS.outboxes.add(self)
 
     def _settings(self) -> _Settings:
-        """Return what those who send need, as it is now."""
+        """Return what those who send need, as it is now. A drain keeps what it was given: an
+        attribute that is changed later is for the next one."""
         names = (field.name for field in dataclasses.fields(_Settings) if field.name != "guard")
         return _Settings(guard=self._guard, **{name: getattr(self, name) for name in names})
 
     def _forget_drains(self) -> None:
+        """Begin with no drain; also called in a child after a fork, where none runs.
+
+        `_lock` guards the three below it. start(), stop() and each drain at its begin and end hold
+        it for a moment, and never while they wait for a thread. It can be taken twice by one thread
+        because a signal handler may call stop() while start() of the same thread has it.
+        """
         self._keys = _Keys()  # a child makes other ones than its parent
-        # Guards the three below; a signal handler may call stop while we hold it.
         self._lock = threading.RLock()
-        self._drains: set[_Drain] = set()  # running in this process
-        self._thread: threading.Thread | None = None
-        self._halt = threading.Event()
+        self._drains: set[_Drain] = set()  # running in this process, in whatever thread
+        self._thread: threading.Thread | None = None  # the background thread that start() made last
+        self._halt = threading.Event()  # that thread's: set by stop(), it begins no drain any more
 
     def __repr__(self) -> str:
         return f"Outbox({self.path!r})"
@@ -9614,7 +9764,12 @@ class Outbox:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Begin a transaction on a connection of its own; commit at the end, roll back when the
-        block raises."""
+        block raises.
+
+        For apps without connection code. Yields a sqlite3.Connection that is closed at the end. It
+        begins with BEGIN IMMEDIATE, so it has the write lock from the start, and waits up to 5
+        seconds for it (sqlite3.OperationalError).
+        """
         with _transaction(self.path) as db:
             yield db
         self._wake()
@@ -9632,23 +9787,39 @@ class Outbox:
         expires: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> str:
-        """Record an event for every enabled endpoint of its tenant whose patterns match, in conn's
-        open transaction.
+        """Record an event for every enabled endpoint of its tenant whose patterns and filter match,
+        in the transaction open on conn; return the event's id.
 
-        conn: a sqlite3 Connection or Cursor in any transaction mode, SQLAlchemy's Connection or
-        Session (also the synchronous side of the async ones), Django's connection or its alias,
-        peewee's Database, apsw's or pysqlite3's Connection. Returns the event's id. Nothing is sent before you
-        commit, nothing if you roll back. tenant: your customer whom it concerns; endpoints of that
-        tenant get it, and those of tenant '*'. key: events with the same key reach an endpoint in
-        this order. idempotency_key: a second emit with it for that tenant, and the same type and
-        data, returns the first id. delay: seconds until the first attempt. expires: seconds from
-        now after which it is worth nothing: what is not delivered by then ends in the failed table,
-        reason expired, without another attempt. headers: sent with the event (traceparent); not
-        for credentials, which belong to endpoints.
+        Nothing is sent before you commit, and nothing if you roll back; both are yours to do. Your
+        last_insert_rowid() stays as it was. The data is stored as JSON text, and this text is what
+        each attempt sends, byte for byte, in the form that the endpoint's `body` says. Where no
+        endpoint matches, the event is recorded all the same, and backfill can deliver it later.
 
-        Raises PayloadError before anything is written, NotInTransaction, SchemaError (another
-        file), TransactionLost when SQLite itself rolled your transaction back; sqlite3 errors such
-        as "database is locked" pass through.
+        conn             a sqlite3 Connection or Cursor in any transaction mode, SQLAlchemy's
+                         Connection or Session (also the synchronous side of the async ones),
+                         Django's connection or its alias, peewee's Database, apsw's or pysqlite3's
+                         Connection. Where the driver begins a transaction before an INSERT of
+                         yours, it does so before ours
+        type             parts of letters, digits, _ and -, joined by dots; at most 256 characters
+        tenant           your customer whom it concerns: endpoints of that tenant get it, and those
+                         of tenant '*'; None: those without a tenant, and those of '*'
+        key              1 to 256 characters; events with the same key reach an endpoint in the
+                         order of their emission, each after the one before has ended
+        idempotency_key  1 to 256 characters; as long as the event is on record, a second emit with
+                         it for that tenant, with the same type and data (as JSON text), returns
+                         the first id and does nothing else; with others it is a PayloadError
+        delay            seconds until the first attempt
+        expires          seconds from now after which it is worth nothing: a delivery whose turn
+                         comes later ends in the failed table, reason expired, without an attempt
+        headers          sent with the event (traceparent), 16,384 characters in all at the most;
+                         not for credentials, which belong to endpoints
+
+        PayloadError: something cannot be used as it is; nothing was written, and your transaction
+        is as it was. NotInTransaction: conn is in autocommit mode and no transaction is open.
+        SchemaError: conn is open on another file. TransactionLost: SQLite itself rolled your
+        transaction back (disk full, I/O error), so stop. Errors of sqlite3 such as "database is
+        locked" pass through. Data over 20 KiB, and text that is JSON already, are logged as a
+        warning.
         """
         self._catalogue.check(_checked_type(type))
         text, size = _checked_data(data, self.json_default)
@@ -9664,16 +9835,26 @@ class Outbox:
         if idempotency_key is not None:
             _line("idempotency_key", idempotency_key, 256, 1)
         header_text = _dumps(_checked_headers(headers)) if headers else None
-        now = min(max(self.clock(), 0.0), _LAST_SECOND)  # a clock may be wrong beyond all measure
+        # A clock may be wrong beyond all measure; the host's transaction is not to fail over it.
+        now = min(max(self.clock(), 0.0), _LAST_SECOND)
+        # Of an internal type a customer gets only what the operator subscribed to by name.
         internal = 1 if tenant is not None and type in self._catalogue.internal else None
         times = _emit_times(now, delay, expires, self.retry.delays[0])
         kept = (key, idempotency_key, header_text, *times, internal, None)
-        row = (self._keys.new(now), type, tenant, text, *kept)
+        row = (self._keys.new(now), type, tenant, text, *kept)  # _EMIT's, but for the identity
         if _is_sqlite3(conn):
             return self._insert(row, now, conn)
         return str(_in_its_thread(conn, functools.partial(self._insert, row, now)))
 
     def _insert(self, row: tuple[Any, ...], now: float, conn: Any) -> str:
+        """Write an event in the host's transaction, wake our drains, and return its id.
+
+        For speed it goes the short way, one INSERT, which checks the identity of the file too, and
+        sets nothing on the connection. What may stand in its way shows as an error of that INSERT
+        and is dealt with then: a file that got a new identity (`adopt`, a repair), and limits that
+        the host lowered on its connection. Any other error is raised, in words of ours where
+        _host_errors has some.
+        """
         db = _host(conn)
         cursor = _cursor(db)
         with _host_errors(db, self.path):
@@ -9682,7 +9863,7 @@ class Outbox:
             try:
                 seq = _insert_event(db, cursor, (*row, self._identity), self._keys, now)
             except Exception as error:
-                if "another outbox" in str(error):
+                if "another outbox" in str(error):  # raises where it is really another one
                     self._identity = _check_identity(db, cursor, self._identity, self.path)
                 elif not _BEYOND_LIMIT.search(str(error)):
                     raise
@@ -9692,18 +9873,20 @@ class Outbox:
         return _event_id(seq)
 
     async def aemit(self, conn: Any, type: str, data: Any, **options: Unpack[EmitOptions]) -> str:
-        """Emit on an aiosqlite Connection, or a SQLAlchemy AsyncSession or AsyncConnection on
-        aiosqlite; as emit."""
+        """Emit on an asynchronous connection, as emit does: an aiosqlite Connection, or
+        SQLAlchemy's AsyncSession or AsyncConnection on aiosqlite. Options and errors are those of
+        emit. On another object it is a PayloadError."""
         return str(await self.arun(conn, self.emit, type, data, **options))
 
     async def arun(self, conn: Any, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Call a method that takes a connection, this outbox's or a tenant's or an Inbox's, in the
-        transaction of an asynchronous connection (see aemit) and in its thread; return what it
-        returns.
+        """Call a verb that takes a connection in the transaction of an asynchronous one, and return
+        what it returns.
 
             await outbox.arun(session, outbox.cancel, key="order-17")
 
-        method: bound, without its conn.
+        conn: as aemit takes it. method: a bound method with a parameter `conn`, of this Outbox, of
+        a Tenant or of an Inbox; args and options are what it takes besides. It runs in the thread
+        that aiosqlite keeps for the connection, so the event loop is not held up.
         """
         do = _on_connection(method, args, options)
         if hasattr(conn, "run_sync"):
@@ -9719,7 +9902,9 @@ class Outbox:
 
     @contextlib.contextmanager
     def _on(self, db: Any) -> Iterator[sqlite3.Cursor]:
-        """Yield a cursor on a host's connection, once we know that it is to our file."""
+        """Yield a cursor on a host's connection, once we know that it is to our file. In the block
+        text is read as str, SQLite's limits are off, and its errors become ours; afterwards the
+        connection is as the host had it."""
         with _host_errors(db, self.path), _plain_text(db), _without_limits(db):
             cursor = _cursor(db)
             self._identity = _check_identity(db, cursor, self._identity, self.path)
@@ -9727,7 +9912,9 @@ class Outbox:
 
     @contextlib.contextmanager
     def _writing(self, conn: Any) -> Iterator[sqlite3.Cursor]:
-        """Yield a cursor in the caller's transaction, or in one of our own."""
+        """Yield a cursor in the caller's transaction, or in one of our own, which is committed at
+        the end of the block. Then wake the drains of this process: what they find they learn from
+        the file, so to wake them for nothing, or before the host commits, does no harm."""
         if conn is None:
             with _transaction(self.path) as db:
                 yield sqlite3.Cursor(db)
@@ -9738,6 +9925,9 @@ class Outbox:
 
     @contextlib.contextmanager
     def _reading(self, conn: Any = None) -> Iterator[sqlite3.Cursor]:
+        """Yield a cursor to read with, on the caller's connection, which need not have a
+        transaction open, or on one of our own. Each statement of the latter sees the newest state
+        by itself."""
         if conn is not None:
             with self._on(_driver(conn)) as cursor:
                 yield cursor
@@ -9746,11 +9936,13 @@ class Outbox:
                 yield sqlite3.Cursor(db)
 
     def _select(self, sql: str, *values: Any) -> list[Any]:
+        """Return the rows of a query, read on a connection of our own."""
         with self._reading() as cursor:
             return cursor.execute(sql, values).fetchall()
 
     def _columns(self, options: Mapping[str, Any], update: bool = False) -> dict[str, Any]:
-        """Return checked column values for endpoint options."""
+        """Return checked column values for endpoint options, the url among them. update: refuse
+        those that are fixed for life."""
         known = _Known(
             self._guard, (*_BODIES, *self.transforms), self._catalogue, tuple(self.senders)
         )
@@ -9765,27 +9957,49 @@ class Outbox:
         conn: Any = None,
         **options: Unpack[EndpointOptions],
     ) -> Endpoint:
-        """Register where events go; the returned Endpoint is one of two places that show the
-        secret. url: where they are sent, or call:NAME, a function of Outbox(senders=...) that is
-        called with each Event; what shapes a request (body, signing, headers, cert, ca) plays no
-        part then.
+        """Register where events go; return the Endpoint, with its secret.
 
-        events: types (order.created), groups (order.*) or *. tenant: your customer whose events it
-        gets, for life; None gets those without one, '*' all. filter: paths in the data and values,
-        {"status": ["paid"], "shop.region": ["eu"]}: it gets the events that have one of the values
-        at each of the paths, an array counting as its elements. enabled: False registers it without
-        sending. secret: whsec_ and base64 of 24 to 64 bytes, generated when None; env:NAME and
-        file:PATH are read at send time. headers: values may be env:NAME. body: standard, data,
-        cloudevents, slack, discord or the name of a transform. signing: standard, stripe, github,
-        joined by + to send several. rate: deliveries a second. on_dead: what a queue does when its
-        head fails for good, skip or hold. timeout: seconds. cert, ca: paths, for mutual TLS and a
-        private authority. Raises UnsafeURL, PayloadError.
+        The receiver needs the secret to verify, and only this, rotate_secret and the command
+        `endpoint secret` show it. Events that were emitted before are not delivered; backfill can
+        do that.
+
+        url            https://..., or call:NAME, a function of Outbox(senders=...) that is called
+                       with each Event; what shapes a request (body, signing, headers, cert, ca)
+                       plays no part for the latter
+        id             1 to 64 letters, digits, _ and -; None: one is made
+        secret         whsec_ and base64 of 24 to 64 bytes; of env:NAME and file:PATH the name is
+                       stored, and read at send time; None: one is made, or derived from the
+                       master key
+        events         types (order.created), groups (order.*) or *, at most 100; * does not match
+                       webhook.*, events about deliveries and endpoints
+        tenant         your customer whose events it gets, for life; None gets those without one,
+                       '*' all
+        filter         paths in the data and values, {"status": ["paid"], "shop.region": ["eu"]}: it
+                       gets the events that have one of the values at each of the paths, an array
+                       counting as its elements
+        enabled        False: register it without sending
+        description    one line for people
+        headers        sent with each request; a value may be env:NAME
+        body           standard (Standard Webhooks), data (the data alone), cloudevents, slack,
+                       discord or the name of a transform
+        signing        standard, stripe or github; joined by + to send several
+        rate           attempts per second at the most, retries among them; None: no limit
+        max_in_flight  attempts at once at the most (16); fewer while it is slow or fails
+        ordered        True: its deliveries go out strictly one after the other, as with one key
+        on_dead        what a queue does when its head ends in the failed table: skip (go on with
+                       the next) or hold (wait until somebody replays or discards it)
+        timeout        seconds that an attempt may last; None: the outbox's
+        cert, ca       paths, for mutual TLS (one, or certificate and key) and a private authority
+
+        UnsafeURL: the url is malformed, or points where webhooks must not go. Its name is not
+        looked up here; what counts is the address at each attempt. PayloadError: an option cannot
+        be used as it is, or the id is taken.
         """
         columns = self._columns({**options, "url": url})
         id = "ep_" + secrets.token_hex(8) if id is None else _checked_id(id)
         secret = self._given_secret(secret)
         columns |= {"id": id, "created_at": self.clock()}
-        if conn is None:
+        if conn is None:  # with conn a trigger does it, in the caller's transaction
             self._clear_removed(id)
         with self._writing(conn) as cursor:
             stored, secret = self._new_secret(cursor, id, secret)
@@ -9811,13 +10025,14 @@ class Outbox:
         conn: Any = None,
         **options: Unpack[EndpointOptions],
     ) -> Endpoint:
-        """Add an endpoint, or update what differs: for code that registers at every start, in
-        several processes. Where nothing differs nothing is written.
+        """Add an endpoint, or update what differs, and return it: for code that registers at every
+        start, in several processes.
 
-        Options are those of add_endpoint. One that is left out keeps its value, so an endpoint that
-        was disabled stays so unless enabled=True is said. The secret is set when it is added, and
-        stays: rotate_secret changes it; only then is it on the returned Endpoint. An id of another
-        tenant is a PayloadError.
+        Options are those of add_endpoint, and errors too. One that is left out keeps its value, so
+        an endpoint that was disabled stays so unless enabled=True is said. The secret is set when
+        the endpoint is added; only then is it on the returned Endpoint. Later it stays as it is,
+        whatever is given here: rotate_secret changes it. Where nothing differs nothing is written.
+        An id of another tenant is a PayloadError.
         """
         given: dict[str, Any] = dict(options)
         tenant = _checked_tenant(given.pop("tenant", None), or_all=True)
@@ -9825,7 +10040,9 @@ class Outbox:
         _checked_id(id)
         if secret is not None:
             _checked_secret(secret)
-        if conn is None:  # without the write lock, for which others may have to wait
+        # A first look without the write lock, for which others may have to wait. Another process
+        # may be as far as we are, so it is looked once more with the lock.
+        if conn is None:
             with self._reading() as cursor:
                 changes = self._differing(cursor, id, tenant, columns)
                 if changes == {}:
@@ -9841,8 +10058,8 @@ class Outbox:
     def _differing(
         self, cursor: sqlite3.Cursor, id: str, tenant: str | None, columns: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """Return those of some columns that an endpoint has otherwise; None: there is no such
-        endpoint."""
+        """Return those of some columns in which an endpoint differs; None where there is no such
+        endpoint, and PayloadError where it is another tenant's."""
         cursor.execute(
             f"SELECT +tenant, +{', +'.join(columns)} FROM main.webhook_endpoints WHERE id = ?",
             (id,),
@@ -9856,6 +10073,7 @@ class Outbox:
         return {name: value for name, value in columns.items() if stored[name] != value}
 
     def _endpoint_on(self, cursor: sqlite3.Cursor, id: str) -> Endpoint:
+        """Return an endpoint as the cursor's transaction sees it; raise NotFound."""
         cursor.execute(
             f"SELECT {_ENDPOINT_COLUMNS} FROM main.webhook_endpoints WHERE id = ?", (id,)
         )
@@ -9870,13 +10088,13 @@ class Outbox:
         )
 
     def endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
-        """Return an endpoint; raise NotFound."""
+        """Return an endpoint, without its secret; raise NotFound."""
         with self._reading(conn) as cursor:
             return self._endpoint_on(cursor, id)
 
     def endpoints(self, *, tenant: str | None = None, conn: Any = None) -> list[Endpoint]:
-        """Return all endpoints, or those of a tenant, oldest first. '*' is the tenant of those that
-        see all."""
+        """Return all endpoints, or those of a tenant, oldest first, without their secrets. tenant:
+        '*' for those that see all; None does not choose, so it gives those of all tenants."""
         of = _checked_tenant(tenant, or_all=True)
         where, values = ("1", ()) if of is None else ("tenant = ?", (of,))
         with self._reading(conn) as cursor:
@@ -9888,6 +10106,8 @@ class Outbox:
             return [_endpoint(row, lenient=True) for row in cursor.fetchall()]
 
     def _set(self, conn: Any, id: str, columns: Mapping[str, Any]) -> Endpoint:
+        """Change columns of an endpoint and return it; raise NotFound. To enable it forgets its
+        failures. Triggers have the drain read it again."""
         with self._writing(conn) as cursor:
             self._endpoint_on(cursor, id)
             columns = {**columns, **(_FRESH if columns.get("enabled") else {})}
@@ -9907,27 +10127,34 @@ class Outbox:
         conn: Any = None,
         **changes: Unpack[EndpointOptions],
     ) -> Endpoint:
-        """Change options of an endpoint, or its url, named as in add_endpoint; deliveries that wait
-        follow them. Its tenant stays: add another endpoint. enabled: as enable_endpoint and
-        disable_endpoint do."""
+        """Change options of an endpoint, or its url, named as in add_endpoint; return it.
+
+        What is left out stays; url=None leaves it too. Deliveries that wait go out under the new
+        options; which events are given to it changes for those emitted from now on. Its tenant is
+        for life: add another endpoint. The secret is rotate_secret's. enabled: as enable_endpoint
+        and disable_endpoint do. Raises NotFound, UnsafeURL, PayloadError.
+        """
         columns = self._columns(changes if url is None else {**changes, "url": url}, update=True)
         return self._set(conn, id, columns)
 
     def disable_endpoint(self, id: str, reason: str = "", *, conn: Any = None) -> Endpoint:
-        """Hold an endpoint's deliveries. Events emitted meanwhile are recorded, and backfill can
-        deliver them."""
+        """Hold an endpoint's deliveries; return it. What waits for it is kept, and goes out once it
+        is enabled. Events emitted meanwhile are recorded but not given to it: backfill does that
+        later. reason: one line, shown to people. Raises NotFound."""
         return self._set(conn, id, {"enabled": 0, "disabled_reason": _line("reason", reason, 1000)})
 
     def enable_endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
-        """Resume an endpoint's held deliveries, with its failures forgotten."""
+        """Resume an endpoint's held deliveries, with its failures forgotten; return it. Raises
+        NotFound."""
         return self.update_endpoint(id, enabled=True, conn=conn)
 
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
         """Delete an endpoint with its waiting and failed deliveries. What was delivered stays on
-        record, until another endpoint gets the id: that one starts empty."""
-        # What waits goes first, in batches, so that no commit of the host waits long.
+        record, until another endpoint gets the id: that one starts empty. Without conn it works in
+        batches, so that no commit of the host waits long; cut off between, it leaves the endpoint
+        disabled (reason "being removed"). Raises NotFound."""
         if conn is None:
-            self.disable_endpoint(id, "being removed")
+            self.disable_endpoint(id, "being removed")  # so that no new delivery comes meanwhile
             for waiting in ("queue IS NOT NULL AND status = 'queued'", "status = 'pending'"):
                 batch = f"""DELETE FROM main.webhook_deliveries WHERE (event, endpoint_id) IN (
                               SELECT event, endpoint_id FROM main.webhook_deliveries
@@ -9940,7 +10167,8 @@ class Outbox:
     def _clear_removed(self, id: str) -> None:
         """Delete what a removed endpoint left on record, before another one gets its id. A trigger
         does it too, in the transaction that adds it; here it goes in batches, so that no commit of
-        the host waits long."""
+        the host waits long. Each batch makes sure that nobody added the endpoint meanwhile: from
+        then on the rows are the new one's."""
         gone = "NOT EXISTS (SELECT 1 FROM main.webhook_endpoints WHERE id = ?)"
         with self._reading() as cursor:
             cursor.execute("SELECT 1 FROM main.webhook_removed WHERE id = ?", (id,))
@@ -9970,11 +10198,14 @@ class Outbox:
     ) -> int:
         """Run a statement for each of `ranges`, whose ends come first among its values, or, without
         ranges, until it changes nothing. Return how many rows it changed. also: statements for the
-        same transaction, with values that follow the ends of the range, or None for no values at
-        all.
+        same transaction, run where the first changed something, with values that follow the ends of
+        the range, or None for no values at all.
 
         Without conn each run is a transaction of its own, and then rests as long as it took: a host
-        that waits in SQLite's busy handler looks only now and then whether the file is free.
+        that waits in SQLite's busy handler looks only now and then whether the file is free, and
+        would often miss a shorter gap. Where it is cut off between, what was done stays done; each
+        caller says what that means. With conn all is one transaction, the host's, and there are no
+        rests.
         """
         done = 0
         for ends in itertools.repeat(()) if ranges is None else ranges:
@@ -9997,9 +10228,11 @@ class Outbox:
         """Yield the first and last key of ranges of a table that together hold every row there is
         now that `where` chooses. A range begins at such a row and holds at most `size` rows, chosen
         or not, so that a statement over it looks at no more. Rows that come later are not for this
-        call.
+        call: its end is fixed at the beginning, else a busy app would keep it going.
 
-        rows: the table, as FROM has it. key: its growing key, keys may be far apart.
+        rows: the table, as FROM has it. key: its growing key. Keys may be far apart, so a range is
+        found by counting rows and not by adding to a key. Without conn each range is read on a
+        connection of its own, which holds no lock while the caller works.
         """
         last = -1
         with self._reading(conn) as cursor:
@@ -10014,8 +10247,9 @@ class Outbox:
                 if found is None:
                     return
                 (last,) = cursor.execute(
-                    f"""SELECT max(k) FROM (SELECT {key} AS k FROM {rows}
-                                             WHERE {key} >= ? AND {key} <= ? ORDER BY {key} LIMIT ?)""",
+                    f"""SELECT max(k) FROM (
+                          SELECT {key} AS k FROM {rows}
+                           WHERE {key} >= ? AND {key} <= ? ORDER BY {key} LIMIT ?)""",
                     (found[0], end, size),
                 ).fetchone()
             yield found[0], last
@@ -10023,8 +10257,13 @@ class Outbox:
     def rotate_secret(
         self, id: str, *, secret: str | None = None, grace: float = 86_400.0, conn: Any = None
     ) -> Endpoint:
-        """Give an endpoint a new secret; for `grace` seconds requests carry signatures of the old
-        ones too, of the newest ten in all."""
+        """Give an endpoint a new secret; return the Endpoint, with it.
+
+        For `grace` seconds requests carry signatures of the old secrets too, of the newest ten in
+        all, so that the receiver can change over in that time; 0: the old ones end at once. An old
+        secret's own end is never put off. A GitHub signature is made with the new secret only: its
+        header holds one. secret: as add_endpoint takes it. Raises NotFound, PayloadError.
+        """
         secret = self._given_secret(secret)
         until = self.clock() + _number("grace", grace, 0, 1e9)
         with self._writing(conn) as cursor:
@@ -10043,8 +10282,8 @@ class Outbox:
             return dataclasses.replace(self._endpoint_on(cursor, id), secret=secret)
 
     def _given_secret(self, secret: str | None) -> str | None:
-        """Return a checked secret; a random one where none is given; None where it is to be
-        derived, once it is clear that the key is here."""
+        """Return a checked secret; a random one where none is given and there is no master key;
+        None where it is to be derived, once it is clear that the key is here."""
         if secret is not None or self.master.source is None:
             return _checked_secret(secret)
         try:
@@ -10054,8 +10293,8 @@ class Outbox:
         return None
 
     def _new_secret(self, cursor: sqlite3.Cursor, id: str, given: str | None) -> tuple[str, str]:
-        """Return a secret as it is stored, and as it is shown. Where a derived one is given back
-        (rotating back, say), its number is stored, and not its text."""
+        """Return a secret as it is stored, and as it is shown. given: None to derive one. Where a
+        derived one is given back (rotating back, say), its number is stored, and not its text."""
         if given is None:
             return self._derive(cursor, id)
         pairs = zip(self._stored_secrets(cursor, id), self._secrets_on(cursor, id), strict=True)
@@ -10066,8 +10305,10 @@ class Outbox:
         return given, given
 
     def _derive(self, cursor: sqlite3.Cursor, id: str) -> tuple[str, str]:
-        """Return a new derived secret. Its number is the next one of a counter that only grows, for
-        all endpoints: neither rotating nor an id that is added again brings an old secret back."""
+        """Return a new derived secret, as it is stored and as it is shown. Its number is the next
+        one of a counter that only grows, for all endpoints: neither rotating nor an id that is
+        added again brings an old secret back. The first one stores the check value of the key; with
+        another key than that it is a PayloadError."""
         cursor.execute(
             "INSERT OR IGNORE INTO main.webhook_meta VALUES ('master_check', ?)",
             (self.master.check(),),
@@ -10082,15 +10323,18 @@ class Outbox:
         return stored, self._shown(id, secret)
 
     def _stored_secrets(self, cursor: sqlite3.Cursor, id: str) -> _Secrets:
-        """Return the secrets of an endpoint as its row holds them; none where there is no row yet."""
+        """Return the secrets of an endpoint as its row holds them; none where there is no row
+        yet."""
         cursor.execute("SELECT +secrets FROM main.webhook_endpoints WHERE id = ?", (id,))
         return [(s, until) for (stored,) in cursor.fetchall() for s, until in json.loads(stored)]
 
     def _secrets_on(self, cursor: sqlite3.Cursor, id: str) -> _Secrets:
+        """Return the secrets of an endpoint as those who sign need them, current first."""
         return _read_secrets(cursor, _dumps(self._stored_secrets(cursor, id)))
 
     def _shown(self, id: str, secret: str) -> str:
-        """Return a secret of an endpoint in words that sign, if it is derived."""
+        """Return a secret of an endpoint as people are shown it: of a derived one its text, which
+        is made from the master key; of env:NAME and file:PATH just that."""
         try:
             return self.master.secret(secret, id) if secret.startswith(_DERIVED) else secret
         except _NoMasterKey as error:
@@ -10104,13 +10348,20 @@ class Outbox:
 
     @property
     def event_types(self) -> Mapping[str, EventType] | None:
-        """The catalogue; None: there is none, and every type is good."""
+        """The catalogue, name -> EventType; None: there is none, and every type is good."""
         return self._catalogue.types
 
     def ping(self, id: str, *, type: str | None = None) -> Attempt:
-        """Send a signed webhook.ping, or the catalogue's example of `type`, to an endpoint at
-        once, enabled or not, and return what happened. A 2xx ends the endpoint's hold. From a
-        file of another home it raises OutboxError and sends nothing."""
+        """Send a signed webhook.ping, or the catalogue's example of `type`, to an endpoint at once,
+        and return what happened.
+
+        This thread sends it, and waits for the answer as long as the endpoint's timeout allows. No
+        drain is needed; a disabled endpoint gets it too, and neither a queue nor a rate holds it
+        back. It is not recorded, and does not count as a failure; a 2xx ends the endpoint's hold. A
+        receiver's refusal is no error: look at the `reason` of the Attempt. Raises NotFound,
+        PayloadError where there is no such example, and OutboxError, with nothing sent, from a file
+        of another home.
+        """
         data = "{}" if type is None else _dumps(self._catalogue.example(type))
         if refusal := self._refusal():
             raise OutboxError(refusal)
@@ -10118,6 +10369,7 @@ class Outbox:
             endpoint, endpoint_secrets = self._endpoint_on(cursor, id), self._secrets_on(cursor, id)
         now, started = self.clock(), _monotonic()
         key = self._keys.new(now)
+        # A delivery that is in no table: due now, never tried, in no queue.
         picked = _Picked(
             key,
             now,
@@ -10142,26 +10394,36 @@ class Outbox:
 
     # Customers.
 
-    _door: ClassVar[type[Tenant]]  # set under Tenant, which stands below because it uses all verbs
+    # The class Tenant, which stands below because it uses all verbs, and is set under it.
+    _door: ClassVar[type[Tenant]]
 
     def tenant(self, id: str, *, max_endpoints: int = 20) -> Tenant:
-        """Return the door of a customer, whose verbs know only what is that customer's. id: yours,
-        1 to 64 letters, digits, _ and -. max_endpoints: how many it may add through the door."""
+        """Return the door of a customer, whose verbs know only what is that customer's.
+
+        id: the host's own id of the customer, 1 to 64 letters, digits, _ and -. max_endpoints: how
+        many endpoints the customer may have when one is added through the door; what is there
+        already stays. Nothing is written: a customer is known by what it has.
+        """
         return self._door(self, id, max_endpoints)
 
     # Draining.
 
     @property
     def running(self) -> bool:
-        """True while the background thread of this process drains or stands by."""
+        """True while the background thread of this process drains or stands by; a drain() in
+        another thread does not count."""
         thread = self._thread
         return thread is not None and thread.is_alive()
 
     def start(self) -> None:
         """Drain in a background thread, until stop(). Does nothing when it runs already.
 
-        Every process of an app may call it: one drains, the others stand by and take over when it
-        dies. Call it after forking (in a web server's worker), since threads do not survive a fork.
+        Every process of an app may call it: one drains, the others stand by, and one of them takes
+        over within half a second when it dies. Call it after forking (in a web server's worker),
+        since threads do not survive a fork. The thread is a daemon; at the interpreter's exit it
+        gets one second to end. What ends a drain (the file was replaced, the disk is full) is
+        logged, and it begins again after 1 to 30 seconds. OutboxError where another SQLite library
+        is loaded, or uWSGI has not forked its workers yet.
         """
         _check_alone(self.path)
         _check_uwsgi()
@@ -10179,8 +10441,13 @@ class Outbox:
 
     def stop(self, timeout: float = 10.0) -> None:
         """Stop draining in this process: take no new work, let attempts under way end within
-        `timeout` seconds, record what came back. What is not finished then is delivered again by
-        the next drain."""
+        `timeout` seconds, record what came back.
+
+        Waits for the background thread to end, 5 seconds longer at the most. A drain() in another
+        thread is told to end too, and is not waited for. What is not finished then is delivered
+        again by the next drain. It may be called from a signal handler, and more than once: a
+        shorter timeout cuts an earlier one short. start() begins anew.
+        """
         with self._lock:
             self._halt.set()
             thread, drains = self._thread, list(self._drains)
@@ -10194,6 +10461,9 @@ class Outbox:
             atexit.unregister(self._at_exit)
 
     def _background(self, halt: threading.Event) -> None:
+        """Drain in the background thread until `halt` is set; begin again, after longer and longer
+        pauses, where a drain fails. It gives up only where another SQLite library was loaded: then
+        nothing here may touch the file again."""
         pause = 0.5
         while not halt.is_set():
             try:
@@ -10208,6 +10478,9 @@ class Outbox:
             halt.wait(pause)
 
     def _run(self, drain: _Drain, halt: threading.Event | None = None) -> DrainReport:
+        """Run a drain in this thread, where stop() and _wake() find it. halt: that of the
+        background thread. stop() sets it, and then stops the drains that it finds; one that came
+        just after is stopped here."""
         with self._lock:
             self._drains.add(drain)
         try:
@@ -10225,38 +10498,50 @@ class Outbox:
         until_empty: bool = False,
         progress: Callable[[DrainReport], Any] | None = None,
     ) -> DrainReport:
-        """Drain in the calling thread: for ever; `once`: until nothing is due now; `until_empty`:
-        until nothing is pending for enabled endpoints, retries included; one or the other. stop()
-        from another thread or a signal handler ends it.
+        """Drain in the calling thread, and return what came of it.
 
-        Where another process drains this file, wait for it: to take over, or until it has done the
-        work. progress: called about four times a second with a DrainReport.
+        Without a switch it drains for ever; `once`: until nothing is due now; `until_empty`: until
+        nothing is pending for enabled endpoints, retries included, which may take days. stop() from
+        another thread or a signal handler ends each of them. Where another process drains this file
+        it waits: to take over, or, with a switch, until the work is done by whoever does it.
+
+        progress: called in this thread about four times a second with a DrainReport; what it raises
+        ends the drain. PayloadError: both switches. OutboxError: another SQLite library is loaded,
+        the file was replaced meanwhile or cannot be written, its lock file cannot be used; with a
+        switch also where the file is another home's (without one it waits for `adopt`).
         """
         return self._run(_Drain(self._settings(), _drain_mode(once, until_empty), progress))
 
     def _wake(self) -> None:
+        """Have the drains of this process look for what was written. Those of other processes see
+        it by themselves, a little later."""
         for drain in tuple(self._drains):
             drain.wake()
 
     # A copied file.
 
     def _home(self) -> str | None:
-        """Return whose file it is, by the file."""
+        """Return the home that the file names; None where it names none."""
         with _session(self.path) as db:
             return _meta(db, "home")  # type: ignore[no-any-return]
 
     def _refusal(self) -> str | None:
+        """Return why nothing may be sent from here, and what to do; None when it may."""
         with _session(self.path) as db:
             return _refusal(db, self.path, self.home)
 
     def adopt(self, *, keep: bool = False) -> int:
-        """Make a file that was copied here this home's own, so that it may send: cancel what waits,
-        which the original sends, disable all endpoints ("copied from production") and take a new
-        identity. Secrets derived from a master key change with it. Returns how many deliveries were
-        cancelled.
+        """Make a file that was copied here this home's own, so that it may send. Return how many
+        deliveries were cancelled.
 
-        keep: the file was moved, not copied. Everything stays, and drains that wait go on. A file
-        that is this home's already is left alone. Needs a `home`; `neutralize` does without.
+        What waits is cancelled, since the original sends it; all endpoints are disabled (reason
+        "copied from production"); the file takes a new identity, and with it secrets that are
+        derived from a master key change. Failed rows stay. It works in batches; cut off between,
+        nothing is sent, and it is to be run again.
+
+        keep: the file was moved, not copied. Everything stays as it is, and drains that wait go on.
+        A file that is this home's already is left alone. PayloadError where this Outbox has no
+        `home`; `neutralize` does without.
         """
         if self.home is None:
             raise PayloadError(
@@ -10272,9 +10557,9 @@ class Outbox:
         return 0
 
     def neutralize(self) -> int:
-        """Do what adopt does, without a name: for scripts that sanitise a copy. The file belongs to
-        no place afterwards; the first drain with a `home` writes its own into it. Returns how many
-        deliveries were cancelled."""
+        """Do what adopt does, without a name: for scripts that sanitise a copy. Return how many
+        deliveries were cancelled. The file belongs to no place afterwards, whatever it was before;
+        the first drain with a `home` writes its own into it."""
         return self._disarm(None)
 
     def _disarm(self, home: str | None) -> int:
@@ -10289,7 +10574,8 @@ class Outbox:
         count = self.cancel(all=True)
         with self._writing(None) as cursor:
             cursor.execute(
-                "UPDATE main.webhook_meta SET value = lower(hex(randomblob(8))) WHERE key = 'outbox'"
+                "UPDATE main.webhook_meta SET value = lower(hex(randomblob(8))) "
+                "WHERE key = 'outbox'"
             )
             self._move_in(cursor, home)
         self._identity = None  # the next connection that we are given shows the new one
@@ -10309,15 +10595,21 @@ class Outbox:
     def failed(
         self, *, limit: int = 100, after: int | None = None, **filters: Unpack[Filters]
     ) -> list[FailedDelivery]:
-        """Return failed rows, oldest first. after: the id of the last row of the page before.
-        Filters: ids, endpoint, tenant (of the event), type (or a group: order.*), reason, since and
-        until (of failed_at)."""
+        """Return failed rows, oldest first, at most `limit`.
+
+        after: the id of the last row of the page before. Filters, which a row must all meet: ids
+        (numbers of rows), endpoint, tenant (of the event), type (or a group: order.*), reason (a
+        word of those in Attempt), since and until (UTC seconds of failed_at, from since on and
+        before until). PayloadError where one cannot be read; TypeError where there is no such
+        filter.
+        """
         return self._failed("webhook_failed", filters, limit, after)
 
     def _failed(
         self, source: str, filters: Mapping[str, Any], limit: int, after: int | None
     ) -> list[FailedDelivery]:
-        """Read failed rows; source: what stands after FROM."""
+        """Read failed rows. source: what stands after FROM, webhook_failed among it; a tenant's
+        brings the scope in."""
         where, values = _chosen(_OF_FAILED, filters)
         names = ", webhook_failed.".join(f.name for f in dataclasses.fields(FailedDelivery))
         sql = f"""SELECT webhook_failed.{names} FROM {source}
@@ -10333,11 +10625,15 @@ class Outbox:
         conn: Any = None,
         **filters: Unpack[Filters],
     ) -> int:
-        """Make failed rows pending again, with a fresh retry budget: same id, same body, the
-        current secret.
+        """Make failed rows pending again, with a fresh retry budget; return how many.
 
-        Filters as in failed(); all=True says that you mean every row. dry_run only counts. Without
-        conn it works in batches, so that no commit of the host waits long. Returns how many.
+        They are due at once, as fast as the endpoint's rate allows: same id and same data, the
+        endpoint's current secret and options. `expires` holds no more: somebody wants it sent. For
+        a disabled endpoint they are held. Rows of events that were erased stay as they are.
+
+        Filters as in failed(); all=True says that you mean every row, and PayloadError comes where
+        neither is given. dry_run only counts. Without conn it works in batches, so that no commit
+        of the host waits long; cut off between, some are replayed, and it can be run again.
         """
         return self._replay(all, dry_run, conn, filters, {})
 
@@ -10349,14 +10645,17 @@ class Outbox:
         filters: Mapping[str, Any],
         scope: Mapping[str, Any],
     ) -> int:
-        """Replay of what filters choose in a scope, which is no filter: it chooses nothing."""
+        """Replay what filters choose in a scope. scope: filters that are no choice of the caller's,
+        such as a tenant's door adds: with these alone it is refused all the same."""
         now = float(self.clock())
         return self._act_on_failed(
             f"""UPDATE main.webhook_deliveries
                    SET status = 'pending', attempts = 0, first_attempt_at = NULL, due_at = {now!r},
                        expires_at = NULL
                  WHERE status = 'failed' AND (event, endpoint_id) IN (
-                   SELECT event, endpoint_id FROM {_FAILED} WHERE id BETWEEN ? AND ? AND {{where}})""",
+                   SELECT event, endpoint_id FROM {_FAILED}
+                    WHERE id BETWEEN ? AND ?
+                      AND {{where}})""",
             all, dry_run, conn, filters, scope, but=_WAS_ERASED.format("webhook_failed.event"),
         )  # fmt: skip
 
@@ -10368,8 +10667,9 @@ class Outbox:
         conn: Any = None,
         **filters: Unpack[Filters],
     ) -> int:
-        """Delete failed rows; their events are not delivered. Filters as in failed(). Returns how
-        many."""
+        """Delete failed rows: what they stand for is not delivered. Return how many. Filters, all,
+        dry_run and conn as in replay(). The event, and the delivery as `failed`, stay on record
+        until they are pruned; a queue that such a row held goes on."""
         statement = f"DELETE FROM {_FAILED} WHERE id BETWEEN ? AND ? AND {{where}}"
         return self._act_on_failed(statement, all, dry_run, conn, filters)
 
@@ -10383,11 +10683,13 @@ class Outbox:
         scope: Mapping[str, Any] | None = None,
         but: str = "0",
     ) -> int:
-        """Run a statement for the failed rows that filters choose. but: a condition of those that
-        are left as they are."""
+        """Run a statement for the failed rows that filters choose in a scope (see _replay); return
+        how many rows it changed. statement: with places for the first and last id of a range, and
+        for {where}. but: a condition of rows that are left as they are."""
         if _chosen(_OF_FAILED, filters)[0] == "1" and not all:
             raise PayloadError(
-                "say which failed rows: ids, endpoint, tenant, type, reason, since, until or --all (all=True)"
+                "say which failed rows: ids, endpoint, tenant, type, reason, since, until or --all "
+                "(all=True)"
             )
         where, values = _chosen(_OF_FAILED, {**filters, **(scope or {})})
         where = f"{where} AND NOT {but}"
@@ -10414,16 +10716,19 @@ class Outbox:
         dry_run: bool = False,
         conn: Any = None,
     ) -> int:
-        """Have deliveries that wait not be sent: they end as cancelled, and stay on record.
+        """Have deliveries that wait not be sent: they end as cancelled, and stay on record. Return
+        how many.
 
-        tenant, key, type (or a group: order.*), since and until (of emission): of the event.
-        all=True says that you mean everything that waits. dry_run only counts. With conn it is part
-        of your transaction: a reminder that was emitted with a delay is cancelled by its key when
-        the order is paid. Without, it works in batches, so that no commit of the host waits long.
+        They must meet all filters that are given. tenant, key, type (or a group: order.*), since
+        and until (UTC seconds of emission, from since on and before until): of the event. all=True
+        says that you mean everything that waits. dry_run only counts. With conn it is part of your
+        transaction: a reminder that was emitted with a delay is cancelled by its key when the order
+        is paid. Without, it works in batches, so that no commit of the host waits long; what is
+        emitted meanwhile may be left out.
 
         What is on the wire is not recalled, but not tried again; if a 2xx comes, it is delivered,
-        because that is what happened. resend() sends it after all. Returns how many. Raises
-        NotFound where there is no such event or endpoint.
+        because that is what happened. resend() sends it after all. NotFound: there is no such event
+        or endpoint. PayloadError: neither a filter nor all is given.
         """
         filters = {
             "event_id": event_id,
@@ -10450,8 +10755,10 @@ class Outbox:
         conn: Any,
         also: Mapping[str, Sequence[Any] | None] | None = None,
     ) -> int:
-        """Change those deliveries that wait which filters, and a condition, choose; return how
-        many."""
+        """Change those deliveries that wait which filters, and the condition `which`, choose;
+        return how many. change: what the UPDATE sets. Whether they still wait is looked at once
+        more when they are changed: they were read before. NotFound where a filter names what there
+        is not."""
         with self._reading(conn) as cursor:
             if filters.get("event_id") is not None:
                 self._seq_on(cursor, filters["event_id"])
@@ -10474,7 +10781,8 @@ class Outbox:
 
         By the event or its key they are found from the event, else from each endpoint in question,
         through the indexes of what waits: however much was delivered, it is not read. Rows are read
-        outside any write lock, so who changes them looks at their status once more.
+        outside any write lock, so who changes them looks at their status once more. Of events that
+        are emitted while it runs none is found: else a busy app would keep it going.
         """
         where, values = _chosen(_OF_WAITING, filters)
         tables = (
@@ -10513,11 +10821,13 @@ class Outbox:
             return [filters["endpoint"]]
         cursor.execute(
             f"""{_endpoints_with(kind)}
-                SELECT +waiting.id FROM waiting LEFT JOIN main.webhook_endpoints AS p ON p.id = waiting.id
+                SELECT +waiting.id FROM waiting
+                  LEFT JOIN main.webhook_endpoints AS p ON p.id = waiting.id
                  WHERE waiting.id IS NOT NULL AND (? IS NULL OR p.tenant IN (?, '*'))""",
             (filters.get("tenant"),) * 2,
         )
-        # Else written in SQL, no UTF-8.
+        # An id that is not printable was written in plain SQL, and may hold bytes that are no
+        # UTF-8: as a parameter it could not be given back to SQLite.
         return [id for (id,) in cursor.fetchall() if id.isprintable()]
 
     def retry_now(
@@ -10531,11 +10841,12 @@ class Outbox:
         conn: Any = None,
     ) -> int:
         """Make deliveries that wait for their next try due now, and end the hold of their
-        endpoints: for a receiver that was mended.
+        endpoints: for a receiver that was mended. Return how many become due.
 
-        tenant, type (or a group: order.*): of the event. What was emitted with a delay and was
-        never tried becomes due only where its event is named. Attempts that were made still count.
-        dry_run only counts. Returns how many become due. Raises NotFound.
+        They must meet all filters that are given. tenant, type (or a group: order.*): of the event.
+        What was emitted with a delay and was never tried becomes due only where its event is named.
+        Attempts that were made still count, and rates still hold. dry_run only counts. NotFound:
+        there is no such event or endpoint. PayloadError: no filter is given.
         """
         filters = {"endpoint": endpoint, "tenant": tenant, "event_id": event_id, "type": type}
         if set(filters.values()) == {None}:
@@ -10550,8 +10861,10 @@ class Outbox:
         return count
 
     def _end_hold(self, filters: Mapping[str, Any], conn: Any = None) -> None:
-        """Forget the failures of endpoints: of a named one, or of those for which something waits
-        that filters choose. `enabled` is among the columns so that a drain reads the row again."""
+        """Forget the failures of endpoints, so that they are not on hold any more: of a named one,
+        or of those for which something waits that filters choose. `enabled`, set to what it is, is
+        among the columns because a trigger on it has a drain read the row again; the state itself
+        is the drain's own writing, which it does not read back."""
         where, values = _chosen(_OF_WAITING, filters)
         waits = f"""EXISTS (SELECT 1 FROM main.webhook_deliveries AS d
                               JOIN main.webhook_events AS e ON e.seq = d.event
@@ -10577,9 +10890,14 @@ class Outbox:
 
     def erase(self, event_id: str, *, conn: Any = None) -> int:
         """Empty an event, for privacy law: its data, headers and keys, and what receivers answered
-        to it. What waits is cancelled. An attempt under way is not recalled, but its answer is not
-        kept. The event stays on record, empty, and is never delivered again. Returns 1. Raises
-        NotFound."""
+        to it. Return 1.
+
+        What waits is cancelled. An attempt under way is not recalled, but its answer is not kept.
+        The event stays on record, empty (its data is None), and is never delivered again: resend is
+        NotFound. Its idempotency_key is free again. Not reached: what receivers have, backups, and
+        the free pages of the file, which SQLite clears only under PRAGMA secure_delete. Raises
+        NotFound.
+        """
         with self._writing(conn) as cursor:
             seq = self._seq_on(cursor, event_id)
             for statement in _ERASE:
@@ -10587,17 +10905,22 @@ class Outbox:
         return 1
 
     def resend(self, event_id: str, *, endpoint: str | None = None, conn: Any = None) -> int:
-        """Deliver a recorded event again, delivered or not: to each endpoint that had it, or to
-        `endpoint`, which need not have had it but must be of its tenant. Returns to how many.
-        Raises NotFound."""
+        """Deliver a recorded event again, delivered or not; return to how many endpoints.
+
+        It goes to each endpoint that had it and is still there, or to `endpoint`, which need not
+        have had it but must be of the event's tenant, or of '*'. It has the same id and data and a
+        fresh retry budget, and goes out although `expires` has passed; for a disabled endpoint it
+        is held. Its failed row is deleted. NotFound: there is no such event or endpoint, the two
+        are of different tenants, or the event was erased.
+        """
         with self._writing(conn) as cursor:
             return self._resend_on(cursor, event_id, endpoint)
 
     def _resend_on(
         self, cursor: sqlite3.Cursor, event_id: str, endpoint: str | None, of: str | None = None
     ) -> int:
-        """Resend in a transaction; of: only to endpoints of this tenant, and not to those of
-        '*'."""
+        """Resend in a transaction. of: only to endpoints of this tenant, and not to those of '*'.
+        One that waits behind others in its queue stays there."""
         now, seq = self.clock(), self._seq_on(cursor, event_id, whole=True)
         if endpoint is not None:
             self._give(cursor, seq, endpoint, now)
@@ -10609,7 +10932,8 @@ class Outbox:
                        queue = {_QUEUE_OF}
                  WHERE event = ? AND ? IN ('', endpoint_id) AND EXISTS (
                    SELECT 1 FROM main.webhook_events AS e, main.webhook_endpoints AS p
-                    WHERE e.seq = event AND p.id = endpoint_id AND ? IN ('', p.tenant) AND {_MAY_HAVE})""",
+                    WHERE e.seq = event AND p.id = endpoint_id
+                      AND ? IN ('', p.tenant) AND {_MAY_HAVE})""",
             (now, seq, endpoint or "", of or ""),
         )
         count = _changes(cursor)
@@ -10617,17 +10941,18 @@ class Outbox:
         return count
 
     def _give(self, cursor: sqlite3.Cursor, seq: int, endpoint: str, now: float) -> None:
-        """Have a delivery of an event to an endpoint, in no queue yet; raise NotFound where there
-        is no such endpoint for its tenant."""
+        """Add a delivery of an event to an endpoint, in no queue yet, unless there is one; raise
+        NotFound where there is no such endpoint for its tenant."""
         tenant = self._endpoint_on(cursor, endpoint).tenant
         cursor.execute("SELECT +tenant FROM main.webhook_events WHERE seq = ?", (seq,))
         if tenant not in (cursor.fetchone()[0], "*"):
             raise NotFound(
-                f"the endpoint {endpoint} is not of the tenant of event {_event_id(seq)}, and events never go from one "
-                "tenant to another; emit it again for the other tenant"
+                f"the endpoint {endpoint} is not of the tenant of event {_event_id(seq)}, and "
+                "events never go from one tenant to another; emit it again for the other tenant"
             )
         cursor.execute(
-            "INSERT OR IGNORE INTO main.webhook_deliveries (event, endpoint_id, due_at) VALUES (?, ?, ?)",
+            "INSERT OR IGNORE INTO main.webhook_deliveries (event, endpoint_id, due_at) "
+            "VALUES (?, ?, ?)",
             (seq, endpoint, now),
         )
 
@@ -10642,8 +10967,14 @@ class Outbox:
         conn: Any = None,
     ) -> int:
         """Give an endpoint the recorded events of a time that match it and that it has no delivery
-        for: a new endpoint, or one that was disabled. Events of other tenants are not for it.
-        since, until: UTC seconds of emission. Returns how many."""
+        for: a new endpoint, or one that was disabled. Return how many.
+
+        since, until: UTC seconds of emission, from since on and before until. type: or a group
+        (order.*). They are due at once, in the order of their emission. Not among them: events of
+        other tenants, events that were erased or have expired, and those that retention has
+        deleted. dry_run only counts. Without conn it works in batches; cut off between, run it
+        again. Raises NotFound, PayloadError.
+        """
         since, now = _number("since", since, -1e12, 1e12), float(self.clock())
         where, chosen = _chosen(_OF_EVENT, {"since": since, "until": until, "type": type})
         values = list(chosen)
@@ -10654,9 +10985,11 @@ class Outbox:
             missed = f"""p.id = ? AND {where} AND NOT {_WAS_ERASED.format("e.seq")} AND {_MAY_HAVE}
               AND {_LETS_THROUGH} AND coalesce(e.expires_at > {now!r}, 1)
               AND EXISTS (SELECT 1 FROM json_each(p.events) AS one
-                           WHERE e.type GLOB one.value AND (one.value <> '*' OR e.type NOT GLOB 'webhook.*'))
-              AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries WHERE event = e.seq AND endpoint_id = p.id)"""
-            # Only what the operator named.
+                           WHERE e.type GLOB one.value
+                             AND (one.value <> '*' OR e.type NOT GLOB 'webhook.*'))
+              AND NOT EXISTS (SELECT 1 FROM main.webhook_deliveries
+                               WHERE event = e.seq AND endpoint_id = p.id)"""
+            # Of internal types a customer's endpoint gets those that the operator named in it.
             if self._catalogue.internal and tenant not in (None, "*"):
                 missed += (
                     " AND (e.type NOT IN (SELECT value FROM json_each(?))"
@@ -10669,6 +11002,7 @@ class Outbox:
         statement = f"""INSERT INTO main.webhook_deliveries (event, endpoint_id, due_at, expires_at)
                         SELECT e.seq, p.id, {now!r}, e.expires_at
                           FROM {rows} WHERE e.seq BETWEEN ? AND ? AND {missed} ORDER BY e.seq"""
+        # Then they enter their queues: a trigger gives each its place, in the order of emission.
         line_up = f"""UPDATE main.webhook_deliveries SET queue = {_QUEUE_OF}
                        WHERE event BETWEEN ? AND ? AND endpoint_id = ? AND queue IS NULL
                          AND status = 'pending' AND {_QUEUE_OF} IS NOT NULL"""
@@ -10679,7 +11013,8 @@ class Outbox:
 
     def _events_for(self, tenant: str | None) -> str:
         """Return what stands after FROM for the events that an endpoint of this tenant may have. A
-        customer's are looked up by the tenant: the others' would cost as much as they are."""
+        customer's are looked up by the tenant: to read those of all others costs the more, the more
+        of them there are."""
         if tenant in (None, "*"):
             return "main.webhook_events AS e"
         return (
@@ -10689,8 +11024,8 @@ class Outbox:
     # The record.
 
     def _seq_on(self, cursor: sqlite3.Cursor, event_id: str, whole: bool = False) -> int:
-        """Return the key of an event that is there, and was not erased where it must be whole;
-        raise NotFound."""
+        """Return the key of an event that is there; raise NotFound. whole: it must not have been
+        erased either."""
         seq = _event_seq(event_id)
         erased = _WAS_ERASED.format("seq")
         cursor.execute(f"SELECT {erased} FROM main.webhook_events WHERE seq = ?", (seq,))
@@ -10705,7 +11040,7 @@ class Outbox:
         return NotFound(f"there is no event {_one_line(str(id), 64)}; it may have been pruned")
 
     def event(self, id: str) -> Event:
-        """Return an event with its deliveries; raise NotFound."""
+        """Return an event with its deliveries, 10,000 at the most; raise NotFound."""
         found = self.events(ids=[id])
         if not found:
             raise self._no_event(id)
@@ -10724,12 +11059,18 @@ class Outbox:
         limit: int = 100,
         after: str | None = None,
     ) -> list[Event]:
-        """Return events without their deliveries, newest first. after: the id of the last one of
-        the page before."""
+        """Return events without their deliveries, newest first, at most `limit`.
+
+        after: the id of the last one of the page before. ids: only these; tenant: the event's;
+        type: or a group (order.*); since, until: UTC seconds of emission, from since on and before
+        until. An event must meet all that are given. What retention deleted is not there any more.
+        PayloadError where a filter cannot be read.
+        """
         chosen = {"events": ids, "tenant": tenant, "type": type, "since": since, "until": until}
         return self._events(chosen, limit, after)
 
     def _events(self, chosen: Mapping[str, Any], limit: int, after: str | None) -> list[Event]:
+        """Read the events that filters choose, newest first: their keys follow the time."""
         where, values = _chosen(_OF_EVENT, chosen)
         if after is not None:
             where, values = f"{where} AND e.seq < ?", [*values, self._after(after)]
@@ -10743,7 +11084,8 @@ class Outbox:
         ]
 
     def _after(self, event_id: Any) -> int:
-        """Return the key that a page goes on behind; the event itself may be pruned by now."""
+        """Return the key that a page goes on behind. The event itself may be pruned by now: only
+        its id is looked at."""
         if (seq := _event_seq(event_id)) is None:
             raise PayloadError("after must be the id of the last event of the page before")
         return seq
@@ -10761,9 +11103,14 @@ class Outbox:
         limit: int = 100,
         after: tuple[str, str] | None = None,
     ) -> list[Delivery]:
-        """Return deliveries, newest event first. status: pending, held, delivered, failed or
-        cancelled. tenant, type, since, until: of the event. after: (event_id, endpoint_id) of the last one of
-        the page before."""
+        """Return deliveries, newest event first, at most `limit`.
+
+        status: pending, held (its endpoint is disabled), delivered, failed (or discarded since) or
+        cancelled. tenant, type (or a group: order.*), since and until (UTC seconds of emission,
+        from since on and before until): of the event. after: (event_id, endpoint_id) of the last
+        one of the page before. An event or endpoint that there is not has no deliveries.
+        PayloadError where a filter cannot be read.
+        """
         chosen = {
             "event_id": event_id,
             "endpoint": endpoint,
@@ -10777,7 +11124,8 @@ class Outbox:
     def _deliveries(
         self, source: str, chosen: Mapping[str, Any], limit: int, after: tuple[str, str] | None
     ) -> list[Delivery]:
-        """Read deliveries; source: what stands after FROM."""
+        """Read the deliveries that filters choose. source: what stands after FROM, with d, e and p
+        for delivery, event and endpoint."""
         if after is not None and not (isinstance(after, tuple) and len(after) == 2):
             raise PayloadError(
                 "after must be (event_id, endpoint_id) of the last delivery of the page before"
@@ -10794,26 +11142,36 @@ class Outbox:
         ]
 
     def attempts(self, event_id: str, endpoint: str | None = None) -> list[Attempt]:
-        """Return what was tried for an event, oldest first."""
+        """Return what was tried for an event, to all endpoints or to one, oldest first; raise
+        NotFound where there is no such event. Each attempt is there until retention deletes the
+        event; of a delivery's many failures only the first and the last keep the answer. A ping,
+        and an attempt whose outcome a crash took, are not recorded."""
         return self._attempts(event_id, endpoint)
 
     def _attempts(self, event_id: str, endpoint: str | None, scope: str = "1") -> list[Attempt]:
+        """Read attempts. scope: an SQL condition more, that of a tenant's door."""
         with self._reading() as cursor:
             seq = self._seq_on(cursor, event_id)
-        sql = f"""SELECT ?, endpoint_id, at, status_code, reason, error, duration, response FROM webhook_attempts
+        sql = f"""SELECT ?, endpoint_id, at, status_code, reason, error, duration, response
+                    FROM webhook_attempts
                   WHERE event = ? AND ? IN ('', endpoint_id) AND {scope} ORDER BY id"""
         return [Attempt(*row) for row in self._select(sql, event_id, seq, endpoint or "")]
 
     def stats(self) -> Stats:
-        """Return the outbox's numbers. Reads indexes, so it is quick beside a large backlog. What
-        an endpoint did in the last hour is counted in full; p50 and p95 are of its newest
-        successes, 20,000 for all endpoints together but 20 at least for each."""
+        """Return the outbox's numbers, as they are now.
+
+        It reads indexes, so it is quick beside a large backlog and a long record; what waits is
+        counted, which is linear in it. What an endpoint did in the last hour is counted in full;
+        p50 and p95, seconds of its successes, are of the newest ones, 20,000 for all endpoints
+        together but 20 at least for each.
+        """
         return self._stats()
 
     # What pages show besides.
 
     def _heads_of(self, ids: Sequence[str]) -> dict[str, tuple[str, float, float | None]]:
-        """Return type and time of events, and when they were erased, without their data."""
+        """Return type and time of events, and when they were erased, without their data. Events
+        that are pruned are left out."""
         sql = """SELECT id, type, created_at, erased_at
                    FROM webhook_events LEFT JOIN webhook_erased ON event = seq
                   WHERE seq IN (SELECT value FROM json_each(?))"""
@@ -10822,7 +11180,8 @@ class Outbox:
         }
 
     def _picked(self, event_id: str) -> _Picked:
-        """Return an event as a drain picks it; raise NotFound."""
+        """Return an event as a drain picks it, so that a page can show the body as it is sent;
+        raise NotFound."""
         sql = """SELECT type, data, json_valid(data), key, headers, created_at, tenant
                    FROM webhook_events WHERE seq = ?"""
         for row in self._select(sql, _event_seq(event_id)):
@@ -10830,7 +11189,9 @@ class Outbox:
         raise self._no_event(event_id)
 
     def _stats(self, tenant: str | None = None) -> Stats:
-        """Return the numbers of all endpoints, or of a tenant's."""
+        """Return the numbers of all endpoints, or of a tenant's. A tenant is told neither what went
+        wrong on our side nor why nothing is sent from here: both name files and servers of ours.
+        Failed rows whose endpoint is not there any more count for the operator only."""
         of, now = "1" if tenant is None else "p.tenant = :tenant", self.clock()
         values = {"now": now, "since": now - 3600.0, "tenant": tenant}
         with self._reading() as cursor:
@@ -10859,13 +11220,14 @@ class Outbox:
                 (e.oldest_due_age for e in enabled if e.oldest_due_age is not None), default=None
             ),
             endpoints=endpoints,
-            refusal=self._refusal() if tenant is None else None,  # it names paths
+            refusal=self._refusal() if tenant is None else None,
         )
 
     def _hours(
         self, cursor: sqlite3.Cursor, of: str, values: Mapping[str, Any], ids: Sequence[str]
     ) -> dict[str, _Hour]:
-        """Return the last hour of each endpoint."""
+        """Return the last hour of each endpoint. ids: all of them, since the queries leave out
+        those that were not tried in it."""
         hours = {id: _Hour([0] * 12, [0] * 12, []) for id in ids}
         cursor.execute(f"{_HOUR} AND {of}", values)
         for id, twelfth, counts in cursor.fetchall():
@@ -10878,9 +11240,12 @@ class Outbox:
         return hours
 
     def metrics(self) -> str:
-        """Return the numbers in Prometheus' text format. Counters and the histogram (seconds from
-        emit to 2xx) are kept in the file, so they survive restarts; several processes show the
-        same."""
+        """Return the numbers in Prometheus' text format, each labelled with its endpoint.
+
+        Counters and the histogram (seconds from emit to 2xx) are kept in the file, so they survive
+        restarts, and several processes show the same: scrape one of them. A drain writes them with
+        its outcomes. An endpoint's numbers end when it is removed.
+        """
         counts: dict[str, dict[str, float]] = {}
         for id, name, value in self._select("SELECT endpoint_id, name, value FROM webhook_counts"):
             counts.setdefault(id, {})[name] = value
@@ -10914,15 +11279,21 @@ class Outbox:
         return "\n".join(lines) + "\n"
 
     def prune(self, older_than: float | None = None) -> int:
-        """Delete events, with their deliveries and attempts, that were finished longer than
-        `older_than` seconds ago (None: the retention). Events with failed rows stay, but for rows
-        older than failed_retention, which go first. A drain does this by itself. Returns how many."""
+        """Delete old events with their deliveries and attempts; return how many. A drain does it by
+        itself.
+
+        Old: emitted more than `older_than` seconds ago (None: the retention), with nothing that
+        waits, no failed row, and nothing that was delivered since then. Failed rows older than
+        failed_retention are deleted first, if that is set; younger ones keep their events. In
+        batches; cut off between, the rest goes the next time. Ids of the Inbox are not touched.
+        """
         age = self.retention if older_than is None else _number("older_than", older_than, 0, 1e11)
         cutoff = self.clock() - age
         if self.failed_retention is not None:
             self.discard(until=self.clock() - self.failed_retention)
 
         def ranges() -> Iterator[tuple[int, int]]:
+            # From the oldest key on, as long as a range has an old event in it.
             found: tuple[int, int] | None = (0, 0)
             while found is not None:
                 with self._reading() as cursor:
@@ -10937,14 +11308,20 @@ class Outbox:
 # Promises: whoever holds a customer's door reaches nothing of anybody else. Each verb looks in one
 # transaction whose it is, then does what the outbox's verb of that name does. Knows no SQL but its
 # own scope.
+#
+# Two ways lead there. A verb about one endpoint or event looks up whose it is (_own, _seen) before
+# the outbox's verb. One that chooses rows by filters adds filters that the caller cannot give
+# (_scope): the tenant, and, where rows of '*' endpoints would be among them, that the endpoint is
+# the tenant's (`_of`). Event types that the catalogue calls internal are not there for a customer.
 
 
 _Tried = TypeVar("_Tried", Attempt, FailedDelivery)
 
 
 def _told(row: _Tried) -> _Tried:
-    """Return an attempt or a failed row as its customer may read it: what went wrong on our side
-    names our files, variables and servers."""
+    """Return an attempt or a failed row as its customer may read it. What went wrong on our side (a
+    secret that is not there, a sender) names our files, variables and servers, so that the customer
+    reads only that it could not be sent."""
     if row.reason not in _OUR_SIDE:
         return row
     return dataclasses.replace(row, error=_NOT_SENT, response=None)
@@ -10959,13 +11336,21 @@ def _bare(endpoint: Endpoint) -> Endpoint:
 
 
 class Tenant:
-    """The door of one customer: the outbox's verbs, in the scope of that tenant.
+    """The door of one customer: the outbox's verbs, in the scope of that tenant. Made by
+    Outbox.tenant(id).
+
+    For code that acts for a customer: a settings page, an API. Each verb means, takes and raises
+    what the Outbox's verb of that name does; below stands what is different.
 
     What belongs to somebody else is NotFound, in the words for what does not exist; that holds for
-    each id that a verb is given, also as a filter. What a customer chose is never a reference: no
-    env:, no file:, no headers, only http addresses, and no event types that are the operator's.
-    What the operator gave an endpoint to log in with is left out of the Endpoints returned.
-    What endpoints of tenant '*' got of the customer's events is neither shown nor touched.
+    each id that a verb is given, also as a filter. (One exception: an id for a new endpoint that
+    somebody else has is refused as taken.) What a customer chose is never a reference: no env:, no
+    file:, no headers, only http and https addresses, and no event types that are the operator's
+    (webhook.*, internal ones); PayloadError otherwise. What the operator gave an endpoint to log in
+    with is left out of the Endpoints returned, and errors name no address inside our network. What
+    endpoints of tenant '*' got of the customer's events is neither shown nor touched.
+
+    id: the customer. max_endpoints: how many it may have when it adds one.
     """
 
     __slots__ = ("_outbox", "id", "max_endpoints")
@@ -10984,11 +11369,13 @@ class Tenant:
     @contextlib.contextmanager
     def _at(self, id: str, conn: Any) -> Iterator[tuple[Any, Endpoint]]:
         """Yield a connection in the caller's transaction, or in one of our own, and an endpoint of
-        this tenant; raise NotFound."""
+        this tenant; raise NotFound. Whose it is and what is done to it is one transaction: between
+        two, the endpoint could be removed, and another customer add one of its id."""
         with self._outbox._writing(conn) as cursor:
             yield cursor if conn is None else conn, self._own(cursor, id)
 
     def _own(self, cursor: sqlite3.Cursor, id: str) -> Endpoint:
+        """Return an endpoint of this tenant; raise NotFound for any other."""
         endpoint = self._outbox._endpoint_on(cursor, id)
         if endpoint.tenant != self.id:
             raise self._outbox._no_endpoint(id)
@@ -10998,8 +11385,12 @@ class Tenant:
         self, url: str | None, options: Mapping[str, Any], secret: str | None = None
     ) -> Any:
         """Return the options of an endpoint that a customer chose; raise what is wrong with them.
+
         Forms and APIs of the host hand on what came from outside, so the list is of what is
-        allowed."""
+        allowed: an option that is added to Outbox some day is refused here until somebody thought
+        about it. Only what a customer may not say is looked at here; the rest is the outbox's to
+        check.
+        """
         allowed = TenantOptions.__annotations__
         if unknown := sorted(set(options) - set(allowed)):
             raise PayloadError(
@@ -11020,7 +11411,7 @@ class Tenant:
 
     @contextlib.contextmanager
     def _customers_words(self) -> Iterator[None]:
-        """Leave out of an error what only the operator can do."""
+        """Leave out of an error what only the operator can do: to admit a network."""
         try:
             yield
         except UnsafeURL as error:
@@ -11035,8 +11426,9 @@ class Tenant:
         conn: Any = None,
         **options: Unpack[TenantOptions],
     ) -> Endpoint:
-        """Register where this customer's events go, as Outbox.add_endpoint, up to max_endpoints.
-        Options: events, description. The Endpoint that it returns shows the secret."""
+        """Register where this customer's events go, as Outbox.add_endpoint; return the Endpoint,
+        with its secret. Options: events, description, filter. secret: whsec_ and base64, or None.
+        PayloadError where the customer has max_endpoints already."""
         checked = self._checked(url, options, secret)
         outbox = self._outbox
         with self._customers_words(), outbox._writing(conn) as cursor:
@@ -11060,8 +11452,10 @@ class Tenant:
         **options: Unpack[TenantOptions],
     ) -> Endpoint:
         """Add an endpoint, or update what differs, as Outbox.ensure_endpoint. An id that somebody
-        else has is refused as add_endpoint refuses it."""
+        else has is refused as add_endpoint refuses it, as taken."""
         checked = self._checked(url, options, secret)
+        # NotFound: there is none of that id, or it is somebody else's. Then it is added, and the
+        # second case ends there.
         with contextlib.suppress(NotFound), self._customers_words():
             self._keep_credentials(self.endpoint(id, conn=conn), url)
             return _bare(
@@ -11074,53 +11468,60 @@ class Tenant:
     def update_endpoint(
         self, id: str, *, url: str | None = None, conn: Any = None, **changes: Unpack[TenantOptions]
     ) -> Endpoint:
-        """Change an endpoint's url, events or description. Where the operator gave an endpoint
-        headers or a certificate, its url stays: another receiver would get them."""
+        """Change an endpoint's url, events, description or filter; return it. Where the operator
+        gave it headers or a certificate, its url stays (PayloadError): another receiver would get
+        them."""
         checked = self._checked(url, changes)
         with self._customers_words(), self._at(id, conn) as (own, endpoint):
             self._keep_credentials(endpoint, url)
             return _bare(self._outbox.update_endpoint(id, url=url, conn=own, **checked))
 
     def _keep_credentials(self, endpoint: Endpoint, url: str | None) -> None:
+        """Refuse a new url where the endpoint's credentials would go there."""
         if url not in (None, endpoint.url) and (endpoint.headers or endpoint.cert):
             raise PayloadError(
                 "the url of this endpoint cannot be changed here: credentials were set for it"
             )
 
     def endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
-        """Return an endpoint of this customer; raise NotFound."""
+        """Return an endpoint of this customer, without its secret; raise NotFound."""
         with self._outbox._reading(conn) as cursor:
             return _bare(self._own(cursor, id))
 
     def endpoints(self, *, conn: Any = None) -> list[Endpoint]:
-        """Return the customer's endpoints, oldest first."""
+        """Return the customer's endpoints, oldest first, without their secrets."""
         return [_bare(e) for e in self._outbox.endpoints(tenant=self.id, conn=conn)]
 
     def enable_endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
-        """Resume an endpoint's held deliveries, with its failures forgotten."""
+        """Resume an endpoint's held deliveries, with its failures forgotten; return it. It does
+        not matter who disabled it: a host that wants to keep a customer's endpoint off must not
+        offer this verb, nor the portal with manage=True."""
         with self._at(id, conn) as (own, _):
             return _bare(self._outbox.enable_endpoint(id, conn=own))
 
     def disable_endpoint(self, id: str, reason: str = "", *, conn: Any = None) -> Endpoint:
-        """Hold an endpoint's deliveries."""
+        """Hold an endpoint's deliveries; return it. See Outbox.disable_endpoint."""
         with self._at(id, conn) as (own, _):
             return _bare(self._outbox.disable_endpoint(id, reason, conn=own))
 
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
-        """Delete an endpoint with its waiting and failed deliveries."""
+        """Delete an endpoint with its waiting and failed deliveries. See Outbox.remove_endpoint."""
+        # Whose it is is looked at by itself: the removal takes several transactions.
         self.endpoint(id, conn=conn)
         self._outbox.remove_endpoint(id, conn=conn)
 
     def rotate_secret(
         self, id: str, *, secret: str | None = None, grace: float = 86_400.0, conn: Any = None
     ) -> Endpoint:
-        """Give an endpoint a new secret; the old one signs too for `grace` seconds."""
+        """Give an endpoint a new secret; return the Endpoint, with it. The old one signs too for
+        `grace` seconds. secret: whsec_ and base64, or None."""
         self._checked(None, {}, secret)
         with self._at(id, conn) as (own, _):
             return _bare(self._outbox.rotate_secret(id, secret=secret, grace=grace, conn=own))
 
     def ping(self, id: str, *, type: str | None = None) -> Attempt:
-        """Send a webhook.ping, or the catalogue's example of a type, at once."""
+        """Send a webhook.ping, or the catalogue's example of a type, at once, and return what
+        happened. See Outbox.ping."""
         self.endpoint(id)
         if type is not None:
             self._outbox._catalogue.public().example(type)
@@ -11131,15 +11532,17 @@ class Tenant:
     # Events.
 
     def emit(self, conn: Any, type: str, data: Any, **options: Unpack[EmitOptions]) -> str:
-        """Record an event of this customer in conn's open transaction, as Outbox.emit."""
+        """Record an event of this customer in conn's open transaction, as Outbox.emit; return its
+        id. A type that is internal, or webhook.*, is a PayloadError."""
         if options.setdefault("tenant", self.id) != self.id:
             raise PayloadError(f"this is the door of {self.id}; leave the tenant out")
         self._outbox._catalogue.public().check(_checked_type(type))
         return self._outbox.emit(conn, type, data, **options)
 
     def _scope(self, filters: Mapping[str, Any], conn: Any = None) -> dict[str, Any]:
-        """Return filters in the scope of this tenant; an id in them that is not the customer's is
-        NotFound."""
+        """Return filters in the scope of this tenant: without internal types; an id in them that is
+        not the customer's is NotFound. The tenant itself the callers add, each as its query needs
+        it; who names another one as a filter is refused."""
         if filters.get("tenant", self.id) != self.id:
             raise PayloadError(f"this is the door of {self.id}; leave the tenant out")
         if filters.get("endpoint") is not None:
@@ -11159,8 +11562,9 @@ class Tenant:
             raise self._outbox._no_event(event_id)
 
     def event(self, id: str) -> Event:
-        """Return an event with its deliveries to the customer's endpoints; raise NotFound."""
-        deliveries = tuple(self.deliveries(event_id=id, limit=10_000))
+        """Return an event of this customer with its deliveries to the customer's endpoints; raise
+        NotFound."""
+        deliveries = tuple(self.deliveries(event_id=id, limit=10_000))  # also looks whose it is
         found = self._outbox._events({"events": [id], "tenant": self.id}, 1, None)
         if not found:
             raise self._outbox._no_event(id)
@@ -11175,7 +11579,7 @@ class Tenant:
         limit: int = 100,
         after: str | None = None,
     ) -> list[Event]:
-        """Return the customer's events without their deliveries, newest first."""
+        """Return the customer's events without their deliveries, newest first, as Outbox.events."""
         chosen = self._scope({"tenant": self.id, "type": type, "since": since, "until": until})
         return self._outbox._events(chosen, limit, after)
 
@@ -11207,6 +11611,8 @@ class Tenant:
         self, *, limit: int = 100, after: int | None = None, **filters: Unpack[Filters]
     ) -> list[FailedDelivery]:
         """Return failed rows of the customer's endpoints, oldest first, as Outbox.failed."""
+        # The endpoint decides, and an endpoint of a tenant has rows of that tenant only. Each one's
+        # rows are found by its index, so that what others' hold costs nothing.
         chosen = {**self._scope(filters), "tenant": None}
         source = f"""(SELECT id AS of FROM webhook_endpoints WHERE tenant = '{self.id}')
                       CROSS JOIN webhook_failed INDEXED BY webhook_failed_endpoint
@@ -11221,7 +11627,9 @@ class Tenant:
         conn: Any = None,
         **filters: Unpack[Filters],
     ) -> int:
-        """Make failed rows of the customer's endpoints pending again, as Outbox.replay."""
+        """Make failed rows of the customer's endpoints pending again, as Outbox.replay; return how
+        many. all: every row of the customer's."""
+        # The endpoint decides (`_of`). A tenant among the filters, which is this one, is no choice.
         scope = {**self._scope(filters, conn), "tenant": None, "_of": self.id}
         chosen = {name: value for name, value in filters.items() if name != "tenant"}
         return self._outbox._replay(all, dry_run, conn, chosen, scope)
@@ -11239,7 +11647,8 @@ class Tenant:
         dry_run: bool = False,
         conn: Any = None,
     ) -> int:
-        """Have deliveries that wait for the customer's endpoints not be sent, as Outbox.cancel."""
+        """Have deliveries that wait for the customer's endpoints not be sent, as Outbox.cancel;
+        return how many. all: everything that waits for the customer's."""
         chosen: dict[str, Any] = {"event_id": event_id, "endpoint": endpoint, "key": key}
         chosen |= {"type": type, "since": since, "until": until}
         if not all and set(chosen.values()) == {None}:
@@ -11248,8 +11657,8 @@ class Tenant:
         return self._outbox._change_waiting("status = 'cancelled'", scope, "1", dry_run, conn)
 
     def resend(self, event_id: str, *, endpoint: str | None = None, conn: Any = None) -> int:
-        """Deliver a recorded event again to the customer's endpoints that had it, or to one of
-        them. Raises NotFound."""
+        """Deliver a recorded event again, to the customer's endpoints that had it, or to one of the
+        customer's, as Outbox.resend; return to how many. Raises NotFound."""
         with self._outbox._writing(conn) as cursor:
             self._seen(cursor, event_id)
             if endpoint is not None:
@@ -11266,19 +11675,21 @@ class Tenant:
         dry_run: bool = False,
     ) -> int:
         """Give an endpoint the customer's recorded events of a time that match it and that it has
-        no delivery for. Returns how many."""
+        no delivery for, as Outbox.backfill; return how many. It joins no transaction."""
         self.endpoint(endpoint)
         return self._outbox.backfill(endpoint, since=since, until=until, type=type, dry_run=dry_run)
 
     def _check(self, name: str, value: Any) -> None:
-        """Raise what is wrong with one option that a customer chose."""
+        """Raise what is wrong with one option that a customer chose. For a form, which says at each
+        field what is wrong there."""
         options = self._checked(value, {}) if name == "url" else self._checked(None, {name: value})
         with self._customers_words():
             self._outbox._columns(options or {name: value})
 
     def _missed(self, endpoint: Endpoint) -> int:
         """Return how many of the customer's latest 10,000 events match an endpoint, came since it
-        was added, and were never given to it."""
+        was added, and were never given to it: those that it missed while it was disabled. For a
+        page, so it does not look at more."""
         oldest = """SELECT created_at FROM webhook_events WHERE tenant = ?
                      ORDER BY seq DESC LIMIT 1 OFFSET 9999"""
         found = self._outbox._select(oldest, self.id)
@@ -11286,14 +11697,22 @@ class Tenant:
         return self._outbox.backfill(endpoint.id, since=since, dry_run=True)
 
     def stats(self) -> Stats:
-        """Return the numbers of the customer's endpoints."""
+        """Return the numbers of the customer's endpoints, as Outbox.stats; errors of our own side
+        are left out."""
         return self._outbox._stats(self.id)
 
     def forget(self) -> int:
-        """Delete all that is the customer's: endpoints, events with what '*' endpoints got of
-        them, attempts, failed rows. In batches, so that no commit of the host waits long; run again
-        where it was cut off. Returns how many events."""
+        """Delete all that is the customer's: endpoints, events with what '*' endpoints got of them,
+        attempts, failed rows; return how many events. It cannot be undone.
+
+        In batches, so that no commit of the host waits long; run again where it was cut off. Events
+        that are emitted for the customer meanwhile, or later, are recorded as ever: stop emitting
+        first.
+        """
         outbox, of = self._outbox, "tenant = ? AND seq BETWEEN ? AND ?"
+        # Endpoints first, so that nothing more goes to the customer. Then events, and before them
+        # their failed rows, which are those of '*' endpoints now: a trigger deletes an event's
+        # deliveries and attempts with it, but no failed row.
         for endpoint in self.endpoints():
             outbox.remove_endpoint(endpoint.id)
         count = 0
@@ -11307,7 +11726,7 @@ class Tenant:
                 )
                 cursor.execute(f"DELETE FROM main.webhook_events WHERE {of}", (self.id, *ends))
                 count += cursor.rowcount
-            time.sleep(_monotonic() - started)
+            time.sleep(_monotonic() - started)  # why: see _in_batches
         return count
 
 
@@ -11316,7 +11735,7 @@ Outbox._door = Tenant
 
 # ── receiving ─────────────────────────────────────────────────────────────────────────────────────
 # Promises: the receiver's half. verify stands under signing; this remembers which events were
-# handled.
+# handled. Only the table webhook_inbox; nothing of it is sent, and no drain looks at it.
 
 
 class Inbox:
@@ -11328,6 +11747,13 @@ class Inbox:
             if inbox.accept(conn, event.id):
                 ...                               # your writes, committed together with the id
 
+    An event may come again, after a crash or a timeout, and so may somebody's replay of an old
+    request. Once the id and your writes are committed together, the second one changes nothing.
+    What you do beside the transaction (an e-mail, a call to another server) is not covered: after a
+    crash in between it may be done twice, or not at all.
+
+    database: path of the file that your handler writes to; our tables are made in it. It may be an
+    outbox's file too. sqlite_only: as in Outbox. Raises SchemaError where the file is not usable.
     Ids are kept for ever unless you call prune: a failed row may be replayed after months.
     """
 
@@ -11340,17 +11766,29 @@ class Inbox:
 
     def accept(self, conn: Any, event_id: str) -> bool:
         """Return True the first time an id is seen, in the transaction open on conn; False for a
-        duplicate.
+        duplicate, which you answer 2xx too.
 
         A handler that fails and rolls back leaves no trace, so the event may come again. Answer 2xx
         after your commit, not before; with PRAGMA synchronous below FULL a power cut may undo that
-        commit, and a warning says so.
+        commit, and a warning says so, once. Of two requests with one id at the same time the second
+        waits for the first one's commit, as long as your connection waits for locks.
+
+        conn: what Outbox.emit takes. event_id: ReceivedEvent.id, 1 to 256 characters. It is an id
+        of one sender: where you receive from several, put the sender's name before it. Raises
+        PayloadError, NotInTransaction, SchemaError (conn is open on another file), TransactionLost;
+        errors of sqlite3 pass through.
         """
         _line("event_id", event_id, 256, 1)
         with _begun(conn):
             return self._accept(conn, event_id)
 
     def _accept(self, conn: Any, event_id: str) -> bool:
+        """Enter an id in the host's transaction; return whether it is new.
+
+        The INSERT writes only in the file whose identity we know, so it may come before the look at
+        the file. Where that file got a new identity (`adopt`, a repair), it wrote nothing: then
+        once more, with the new one.
+        """
         db = _host(conn)
         cursor = _cursor(db)
         with _host_errors(db, self._path):
@@ -11368,7 +11806,8 @@ class Inbox:
         if int(level) < 2 and not self._warned:
             self._warned = True
             _log.warning(
-                "PRAGMA synchronous is below FULL: a power cut can lose an event after you answered 200"
+                "PRAGMA synchronous is below FULL: a power cut can lose an event after you "
+                "answered 200"
             )
         return first
 
@@ -11381,7 +11820,9 @@ class Inbox:
         return _changes(cursor) == 1
 
     def prune(self, older_than: float) -> int:
-        """Forget ids received more than `older_than` seconds ago; return how many."""
+        """Forget ids received more than `older_than` seconds ago; return how many. A replay of such
+        an event is taken for a new one. It is one DELETE on a connection of its own: other writers
+        wait for it."""
         with _session(self._path) as db:
             return db.execute(
                 "DELETE FROM webhook_inbox WHERE received_at < ?", (time.time() - older_than,)
@@ -11393,19 +11834,23 @@ class Inbox:
 # nothing. Looks from outside: what the app's own connections set, PRAGMA synchronous for one,
 # cannot be seen from here.
 
-# Sqlite.org/wal.html#walresetbug; the last two are backports.
+# The first versions of SQLite without the WAL-reset bug (sqlite.org/wal.html#walresetbug): all
+# later ones are without it, and so are later ones of the two branches to which the cure was ported
+# back.
 _WAL_RESET_FIXED = ((3, 51, 3), (3, 50, 7), (3, 44, 6))
+# Types of file systems, as Linux names them, whose locks do not hold between machines.
 _NETWORK_FILE_SYSTEM = re.compile(
     r"nfs|cifs|smb|afs|ceph|9p$|lustre|gluster|fuse\.(sshfs|s3|rclone|gcs|gluster|ceph)"
 )
 _LONG_WAL = 4_000  # pages that SQLite could not move into the file; it tries after 1,000
-_BEHIND = 600.0  # seconds
-_MOST_CHECKED = 1 << 28  # bytes; in rollback mode the search keeps writers waiting
+_BEHIND = 600.0  # seconds that a due delivery may have waited beside a drain before it is told
+# Bytes of a file that is searched for damage. In rollback mode the search keeps writers waiting.
+_MOST_CHECKED = 1 << 28
 
 
 class _Finding(NamedTuple):
-    level: str  # problem, or note
-    text: str
+    level: str  # problem: something is to be done; note: good to know
+    text: str  # what is wrong, and what to do
 
 
 _problem = functools.partial(_Finding, "problem")
@@ -11422,6 +11867,7 @@ def _file_system(path: str) -> str:
 
 
 def _wal_reset_bug(version: tuple[int, ...]) -> bool:
+    """Say whether a version of SQLite has the WAL-reset bug."""
     newest, *backports = _WAL_RESET_FIXED
     return version < newest and not any(
         version[:2] == fixed[:2] and version >= fixed for fixed in backports
@@ -11429,6 +11875,9 @@ def _wal_reset_bug(version: tuple[int, ...]) -> bool:
 
 
 def _look_at_file(path: str, db: sqlite3.Connection) -> Iterator[_Finding]:
+    """Look at the database file as SQLite sees it: damage, journal mode, durability, the version's
+    known bug, a WAL that grows, the file system. The only thing done to it is a passive checkpoint,
+    as SQLite itself does one every now and then; it tells how many pages could not be moved."""
     (journal,) = db.execute("PRAGMA journal_mode").fetchone()
     (synchronous,) = db.execute("PRAGMA synchronous").fetchone()
     if os.stat(path).st_size > _MOST_CHECKED:
@@ -11437,15 +11886,18 @@ def _look_at_file(path: str, db: sqlite3.Connection) -> Iterator[_Finding]:
         )
     elif (damage := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         yield _problem(
-            f"the file is damaged ({_one_line(damage, 120)}); restore a backup, or try sqlite3's .recover"
+            f"the file is damaged ({_one_line(damage, 120)}); restore a backup, or try sqlite3's "
+            ".recover"
         )
     if journal != "wal":
         yield _problem(
-            f"not WAL but journal_mode {journal}: readers and writers wait for each other; use `init --wal`"
+            f"not WAL but journal_mode {journal}: readers and writers wait for each other; use "
+            "`init --wal`"
         )
     if synchronous < 2:
         yield _problem(
-            "synchronous is below FULL by default here: a power cut loses commits; have the app set FULL"
+            "synchronous is below FULL by default here: a power cut loses commits; have the app "
+            "set FULL"
         )
     if _wal_reset_bug(sqlite3.sqlite_version_info):
         bug = "has the WAL-reset bug, which may damage a file that two processes write in WAL mode"
@@ -11459,17 +11911,20 @@ def _look_at_file(path: str, db: sqlite3.Connection) -> Iterator[_Finding]:
                 f"a reader that stays open keeps {pages - moved:,} pages in {path}-wal, which grows"
             )
             yield _problem(
-                f"{kept}: find a connection with a half-read cursor or a transaction that never ends"
+                f"{kept}: find a connection with a half-read cursor or a transaction that "
+                "never ends"
             )
     kind = _file_system(path)
     if _NETWORK_FILE_SYSTEM.match(kind):
         yield _problem(
-            f"on {kind}, a network file system: SQLite's locks fail there; move the file to a local disk"
+            f"on {kind}, a network file system: SQLite's locks fail there; move the file to a "
+            "local disk"
         )
 
 
 def _look_at_schema(db: sqlite3.Connection) -> Iterator[_Finding]:
-    """Compare what there is with what there should be, but for white space and comments."""
+    """Compare the tables, views, indexes and triggers that there are with those that there should
+    be, but for white space and comments: other tools may have rebuilt or lost one."""
     sql = dict(((type, name), sql) for type, name, sql in db.execute(_OUR_OBJECTS))
     for (kind, name), expected in _plan(_SCHEMA).objects.items():
         there, wanted = (
@@ -11483,6 +11938,8 @@ def _look_at_schema(db: sqlite3.Connection) -> Iterator[_Finding]:
 
 
 def _look_at_owners(path: str) -> Iterator[_Finding]:
+    """Look at the files on the disk: second names, other owners, folders that cannot be written. A
+    file of SQLite's or ours beside the database that belongs to another user locks somebody out."""
     if links := _warn_of_links(path):
         yield _problem(links)
     owner = os.stat(path).st_uid
@@ -11503,6 +11960,8 @@ def _look_at_owners(path: str) -> Iterator[_Finding]:
 
 
 def _look_at_drain(outbox: Outbox, stats: Stats) -> Iterator[_Finding]:
+    """Say whether somebody drains, and keeps up. What is due with nobody there to send it is a
+    problem; nobody there and nothing due is none."""
     pid, oldest = None, stats.oldest_due_age or 0.0
     try:
         pid = _drainer(outbox.path)
@@ -11532,11 +11991,12 @@ def _look_at_triggers(db: sqlite3.Connection) -> Iterator[_Finding]:
         yield _note(f"triggers that emit: {_one_line(', '.join(row[0] for row in rows), 2_000)}")
 
 
-_HOLDS_MUCH = 100_000  # characters
+_HOLDS_MUCH = 100_000  # characters; below it no endpoint is worth a word
 
 
 def _look_at_size(db: sqlite3.Connection) -> Iterator[_Finding]:
-    """Name the endpoint whose attempts, answers and failed rows take the most room in the file."""
+    """Name the endpoint whose attempts, answers and failed rows take the most room in the file. Its
+    size is reckoned: the texts, and 100 or 200 for what a row takes besides."""
     row = db.execute(
         """SELECT endpoint_id, sum(size) FROM (
              SELECT endpoint_id,
@@ -11555,8 +12015,11 @@ def _look_at_size(db: sqlite3.Connection) -> Iterator[_Finding]:
 
 
 def _look_at_clock(now: float, db: sqlite3.Connection) -> Iterator[_Finding]:
+    """Look whether the clock can be right: not before what the file has seen (a minute is let
+    pass), and not before June 2025."""
     (newest,) = db.execute(
-        """SELECT max(coalesce((SELECT created_at FROM webhook_events ORDER BY seq DESC LIMIT 1), 0),
+        """SELECT max(coalesce((SELECT created_at FROM webhook_events ORDER BY seq DESC LIMIT 1),
+                               0),
                       coalesce((SELECT at FROM webhook_attempts ORDER BY id DESC LIMIT 1), 0))"""
     ).fetchone()
     if newest > now + 60:
@@ -11570,12 +12033,14 @@ def _look_at_clock(now: float, db: sqlite3.Connection) -> Iterator[_Finding]:
 
 
 def _look_at_endpoints(outbox: Outbox, stats: Stats) -> Iterator[_Finding]:
+    """Name endpoints that hold deliveries back or fail, and failed rows that wait for somebody."""
     rows = {e.id: e for e in outbox.endpoints()}
     for e in stats.endpoints:
         if not e.enabled and e.pending:
             why = rows[e.id].disabled_reason or "by hand"
             yield _problem(
-                f"{e.id} is disabled ({why}) and {e.pending} deliveries are held; `endpoint enable {e.id}`"
+                f"{e.id} is disabled ({why}) and {e.pending} deliveries are held; "
+                f"`endpoint enable {e.id}`"
             )
         held = _held(e.failures, e.paused_until or 0.0, outbox.clock())
         if e.enabled and e.failing_since is not None:
@@ -11594,8 +12059,9 @@ def _look_at_endpoints(outbox: Outbox, stats: Stats) -> Iterator[_Finding]:
 
 
 def _look_at_wires(outbox: Outbox, db: sqlite3.Connection) -> Iterator[_Finding]:
-    """Name the endpoints that cannot be sent to from here; those that lack the master key together:
-    they are all or none."""
+    """Name the enabled endpoints that cannot be sent to from here, in this environment: a secret, a
+    certificate, a sender or a transform is not there. Nothing is sent, no name is looked up. Those
+    that lack the master key are told together: they are all or none."""
     settings, contexts, unsigned = outbox._settings(), _Contexts(), list[str]()
     for row in _load_endpoints(db, "webhook_endpoints WHERE enabled"):
         try:
@@ -11616,7 +12082,8 @@ def _look_at_wires(outbox: Outbox, db: sqlite3.Connection) -> Iterator[_Finding]
 
 
 def _findings(outbox: Outbox) -> Iterator[_Finding]:
-    """Look everywhere; what is damaged so that a look fails is a finding too."""
+    """Look everywhere. Where damage ends a look, that is the last finding, and the looks behind it
+    are left out."""
     with _session(outbox.path) as db:
         try:
             yield from _look_at_file(outbox.path, db)

@@ -9901,7 +9901,7 @@ class Outbox:
     # Endpoints.
 
     @contextlib.contextmanager
-    def _on(self, db: Any) -> Iterator[sqlite3.Cursor]:
+    def _on_host(self, db: Any) -> Iterator[sqlite3.Cursor]:
         """Yield a cursor on a host's connection, once we know that it is to our file. In the block
         text is read as str, SQLite's limits are off, and its errors become ours; afterwards the
         connection is as the host had it."""
@@ -9919,7 +9919,7 @@ class Outbox:
             with _transaction(self.path) as db:
                 yield sqlite3.Cursor(db)
         else:
-            with _begun(conn), self._on(_host(conn)) as cursor:
+            with _begun(conn), self._on_host(_host(conn)) as cursor:
                 yield cursor
         self._wake()
 
@@ -9929,7 +9929,7 @@ class Outbox:
         transaction open, or on one of our own. Each statement of the latter sees the newest state
         by itself."""
         if conn is not None:
-            with self._on(_driver(conn)) as cursor:
+            with self._on_host(_driver(conn)) as cursor:
                 yield cursor
         else:
             with _session(self.path) as db:
@@ -10923,7 +10923,7 @@ class Outbox:
         One that waits behind others in its queue stays there."""
         now, seq = self.clock(), self._seq_on(cursor, event_id, whole=True)
         if endpoint is not None:
-            self._give(cursor, seq, endpoint, now)
+            self._add_delivery(cursor, seq, endpoint, now)
         cursor.execute(
             f"""UPDATE main.webhook_deliveries
                    SET status = CASE WHEN status = 'queued' THEN status ELSE 'pending' END,
@@ -10940,7 +10940,7 @@ class Outbox:
         cursor.execute(_SAY_WORK)
         return count
 
-    def _give(self, cursor: sqlite3.Cursor, seq: int, endpoint: str, now: float) -> None:
+    def _add_delivery(self, cursor: sqlite3.Cursor, seq: int, endpoint: str, now: float) -> None:
         """Add a delivery of an event to an endpoint, in no queue yet, unless there is one; raise
         NotFound where there is no such endpoint for its tenant."""
         tenant = self._endpoint_on(cursor, endpoint).tenant
@@ -11309,16 +11309,17 @@ class Outbox:
 # transaction whose it is, then does what the outbox's verb of that name does. Knows no SQL but its
 # own scope.
 #
-# Two ways lead there. A verb about one endpoint or event looks up whose it is (_own, _seen) before
-# the outbox's verb. One that chooses rows by filters adds filters that the caller cannot give
-# (_scope): the tenant, and, where rows of '*' endpoints would be among them, that the endpoint is
-# the tenant's (`_of`). Event types that the catalogue calls internal are not there for a customer.
+# Two ways lead there. A verb about one endpoint or event looks up whose it is (_own_endpoint,
+# _check_own_event) before the outbox's verb. One that chooses rows by filters adds filters that the
+# caller cannot give (_scope): the tenant, and, where rows of '*' endpoints would be among them,
+# that the endpoint is the tenant's (`_of`). Event types that the catalogue calls internal are not
+# there for a customer.
 
 
 _Tried = TypeVar("_Tried", Attempt, FailedDelivery)
 
 
-def _told(row: _Tried) -> _Tried:
+def _for_customer(row: _Tried) -> _Tried:
     """Return an attempt or a failed row as its customer may read it. What went wrong on our side (a
     secret that is not there, a sender) names our files, variables and servers, so that the customer
     reads only that it could not be sent."""
@@ -11327,7 +11328,7 @@ def _told(row: _Tried) -> _Tried:
     return dataclasses.replace(row, error=_NOT_SENT, response=None)
 
 
-def _bare(endpoint: Endpoint) -> Endpoint:
+def _without_credentials(endpoint: Endpoint) -> Endpoint:
     """Return an endpoint as its customer may have it: what the operator gave it to log in with, and
     where that is kept, is left out."""
     headers = dict.fromkeys(endpoint.headers, "...")
@@ -11367,14 +11368,14 @@ class Tenant:
     # Endpoints.
 
     @contextlib.contextmanager
-    def _at(self, id: str, conn: Any) -> Iterator[tuple[Any, Endpoint]]:
+    def _at_own_endpoint(self, id: str, conn: Any) -> Iterator[tuple[Any, Endpoint]]:
         """Yield a connection in the caller's transaction, or in one of our own, and an endpoint of
         this tenant; raise NotFound. Whose it is and what is done to it is one transaction: between
         two, the endpoint could be removed, and another customer add one of its id."""
         with self._outbox._writing(conn) as cursor:
-            yield cursor if conn is None else conn, self._own(cursor, id)
+            yield cursor if conn is None else conn, self._own_endpoint(cursor, id)
 
-    def _own(self, cursor: sqlite3.Cursor, id: str) -> Endpoint:
+    def _own_endpoint(self, cursor: sqlite3.Cursor, id: str) -> Endpoint:
         """Return an endpoint of this tenant; raise NotFound for any other."""
         endpoint = self._outbox._endpoint_on(cursor, id)
         if endpoint.tenant != self.id:
@@ -11458,7 +11459,7 @@ class Tenant:
         # second case ends there.
         with contextlib.suppress(NotFound), self._customers_words():
             self._keep_credentials(self.endpoint(id, conn=conn), url)
-            return _bare(
+            return _without_credentials(
                 self._outbox.ensure_endpoint(
                     url, id=id, secret=secret, tenant=self.id, conn=conn, **checked
                 )
@@ -11472,9 +11473,11 @@ class Tenant:
         gave it headers or a certificate, its url stays (PayloadError): another receiver would get
         them."""
         checked = self._checked(url, changes)
-        with self._customers_words(), self._at(id, conn) as (own, endpoint):
+        with self._customers_words(), self._at_own_endpoint(id, conn) as (own, endpoint):
             self._keep_credentials(endpoint, url)
-            return _bare(self._outbox.update_endpoint(id, url=url, conn=own, **checked))
+            return _without_credentials(
+                self._outbox.update_endpoint(id, url=url, conn=own, **checked)
+            )
 
     def _keep_credentials(self, endpoint: Endpoint, url: str | None) -> None:
         """Refuse a new url where the endpoint's credentials would go there."""
@@ -11486,23 +11489,23 @@ class Tenant:
     def endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
         """Return an endpoint of this customer, without its secret; raise NotFound."""
         with self._outbox._reading(conn) as cursor:
-            return _bare(self._own(cursor, id))
+            return _without_credentials(self._own_endpoint(cursor, id))
 
     def endpoints(self, *, conn: Any = None) -> list[Endpoint]:
         """Return the customer's endpoints, oldest first, without their secrets."""
-        return [_bare(e) for e in self._outbox.endpoints(tenant=self.id, conn=conn)]
+        return [_without_credentials(e) for e in self._outbox.endpoints(tenant=self.id, conn=conn)]
 
     def enable_endpoint(self, id: str, *, conn: Any = None) -> Endpoint:
         """Resume an endpoint's held deliveries, with its failures forgotten; return it. It does
         not matter who disabled it: a host that wants to keep a customer's endpoint off must not
         offer this verb, nor the portal with manage=True."""
-        with self._at(id, conn) as (own, _):
-            return _bare(self._outbox.enable_endpoint(id, conn=own))
+        with self._at_own_endpoint(id, conn) as (own, _):
+            return _without_credentials(self._outbox.enable_endpoint(id, conn=own))
 
     def disable_endpoint(self, id: str, reason: str = "", *, conn: Any = None) -> Endpoint:
         """Hold an endpoint's deliveries; return it. See Outbox.disable_endpoint."""
-        with self._at(id, conn) as (own, _):
-            return _bare(self._outbox.disable_endpoint(id, reason, conn=own))
+        with self._at_own_endpoint(id, conn) as (own, _):
+            return _without_credentials(self._outbox.disable_endpoint(id, reason, conn=own))
 
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
         """Delete an endpoint with its waiting and failed deliveries. See Outbox.remove_endpoint."""
@@ -11516,8 +11519,10 @@ class Tenant:
         """Give an endpoint a new secret; return the Endpoint, with it. The old one signs too for
         `grace` seconds. secret: whsec_ and base64, or None."""
         self._checked(None, {}, secret)
-        with self._at(id, conn) as (own, _):
-            return _bare(self._outbox.rotate_secret(id, secret=secret, grace=grace, conn=own))
+        with self._at_own_endpoint(id, conn) as (own, _):
+            return _without_credentials(
+                self._outbox.rotate_secret(id, secret=secret, grace=grace, conn=own)
+            )
 
     def ping(self, id: str, *, type: str | None = None) -> Attempt:
         """Send a webhook.ping, or the catalogue's example of a type, at once, and return what
@@ -11527,7 +11532,7 @@ class Tenant:
             self._outbox._catalogue.public().example(type)
         if self._outbox._refusal():  # it names the file
             raise OutboxError("nothing is sent from here now; ask who runs this")
-        return _told(self._outbox.ping(id, type=type))
+        return _for_customer(self._outbox.ping(id, type=type))
 
     # Events.
 
@@ -11549,11 +11554,11 @@ class Tenant:
             self.endpoint(filters["endpoint"], conn=conn)
         if filters.get("event_id") is not None:
             with self._outbox._reading(conn) as cursor:
-                self._seen(cursor, filters["event_id"])
+                self._check_own_event(cursor, filters["event_id"])
         internal = self._outbox._catalogue.internal
         return {**filters, "_but": sorted(internal) if internal else None}
 
-    def _seen(self, cursor: sqlite3.Cursor, event_id: str) -> None:
+    def _check_own_event(self, cursor: sqlite3.Cursor, event_id: str) -> None:
         """Raise NotFound where an event is not this customer's, or of an internal type."""
         seq = self._outbox._seq_on(cursor, event_id)
         cursor.execute("SELECT +tenant, +type FROM main.webhook_events WHERE seq = ?", (seq,))
@@ -11605,7 +11610,9 @@ class Tenant:
         """Return what was tried for an event at the customer's endpoints, oldest first."""
         self._scope({"event_id": event_id, "endpoint": endpoint})
         scope = f"""endpoint_id IN (SELECT id FROM webhook_endpoints WHERE tenant = '{self.id}')"""
-        return [_told(attempt) for attempt in self._outbox._attempts(event_id, endpoint, scope)]
+        return [
+            _for_customer(attempt) for attempt in self._outbox._attempts(event_id, endpoint, scope)
+        ]
 
     def failed(
         self, *, limit: int = 100, after: int | None = None, **filters: Unpack[Filters]
@@ -11617,7 +11624,7 @@ class Tenant:
         source = f"""(SELECT id AS of FROM webhook_endpoints WHERE tenant = '{self.id}')
                       CROSS JOIN webhook_failed INDEXED BY webhook_failed_endpoint
                               ON endpoint_id = of"""
-        return [_told(row) for row in self._outbox._failed(source, chosen, limit, after)]
+        return [_for_customer(row) for row in self._outbox._failed(source, chosen, limit, after)]
 
     def replay(
         self,
@@ -11660,9 +11667,9 @@ class Tenant:
         """Deliver a recorded event again, to the customer's endpoints that had it, or to one of the
         customer's, as Outbox.resend; return to how many. Raises NotFound."""
         with self._outbox._writing(conn) as cursor:
-            self._seen(cursor, event_id)
+            self._check_own_event(cursor, event_id)
             if endpoint is not None:
-                self._own(cursor, endpoint)
+                self._own_endpoint(cursor, endpoint)
             return self._outbox._resend_on(cursor, event_id, endpoint, self.id)
 
     def backfill(

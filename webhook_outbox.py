@@ -6665,6 +6665,7 @@ class _Origin:
     )  # fmt: skip
 
     def __init__(self, key: _OriginKey) -> None:
+        """Begin without connections."""
         self.key = key
         self.idle: list[_Connection] = []  # the one that was used last is used next
         self.open = self.proven = self.hanging = self.opening = 0
@@ -7761,9 +7762,9 @@ class _Carrier:
     def look(self, mono: float) -> None:
         """Look at attempts that have been under way for long: those that began first come first.
 
-        Each is looked at when its `look_at` has come: after a second at first, then at its deadline.
-        Its lane learns that the place is held for so long before the attempt ends, so an endpoint
-        that hangs loses its rank after a second. Before the deadline, it may press for room. At the
+        Each is looked at when its `look_at` has come: after a second, and then at its deadline. Its
+        lane learns that the place is held for so long before the attempt ends, so an endpoint that
+        hangs loses its rank after a second. Before the deadline, it may press for room. At the
         deadline it ends; while it has no connection it gets another quarter of a second, for a
         thread that opens one ends by then, and says better what went wrong.
         """
@@ -7822,7 +7823,7 @@ class _Carrier:
 
     def chores(self, mono: float) -> None:
         """Close connections that were idle for a minute. Free parked lanes where there is room by
-        now: that nobody else notices when it comes with time, as a crowded origin's limit ends."""
+        now: room that comes with time, when a crowded origin's limit ends, nobody else notices."""
         self._shut_idle(mono - _IDLE_CONNECTION, mono)
         for origin in list(self.crowded):
             if any(origin.parked):
@@ -7897,12 +7898,18 @@ def _send_once(
 
 
 class _Schedule:
-    """Which lane may start an attempt, and when: it stands in the round of its rank, or is due at a
-    time.
+    """Which lane may start an attempt, and when. A lane waits in one of these places:
 
-    A lane that is full stands nowhere, and comes back with the end of one of its attempts; one that
-    its origin parked comes back with a connection. Times of deliveries and pauses are the outbox's
-    clock's (`due`), since that may be set; places of rates are monotonic (`slots`).
+        turns    it could start one at once: in the round of its rank
+        due      until its next delivery is due, or its pause ends. By the outbox's clock, since the
+                 file says so, and a clock may be set
+        slots    until its rate allows the next attempt. Monotonic: a rate has nothing to do with
+                 what the clock says
+        nowhere  it is disabled; or full, and the end of one of its attempts brings it back; or it
+                 has nothing to do, and news does; or its origin parked it, and a connection does
+
+    put() finds out which. Whoever changes what that depends on calls it: it is cheap, and to call
+    it once too often changes nothing.
     """
 
     __slots__ = ("due", "slots", "turns")
@@ -7911,7 +7918,9 @@ class _Schedule:
         self.turns, self.due, self.slots = _Turns(), _Agenda(), _Agenda()
 
     def put(self, lane: _Lane, now: float, mono: float) -> None:
-        """Have a lane wait where it belongs now."""
+        """Have a lane wait where it belongs now: for its time, then its rate, then its turn. One
+        that stands in a round already stays there, and leaves it when its turn comes and it may not
+        start."""
         if not lane.enabled or lane.full():
             return
         when = max(lane.backlog.when(), lane.health.paused_until)
@@ -7926,6 +7935,7 @@ class _Schedule:
             self.turns.join(lane, lane.rank(mono))
 
     def drop(self, lane: _Lane) -> None:
+        """Have a lane wait nowhere, for good."""
         self.turns.leave(lane)
         self.due.drop(lane.id)
         self.slots.drop(lane.id)
@@ -7935,13 +7945,16 @@ class _Schedule:
         return max(0.0, min(self.due.next() - now, self.slots.next() - mono))
 
 
-_KEPT = 8  # one in so many places is kept for the quick, and is what one endpoint may hold
-# By rank: of places and openers, what endpoints may fill that are not quick.
+# One in so many places is kept for steady endpoints that have nothing under way. Who holds as much
+# already comes after those that hold less.
+_KEPT = 8
+# By rank (see _Lane.rank): the part of places and openers that endpoints of it may fill, all
+# together. 1 and 2 are counted together: the part of rank 2 is within that of rank 1.
 _SHARES = (1.0, 0.5, 0.375)
 
 
 def _common(workers: int) -> int:
-    """Return how many places there are before those that are kept."""
+    """Return how many of the places are not kept for steady endpoints."""
     return workers - workers // _KEPT
 
 
@@ -7949,6 +7962,9 @@ def _no_place(
     rank: int, idle: bool, under_way: int, slow: int, workers: int, alone: bool
 ) -> str | None:
     """Return why an endpoint may not have one more place, or None.
+
+    "full": there is none. "share": the part of its rank is used up. "kept": what is left is kept
+    for steady endpoints that have nothing under way. The first two are so for its whole rank.
 
     rank, idle: the endpoint's rank; whether it is steady and has nothing under way. under_way,
     slow: all attempts that are, and those of endpoints that are not quick. alone: no other endpoint
@@ -7967,25 +7983,30 @@ class _Places:
     """Who may begin an attempt, and in which order. A place is one attempt under way; there are
     `workers` of them.
 
-    A place is lost to the others for as long as an attempt holds it, whatever comes of it. So places
-    are given by time and not by outcome:
+    A place is lost to the others for as long as an attempt holds it, whatever comes of it. So they
+    are given by how long an endpoint holds them, and not by whether it succeeds: one that answers
+    200 after fourteen seconds costs the others as much as one that hangs.
 
-    1. Endpoints that are not quick (see _Lane) share a part of the places: half for those that nothing
-       is known about, whose first attempt will find out, three eighths for the rest. Those that hang,
-       drip, or answer after fourteen seconds cannot fill more, however many they are.
-    2. The last eighth is kept for endpoints that have nothing under way and are steady: quick several
-       times in a row, and just now. When many that were quick begin to hang at the same moment, the
-       others still get through.
+    1. Endpoints that are not quick (see _Lane) share a part of the places: they start one only
+       while all of them together hold less than half, where nothing is known about the endpoint
+       and its first attempt will find out, and less than three eighths otherwise. Those that hang,
+       drip, or answer late cannot fill more, however many they are.
+    2. The last eighth is kept for endpoints that have nothing under way and are steady: quick
+       several times in a row, and just now. When many that were quick begin to hang at the same
+       moment, the others still get through.
     3. Who has an eighth of the places already comes after those who have less.
-    4. An endpoint that is alone, because no other began an attempt within a minute, gets them all.
+    4. An endpoint that is alone, because no other began an attempt within a minute, gets all that
+       its rank may have, the last eighth too.
 
     Endpoints that are quick are served last: served first, they would take every place that becomes
-    free and leave none to the others.
+    free and leave none to the others. The others cannot take much before them, by the first rule.
     """
 
     __slots__ = ("_last", "_mixed_until", "common", "workers")
     _LATELY = 60.0  # seconds
-    _TRIES = 32  # endpoints in a row that are passed over in a turn
+    # Lanes in a row that may be passed over before a round is left for this turn: where thousands
+    # wait for a thread, a turn must not ask for each of them.
+    _TRIES = 32
 
     def __init__(self, workers: int) -> None:
         self.workers, self.common = workers, _common(workers)
@@ -8000,8 +8021,9 @@ class _Places:
         mono: float,
         start: Callable[[_Lane], bool],
     ) -> None:
-        """Start attempts of the lanes that stand in rounds, one a turn, until places, work or threads
-        run out, or `start` says to stop."""
+        """Start attempts of the lanes that stand in rounds, one each time it is a lane's turn,
+        until places, work or threads run out. start: begins an attempt of a lane, and returns False
+        when nothing more may begin, of any lane."""
         for rank in (1, 2, 0):
             round = schedule.turns.rounds[rank]
             if round and not self._serve(rank, len(round) > 1, schedule, carrier, now, mono, start):
@@ -8017,14 +8039,25 @@ class _Places:
         mono: float,
         start: Callable[[_Lane], bool],
     ) -> bool:
-        """Serve the round of a rank; lean: those that hold little first. False: stop altogether."""
+        """Serve the round of a rank; lean: only lanes that hold less than an eighth of the places,
+        and after that the others (fat). False: stop altogether.
+
+        What may become of the first lane of the round, in the order of the code:
+
+        1. it may not start now, or is quick no more: it waits where it belongs now
+        2. no place is free for its rank: the round is left, and all keep their turns
+        3. none is free for this lane, it is too fat, or no thread is free: it is passed over, to
+           the end of the round
+        4. its origin has no connection for it: it was parked there, and leaves the round
+        5. it starts an attempt. A quick lane that may start another goes to the end of the round;
+           any other waits where it belongs now, by the rank that it has now
+        """
         turns, round = schedule.turns, schedule.turns.rounds[rank]
         quick = [a for a in carrier.attempts if a.lane.quick(mono)] if rank else ()
         openings = sum(a.connection is None and a.step != "calling" for a in quick)
         passed, fat = 0, False  # lanes passed over in a row; one of them for what it holds
         while passed < min(len(round), self._TRIES):
             lane = next(iter(round))
-            # Either may have changed since it joined.
             if not lane.may_start(now, mono) or (rank == 0 and lane.holds > _QUICK):
                 turns.leave(lane)
                 schedule.put(lane, now, mono)
@@ -8078,25 +8111,39 @@ class _Finder:
     A lane is made when its endpoint has something due, and is forgotten when it has nothing left
     and there are many; what must survive that stands in the endpoint's row. While something of it
     is under way or unrecorded it stays, also when the endpoint is disabled or removed: one
-    endpoint, one lane.
+    endpoint, one lane. Were there two, each would hold a half of what must not go out twice.
+
+    What it reads, and how it learns that there is something to read (see _News):
+
+        new deliveries       behind the newest that it has seen, after any commit of others
+        endpoints changed    counted by a trigger; read by the version in their rows
+        endpoints removed    counted; the lanes that there are are compared with the file
+        old ones due again   counted (a replay, a resend, a backfill): all that wait are looked at
+        cancelled            counted: what was read ahead is read again
+        our own outcomes     recorded(): our commits do not show as those of others
+        anything missed      all that wait are looked at once a minute, as long as that is cheap
+
+    Each of these ends in a lane that is told (appeared, reread) and put into the schedule.
     """
 
     __slots__ = (
-        "_elsewhere", "_file", "_ledger", "_looking", "_net", "_settings", "lanes", "monitored", "news",
-        "orphans", "recalled", "schedule",
+        "_elsewhere", "_file", "_ledger", "_looking", "_net", "_settings", "lanes", "monitored",
+        "news", "orphans", "recalled", "schedule",
     )  # fmt: skip
-    _LANES = 2_048  # lanes without work that are remembered
+    _LANES = 2_048  # lanes that are remembered before those without work are forgotten
     _TOLD = 4  # endpoints that the log names of those which the guard refuses
     # Seconds: then all that wait are looked at once more, in case something was missed.
     _LOOK_AGAIN = 60.0
 
     def __init__(self, settings: _Settings, file: _DrainFile, ledger: _Ledger) -> None:
+        """ledger: tells what is not recorded yet."""
         self._settings, self._file, self._ledger = settings, file, ledger
-        self._looking = _Paced(4)  # a fifth of the time at most
+        self._looking = _Paced(4)  # looking at all that wait takes a fifth of the time at most
+        # Looking once more, unasked: a thousandth.
         self._net = _Paced(1_000, self._LOOK_AGAIN)
         self.lanes: dict[str, _Lane] = {}
         self.schedule, self.news = _Schedule(), _News()
-        # Endpoints whose sender is not known here, which was said.
+        # Endpoints that this drain cannot send to, which was said: see _ours.
         self._elsewhere: set[str] = set()
         self.monitored = False  # an endpoint subscribes to webhook.*
         self.recalled = False  # something was cancelled during this run
@@ -8113,15 +8160,21 @@ class _Finder:
         return self.news.stale or self.news.at is not None
 
     def rest(self, now: float, mono: float) -> float:
-        """Return the seconds until find() has something to do."""
+        """Return the seconds until find() has something to do. The look once a minute needs no time
+        of its own: a turn comes several times a second."""
         if self.news.stale:
             return 0.0
         rest = self.schedule.next(now, mono)
         return rest if self.news.at is None else min(rest, max(0.0, self._looking.at - mono))
 
     def find(self, freed: Iterable[_Lane], now: float, mono: float) -> None:
-        """Line up the lanes that have something to do: those that have room again, those whose time
-        has come, and those for which there is something new in the file."""
+        """Put lanes into the schedule that have something to do: those that have room again
+        (freed), those whose time has come, and those for which there is something new in the file.
+
+        Any of the reads may fail, in rollback mode while the host commits, say. Then nothing may be
+        lost: what was read of the news in this call counts as unread, what was due stays due, and
+        the error goes to the loop, which calls again.
+        """
         schedule, news = self.schedule, self.news
         for lane in freed:
             schedule.put(lane, now, mono)
@@ -8139,19 +8192,20 @@ class _Finder:
                 news.look_at_all(self._file.db)
             if news.at is not None and self._looking.due(mono):
                 self._look_at_some(now, mono)
-        except BaseException:  # a rollback-mode host is committing, say: all of it once more
+        except BaseException:
             news.turn_back(mark)
             for id in due:
                 schedule.due.at_latest(id, now)
             raise
 
     def _read_changes(self, now: float, mono: float) -> None:
-        """Take in what counters tell of."""
+        """Take in what the counters in webhook_meta tell of: endpoints that changed or are gone,
+        old deliveries that are due again, others that were cancelled."""
         db, news = self._file.db, self.news
         version, removed, work, cancelled = news.counters(db)
         if version != news.version:
             if refusal := _refusal(db, self._settings.path, self._settings.home):
-                raise OutboxError(refusal)  # adopted meanwhile, by another place
+                raise OutboxError(refusal)  # adopted meanwhile, by another home
             self._reconfigure(version, now, mono)
         if removed != news.removed:
             self._drop_removed()
@@ -8167,6 +8221,13 @@ class _Finder:
             news.cancelled, self.recalled = cancelled, True
 
     def _read_news(self, now: float, mono: float) -> None:
+        """Read what others committed: first what changed, then new deliveries, a thousand at most;
+        where there are more, the next turn goes on.
+
+        A pending one is told to its lane, if there is one, else the endpoint is looked at when it
+        is due. A queued one stands behind others of its queue, and is nobody's business, unless
+        its queue was delivered to the end in memory: then it follows at once.
+        """
         db, news = self._file.db, self.news
         self._read_changes(now, mono)
         rows = news.new(db)
@@ -8186,7 +8247,8 @@ class _Finder:
         self._work_for(due, now, mono)
 
     def _look_at_some(self, now: float, mono: float) -> None:
-        """Look at the next of all that wait."""
+        """Look at the next 256 endpoints with something that waits. Where one does not exist, its
+        deliveries are given up (orphans): plain SQL wrote them, or an old copy was restored."""
         due: dict[str, float] = {}
         with self._looking.turn(), self._net.turn():
             rows = self.news.waiting(self._file.db)
@@ -8204,9 +8266,10 @@ class _Finder:
     def _work_for(
         self, due: Mapping[str, float], now: float, mono: float, oldest_first: bool = False
     ) -> None:
-        """Line up endpoints that have deliveries which are due at a time, or have them come up
-        then. oldest_first: in the order of registration, for those that have stood the test of time
-        are more likely to answer."""
+        """Put endpoints into the schedule that have deliveries which are due at a time. One without
+        a lane gets none before that time. oldest_first: in the order of registration, for after a
+        restart nothing is known about any, and those that are there for long are more likely to
+        answer."""
         for id, due_at in due.items():
             if id not in self.lanes and due_at > now:
                 self.schedule.due.at_latest(id, due_at)
@@ -8219,8 +8282,8 @@ class _Finder:
             self.schedule.put(lane, now, mono)
 
     def _lanes_of(self, ids: Sequence[str], mono: float) -> list[_Lane]:
-        """Return the lanes of enabled endpoints, made where there are none: then they have
-        something to read."""
+        """Return the lanes of those of some endpoints that are enabled and ours, made where there
+        are none; a new one looks for what it has to send."""
         missing = [id for id in ids if id not in self.lanes]
         if missing:
             for row in _load_endpoints(self._file.db, _LISTED, json.dumps(missing)):
@@ -8233,9 +8296,12 @@ class _Finder:
         return [self.lanes[id] for id in ids if id in self.lanes]
 
     def _ours(self, row: _EndpointRow) -> bool:
-        """Say whether this drain can send to an endpoint. A sender may be known to the app's own
-        drain only, and so may a network. Then its rows wait for that, and no attempt is lost; it is
-        said once."""
+        """Say whether this drain can send to an endpoint.
+
+        A drain that was started at the command line does not know the senders of the app, nor the
+        networks that it allows. If it tried, each attempt would fail, and in the end all of the
+        endpoint's deliveries. So they wait for the drain of the app, and that is logged once.
+        """
         url = "" if isinstance(row.endpoint, str) else row.endpoint.url
         barred = _barred(url, self._settings.guard) if url else None
         if barred is None and (
@@ -8251,13 +8317,18 @@ class _Finder:
             elif not barred:
                 _log.warning(
                     "endpoint %s is %s, a sender that is not known here: its deliveries wait for a "
-                    "drain of the app's own Outbox (outbox.start(), or drain with --app)", row.id, url,
-                )  # fmt: skip
+                    "drain of the app's own Outbox (outbox.start(), or drain with --app)",
+                    row.id,
+                    url,
+                )
         return False
 
     def _configure(self, lane: _Lane, row: _EndpointRow, mono: float) -> None:
+        """Take over an endpoint's row, for a new lane or one whose endpoint changed. The health of
+        the row holds, unless the ledger has a newer one. That a struggle ended (a ping was
+        answered, say) holds in any case."""
         lane.configure(row, self._settings, mono)
-        ended = row.failures == 0 and lane.health.failures >= _STRUGGLING  # somebody's ping, say
+        ended = row.failures == 0 and lane.health.failures >= _STRUGGLING
         if ended or lane.id not in self._ledger.states:
             health = _Health(
                 row.failures,
@@ -8272,21 +8343,28 @@ class _Finder:
         self.lanes[lane.id] = lane
 
     def _shed(self, mono: float) -> None:
-        """Forget the older ones of the lanes without work."""
+        """Forget lanes until half as many are left as may be remembered, older ones first. Those
+        stay that have something to do now, under way or unrecorded, or a thread that is stuck. What
+        is due later comes up in time, and makes a lane again."""
         now = self._settings.clock()
         spare = [
-            lane for lane in self.lanes.values()
-            if not (lane.active or lane.backlog.known or lane.lost or lane.id in self._ledger.states)
-            and lane.backlog.due > now and lane.next_slot <= mono
-        ]  # fmt: skip
+            lane
+            for lane in self.lanes.values()
+            if not (
+                lane.active or lane.backlog.known or lane.lost or lane.id in self._ledger.states
+            )
+            and lane.backlog.due > now
+            and lane.next_slot <= mono
+        ]
         for lane in spare[: len(self.lanes) - self._LANES // 2]:
             if lane.backlog.due < math.inf and lane.enabled:
                 self.schedule.due.at_latest(lane.id, lane.backlog.due)
             del self.lanes[lane.id]
 
     def _reconfigure(self, version: int, now: float, mono: float) -> None:
-        """Read endpoints that changed since we looked, a few at a time; the others keep what they
-        have. version: the newest there was before this."""
+        """Read endpoints that changed since we looked, 256 at a time; the lanes of others keep
+        their connections and what they read ahead. version: the newest there was when this
+        began."""
         newer = f"webhook_endpoints WHERE version > ? ORDER BY version LIMIT {_LOOK_ROWS}"
         rows = _load_endpoints(self._file.db, newer, self.news.version)
         due: dict[str, float] = {}
@@ -8318,8 +8396,8 @@ class _Finder:
             self.retire(id)
 
     def retire(self, id: str) -> None:
-        """Start nothing more for a disabled or removed endpoint: what it has not tried stays in the
-        table as it is."""
+        """Start nothing more for a disabled or removed endpoint. What was not tried stays in the
+        table as it is; what is under way goes on and is recorded, and the lane stays till then."""
         self.schedule.due.drop(id)
         lane = self.lanes.get(id)
         if lane is not None:
@@ -8331,7 +8409,8 @@ class _Finder:
                 del self.lanes[id]
 
     def recorded(self, batch: Iterable[_Row], now: float, mono: float) -> None:
-        """Note what our own commit made due: it does not move data_version."""
+        """Note what our own commit made due, which the watch on commits of others does not tell: a
+        retry, the next one of a queue, our own webhook.* events."""
         touched = set()
         for row in batch:
             self.news.stale |= row.kind == "notice"  # our own webhook.* events
@@ -8352,7 +8431,8 @@ class _Finder:
             self.schedule.put(lane, now, mono)
 
     def turned_back(self, latest: float) -> None:
-        """The clock was set back: forget what was to come later than `latest` by the old one."""
+        """The clock was set back: read everything anew, and end pauses that go on beyond `latest`,
+        the latest time that one can be set to by the clock as it is now."""
         for lane in self.lanes.values():
             lane.backlog.reread()
             if lane.health.paused_until > latest:
@@ -8363,19 +8443,21 @@ class _Finder:
 
 @dataclasses.dataclass(slots=True)
 class _Counts:
-    """What a run came to, for its report and whoever watches it.
+    """What a run came to, for its report and for whoever watches it: `progress` of drain(), the
+    live line on a terminal.
 
-    Counting what waits is linear in it, so for progress it is counted for a fiftieth of the time,
-    and reckoned from the outcomes in between.
+    To count what waits takes a time that grows with it: with 300,000 rows, counted four times a
+    second, it was a fifth of the drain's speed. So it is done for a fiftieth of the time at most,
+    and what waits now is reckoned from the last count and the outcomes since.
     """
 
-    delivered: int = 0
+    delivered: int = 0  # outcomes of this run
     retried: int = 0
     failed: int = 0
-    counted: int = 0  # what waited at the last count, and what had ended by then
-    ended: int = 0
+    counted: int = 0  # what waited at the last count
+    ended: int = 0  # how much had been delivered or had failed by then, as far as the file knew
     ready: int = 0  # of what waited: due, and of endpoints that are not on hold
-    retried_then: int = 0
+    retried_then: int = 0  # the retries by then, as far as the file knew
     pace: _Paced = dataclasses.field(default_factory=lambda: _Paced(50))
     progress_at: float = 0.0  # monotonic
     locked_at: float | None = None  # monotonic: since when another process has kept the file locked
@@ -8403,32 +8485,38 @@ class _Counts:
         self.ended, self.retried_then = self.delivered + self.failed - over, self.retried - again
 
     def to_send(self) -> int:
-        """Return how much of what waits could go out now."""
+        """Return how much of what waits could go out now: what was ready at the last count, less
+        what was tried since."""
         tried = self.delivered + self.failed - self.ended + self.retried - self.retried_then
         return max(0, self.ready - tried)
 
     def locked(self, mono: float) -> None:
-        """Note that the file is locked."""
+        """Note that the file is locked by another process; the first of such notes holds."""
         self.locked_at = mono if self.locked_at is None else self.locked_at
 
     def report(self) -> DrainReport:
+        """Return the numbers so far; pending is reckoned from the last count."""
         pending = max(0, self.counted + self.ended - self.delivered - self.failed)
         return DrainReport(self.delivered, self.retried, self.failed, pending)
 
 
 class _Pruning:
-    """Retention: deletes old failed rows and old events a few at a time, and then rests for an
-    hour."""
+    """Retention: deletes old failed rows and old events, 500 at a time, so that the host never
+    waits long; and rests for an hour when all of them are gone."""
 
     __slots__ = ("_from", "at")
     _REST, _RETRY = 3_600.0, 60.0  # seconds
 
     def __init__(self) -> None:
-        self.at = 0.0  # monotonic
+        self.at = 0.0  # monotonic: not before
+        # The key of the last event looked at; None: begin with the oldest.
         self._from: int | None = None
 
     def some(self, db: sqlite3.Connection, settings: _Settings, now: float, mono: float) -> None:
-        self.at = mono + self._RETRY  # should it fail: a full disk, say, must not end the loop
+        """Delete some of what is old, and set when to go on: in a fifth of a second where something
+        was deleted, sooner where nothing was, in an hour at the end. Where it fails (a full disk,
+        say), try again in a minute: that must not end the drain."""
+        self.at = mono + self._RETRY  # should it fail
         try:
             removed = 0
             if settings.failed_retention is not None:
@@ -8445,31 +8533,49 @@ class _Pruning:
 class _Outcomes:
     """Decides what outcomes mean for deliveries and endpoints, and brings them into the file.
 
-    Each outcome that it was given by end() or expire() is in the ledger until a statement that holds
-    it has committed; record() writes when the budget allows. While writing fails for another reason
-    than a lock (`storing` is False), nothing is to be sent: every answer would be forgotten.
+    There are three kinds: an attempt ended (end), a delivery was worth nothing any more when its
+    turn came (expire), and its endpoint does not exist (give_up_orphans). Each is in the ledger
+    until a statement that holds it has committed; record() writes when the budget allows.
+
+    Where the file is locked, outcomes gather, and at two thousand nothing more may begin. Where
+    writing fails for another reason (a full disk: `storing` is False), nothing may begin at once:
+    every answer would be forgotten, and every delivery be sent again.
     """
 
     __slots__ = (
-        "_file", "_finder", "_ledger", "_settings", "_teller", "budget", "counts", "ends", "record_at", "storing"
+        "_file", "_finder", "_ledger", "_settings", "_teller", "budget", "counts", "ends",
+        "record_at", "storing",
     )  # fmt: skip
 
     def __init__(
         self, settings: _Settings, file: _DrainFile, finder: _Finder, ledger: _Ledger, ends: bool
     ) -> None:
+        """ends: the drain is one that ends by itself, and not before all is recorded."""
         self._settings, self._file, self._finder, self._ledger = settings, file, finder, ledger
         self._teller = _Teller(settings.observer)
         self.budget, self.counts = _Budget(), _Counts()
-        self.ends = ends  # the drain is one that ends by itself
-        self.record_at = 0.0  # monotonic: not before
-        self.storing = True
+        self.ends = ends
+        self.record_at = 0.0  # monotonic: no commit before it
+        self.storing = True  # False: the last write failed, and not because of a lock
 
     def full(self) -> bool:
         """Say whether so much waits to be recorded, or cannot be, that nothing more may begin."""
         return not self.storing or len(self._ledger.rows) >= _UNRECORDED
 
     def end(self, attempt: _Attempt, outcome: _Outcome, now: float, mono: float) -> None:
-        """Decide what an attempt's outcome means for its delivery and its endpoint."""
+        """Decide what an attempt's outcome means for its delivery and its endpoint.
+
+        1. the lane learns from it: health, limit, rank
+        2. the verdict: delivered, pending (again later) or failed. Three rules stand above it:
+           a row that is damaged does not heal, so it fails at once; what was cancelled meanwhile is
+           not given up (pending, in the words of the ledger, leaves its status as it is); and what
+           expires is due again by then at the latest, so that it ends in time and holds up nobody
+        3. that is a row for the ledger
+        4. where the delivery was given up, the endpoint may be hopeless, and is disabled
+        5. the delivery's queue goes on
+        6. it is counted, logged, and told to the observer
+        7. the endpoint's new state is for the ledger too; a disabled one is retired
+        """
         lane, picked, policy = attempt.lane, attempt.picked, self._settings.retry
         was_enabled, health = lane.enabled, lane.health
         lane.held(mono - attempt.started)
@@ -8484,12 +8590,12 @@ class _Outcomes:
             now,
             self._settings.rng,
         )
-        if picked.type is None or picked.valid != 1:  # a damaged row does not heal
+        if picked.type is None or picked.valid != 1:
             status = "failed"
         if status == "failed" and self._is_cancelled(lane, picked):
-            status = "pending"  # in the words of the ledger: no failed row, and it stays as it is
+            status = "pending"
         if status == "pending" and picked.expires_at is not None:
-            due_at = min(due_at, picked.expires_at)  # then it ends, and holds up nobody
+            due_at = min(due_at, picked.expires_at)
         if reason is not outcome.reason:
             outcome = outcome._replace(reason=reason)
         self._add_row(
@@ -8520,7 +8626,9 @@ class _Outcomes:
         self._next_of_queue(lane, picked, lane.endpoint.on_dead == "skip", now)
 
     def give_up_orphans(self, now: float) -> None:
-        """Deliveries to an endpoint that does not exist go to the failed table."""
+        """Deliveries to an endpoint that does not exist go to the failed table, a pick at a time;
+        somebody can see them there. They have no lane, so the ledger alone tells which are on their
+        way into the file already."""
         outcome = _Outcome(None, "internal", "there is no such endpoint")
         while self._finder.orphans:
             id = self._finder.orphans[-1]
@@ -8534,7 +8642,8 @@ class _Outcomes:
 
     def _is_cancelled(self, lane: _Lane, picked: _Picked) -> bool:
         """Say whether a delivery was cancelled while its attempt was under way: it is not given
-        up."""
+        up. Asked only where one is to fail. Where the file cannot be read the answer is no: the
+        trigger knows the same rule, so only counts and notices are wrong then."""
         sql = "SELECT status FROM webhook_deliveries WHERE event = ? AND endpoint_id = ?"
         with contextlib.suppress(sqlite3.Error):
             row = self._file.db.execute(sql, (picked.event, lane.id)).fetchone()
@@ -8542,8 +8651,9 @@ class _Outcomes:
         return False
 
     def _next_of_queue(self, lane: _Lane, picked: _Picked, at_once: bool, now: float) -> None:
-        """A queue goes on at once after a success. After a failure the file says who is next, once
-        that is recorded."""
+        """Have the queue of a delivery go on. at_once: from memory, after a success. After a
+        failure the file says who is next, once that is recorded (the same delivery again, or the
+        one behind it); so it does where too much is unrecorded, or the next one cannot be read."""
         queue = picked.queue
         if queue is None:
             if lane.endpoint.ordered:  # it was not yet, when this delivery was read
@@ -8551,7 +8661,6 @@ class _Outcomes:
             return
         self._ledger.queues[lane.id, picked.event] = queue
         if at_once and lane.enabled and len(self._ledger.rows) < _UNRECORDED:
-            # A rollback-mode host is committing, or a page is damaged.
             with contextlib.suppress(sqlite3.Error):
                 return lane.backlog.follow(self._file.db, queue, picked.event, now)
         lane.backlog.leave(queue)
@@ -8567,6 +8676,8 @@ class _Outcomes:
         outcome: _Outcome,
         kind: str = "outcome",
     ) -> None:
+        """Put an outcome into the ledger, to be recorded with those that are there already; the
+        first one as soon as the distance to the last commit allows."""
         if not self._ledger.rows:
             self.record_at = max(self.record_at, _monotonic())
         self._ledger.rows.append(
@@ -8578,7 +8689,8 @@ class _Outcomes:
 
     def _hopeless(self, lane: _Lane, now: float) -> str | None:
         """Return why an endpoint is to be disabled, because hardly anything came through for five
-        days and deliveries were given up in that time; None where it is not."""
+        days and three deliveries or more were given up in that time; None where it is not. What was
+        given up is in the file or, unrecorded, in the ledger."""
         hopeless = lane.health.hopeless(now)
         if hopeless is None:
             return None
@@ -8596,6 +8708,8 @@ class _Outcomes:
     def _count(
         self, status: str, lane: _Lane, picked: _Picked, outcome: _Outcome, now: float
     ) -> None:
+        """Count an outcome, for the run's report and for metrics(): a success by how long ago the
+        event was emitted, a failure by its reason."""
         counts, ledger = self.counts, self._ledger
         if status == "delivered":
             counts.delivered += 1
@@ -8613,8 +8727,8 @@ class _Outcomes:
     def _tell(
         self, kinds: list[str | None], lane: _Lane, picked: _Picked, outcome: _Outcome, now: float
     ) -> None:
-        """Log what happened; note it for the observer, and for who subscribes to webhook.*
-        events."""
+        """Log what happened; note it for the observer, who is told when it is recorded, and as a
+        row for who subscribes to webhook.* events."""
         _log_outcome(lane, picked, outcome, "gave_up" in kinds, "disabled" in kinds)
         for kind in filter(None, kinds):
             notice = Notice(
@@ -8629,15 +8743,22 @@ class _Outcomes:
                 and self._finder.monitored
                 and not str(picked.type).startswith("webhook.")
             ):
-                # A damaged row may hold anything.
+                # repr, because a damaged row may hold anything, bytes too.
                 data = json.dumps(dataclasses.asdict(notice), default=repr)
                 self._ledger.rows.append(
                     _Row("notice", status=_NOTICE_TYPES[kind], at=now, response=data)
                 )
 
     def record(self, mono: float, sending: bool, stopping: bool) -> None:
-        """Write what came back, in one statement, within the budget: commits a second are what a
-        host feels."""
+        """Write what came back, in one statement, if the budget allows a commit now.
+
+        1. it is too early, or there is nothing: later
+        2. the file is locked: try again soon
+        3. it cannot be written: log that once, and try again in a second; a drain that is stopping
+           or ends by itself raises instead, for it would never end
+        4. it is written: set the time of the next commit, take the rows out of the backlogs, find
+           what became due by this, and tell the observer
+        """
         if not self._ledger or mono < self.record_at:
             return
         begun = time.thread_time()
@@ -8654,9 +8775,10 @@ class _Outcomes:
                     raise
             else:
                 self.counts.locked(mono)
-            # Our own short retries: SQLite's busy handler sleeps up to 100 ms and starves beside a
-            # busy host. A refused try of a big batch costs milliseconds, so tries take at most a
-            # fifth of the time.
+            # SQLite's busy handler would sleep up to 100 ms between its tries, and hardly ever find
+            # a moment between the commits of a busy host. So our connection has none, and we try
+            # often. A refused try of a big batch costs milliseconds of CPU, so tries take a fifth
+            # of the time at most.
             pause = max(0.0005, 4 * (time.thread_time() - begun)) if self.storing else 1.0
             self.record_at = _monotonic() + pause
             return
@@ -8672,42 +8794,72 @@ class _Outcomes:
         self._ledger.untold = []
 
     def leave(self) -> None:
-        """Write what is known and not written yet: the grace ran out, say. What cannot be written
-        now is delivered once more."""
+        """Write what is known and not written yet: the grace ran out, say, or the loop ended with
+        an error. Here a second of waiting for the lock is fine. What cannot be written now is
+        delivered once more."""
         if self._ledger or self._ledger.counts:
-            # MemoryError too: the lock must go, whatever happens.
+            # Any error, MemoryError too: the lock must be released, whatever happens here.
             with contextlib.suppress(Exception):
                 self._file.db.execute("PRAGMA busy_timeout = 1000")
                 while self._ledger or self._ledger.counts:
                     self._ledger.write(self._file.db)
 
     def close(self) -> None:
+        """Let the observer see what it was told."""
         self._teller.close()
 
 
 # ── drain: the loop ───────────────────────────────────────────────────────────────────────────────
 # Promises: one process per file drains; one loop in one thread owns the database connection and
-# every decision, so order, rates, fair turns and breakers are plain state, exact by construction.
-# What wakes it: a socket (an answer, or room to write), the bell (an emit in this process, a thread
-# that opened a connection, stop(), a fork), a hint of the file system, a time (a delivery, a pause
-# or a rate's place is due, a deadline, the next commit or poll).
+# every decision, so order, rates, fair turns and pauses are plain state, exact by construction. The
+# rooms that it calls, and in which order, stand at the head of the section before.
+#
+# The loop sleeps in select, in _Carrier.wait(). What wakes it, and what it does then:
+#
+#     a socket is readable         an answer, or a receiver that closed: read; what ended is a turn
+#     a socket has room            the rest of a request: sent on
+#     the bell, by
+#       wake(), an emit here       the commit is about to come: poll the file at short distances
+#       a thread of the openers    its errand is done: take it
+#       stop()                     begin nothing more
+#       a fork in another thread   close the file until it is over (_DrainFile.let_fork)
+#     inotify                      somebody writes the file: poll it at short distances
+#     a time, the earliest of
+#       the next poll              has anybody committed? Only if so, there is a turn
+#       the next commit            outcomes wait, and the budget allows it
+#       a delivery, a pause, a rate's slot is due    its lane joins a round
+#       the next look              where all that wait are being looked at, 256 endpoints each
+#       chores                     every 25 ms while attempts are under way, else every 250 ms.
+#                                  They end attempts whose time is over, so up to 25 ms late
+#
+# A lane that stands in a round and got no place, or no thread, wakes nobody: it is asked again in
+# each turn, and a place becomes free by the end of an attempt, which is one.
 
 _TAKEOVER_POLL = 0.1  # seconds between two looks at a lock that another process holds
 
 
 class _Drain:
-    """One run of the loop: stand by for the lock, then send until told to stop or nothing is
-    left."""
+    """One run of the drain: stand by for the lock, then send until told to stop or nothing is left.
+
+    run() does all of it, in the thread that calls it; a drain runs once. Other threads may call
+    what stands first below. The mode says when it ends by itself:
+
+        forever      never (start(), `drain` at the command line)
+        once         when nothing that could be sent is due now; retries are left to the next drain
+        until_empty  when nothing waits for any enabled endpoint, retries included
+    """
 
     def __init__(
         self, settings: _Settings, mode: str, progress: Callable[[DrainReport], Any] | None = None
     ) -> None:
+        """progress: called about four times a second, in the loop's thread."""
         self.settings, self.progress = settings, progress
         self.mode = mode  # forever, once, until_empty
         self.bell = _Bell()
         self.file = _DrainFile(settings.path, self.bell.ring)
         self.lock = _Lock(settings.path)
-        # Monotonic: when to leave what is under way; nothing new till then.
+        # Monotonic. inf: go on. Else stop() was called: begin nothing, and leave what is under way
+        # at this time at the latest.
         self.leave_at = math.inf
         self.ledger = _Ledger()
         self.carrier = _Carrier(settings, self.bell.ring)
@@ -8724,11 +8876,12 @@ class _Drain:
 
     @property
     def stopping(self) -> bool:
+        """Whether stop() was called."""
         return self.leave_at < math.inf
 
     def stop(self, grace: float) -> None:
-        """Take no new work; leave when what is under way has ended, at the latest after `grace`
-        seconds."""
+        """Take no new work; leave when what is under way has ended and is recorded, at the latest
+        after `grace` seconds. Returns at once. A second call sets another grace: 0 to leave now."""
         self.leave_at = _monotonic() + grace
         self.bell.ring()
 
@@ -8737,12 +8890,15 @@ class _Drain:
         self.bell.ring(committed=True)
 
     def under_way(self) -> int:
+        """Return how many attempts are under way."""
         return len(self.carrier.attempts)
 
     # The run.
 
     def run(self) -> DrainReport:
-        """Drain until the mode's end, or stop()."""
+        """Drain until the mode's end, or stop(). Raise OutboxError where draining makes no sense
+        (the file was replaced, cannot be written, is another home's), sqlite3.Error where the file
+        fails. Whatever happens, the lock is released and everything is closed."""
         try:
             self.carrier.exchanges.listen(self.bell.inside, self._hear)
             with _PROCESS.forking:
@@ -8759,14 +8915,21 @@ class _Drain:
             self._leave()
 
     def _hear(self) -> None:
+        """The bell rang; the exchanges call this from wait()."""
         if self.bell.hear():
             self.file.watch.hint(_monotonic())
 
     def _listen(self) -> None:
+        """Something was written to the file; the exchanges call this from wait()."""
         self.file.watch.listen(_monotonic())
 
     def _await_lock(self) -> bool:
-        """Stand by until the lock is ours (True), or there is no reason to go on."""
+        """Stand by until the lock is ours (True), or there is no reason to go on (False).
+
+        The lock belongs to one process for each file, and is gone when that dies, however it does;
+        so a look ten times a second is all that it takes to follow. A drain that ends by itself
+        waits only as long as the other one has work left of the kind that its mode is about.
+        """
         told, path = False, self.settings.path
         while not self.stopping:
             if self.lock.acquire():
@@ -8836,6 +8999,13 @@ class _Drain:
                 ) from None
 
     def _loop(self) -> None:
+        """Turn until there is a reason to leave; see the head of the section before for one turn.
+
+        In rollback mode any read may find the file locked, while the host commits. Then the rest of
+        the turn is left out, and the next one reads the news once more. Nothing is lost by that:
+        what reads the file changes its own state after it has read, or turns it back. What must
+        not wait for the file is done all the same: timeouts, sending, outcomes.
+        """
         self.file.patiently(self.finder.begin)
         while True:
             try:
@@ -8857,10 +9027,9 @@ class _Drain:
             except sqlite3.OperationalError as error:
                 if not _is_busy(error):
                     raise
-                # A rollback-mode host is committing: look again in a moment.
                 self.finder.news.stale = True
                 mono = _monotonic()
-                self.carrier.look(mono)  # or in minutes, but timeouts hold
+                self.carrier.look(mono)  # the lock may last for minutes, but timeouts hold
                 self.counts.locked(mono)
                 self._show_progress(self.settings.clock(), mono)
                 time.sleep(0.0005)
@@ -8871,10 +9040,17 @@ class _Drain:
                 return
 
     def _finished(self, now: float) -> bool:
-        # 1. told to stop, and everything that came back is recorded (or the grace is over)
-        # 2. `once`: nothing under way, nothing unrecorded, no endpoint has something due that it
-        #    may send
-        # 3. `until_empty`: the same, and nothing pending for an enabled endpoint
+        """Say whether to leave the loop.
+
+        1. told to stop, and the grace is over: yes
+        2. something is under way or unrecorded: no
+        3. told to stop: yes
+        4. forever; or there may be work that was not found yet; or a lane waits for its turn, its
+           rate or a connection; or the clock was set back, or may have been before the first
+           chores, so that due times in the file may change: no
+        5. until_empty: if nothing is pending for an enabled endpoint
+        6. once: if nothing is due now of what waits for a time
+        """
         if self.stopping and _monotonic() >= self.leave_at:
             return True
         if self.carrier.attempts or self.ledger:
@@ -8891,11 +9067,11 @@ class _Drain:
         return self._is_empty() if self.mode == "until_empty" else schedule.due.next() > now
 
     def _is_empty(self) -> bool:
-        """Say whether nothing waits for an enabled endpoint. What comes up later on the agenda may
-        be cancelled by now; once something was, the file is asked."""
+        """Say whether nothing waits for an enabled endpoint. What the agenda has for later is what
+        waits; but after something was cancelled it may be gone, so the file is asked."""
         if not self.finder.schedule.due or not self.finder.recalled:
             return not self.finder.schedule.due
-        with contextlib.suppress(sqlite3.OperationalError):  # a rollback-mode host is committing
+        with contextlib.suppress(sqlite3.OperationalError):  # locked: asked again in the next turn
             return not _work_left(self.file.db, math.inf, self.settings.senders)
         return False
 
@@ -8903,7 +9079,8 @@ class _Drain:
 
     def _wait(self) -> None:
         """Sleep until there is something to do: a socket has news, a time has come, somebody
-        committed."""
+        committed. A poll that finds nothing costs only itself, and no turn: there may be hundreds a
+        second."""
         while True:
             if self.file.let_fork():
                 self.finder.news.stale = True
@@ -8911,7 +9088,8 @@ class _Drain:
             mono = _monotonic()
             until = self._until_work(mono)
             pause = min(until, self.file.watch.rest(mono))
-            # The selector knows milliseconds only.
+            # The selector rounds up to whole milliseconds; a poll after a hint is sooner. While
+            # attempts are under way their answers must wake us, so then it sleeps there.
             if 0 < pause < 0.001 and not self.carrier.attempts:
                 time.sleep(pause)
                 pause = 0.0
@@ -8922,7 +9100,8 @@ class _Drain:
                 return
 
     def _until_work(self, mono: float) -> float:
-        """Return the seconds until the loop has something to do that nobody will wake it for."""
+        """Return the seconds until the loop has something to do that nobody will wake it for; the
+        next poll is not among it."""
         if self.carrier.freed:
             return 0.0
         until = min(self.chores_at - mono, self.finder.rest(self.settings.clock(), mono))
@@ -8931,7 +9110,8 @@ class _Drain:
         return max(0.0, until)
 
     def _poll(self, at_once: bool = False) -> None:
-        """See whether somebody committed."""
+        """See whether somebody committed, if it is time for that; at_once: in any case. A commit of
+        the host's is noted for the budget."""
         mono = _monotonic()
         self.file.check()
         who = self.file.watch.poll(self.file.db, mono, bool(self.carrier.attempts), at_once)
@@ -8943,6 +9123,7 @@ class _Drain:
     # Starting attempts.
 
     def _start_attempts(self, now: float, mono: float) -> None:
+        """Start what may be started, unless too many outcomes wait to be recorded."""
         if not self.outcomes.full():
             start = functools.partial(self._start, now)
             self.places.serve(self.finder.schedule, self.carrier, now, mono, start)
@@ -8956,7 +9137,8 @@ class _Drain:
             if _is_busy(error) or self.mode != "forever":
                 self.finder.schedule.turns.join(lane, lane.rank(_monotonic()))
                 raise
-            # A damaged page is not the others' fault.
+            # A page of the file is damaged, say. The others go on, this one rests for a minute;
+            # but a drain that ends by itself would never end, and raises.
             lane.health = lane.health._replace(paused_until=now + _LONGEST_PROBE)
             _log.error("deliveries of endpoint %s cannot be read (%s)", lane.id, error)
             return True
@@ -8982,6 +9164,10 @@ class _Drain:
     # Outcomes.
 
     def _take_ended(self, now: float, mono: float) -> None:
+        """Take the attempts that ended: outcomes are judged; what was not tried goes back to the
+        front of its backlog, or is forgotten if the endpoint is disabled by now. Then the lane
+        waits where it belongs now; one that is well and stands in the round of the quick belongs
+        there still, as most do, and that saves the call."""
         for attempt, outcome in self.carrier.ended():
             if outcome is not None:
                 self.outcomes.end(attempt, outcome, now, mono)
@@ -8989,13 +9175,23 @@ class _Drain:
                 attempt.lane.backlog.put_back(attempt.picked)
             else:
                 attempt.lane.backlog.known.discard(attempt.picked.event)
-            # Else it stands where it belongs.
             if attempt.lane.round != 0 or attempt.lane.health is not _WELL:
                 self.finder.schedule.put(attempt.lane, now, mono)
 
     # Chores, about forty times a second, four while idle.
 
     def _chores(self, now: float, mono: float) -> None:
+        """Do what has to be done now and then:
+
+        1. stop where the file or the lock was replaced
+        2. end attempts whose time is over, close connections that were idle for long
+        3. show progress
+        4. delete what is old, when nobody writes
+        5. notice that the clock was set back by more than a second. Times in the file may be years
+           ahead then, so they are pulled back; but first what the ledger holds has to be written,
+           since it has such times too, and so chores come again at once until it is. At the start
+           of a run the same is done once: the clock may have been set back while no drain ran
+        """
         self.chores_at = mono + (0.025 if self.carrier.attempts else 0.25)
         self._check_place()
         self.carrier.look(mono)
@@ -9010,10 +9206,9 @@ class _Drain:
         ):
             self.pruning.some(self.file.db, self.settings, now, mono)
         if self.clock_seen > now + 1.0:
-            if self.ledger.rows:  # whose due times may still be of the old time
+            if self.ledger.rows:
                 self.chores_at = mono
                 return
-            # It may have been years ahead: nothing is to wait until it gets there again.
             longest = self.settings.retry.longest
             try:
                 _pull_back(self.file.db, now, longest)
@@ -9025,10 +9220,11 @@ class _Drain:
         self.clock_seen = now
 
     def _show_progress(self, now: float, mono: float) -> None:
+        """Call `progress` four times a second, with what is counted or reckoned by now."""
         if self.progress is not None and mono >= self.counts.progress_at:
             self.counts.progress_at = mono + 0.25
             if self.counts.pace.due(mono):
-                # A rollback-mode host is committing: what was counted last still tells something.
+                # Where the file is locked, what was counted last still tells something.
                 with self.counts.pace.turn(), contextlib.suppress(sqlite3.OperationalError):
                     self.counts.count(self.file.db, now, self.ledger.rows)
             self.progress(self.counts.report())
@@ -9036,8 +9232,9 @@ class _Drain:
     # Leaving.
 
     def _leave(self) -> None:
-        """Close everything, in the process that opened it. Deliveries that are not recorded stay
-        pending."""
+        """Close everything, in this order: nothing more is sent; what came back is recorded; then
+        another process may drain. What could not be recorded stays pending and is sent again. A
+        child process that was forked out of the loop owns nothing of it and closes nothing."""
         if self.file.forked():
             return
         self.carrier.close()

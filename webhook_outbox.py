@@ -3940,7 +3940,7 @@ class _Option(NamedTuple):
 # follow from the row. Where an option is not given nothing is stored, so its default is the
 # column's. The action "switch" is --name and --no-name; the command line's parser defines it.
 _OPTIONS: dict[str, _Option] = {
-    "url": _Option(_checked_url, {}),
+    "url": _Option(_checked_url, dict(metavar="URL", help="where events go from now on")),
     "events": _Option(
         _checked_events,
         dict(nargs="+", metavar="PATTERN", help="order.created, 'order.*' or '*'"),
@@ -3948,7 +3948,7 @@ _OPTIONS: dict[str, _Option] = {
     ),
     "tenant": _Option(
         lambda v, known: _checked_tenant(v, or_all=True),
-        dict(metavar="ID", help="the customer whose events it gets; '*' for those of all"),
+        dict(metavar="ID", help="the tenant whose events it gets; '*' for those of all"),
         fixed=True,
     ),
     "filter": _Option(
@@ -3956,19 +3956,28 @@ _OPTIONS: dict[str, _Option] = {
         dict(
             type=_json_argument,
             metavar="JSON",
-            help="""'{"status": ["paid"]}': by data; {} for none""",
+            help="""only events with such data: '{"status": ["paid"]}'; {} for all""",
         ),
         json.loads,
     ),
     "enabled": _Option(
         lambda v, known: _checked_switch("enabled", v),
-        dict(action="switch", help="a disabled one gets nothing; backfill can bring it later"),
+        dict(
+            action="switch", help="a disabled one gets no new deliveries; backfill adds them later"
+        ),
         bool,
     ),
-    "description": _Option(lambda v, known: _line("description", v, 1000), {}),
+    "description": _Option(
+        lambda v, known: _line("description", v, 1000), dict(metavar="TEXT", help="for people")
+    ),
     "headers": _Option(
         lambda v, known: _dumps(_checked_headers(v)),
-        dict(nargs="+", action="extend", metavar="'NAME: VALUE'"),
+        dict(
+            nargs="+",
+            action="extend",
+            metavar="'NAME: VALUE'",
+            help="sent with each attempt; a value may be env:NAME",
+        ),
         _loaded_headers,
     ),
     "body": _Option(
@@ -3981,24 +3990,24 @@ _OPTIONS: dict[str, _Option] = {
     ),
     "rate": _Option(
         _optional(lambda v, known: _number("rate", v, 1e-6, 1e6)),
-        dict(type=float, help="deliveries per second"),
+        dict(type=float, metavar="N", help="deliveries per second at the most"),
     ),
     "max_in_flight": _Option(
         lambda v, known: _whole("max_in_flight", v, 1, 10_000),
-        dict(type=int, help="attempts at once at the most (16)"),
+        dict(type=int, metavar="N", help="attempts under way at the most (16)"),
     ),
     "ordered": _Option(
         lambda v, known: _checked_switch("ordered", v),
-        dict(action="switch", help="one after the other"),
+        dict(action="switch", help="one delivery after the other"),
         bool,
     ),
     "on_dead": _Option(
         lambda v, known: _choice("on_dead", v, ("skip", "hold")),
-        dict(choices=("skip", "hold"), help="what a queue does after a failed row"),
+        dict(choices=("skip", "hold"), help="after a failed row its queue goes on, or waits"),
     ),
     "timeout": _Option(
         _optional(lambda v, known: _number("timeout", v, 0.01, 3600)),
-        dict(type=float, help="seconds an attempt may last (15)"),
+        dict(type=float, metavar="S", help="seconds an attempt may last (15)"),
     ),
     "cert": _Option(
         _optional(lambda v, known: _dumps(_checked_files("cert", v))),
@@ -15058,35 +15067,44 @@ _FLAG = {"action": "store_true"}
 # --type" is that of one command only, and goes before it. An argument that is a plain text and says
 # enough by its name is left out.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
-    "--json": _FLAG,
+    "id": dict(help="the endpoint's id"),
+    "--json": dict(_FLAG, help="as JSON, with all fields"),
     "--dry-run": dict(_FLAG, help="only count"),
-    "--all": _FLAG,
-    "--limit": dict(type=int),
+    "--all": dict(_FLAG, help="all there are; without it a filter must be given"),
+    "--limit": dict(type=int, metavar="N", help="so many at the most (100)"),
     "--type": dict(help="a type, or a group: 'order.*'"),
-    "--since": dict(type=_when, help="UTC seconds, or 2026-01-31T12:00"),
-    "--until": dict(type=_when),
+    "--since": dict(type=_when, metavar="TIME", help="emitted then or later: 2026-01-31T12:00"),
+    "--until": dict(type=_when, metavar="TIME", help="emitted before; times are UTC, or seconds"),
     "endpoint ping --type": dict(help="the catalogue's example of this type instead"),
-    "init --wal": dict(_FLAG, help="also switch to WAL"),
-    "endpoint add url": dict(metavar="URL"),
+    "init --wal": dict(_FLAG, help="also switch the file to WAL"),
+    "endpoint add url": dict(metavar="URL", help="https://..., or call:NAME, a sender of --app"),
+    "endpoint add --id": dict(help="letters, digits, _ and -; one is made when it is left out"),
+    "endpoint backfill --all": dict(_FLAG, help="everything that is recorded; else say --since"),
     **{f"--{name.replace('_', '-')}": option.argument for name, option in _OPTIONS.items()},
     "endpoint add --tenant": _OPTIONS["tenant"].argument,
-    "emit --tenant": dict(metavar="ID", help="the customer whom it concerns"),
-    "--tenant": dict(metavar="ID", help="only this customer's"),
+    "emit --tenant": dict(metavar="ID", help="the tenant whose event it is"),
+    "--tenant": dict(metavar="ID", help="only this tenant's"),
     "--secret": dict(help="whsec_..., env:NAME or file:PATH; one is made when it is left out"),
-    "endpoint disable --reason": dict(default=""),
-    "--grace": dict(type=float, help="seconds that the old one signs too"),
-    "emit data": dict(metavar="JSON", help="- reads standard input"),
-    "--key": dict(help="events with one key go out in order"),
-    "--idempotency-key": dict(help="a second event with it is the first one"),
-    "--delay": dict(type=float, help="seconds"),
-    "--expires": dict(type=float, help="seconds after which it is worth nothing"),
-    "--once": dict(_FLAG, help="until nothing is due now"),
+    "endpoint disable --reason": dict(default="", help="why; listings and pages show it"),
+    "--grace": dict(
+        type=float, metavar="S", help="seconds that the old secret signs too (86400, a day)"
+    ),
+    "emit type": dict(help="order.created"),
+    "emit data": dict(metavar="JSON", help="the data; - reads it from standard input"),
+    "emit --headers": dict(_OPTIONS["headers"].argument, help="sent with this event"),
+    "--key": dict(help="an endpoint gets events with one key strictly in order"),
+    "--idempotency-key": dict(metavar="KEY", help="emitted again with it, it is the same event"),
+    "--delay": dict(type=float, metavar="S", help="seconds to wait before the first attempt"),
+    "--expires": dict(type=float, metavar="S", help="seconds after which it is no longer sent"),
+    "--once": dict(_FLAG, help="end when nothing is due now"),
     "--quiet": dict(
         _FLAG, help="for cron: say only what went wrong; with --once, leave where another drains"
     ),
-    "--until-empty": dict(_FLAG, help="until nothing is pending, retries included"),
-    "--workers": dict(type=int, help="attempts under way at once"),
+    "--until-empty": dict(_FLAG, help="end when nothing is pending, retries included"),
+    "--workers": dict(type=int, metavar="N", help="attempts under way at once (64)"),
     "--watch": dict(_FLAG, help="again every two seconds"),
+    "status --json": dict(_FLAG, help="as JSON, with all numbers"),
+    "status --all": dict(_FLAG, help=f"all endpoints, not the first {_STATUS_ROWS}"),
     "--max-age": dict(
         type=float, default=300.0, metavar="S", help="seconds that a due delivery may wait (300)"
     ),
@@ -15094,32 +15112,47 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--max-failing-endpoints": dict(
         type=int, default=0, metavar="N", help="failing or disabled ones allowed (0)"
     ),
-    "--after": dict(metavar="ID"),
-    "failed list --after": dict(type=int, metavar="ID"),
-    "events list --ids": dict(nargs="+", metavar="ID"),
-    "ids": dict(nargs="*", type=int, metavar="ID"),
-    "--ids": dict(dest="more_ids", nargs="+", type=int, default=[], metavar="ID"),
-    "--endpoint": dict(metavar="ID"),
+    "--after": dict(metavar="ID", help="the last one of the page before"),
+    "failed list --after": dict(type=int, metavar="ID", help="the last one of the page before"),
+    "events show id": dict(help="the event's id"),
+    "events erase id": dict(help="the event's id"),
+    "events list --ids": dict(nargs="+", metavar="ID", help="only these"),
+    "ids": dict(nargs="*", type=int, metavar="ID", help="the failed rows' ids"),
+    "--ids": dict(
+        dest="more_ids", nargs="+", type=int, default=[], metavar="ID", help="the same, by its name"
+    ),
+    "--endpoint": dict(metavar="ID", help="only this endpoint's"),
     "--reason": dict(help=", ".join(_REASONS)),
-    "failed show id": dict(type=int),
-    "events cancel id": dict(nargs="?", metavar="ID"),
+    **{
+        f"failed {verb} {name}": dict(type=_when, metavar="TIME", help=help)
+        for verb in ("list", "replay", "discard")
+        for name, help in (
+            ("--since", "failed then or later: 2026-01-31T12:00"),
+            ("--until", "failed before; times are UTC, or seconds"),
+        )
+    },
+    "failed show id": dict(type=int, help="the failed row's id"),
+    "events cancel id": dict(nargs="?", metavar="ID", help="the event's id"),
     "events cancel --key": dict(help="of events with this key"),
-    "--event-id": dict(metavar="ID"),
-    "resend --endpoint": dict(help="only to this one, which need not have had it"),
-    "--older-than": dict(type=float, metavar="SECONDS"),
-    "--keep": dict(_FLAG, help="it was moved here: what waits is to be sent"),
-    "dashboard --port": dict(type=int, default=8001),
-    "portal --tenant": dict(required=True, metavar="ID", help="the customer whose page it is"),
-    "portal --port": dict(type=int, default=8002),
+    "--event-id": dict(metavar="ID", help="the same, by its name"),
+    "resend id": dict(help="the event's id"),
+    "resend --endpoint": dict(metavar="ID", help="only to this one, which need not have had it"),
+    "--older-than": dict(
+        type=float, metavar="S", help="seconds since they were finished (the outbox's retention)"
+    ),
+    "--keep": dict(_FLAG, help="the file was moved, not copied: keep all, send what waits"),
+    "dashboard --port": dict(type=int, default=8001, help="port to listen on (8001)"),
+    "portal --tenant": dict(required=True, metavar="ID", help="the tenant whose pages they are"),
+    "portal --port": dict(type=int, default=8002, help="port to listen on (8002)"),
     "--openapi": dict(_FLAG, help="as an OpenAPI 3.1 document, without the internal ones"),
     "--host": dict(
         default="127.0.0.1", help="the address to listen on (127.0.0.1); there is no login"
     ),
-    "--port": dict(type=int, default=8000),
+    "--port": dict(type=int, default=8000, help="port to listen on (8000)"),
     "listen --secret": dict(help="verify with it: whsec_..., env:NAME or file:PATH"),
     "listen --delay": dict(type=float, default=0.0, metavar="S", help="seconds until it answers"),
     "--fail": dict(type=int, default=0, metavar="N", help="answer 500 to the first N requests"),
-    "--status": dict(type=int, default=200, metavar="N", help="what to answer (200)"),
+    "--status": dict(type=int, default=200, metavar="N", help="status code to answer (200)"),
 }
 _ADDING = " ".join(f"--{name.replace('_', '-')}" for name in _OPTIONS if name != "url")
 _UPDATING = " ".join(
@@ -15129,9 +15162,9 @@ _LIMITS = "--max-age --max-failed --max-failing-endpoints"
 _DRAINING = "--once --until-empty --quiet --workers"
 _CHOOSING = "ids --ids --endpoint --tenant --type --reason --since --until"
 _GROUPS = {
-    "endpoint": "where events go",
-    "events": "the record of events",
-    "failed": "deliveries that were given up",
+    "endpoint": "endpoints: where events go",
+    "events": "events that were recorded",
+    "failed": "failed rows: deliveries that were given up",
 }
 # All commands, in the order of --help. Each row: its words; the function that runs it with (outbox,
 # options) and returns its exit code, or None for 0; its help; its arguments, which _ARGUMENTS
@@ -15144,23 +15177,23 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
     ("endpoint add", _endpoint_add, "register an endpoint", f"url --id --secret {_ADDING}"),
     ("endpoint list", _endpoint_list, "list endpoints", "--tenant --json"),
     ("endpoint show", _endpoint_show, "show one endpoint", "id --json"),
-    ("endpoint update", _endpoint_update, "change options", f"id {_UPDATING}"),
-    ("endpoint disable", _endpoint_set, "hold its deliveries", "id --reason"),
-    ("endpoint enable", _endpoint_set, "resume its deliveries", "id"),
-    ("endpoint remove", _endpoint_set, "delete it with its waiting deliveries", "id"),
-    ("endpoint rotate", _endpoint_rotate, "give it a new secret", "id --secret --grace"),
-    ("endpoint secret", lambda o, a: _say(o._secret(a.id)), "print its secret", "id"),
-    ("endpoint ping", _endpoint_ping, "send it a webhook.ping now", "id --type"),
+    ("endpoint update", _endpoint_update, "change an endpoint's options", f"id {_UPDATING}"),
+    ("endpoint disable", _endpoint_set, "hold an endpoint's deliveries", "id --reason"),
+    ("endpoint enable", _endpoint_set, "resume an endpoint's deliveries", "id"),
+    ("endpoint remove", _endpoint_set, "delete an endpoint with what waits and failed", "id"),
+    ("endpoint rotate", _endpoint_rotate, "give an endpoint a new secret", "id --secret --grace"),
+    ("endpoint secret", lambda o, a: _say(o._secret(a.id)), "print an endpoint's secret", "id"),
+    ("endpoint ping", _endpoint_ping, "send an endpoint a webhook.ping now", "id --type"),
     (
         "endpoint retry",
         _endpoint_retry,
-        "have its deliveries that wait tried now, and end its hold",
+        "make what waits for an endpoint due now, and end its hold",
         "id --type --dry-run",
     ),
     (
         "endpoint backfill",
         _backfill,
-        "deliver recorded events that it missed",
+        "give an endpoint recorded events that it missed",
         "id --since --until --type --all --dry-run",
     ),
     (
@@ -15169,13 +15202,13 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
         "record an event by hand",
         "type data --tenant --key --idempotency-key --delay --expires --headers",
     ),
-    ("drain", _drain_here, "deliver what is due; for ever unless told otherwise", _DRAINING),
+    ("drain", _drain_here, "send what is due; for ever unless told otherwise", _DRAINING),
     ("status", _status, "show endpoints and what waits", "--json --watch --all"),
     ("metrics", lambda o, a: _say(o.metrics().rstrip()), "print the numbers for Prometheus", ""),
     (
         "check",
         _check,
-        "one line, and exit code 1 if something is wrong: for cron and monitoring",
+        "say in one line whether something is wrong, and exit with 1 then; for cron",
         _LIMITS,
     ),
     (
@@ -15188,7 +15221,7 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
     (
         "events cancel",
         _events_cancel,
-        "have what waits not be sent",
+        "cancel what waits: it is not sent",
         "id --event-id --endpoint --tenant --key --type --since --until --all --dry-run",
     ),
     ("events erase", _events_erase, "empty an event, for privacy law, and cancel what waits", "id"),
@@ -15199,29 +15232,39 @@ _COMMANDS: tuple[tuple[str, Callable[[Any, Any], Any], str, str], ...] = (
         f"{_CHOOSING} --limit --after --json",
     ),
     ("failed show", _failed_show, "show one failed row", "id --json"),
-    ("failed replay", _failed_act, "deliver failed rows again", f"{_CHOOSING} --all --dry-run"),
-    ("failed discard", _failed_act, "delete failed rows", f"{_CHOOSING} --all --dry-run"),
-    ("resend", _resend, "deliver a recorded event again", "id --endpoint"),
+    ("failed replay", _failed_act, "send failed rows again", f"{_CHOOSING} --all --dry-run"),
+    ("failed discard", _failed_act, "delete failed rows for good", f"{_CHOOSING} --all --dry-run"),
+    ("resend", _resend, "send a recorded event again, delivered or not", "id --endpoint"),
     (
         "prune",
         lambda o, a: _say(f"{o.prune(a.older_than)} events pruned"),
-        "delete old events",
+        "delete old events for which nothing waits",
         "--older-than",
     ),
-    ("adopt", _adopt, "make a file that was copied here this home's own", "--keep"),
-    ("neutralize", _adopt, "make a copied file harmless, without a name", ""),
+    (
+        "adopt",
+        _adopt,
+        "make a copied file this home's own: cancel what waits, disable endpoints",
+        "--keep",
+    ),
+    ("neutralize", _adopt, "make a copied file harmless: as adopt does, but it gets no home", ""),
     (
         "dashboard",
         _dashboard,
-        "a page in the browser: what failed and why, replay, disable",
+        "serve pages for the browser: what failed and why, replay, disable",
         "--port --host",
     ),
-    ("portal", _portal, "a customer's page in the browser, for a look", "--tenant --port --host"),
+    (
+        "portal",
+        _portal,
+        "serve a tenant's pages for the browser, for a look",
+        "--tenant --port --host",
+    ),
     ("types", _types, "print the catalogue of event types", "--json --openapi"),
     (
         "listen",
         _listen,
-        "a local receiver that verifies and prints what arrives",
+        "serve a local receiver that verifies and prints what arrives",
         "--port --secret --status --fail --delay",
     ),
 )
@@ -15355,7 +15398,7 @@ def _parser() -> Any:
 
     parser = Parser(
         prog="python -m webhook_outbox",
-        description="Webhooks from your SQLite transaction, signed, retried, delivered. "
+        description="Send webhooks from your SQLite transaction, signed and retried. "
         "`demo` shows the whole story.",
     )
     parser.add_argument("--version", action="version", version=__version__)

@@ -29,7 +29,6 @@ import html.parser
 import http.server
 import importlib
 import importlib.machinery
-import inspect
 import io
 import ipaddress
 import itertools
@@ -478,18 +477,19 @@ def make_database(path: pathlib.Path, journal: str = "wal") -> str:
 
 
 ONCE = RetryPolicy((0,))
-OF_ENDPOINT = set(inspect.signature(Outbox.add_endpoint).parameters) - {"timeout"}
+OF_ENDPOINT = {"id", "secret", *webhook_outbox.EndpointOptions.__annotations__} - {"timeout"}
 
 
 def make_outbox(path: str, *urls: str, **options: Any) -> Outbox:
     """An outbox that may send to loopback over http, with quick retries and no jitter unless told
-    otherwise, and an endpoint at each URL. Options go to the outbox or the endpoints, by name."""
+    otherwise, and an endpoint at each URL. Options go to the outbox or the endpoints, by name;
+    `retry` may be the delays alone."""
     defaults: dict[str, Any] = {
-        "allow_networks": LOOPBACK,
-        "retry": RetryPolicy((0, 1, 1), jitter=0.0),
-        "timeout": 5.0,
-    }
+        "allow_networks": LOOPBACK, "retry": RetryPolicy((0, 1, 1), jitter=0.0), "timeout": 5.0,
+    }  # fmt: skip
     of_endpoint = {name: options.pop(name) for name in OF_ENDPOINT & options.keys()}
+    if isinstance(options.get("retry"), tuple):
+        options["retry"] = RetryPolicy(options["retry"], jitter=0.0)
     outbox = Outbox(path, **{**defaults, **options})
     for url in urls:
         outbox.add_endpoint(url, **of_endpoint)
@@ -498,17 +498,22 @@ def make_outbox(path: str, *urls: str, **options: Any) -> Outbox:
 
 class Shop:
     """A host's file with what most tests need beside it: a receiver, an outbox that sends to it,
-    and a clock, which the outbox goes by if it is given `clock=shop.clock`."""
+    and a clock that stands until it is moved, for those who ask for it."""
 
     def __init__(self, path: str, serve: Callable[..., Receiver]) -> None:
         self.path, self.serve, self.clock = path, serve, Clock()
 
     def open(self, play: Any = OK, /, path: str = "/hook", **options: Any) -> Any:
         """Return a receiver that plays this, and an outbox with an endpoint there; options go to
-        the outbox or to the endpoint, by name."""
-        self.receiver = self.serve(play)
+        the receiver, the outbox or the endpoint, by name."""
+        of_receiver = {name: options.pop(name) for name in {"tls", "kind"} & options.keys()}
+        self.receiver = self.serve(play, **of_receiver)
         self.outbox = make_outbox(self.path, self.receiver.url(path), **options)
         return self.receiver, self.outbox
+
+    def timed(self, play: Any = OK, /, **options: Any) -> Any:
+        """The same by the shop's clock, which comes first of the three."""
+        return self.clock, *self.open(play, clock=self.clock, **options)
 
     def drain(self, after: float = 0.0) -> Any:
         """Send what is due after so many seconds of the clock; return the report."""
@@ -587,12 +592,9 @@ class Child(subprocess.Popen[str]):
 
     def __init__(self, *arguments: str, **options: Any) -> None:
         given: dict[str, Any] = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-            "env": {**os.environ, "PYTHONPATH": str(ROOT)},
-            **options,
-        }
+            "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+            "env": {**os.environ, "PYTHONPATH": str(ROOT)}, **options,
+        }  # fmt: skip
         super().__init__([sys.executable, *arguments], text=True, **given)
 
     def __exit__(self, *error: Any) -> None:
@@ -685,10 +687,8 @@ def leaves_nothing_behind() -> Iterator[None]:
     gc.collect()
     gc.freeze()  # what was imported by now stays out of the next searches for garbage
     threads, before, pinned = (
-        set(threading.enumerate()),
-        descriptors(),
-        set(webhook_outbox._PROCESS.pinned),
-    )
+        set(threading.enumerate()), descriptors(), set(webhook_outbox._PROCESS.pinned),
+    )  # fmt: skip
     yield
     gc.collect()
     eventually(lambda: set(threading.enumerate()) <= threads, within=8)
@@ -907,8 +907,7 @@ def test_whatever_is_missing_of_the_schema_is_named_and_made_again(wal, cli, kin
     """As after a migration by a tool that does not know our tables. What is emitted then is
     delivered to whom it was before; a file without webhook_meta is another outbox."""
     tables = "SELECT type, name, sql FROM sqlite_master WHERE name GLOB 'webhook_*' ORDER BY name"
-    outbox = make_outbox(wal)
-    outbox.add_endpoint("https://example.com/", id="on")
+    outbox = make_outbox(wal, "https://example.com/", id="on")
     outbox.add_endpoint("https://example.com/", id="off", enabled=False)
     schema, registered = query(wal, tables), outbox.endpoints()
     for kind, name in webhook_outbox._plan(webhook_outbox._SCHEMA).objects:
@@ -985,11 +984,10 @@ def test_webhook_failed_has_exactly_its_public_columns(wal):
 
 
 @needs_shell
-def test_the_schema_made_by_hand_in_the_sqlite3_shell_is_a_whole_outbox(database, serve):
+def test_the_schema_made_by_hand_in_the_sqlite3_shell_is_a_whole_outbox(database, shop):
     made = shell(database, webhook_outbox.schema_sql())
     assert (made.returncode, made.stderr) == (0, "")
-    receiver, outbox = serve(), make_outbox(database, create=False)
-    outbox.add_endpoint(receiver.url(), secret=SECRET)
+    receiver, outbox = shop.open(secret=SECRET, create=False)
     sent = shell(
         database,
         """INSERT INTO webhook_emit(type, data) VALUES ('order.created', '{"order_id": 1}');""",
@@ -1001,9 +999,8 @@ def test_the_schema_made_by_hand_in_the_sqlite3_shell_is_a_whole_outbox(database
 
 
 @every_mode
-def test_only_what_the_host_committed_is_delivered(database, serve, mode):
-    receiver, outbox = serve(), make_outbox(database)
-    outbox.add_endpoint(receiver.url(), body="data")
+def test_only_what_the_host_committed_is_delivered(database, shop, mode):
+    receiver, outbox = shop.open(body="data")
 
     def order(n: int) -> None:
         emit_begin(conn, mode)
@@ -1106,8 +1103,7 @@ def test_the_hosts_factories_and_last_rowid_do_not_matter_and_stay(wal, text):
     def row(cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip([column[0] for column in cursor.description], values, strict=True))
 
-    outbox = make_outbox(wal)
-    outbox.add_endpoint("https://example.com/", id="crm", headers={"x-a": "b"})
+    outbox = make_outbox(wal, "https://example.com/", id="crm", headers={"x-a": "b"})
     with emit_host(wal) as conn:
         conn.text_factory, conn.row_factory = text, row
         conn.execute("BEGIN")
@@ -1132,15 +1128,12 @@ def test_the_hosts_factories_and_last_rowid_do_not_matter_and_stay(wal, text):
 
 
 def test_the_hosts_own_pragmas_do_not_change_what_emit_does(wal):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint("https://example.com/", id="crm", events=["order.*", "order.created"])
+    outbox = make_outbox(wal, "https://example.com/", id="crm", events=["order.*", "order.created"])
     with emit_host(wal) as conn:
         for pragma in (
-            "recursive_triggers",
-            "reverse_unordered_selects",
-            "foreign_keys",
+            "recursive_triggers", "reverse_unordered_selects", "foreign_keys",
             "case_sensitive_like",
-        ):
+        ):  # fmt: skip
             conn.execute(f"PRAGMA {pragma} = ON")
         conn.execute("BEGIN")
         for _ in range(3):
@@ -1154,8 +1147,7 @@ def test_the_hosts_own_pragmas_do_not_change_what_emit_does(wal):
 def test_only_our_insert_runs_on_the_hosts_connection(wal, mode):
     """Also when it is the transaction's first statement: then the driver begins, as before the
     host's own INSERT."""
-    outbox, statements = make_outbox(wal), []
-    outbox.add_endpoint("https://example.com/")
+    outbox, statements = make_outbox(wal, "https://example.com/"), []
     with emit_host(wal, mode) as conn:
         emit_begin(conn, mode)
         conn.set_trace_callback(statements.append)
@@ -1213,80 +1205,29 @@ def emit_bad_values(option: str) -> list[Any]:
     import decimal
 
     names = [
-        "",
-        "a b",
-        "a\r\nb",
-        "a:",
-        "ä",
-        "x" * 129,
-        5,
-        "Host",
-        "content-length",
-        "Content-Type",
-        "WEBHOOK-ID",
-        "TE",
-    ]
+        "", "a b", "a\r\nb", "a:", "ä", "x" * 129, 5, "Host", "content-length", "Content-Type",
+        "WEBHOOK-ID", "TE",
+    ]  # fmt: skip
     names += [
-        "webhook-x",
-        "Connection",
-        "transfer-encoding",
-        "proxy-authorization",
-        "Stripe-Signature",
+        "webhook-x", "Connection", "transfer-encoding", "proxy-authorization", "Stripe-Signature",
         "expect",
-    ]
+    ]  # fmt: skip
     values = [
-        "a\r\nb: c",
-        "a\n",
-        "a\0b",
-        "snow \u2603",
-        "",
-        " a",
-        "a\tb",
-        1,
-        None,
-        "a\x85b",
-        "\ud800",
-    ]
+        "a\r\nb: c", "a\n", "a\0b", "snow \u2603", "", " a", "a\tb", 1, None, "a\x85b", "\ud800",
+    ]  # fmt: skip
     lines: list[Any] = ["", "a\nb", "a\0", "x" * 257, 5, b"k", "\ud800"]
     names_of_types = [
-        "",
-        ".a",
-        "a.",
-        "a..b",
-        "a b",
-        "a\n",
-        "a*",
-        "order.*",
-        "ä",
-        "a\0",
-        "x" * 257,
-        None,
-        b"a",
-        1,
+        "", ".a", "a.", "a..b", "a b", "a\n", "a*", "order.*", "ä", "a\0", "x" * 257, None, b"a", 1,
         ["a"],
-    ]
+    ]  # fmt: skip
     data = [
-        math.nan,
-        -math.inf,
-        {"a": [1, math.inf]},
-        b"x",
-        sqlite3.Timestamp(2026, 1, 1),
-        {1},
-        1j,
+        math.nan, -math.inf, {"a": [1, math.inf]}, b"x", sqlite3.Timestamp(2026, 1, 1), {1}, 1j,
         decimal.Decimal(1),
-    ]
+    ]  # fmt: skip
     data += [
-        "a\ud800b",
-        {"\udc00": 1},
-        10**5000,
-        {math.nan: 1},
-        emit_circle(),
-        emit_nested(100_000),
-        {(1, 2): 3},
-        {b"a": 1},
-        iter([]),
-        object(),
-    ]
+        "a\ud800b", {"\udc00": 1}, 10**5000, {math.nan: 1}, emit_circle(), emit_nested(100_000),
+        {(1, 2): 3}, {b"a": 1}, iter([]), object(),
+    ]  # fmt: skip
     data += ["x" * 10_000_000, "x" * (262_144 - 1), "ä" * 131_072]
     headers = (
         [{name: "v"} for name in names]
@@ -1296,12 +1237,9 @@ def emit_bad_values(option: str) -> list[Any]:
     delays = [-1, math.nan, math.inf, "1", None, True, 1e10]
     tenants = ["", "*", "a b", "a.b", "ä", "x" * 65, "a\n", 5, b"c42", ["c42"]]
     bad: dict[str, list[Any]] = {
-        "type": names_of_types,
-        "data": data,
-        "headers": headers,
-        "delay": delays,
+        "type": names_of_types, "data": data, "headers": headers, "delay": delays,
         "expires": [0, -1, math.nan, math.inf, "1", True, 1e10, 1e-4],
-    }
+    }  # fmt: skip
     bad["tenant"] = tenants
     return bad.get(option, lines)
 
@@ -1376,9 +1314,8 @@ GOOD_DATA = [
 ]  # fmt: skip
 
 
-def test_every_json_value_is_stored_and_sent_as_it_is(wal, serve):
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), body="data", events=["good.*"], max_in_flight=1)
+def test_every_json_value_is_stored_and_sent_as_it_is(wal, shop):
+    receiver, outbox = shop.open(body="data", events=["good.*"], max_in_flight=1)
     with outbox.transaction() as conn:
         ids = [outbox.emit(conn, "good.data", value) for value in GOOD_DATA]
     assert outbox.drain(once=True).delivered == len(GOOD_DATA)
@@ -1431,14 +1368,10 @@ def test_json_default_makes_json_of_other_values(wal):
 @pytest.mark.parametrize(
     ("data", "warned"),
     [
-        ('{"a": 1}', True),
-        (" [1]", True),
-        ("{no", False),
-        ('"{}"', False),
-        ("7", False),
+        ('{"a": 1}', True), (" [1]", True), ("{no", False), ('"{}"', False), ("7", False),
         ({}, False),
     ],
-)
+)  # fmt: skip
 def test_text_that_is_json_already_is_taken_with_a_warning(wal, caplog, data, warned):
     outbox = make_outbox(wal)
     assert outbox.event(emit(outbox, data=data)).data == data
@@ -1461,8 +1394,7 @@ def test_a_full_disk_in_emit_undoes_the_emit_alone(tmp_path, mode, journal):
     """SQLITE_FULL with a statement journal (our trigger has one) takes back the statement, not the
     transaction."""
     database = make_database(tmp_path / "app.db", journal)
-    outbox, refused = make_outbox(database), 0
-    outbox.add_endpoint("https://example.com/")
+    outbox, refused = make_outbox(database, "https://example.com/"), 0
     with emit_host(database, mode) as conn:
         if not conn.in_transaction:
             conn.execute(f"PRAGMA journal_mode = {journal}")  # some are of the connection alone
@@ -1489,8 +1421,7 @@ def test_a_full_disk_in_emit_undoes_the_emit_alone(tmp_path, mode, journal):
 def test_a_transaction_that_sqlite_rolled_back_is_reported(database, mode):
     """An interrupt, like an I/O error, makes SQLite roll the whole transaction back; tried at many
     steps."""
-    outbox, lost = make_outbox(database), 0
-    outbox.add_endpoint("https://example.com/")
+    outbox, lost = make_outbox(database, "https://example.com/"), 0
     with emit_host(database, mode) as conn:
         for step in itertools.count(1, 11):
             emit_begin(conn, mode)
@@ -1544,14 +1475,11 @@ def test_a_write_that_fails_under_the_hosts_transaction_is_a_lost_transaction(da
     except webhook_outbox.TransactionLost as error:
         print(conn.in_transaction, error)
     """
-    outbox = make_outbox(database)
-    outbox.add_endpoint("https://example.com/")
+    outbox = make_outbox(database, "https://example.com/")
     with run_python(code, database) as process:
         out, err = process.communicate(timeout=60)
-    assert (
-        out.startswith("False SQLite rolled your transaction back (disk I/O error)")
-        and out.count("\n") == 1
-    ), err
+    assert out.startswith("False SQLite rolled your transaction back (disk I/O error)"), err
+    assert out.count("\n") == 1, err
     assert query(database, "SELECT * FROM orders") == outbox.events() == []
     assert query(database, "PRAGMA integrity_check") == [("ok",)]
 
@@ -1572,9 +1500,8 @@ def test_a_stale_snapshot_is_the_hosts_business_and_its_transaction_stays(wal, m
             getattr(caught.value, "sqlite_errorname", "SQLITE_BUSY_SNAPSHOT")
             == "SQLITE_BUSY_SNAPSHOT"
         )
-        assert conn.in_transaction and conn.execute(
-            "SELECT count(*) FROM webhook_events"
-        ).fetchone() == (0,)
+        assert conn.in_transaction
+        assert conn.execute("SELECT count(*) FROM webhook_events").fetchone() == (0,)
         emit_end(conn, mode, "ROLLBACK")
         emit_begin(conn, mode)
         outbox.emit(conn, "order.created", {})
@@ -1616,8 +1543,7 @@ def test_a_savepoint_may_be_the_whole_transaction(database, mode):
 
 
 def test_an_idempotency_key_gives_the_first_event_again(database):
-    outbox = make_outbox(database)
-    outbox.add_endpoint("https://example.com/")
+    outbox = make_outbox(database, "https://example.com/")
     with emit_host(database, "legacy") as conn:
         lost = outbox.emit(conn, "order.created", {"n": 1}, idempotency_key="k")
         conn.rollback()
@@ -1633,9 +1559,8 @@ def test_an_idempotency_key_gives_the_first_event_again(database):
         with pytest.raises(PayloadError, match="idempotency_key"):
             emit(outbox, data={"n": 3}, idempotency_key="k")
         other = emit(outbox, data={"n": 1}, idempotency_key="K")
-    assert {event.id for event in outbox.events()} == {first, other} and len(
-        outbox.deliveries()
-    ) == 2
+    assert {event.id for event in outbox.events()} == {first, other}
+    assert len(outbox.deliveries()) == 2
 
 
 def test_key_and_delay_are_recorded(wal, serve):
@@ -1655,10 +1580,10 @@ def test_key_and_delay_are_recorded(wal, serve):
 
 
 @pytest.mark.parametrize("body", ["standard", "data", "cloudevents"])
-def test_every_attempt_sends_the_same_bytes(database, serve, body):
-    clock, receiver = Clock(), serve([answer(500), answer(503), OK])
-    outbox = make_outbox(database, clock=clock, retry=RetryPolicy((0, 60, 60), jitter=0))
-    outbox.add_endpoint(receiver.url(), body=body, secret=SECRET)
+def test_every_attempt_sends_the_same_bytes(database, shop, body):
+    clock, receiver, outbox = shop.timed(
+        [answer(500), answer(503), OK], body=body, secret=SECRET, retry=(0, 60, 60)
+    )
     id = emit(outbox, data={"z": 1, "a": ["é", 1.10, {"": None}]})
     for _ in range(3):
         outbox.drain(once=True)
@@ -1701,8 +1626,7 @@ def test_no_key_is_issued_twice(database, what):
     """Whatever became of the newest event: an outcome that comes late must not meet another event's
     delivery."""
     clock, seen = Clock(), set[int]()
-    outbox = make_outbox(database, clock=clock)
-    outbox.add_endpoint("https://example.com/")
+    outbox = make_outbox(database, "https://example.com/", clock=clock)
     emit(outbox)
     query(database, "PRAGMA wal_checkpoint(TRUNCATE)")
     shutil.copy(database, database + ".backup")
@@ -1798,24 +1722,13 @@ def test_an_id_that_is_none_of_ours_is_not_found(wal):
     good = emit(outbox)
     key = int(good.removeprefix("msg_"), 16)
     wrong: list[Any] = [
-        good.upper(),
-        good + "0",
-        good[:-1],
-        f"msg_{key:016X}",
-        f" {good}",
-        good + "\n",
-        str(key),
+        good.upper(), good + "0", good[:-1], f"msg_{key:016X}", f" {good}", good + "\n", str(key),
         key,
-    ]
+    ]  # fmt: skip
     wrong += [
-        "",
-        None,
-        "msg_" + "f" * 16,
-        "msg_8" + "0" * 15,
-        "msg_" + "٣" * 16,
-        good.encode(),
+        "", None, "msg_" + "f" * 16, "msg_8" + "0" * 15, "msg_" + "٣" * 16, good.encode(),
         f"msg_+{key:015x}",
-    ]
+    ]  # fmt: skip
     wrong = [id for id in wrong if id != good]
     for id in wrong:
         for call in (outbox.event, outbox.attempts, outbox.resend):
@@ -1836,8 +1749,7 @@ def test_an_id_that_is_none_of_ours_is_not_found(wal):
 def test_an_emit_that_is_interrupted_leaves_no_event_behind_its_error(database, again):
     """In the statement, or while the id is read back: then the event is taken back, or SQLite takes
     all back."""
-    outbox, found = make_outbox(database), collections.Counter[str]()
-    outbox.add_endpoint("https://example.com/")
+    outbox, found = make_outbox(database, "https://example.com/"), collections.Counter[str]()
     emit(outbox, idempotency_key="old")
     for step, idempotency_key in itertools.product(range(1, 300), (None, "new", "old")):
         with emit_host(database) as conn:
@@ -1860,18 +1772,14 @@ def test_an_emit_that_is_interrupted_leaves_no_event_behind_its_error(database, 
                 assert conn.execute("SELECT count(*) FROM webhook_deliveries").fetchone() == (1,)
             finally:
                 conn.set_progress_handler(None, 0)
-    assert (
-        found["lost"] > 50
-        and found["went through"] > 50
-        and found["taken back"] > (0 if again else 5)
-    )
+    assert found["lost"] > 50 and found["went through"] > 50
+    assert found["taken back"] > (0 if again else 5)
 
 
 def test_emit_works_where_the_host_trusts_no_schema(wal):
     """SQLite's page on security recommends it; some versions then refuse JSON functions in a
     trigger."""
-    outbox = make_outbox(wal)
-    outbox.add_endpoint("https://example.com/", id="crm", ordered=True)
+    outbox = make_outbox(wal, "https://example.com/", id="crm", ordered=True)
     with emit_host(wal) as conn:
         conn.execute("PRAGMA trusted_schema = OFF")
         conn.execute("BEGIN")
@@ -1955,12 +1863,10 @@ def test_an_event_goes_to_the_endpoints_of_its_tenant_and_to_those_that_see_all(
 
 
 def test_a_number_is_a_tenant_in_sql_as_its_text(wal):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint("https://example.com/", id="c7", tenant="7")
+    outbox = make_outbox(wal, "https://example.com/", id="c7", tenant="7")
     query(wal, "INSERT INTO webhook_emit (type, data, tenant) VALUES ('a', '1', 7)")
-    assert (
-        outbox.events(tenant="7") == outbox.events() and outbox.deliveries()[0].endpoint_id == "c7"
-    )
+    assert outbox.events(tenant="7") == outbox.events()
+    assert outbox.deliveries()[0].endpoint_id == "c7"
 
 
 def test_events_of_the_outbox_itself_have_no_tenant(wal):
@@ -2062,18 +1968,15 @@ SQL_EMITS: dict[str, tuple[str, str | None]] = {
     "long tenant": ("'a', '{}', NULL, NULL, printf('%.65c', 'x')", "tenant must be"),
     "nul tenant": ("'a', '{}', NULL, NULL, 'a' || char(0, 34)", "tenant must be"),
     "real tenant": ("'a', '{}', NULL, NULL, 4.2", "tenant must be"),
-    "tenant of ours": (
-        "'webhook.own', '{}', NULL, NULL, 'c42'",
-        "events of type webhook.* have no tenant",
-    ),
+    "tenant of ours":
+        ("'webhook.own', '{}', NULL, NULL, 'c42'", "events of type webhook.* have no tenant"),
     "of a tenant": ("'order.created', '{\"n\": 2}', NULL, NULL, 'c42'", None),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("language", ["python", pytest.param("shell", marks=needs_shell)])
 def test_plain_sql_emits_under_the_same_rules(wal, language):
-    outbox, wrong = make_outbox(wal), []
-    outbox.add_endpoint("https://example.com/", tenant="*")
+    outbox, wrong = make_outbox(wal, "https://example.com/", tenant="*"), []
     for name, (values, refusal) in SQL_EMITS.items():
         columns = "type, data, key, headers"
         columns += "".join(f", {last}" for last in ("tenant", "expires") if last in name)
@@ -2101,10 +2004,8 @@ def test_plain_sql_emits_under_the_same_rules(wal, language):
     )
     assert len(outbox.deliveries()) == sum(refusal is None for _, refusal in SQL_EMITS.values())
     assert {json.dumps(event.data) for event in outbox.events()} == {
-        '{"n": 1}',
-        "[1, 2]",
-        '{"n": 2}',
-    }
+        '{"n": 1}', "[1, 2]", '{"n": 2}',
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("table", ["webhook_emit", "webhook_accept", "webhook_events"])
@@ -2127,15 +2028,12 @@ def test_no_id_can_be_given_in_sql_so_none_can_carry_a_header(wal, table):
 
 
 @pytest.mark.parametrize("column", ["data", "key", "headers"])
-def test_text_that_is_no_utf8_never_stops_the_drain(wal, serve, column):
-    receiver, outbox = serve(), make_outbox(wal, retry=RetryPolicy((0.0,)))
-    outbox.add_endpoint(receiver.url(), id="crm")
+def test_text_that_is_no_utf8_never_stops_the_drain(wal, shop, column):
+    _, outbox = shop.open(id="crm", retry=RetryPolicy((0.0,)))
     values = {
-        "data": "'1'",
-        "key": "NULL",
-        "headers": "NULL",
+        "data": "'1'", "key": "NULL", "headers": "NULL",
         column: "CAST(x'7B2261223A22FF227D' AS TEXT)",
-    }
+    }  # fmt: skip
     columns, texts = ", ".join(values), ", ".join(values.values())
     query(wal, f"INSERT INTO webhook_emit (type, {columns}) VALUES ('bad', {texts})")
     good = emit(outbox)
@@ -2153,12 +2051,9 @@ def hosts_sqlalchemy_connection(path: str) -> Iterator[Any]:
     engine = sqlalchemy.create_engine(f"sqlite:///{path}")
     with engine.connect() as conn:
         yield (
-            conn,
-            lambda sql: conn.exec_driver_sql(sql),
-            contextlib.nullcontext,
-            conn.commit,
+            conn, lambda sql: conn.exec_driver_sql(sql), contextlib.nullcontext, conn.commit,
             conn.rollback,
-        )
+        )  # fmt: skip
     engine.dispose()
 
 
@@ -2188,12 +2083,10 @@ def hosts_django(path: str) -> Iterator[Any]:
     atomic = transaction.atomic()
     atomic.__enter__()
     yield (
-        connection,
-        lambda sql: connection.cursor().execute(sql),
-        transaction.atomic,
+        connection, lambda sql: connection.cursor().execute(sql), transaction.atomic,
         lambda: atomic.__exit__(None, None, None),
         lambda: atomic.__exit__(KeyError, KeyError(), None),
-    )
+    )  # fmt: skip
     connection.close()
 
 
@@ -2290,8 +2183,7 @@ HOSTS = {
 @pytest.mark.parametrize("kind", HOSTS)
 @pytest.mark.parametrize("end", ["commit", "rollback", "exception in a nested one"])
 def test_the_event_shares_the_fate_of_the_rows_on_every_kind_of_connection(database, kind, end):
-    outbox = make_outbox(database)
-    outbox.add_endpoint("https://example.com/", id="crm")
+    outbox = make_outbox(database, "https://example.com/", id="crm")
     with HOSTS[kind](database) as (conn, run, nested, commit, rollback):
         run("INSERT INTO orders (total) VALUES (1)")
         ids = [outbox.emit(conn, "order.created", {"n": 1}, idempotency_key="one")]
@@ -2613,17 +2505,11 @@ every_other_library = pytest.mark.parametrize(
     "library", ["apsw", "pysqlite3.dbapi2", "sqlcipher3.dbapi2"]
 )
 ODD_HOSTS = [
-    ("sqlite3", "factories"),
-    ("sqlite3", "converters"),
-    ("sqlite3", "PRAGMA count_changes = ON"),
-    pytest.param(
-        *("sqlite3", "limits"),
-        marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="setlimit is new in 3.11"),
-    ),
-    ("apsw", ""),
-    ("pysqlite3.dbapi2", ""),
-    ("sqlcipher3.dbapi2", ""),
-]
+    ("sqlite3", "factories"), ("sqlite3", "converters"), ("sqlite3", "PRAGMA count_changes = ON"),
+    pytest.param(*("sqlite3", "limits"),
+        marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="setlimit is new in 3.11")),
+    ("apsw", ""), ("pysqlite3.dbapi2", ""), ("sqlcipher3.dbapi2", ""),
+]  # fmt: skip
 _told_by_sqlite3: list[str] = []
 
 
@@ -2655,8 +2541,10 @@ def test_every_verb_says_the_same_on_any_connection(tmp_path, library, odd):
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="setlimit is new in Python 3.11")
 def test_a_host_that_lowers_sqlites_limits_can_use_its_own_tables_and_keeps_its_limits(wal):
     """SQLite reads the whole schema of a file before it prepares a statement."""
-    outbox, limits = make_outbox(wal), {3: 9, 4: 3, 5: 25_000, 6: 8, 7: 0, 8: 50, 9: 10, 10: 10}
-    outbox.add_endpoint("https://example.com/", events=["a." * 100 + "b"])
+    outbox, limits = (
+        make_outbox(wal, "https://example.com/", events=["a." * 100 + "b"]),
+        {3: 9, 4: 3, 5: 25_000, 6: 8, 7: 0, 8: 50, 9: 10, 10: 10},
+    )
     with emit_host(wal) as conn:
         for limit, most in limits.items():
             conn.setlimit(limit, most)
@@ -2714,10 +2602,9 @@ def test_a_file_that_only_sqlite3_opens_is_drained_beside_another_library_if_the
     ]
 
 
-def test_a_drain_touches_the_file_no_more_once_another_sqlite_library_was_loaded(wal, serve):
+def test_a_drain_touches_the_file_no_more_once_another_sqlite_library_was_loaded(wal, shop):
     """Neither its end nor that of the Outbox may drop the other library's locks."""
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+    receiver, outbox = shop.open()
     code = """
     import gc, logging, sys, sqlite3, time
     from webhook_outbox import Outbox
@@ -2819,12 +2706,9 @@ def test_endpoints_are_added_listed_updated_and_removed(database):
     unsecret = [dataclasses.replace(endpoint, secret=None) for endpoint in (full, plain)]
     assert outbox.endpoints() == unsecret and outbox.endpoint("crm") == unsecret[0]
     changes = {
-        "url": "https://example.com/v2",
-        "rate": None,
-        "ordered": False,
-        "events": ("*",),
+        "url": "https://example.com/v2", "rate": None, "ordered": False, "events": ("*",),
         "cert": None,
-    }
+    }  # fmt: skip
     changed = outbox.update_endpoint("crm", **changes)
     assert {name: getattr(changed, name) for name in changes} == changes
     assert changed.description == "a CRM" and outbox.update_endpoint("crm") == changed
@@ -2850,10 +2734,8 @@ def test_an_endpoint_that_is_not_there_is_named_in_the_error(wal):
         outbox.endpoint("a\nb\x1b[1m")
 
 
-def test_a_disabled_endpoint_holds_its_deliveries_and_backfill_brings_the_rest(database, serve):
-    clock, receiver = Clock(), serve()
-    outbox = make_outbox(database, clock=clock)
-    outbox.add_endpoint(receiver.url(), id="crm", body="data")
+def test_a_disabled_endpoint_holds_its_deliveries_and_backfill_brings_the_rest(database, shop):
+    clock, receiver, outbox = shop.timed(id="crm", body="data")
     before = emit(outbox, data="before")
     disabled = outbox.disable_endpoint("crm", "maintenance")
     assert (disabled.enabled, disabled.disabled_reason) == (False, "maintenance")
@@ -2866,10 +2748,8 @@ def test_a_disabled_endpoint_holds_its_deliveries_and_backfill_brings_the_rest(d
     enabled = outbox.enable_endpoint("crm")
     assert (enabled.enabled, enabled.disabled_reason) == (True, "")
     assert outbox.drain(once=True).delivered == 1
-    assert (
-        outbox.backfill("crm", since=clock.now, dry_run=True) == 1
-        and statuses(outbox, meanwhile) == {}
-    )
+    assert outbox.backfill("crm", since=clock.now, dry_run=True) == 1
+    assert statuses(outbox, meanwhile) == {}
     assert (
         outbox.backfill("crm", since=clock.now + 1)
         == outbox.backfill("crm", since=0, until=clock.now)
@@ -2925,11 +2805,9 @@ def test_patterns_choose_the_endpoints_and_overlaps_count_once(wal):
         ("webhook.*",): {"webhook.ping"},
         ("webhook.ping", "*"): set(every_type),
         ("*", "webhook.*", "webhook.ping", "order.*", "order.created", "*"): set(every_type),
-        ("order.*", "order.created", "order.item.*", "order.item.added"): {
-            "order.created",
-            "order.item.added",
-        },
-    }
+        ("order.*", "order.created",
+         "order.item.*", "order.item.added"): {"order.created", "order.item.added"},
+    }  # fmt: skip
     ids = {outbox.add_endpoint(URL, events=patterns).id: patterns for patterns in expected}
     for endpoint in outbox.endpoints():
         assert set(endpoint.events) == set(ids[endpoint.id])
@@ -2940,9 +2818,8 @@ def test_patterns_choose_the_endpoints_and_overlaps_count_once(wal):
         ), type
     changed = next(iter(ids))
     outbox.update_endpoint(changed, events=["a", "b.*"])
-    assert changed not in statuses(outbox, emit(outbox, "order")) and changed in statuses(
-        outbox, emit(outbox, "b.c")
-    )
+    assert changed not in statuses(outbox, emit(outbox, "order"))
+    assert changed in statuses(outbox, emit(outbox, "b.c"))
 
 
 FILTER_CASES: list[tuple[dict[str, Any], Any, bool]] = [
@@ -3087,8 +2964,7 @@ def test_a_filter_is_the_same_in_python_and_in_sql(filter, data):
 
 
 def test_a_filter_chooses_among_an_endpoints_events_and_costs_the_others_nothing(wal):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(URL, id="plain", tenant="c42")
+    outbox = make_outbox(wal, URL, id="plain", tenant="c42")
     before = emit_steps(wal, tenant="c42")
     with outbox.transaction() as conn:
         for n in range(100):
@@ -3109,9 +2985,8 @@ def test_a_filter_chooses_among_an_endpoints_events_and_costs_the_others_nothing
     )
     assert (got("open"), got("gone"), got("paid", "user.x")) == ("plain seer", "plain", "plain")
     outbox.update_endpoint("paid", filter={"status": ["open"]})
-    assert (
-        outbox.endpoint("paid").filter == {"status": ["open"]} and got("open") == "paid plain seer"
-    )
+    assert outbox.endpoint("paid").filter == {"status": ["open"]}
+    assert got("open") == "paid plain seer"
     outbox.update_endpoint("paid", filter=None)
     outbox.enable_endpoint("off")
     assert outbox.endpoint("paid").filter is None and got("paid") == "off paid plain"
@@ -3164,8 +3039,7 @@ BAD_URLS = [
 
 
 def test_a_bad_endpoint_option_is_refused_and_nothing_is_written(wal):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(URL, id="crm")
+    outbox = make_outbox(wal, URL, id="crm")
     dump = emit_dump(wal)
 
     def refused(
@@ -3220,11 +3094,8 @@ def test_the_options_of_an_endpoint_are_the_same_everywhere(wal):
     for words, fixed in (("add", ["tenant"]), ("update", [])):
         usage = command("endpoint", words, "--help").stdout.partition("positional")[0]
         flags = set(re.findall(r"--([a-z-]+)", usage)) - {
-            "id",
-            "secret",
-            "no-ordered",
-            "no-enabled",
-        }
+            "id", "secret", "no-ordered", "no-enabled",
+        }  # fmt: skip
         wanted = {name.replace("_", "-") for name in options if name != "url"} - {"tenant"} | {
             *fixed
         }
@@ -3242,9 +3113,8 @@ def inspect_error(call: Callable[[], Any]) -> BaseException:
 def test_an_endpoint_may_be_added_disabled_and_updated_to_be_enabled(database):
     outbox = make_outbox(database)
     added = outbox.add_endpoint(URL, id="crm", enabled=False)
-    assert added.enabled is False and outbox.endpoint("crm") == dataclasses.replace(
-        added, secret=None
-    )
+    assert added.enabled is False
+    assert outbox.endpoint("crm") == dataclasses.replace(added, secret=None)
     missed = emit(outbox)
     assert statuses(outbox, missed) == {}
     query(
@@ -3255,11 +3125,8 @@ def test_an_endpoint_may_be_added_disabled_and_updated_to_be_enabled(database):
     assert outbox.update_endpoint("crm", enabled=False, rate=5).disabled_reason == "maintenance"
     enabled = outbox.update_endpoint("crm", enabled=True)
     assert (enabled.enabled, enabled.disabled_reason, enabled.failing_since, enabled.rate) == (
-        True,
-        "",
-        None,
-        5.0,
-    )
+        True, "", None, 5.0,
+    )  # fmt: skip
     assert query(database, "SELECT failures, paused_until FROM webhook_endpoints") == [(0, 0.0)]
     assert statuses(outbox, emit(outbox)) == {"crm": "pending"}
     assert outbox.backfill("crm", since=0) == 1
@@ -3389,19 +3256,15 @@ def test_resend_and_backfill_never_go_from_one_tenant_to_another(database):
 
 
 def test_an_endpoint_of_another_tenant_that_has_an_old_id_does_not_get_what_went_to_the_old_one(
-    wal, serve
+    shop,
 ):
-    outbox, receiver = make_outbox(wal), serve()
-    outbox.add_endpoint(receiver.url(), id="crm", tenant="c42")
+    receiver, outbox = shop.open(id="crm", tenant="c42")
     id = emit(outbox, tenant="c42")
     assert outbox.drain(once=True).delivered == 1
     outbox.remove_endpoint("crm")
     outbox.add_endpoint(receiver.url(), id="crm", tenant="c43")
-    assert (
-        outbox.resend(id) == 0
-        and outbox.drain(once=True).pending == 0
-        and len(receiver.requests) == 1
-    )
+    assert outbox.resend(id) == 0 and outbox.drain(once=True).pending == 0
+    assert len(receiver.requests) == 1
     with pytest.raises(NotFound):
         outbox.resend(id, endpoint="crm")
 
@@ -3436,10 +3299,8 @@ def test_a_new_endpoint_of_an_old_id_starts_empty_whoevers_it_is(database, serve
         assert query(database, rows + "'crm'") == [(0,)], table
         if table in ("deliveries", "attempts"):
             assert query(database, rows + "'seer'")[0][0] >= 6, "the others keep theirs"
-    assert (
-        outbox.tenant("c43").deliveries() == []
-        and outbox.resend(done) == outbox.resend(failed) == 1
-    )
+    assert outbox.tenant("c43").deliveries() == []
+    assert outbox.resend(done) == outbox.resend(failed) == 1
     assert query(database, "SELECT id FROM webhook_removed") == [("other",)]
 
 
@@ -3652,8 +3513,7 @@ def test_backfill_and_replay_of_many_rows_go_in_batches_that_together_do_all(wal
 
 
 def test_a_page_goes_on_behind_an_event_that_was_pruned_meanwhile(wal):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(URL, id="crm")
+    outbox = make_outbox(wal, URL, id="crm")
     ids = [emit(outbox) for _ in range(6)][::-1]
     page, deliveries = outbox.events(limit=3), outbox.deliveries(limit=3)
     query(wal, "DELETE FROM webhook_events WHERE id = ?", ids[2])
@@ -3681,12 +3541,9 @@ def test_a_repr_shows_no_secret(wal):
     headers = {"authorization": "Bearer canary-header"}
     added = outbox.add_endpoint(URL, headers=headers)
     seen = [
-        added,
-        outbox.rotate_secret(added.id),
-        outbox.endpoint(added.id),
-        outbox.endpoints(),
+        added, outbox.rotate_secret(added.id), outbox.endpoint(added.id), outbox.endpoints(),
         outbox,
-    ]
+    ]  # fmt: skip
     seen += [outbox.disable_endpoint(added.id, "broken"), outbox.stats(), {"endpoint": added}]
     text = " ".join(f"{value!r} {value}" for value in seen)
     assert "canary" not in text and "whsec_" not in text and added.secret not in text
@@ -3742,11 +3599,9 @@ def test_failed_rows_say_what_happened_and_can_be_filtered_and_paged(database, s
         "reason": ({"reason": "status"}, lambda row: row.reason == "status"),
         "since": ({"since": rows[2].failed_at}, lambda row: row.failed_at >= rows[2].failed_at),
         "until": ({"until": rows[2].failed_at}, lambda row: row.failed_at < rows[2].failed_at),
-        "both": (
-            {"endpoint": "a", "type": "user.*"},
-            lambda row: (row.endpoint_id, row.type) == ("a", "user.created"),
-        ),
-    }
+        "both": ({"endpoint": "a", "type": "user.*"},
+            lambda row: (row.endpoint_id, row.type) == ("a", "user.created")),
+    }  # fmt: skip
     dump = emit_dump(database)
     for name, (options, holds) in filters.items():
         expected = [row for row in rows if holds(row)]
@@ -3759,10 +3614,8 @@ def test_failed_rows_say_what_happened_and_can_be_filtered_and_paged(database, s
     pages = [outbox.failed(limit=2)]
     for _ in range(2):
         pages.append(outbox.failed(limit=2, after=pages[-1][-1].id))
-    assert (
-        outbox.failed(after=pages[-1][-1].id) == []
-        and [row for page in pages for row in page] == rows
-    )
+    assert outbox.failed(after=pages[-1][-1].id) == []
+    assert [row for page in pages for row in page] == rows
     for verb in (outbox.replay, outbox.discard):
         with pytest.raises(PayloadError, match="all=True"):
             verb(endpoint=None)
@@ -3778,12 +3631,8 @@ def test_a_time_that_is_no_number_discards_nothing(wal, serve):
     outbox, _, _, rows = failing_outbox(wal, serve)
     for moment in ("2000-01-01", sqlite3.Timestamp(2000, 1, 1), math.nan, True):
         for call in (
-            outbox.discard,
-            outbox.replay,
-            outbox.failed,
-            outbox.events,
-            outbox.deliveries,
-        ):
+            outbox.discard, outbox.replay, outbox.failed, outbox.events, outbox.deliveries,
+        ):  # fmt: skip
             with pytest.raises(PayloadError):
                 call(until=moment)
         with pytest.raises(PayloadError):
@@ -3864,30 +3713,18 @@ def what_waits(path: str) -> dict[tuple[str, str], str]:
 
 
 CANCEL_FILTERS: list[dict[str, Any]] = [
-    {"all": True},
-    {"key": "k1"},
-    {"key": "nobody's"},
-    {"key": "k1", "tenant": "c42"},
-    {"key": "k2", "endpoint": "line"},
-    {"endpoint": "line"},
-    {"endpoint": "off"},
-    {"endpoint": "line", "type": "order.*"},
-    {"tenant": "c42"},
-    {"tenant": "c42", "type": "user.made"},
-    {"tenant": "c43"},
-    {"type": "order.paid"},
-    {"since": 1_700_000_002.0},
-    {"until": 1_700_000_003.0, "type": "order.*"},
+    {"all": True}, {"key": "k1"}, {"key": "nobody's"}, {"key": "k1", "tenant": "c42"},
+    {"key": "k2", "endpoint": "line"}, {"endpoint": "line"}, {"endpoint": "off"},
+    {"endpoint": "line", "type": "order.*"}, {"tenant": "c42"},
+    {"tenant": "c42", "type": "user.made"}, {"tenant": "c43"}, {"type": "order.paid"},
+    {"since": 1_700_000_002.0}, {"until": 1_700_000_003.0, "type": "order.*"},
     {"since": 1_700_000_001.0, "until": 1_700_000_004.0, "endpoint": "all"},
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("filters", CANCEL_FILTERS, ids=str)
-def test_cancel_takes_exactly_what_waits_and_the_filter_says(wal, serve, filters):
-    clock = Clock()
-    outbox = make_outbox(wal, clock=clock)
-    receiver = serve([OK, answer(500), OK])
-    outbox.add_endpoint(receiver.url(), id="all", tenant="*")
+def test_cancel_takes_exactly_what_waits_and_the_filter_says(wal, shop, filters):
+    clock, receiver, outbox = shop.timed([OK, answer(500), OK], id="all", tenant="*")
     outbox.add_endpoint(receiver.url(), id="line", tenant="c42", ordered=True)
     outbox.add_endpoint(receiver.url(), id="off")
     emit(outbox, key="k1", tenant="c42")
@@ -3966,9 +3803,8 @@ def test_what_cannot_be_meant_is_not_cancelled_retried_or_erased(wal):
     assert emit_dump(wal) == dump
 
 
-def test_a_reminder_is_cancelled_by_its_key_in_the_transaction_that_pays_the_order(database, serve):
-    outbox, receiver = make_outbox(database, clock=(clock := Clock())), serve()
-    outbox.add_endpoint(receiver.url(), id="crm")
+def test_a_reminder_is_cancelled_by_its_key_in_the_transaction_that_pays_the_order(database, shop):
+    receiver, outbox = shop.open(id="crm", clock=(clock := Clock()))
     for order in ("17", "18"):
         emit(outbox, "order.reminder", {"order": order}, key=order, delay=3600)
     for end in ("ROLLBACK", "COMMIT"):
@@ -4015,8 +3851,7 @@ def test_cancel_by_event_key_or_endpoint_reads_no_more_the_more_was_delivered(wa
 
 
 def test_a_large_cancel_goes_in_batches_and_leaves_what_is_emitted_meanwhile(wal):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(URL, id="a")
+    outbox = make_outbox(wal, URL, id="a")
     outbox.add_endpoint(URL, id="line", ordered=True)
     with outbox.transaction() as conn:
         for n in range(2_300):
@@ -4033,11 +3868,15 @@ def test_a_large_cancel_goes_in_batches_and_leaves_what_is_emitted_meanwhile(wal
     assert outbox.stats().pending == len(waiting)
 
 
-def test_retry_now_makes_due_what_waits_for_its_next_try_and_ends_the_hold(database, serve):
+def test_retry_now_makes_due_what_waits_for_its_next_try_and_ends_the_hold(database, shop):
     """What waits for a delay is not in a hurry, unless somebody names it."""
-    receiver, clock = serve(answer(429, b"", "Retry-After: 7200")), Clock()
-    outbox = make_outbox(database, clock=clock, retry=RetryPolicy((0, 3600, 3600), jitter=0.0))
-    outbox.add_endpoint(receiver.url("/a"), id="a", tenant="c42")
+    clock, receiver, outbox = shop.timed(
+        answer(429, b"", "Retry-After: 7200"),
+        path="/a",
+        id="a",
+        tenant="c42",
+        retry=(0, 3600, 3600),
+    )
     outbox.add_endpoint(receiver.url("/b"), id="b")
     tried = emit(outbox, "order.paid", tenant="c42")
     outbox.drain(once=True)
@@ -4055,11 +3894,8 @@ def test_retry_now_makes_due_what_waits_for_its_next_try_and_ends_the_hold(datab
 
     assert outbox.retry_now(endpoint="a", dry_run=True) == 1 and due() == {held}
     for filters in (
-        {"endpoint": "a"},
-        {"tenant": "c42"},
-        {"type": "order.paid"},
-        {"event_id": tried},
-    ):
+        {"endpoint": "a"}, {"tenant": "c42"}, {"type": "order.paid"}, {"event_id": tried},
+    ):  # fmt: skip
         with emit_host(database) as conn:
             conn.execute("BEGIN")
             assert outbox.retry_now(**filters, conn=conn) == 1
@@ -4075,10 +3911,8 @@ def test_retry_now_makes_due_what_waits_for_its_next_try_and_ends_the_hold(datab
     assert statuses(outbox, other) == {"b": "pending"}
 
 
-def test_a_ping_that_is_answered_ends_the_hold(wal, serve):
-    receiver, clock = serve(answer(429, b"", "Retry-After: 7200")), Clock()
-    outbox = make_outbox(wal, clock=clock)
-    outbox.add_endpoint(receiver.url(), id="a")
+def test_a_ping_that_is_answered_ends_the_hold(shop):
+    clock, receiver, outbox = shop.timed(answer(429, b"", "Retry-After: 7200"), id="a")
     emit(outbox)
     outbox.drain(once=True)
     clock.advance(2)
@@ -4100,19 +3934,17 @@ def erase_traces(path: str) -> list[str]:
 
 @pytest.mark.parametrize("on_dead", ["skip", "hold"])
 def test_an_event_that_is_erased_leaves_no_trace_of_its_data_and_is_never_delivered_again(
-    database, serve, on_dead
+    database, shop, on_dead
 ):
     """Delivered, failed and waiting at once; what its receivers answered goes too."""
     quoting = answer(302, ERASE_CANARY.encode(), f"Location: https://example.com/{ERASE_CANARY}")
-    receiver = serve([answer(200, ERASE_CANARY.encode()), quoting])
-    outbox = make_outbox(database, retry=ONCE)
-    outbox.add_endpoint(receiver.url(), id="done")
+    receiver, outbox = shop.open(
+        [answer(200, ERASE_CANARY.encode()), quoting], id="done", retry=ONCE
+    )
     outbox.drain(once=True)
     private = {
-        "key": ERASE_CANARY,
-        "idempotency_key": ERASE_CANARY,
-        "headers": {"x-who": ERASE_CANARY},
-    }
+        "key": ERASE_CANARY, "idempotency_key": ERASE_CANARY, "headers": {"x-who": ERASE_CANARY},
+    }  # fmt: skip
     id = emit(outbox, data={"name": ERASE_CANARY}, **private)
     outbox.drain(once=True)
     for name, options in {
@@ -4125,11 +3957,8 @@ def test_an_event_that_is_erased_leaves_no_trace_of_its_data_and_is_never_delive
     outbox.add_endpoint(receiver.url(), id="late")
     outbox.resend(id, endpoint="late")
     assert statuses(outbox, id) == {
-        "done": "delivered",
-        "dead": "failed",
-        "line": "failed",
-        "late": "pending",
-    }
+        "done": "delivered", "dead": "failed", "line": "failed", "late": "pending",
+    }  # fmt: skip
     behind = emit(outbox, key=ERASE_CANARY[:-1])
     with emit_host(database) as conn:
         conn.execute("BEGIN")
@@ -4141,16 +3970,12 @@ def test_an_event_that_is_erased_leaves_no_trace_of_its_data_and_is_never_delive
     event = outbox.event(id)
     assert (event.data, event.key) == (None, None) and event.erased_at is not None
     assert statuses(outbox, id) == {
-        "done": "delivered",
-        "dead": "failed",
-        "line": "failed",
-        "late": "cancelled",
-    }
+        "done": "delivered", "dead": "failed", "line": "failed", "late": "cancelled",
+    }  # fmt: skip
     assert {a.response or a.error for a in outbox.attempts(id)} == {None}
     failed = outbox.failed(type="order.created")
-    assert {(f.key, f.error, f.response) for f in failed} == {(None, None, None)} and len(
-        failed
-    ) == 2
+    assert {(f.key, f.error, f.response) for f in failed} == {(None, None, None)}
+    assert len(failed) == 2
     before = len(receiver.requests)
     receiver.play = OK
     with pytest.raises(NotFound, match="erased"):
@@ -4159,9 +3984,8 @@ def test_an_event_that_is_erased_leaves_no_trace_of_its_data_and_is_never_delive
     outbox.add_endpoint(receiver.url(), id="new")
     assert outbox.backfill("new", since=0.0) == 1  # the one behind it
     outbox.drain(until_empty=True)
-    assert len(receiver.requests) - before == 5 and set(statuses(outbox, behind).values()) == {
-        "delivered"
-    }
+    assert len(receiver.requests) - before == 5
+    assert set(statuses(outbox, behind).values()) == {"delivered"}
     assert outbox.discard(all=True) == 2
     assert outbox.prune(older_than=0) == 2 and query(database, "SELECT * FROM webhook_erased") == []
 
@@ -4185,10 +4009,8 @@ def test_admin_calls_join_the_callers_transaction(database, serve):
         assert outbox.resend(rows[2].event_id, conn=conn) == 3
         outbox.remove_endpoint("b", conn=conn)
         assert [endpoint.id for endpoint in outbox.endpoints(conn=conn)] == ["a", "new"]
-        assert conn.in_transaction and [endpoint.id for endpoint in outbox.endpoints()] == [
-            "a",
-            "b",
-        ]
+        assert conn.in_transaction
+        assert [endpoint.id for endpoint in outbox.endpoints()] == ["a", "b"]
 
     with emit_host(database, "legacy") as conn:
         conn.execute("INSERT INTO orders (id) VALUES (1)")
@@ -4233,11 +4055,8 @@ def test_the_record_can_be_filtered_and_paged(database, serve):
     newest_first = "webhook.own order.created user.created order.paid order.created".split()
     assert [event.type for event in events] == newest_first
     assert (events[1].id, events[1].data, events[1].key, events[1].deliveries) == (
-        waiting,
-        [1],
-        None,
-        (),
-    )
+        waiting, [1], None, (),
+    )  # fmt: skip
     assert outbox.events(type="order.*") == [events[1], events[3], events[4]]
     assert outbox.events(since=events[2].created_at, until=events[1].created_at) == [events[2]]
     assert outbox.events(ids=[lonely, "msg_gone"]) == [events[0]]
@@ -4263,9 +4082,8 @@ def test_the_record_can_be_filtered_and_paged(database, serve):
     with pytest.raises(PayloadError, match="status"):
         outbox.deliveries(status="queued")
     tried = outbox.attempts(rows[0].event_id)
-    assert [attempt.endpoint_id for attempt in outbox.attempts(rows[0].event_id, "b")] == [
-        "b"
-    ] and len(tried) == 2
+    assert [attempt.endpoint_id for attempt in outbox.attempts(rows[0].event_id, "b")] == ["b"]
+    assert len(tried) == 2
     seen = {
         (attempt.endpoint_id, attempt.status_code, attempt.reason, attempt.response or "")
         for attempt in tried
@@ -4288,24 +4106,15 @@ def test_stats_count_what_waits(database, serve):
     assert stats.oldest_due_age == pytest.approx(30)
     one, two = stats.endpoints
     assert (one.id, one.enabled, one.pending, one.failed, one.attempts, one.delivered) == (
-        "a",
-        True,
-        4,
-        3,
-        3,
-        0,
-    )
+        "a", True, 4, 3, 3, 0,
+    )  # fmt: skip
     assert (two.id, two.enabled, two.pending, two.failed) == ("b", False, 4, 3)
     assert one.last_error and one.failing_since is not None and one.history == (0,) * 12
     receiver.answers["/a"] = OK
     outbox.drain(once=True)
     one = outbox.stats().endpoints[0]
-    assert (one.pending, one.delivered, one.failing_since, one.history[-1]) == (
-        1,
-        3,
-        None,
-        3,
-    ) and one.p50 <= one.p95
+    assert (one.pending, one.delivered, one.failing_since, one.history[-1]) == (1, 3, None, 3)
+    assert one.p50 <= one.p95
 
 
 def test_a_busy_endpoint_hides_none_of_the_others_in_the_stats(wal):
@@ -4314,10 +4123,8 @@ def test_a_busy_endpoint_hides_none_of_the_others_in_the_stats(wal):
     for id in ("quiet", "dead", "long ago", "busy"):
         outbox.add_endpoint("https://example.com/", id=id.replace(" ", "-"))
     rows = [
-        ("quiet", now - 2900, None),
-        ("dead", now - 3000, "status"),
-        ("long-ago", now - 4000, None),
-    ]
+        ("quiet", now - 2900, None), ("dead", now - 3000, "status"), ("long-ago", now - 4000, None),
+    ]  # fmt: skip
     rows += [("busy", now - 1000, None)] * 25_000
     with contextlib.closing(sqlite3.connect(wal)) as conn, conn:
         conn.executemany(
@@ -4363,10 +4170,8 @@ def test_prune_removes_what_is_finished_and_old_and_nothing_else(database, serve
     assert outbox.prune() == 0
     assert outbox.prune(540) == 1201
     assert {event.id for event in outbox.events()} == {row.event_id for row in rows} | {
-        late,
-        half,
-        recent,
-    }
+        late, half, recent,
+    }  # fmt: skip
     with pytest.raises(NotFound):
         outbox.attempts(delivered)
     orphans = "SELECT count(*) FROM webhook_{0} WHERE event NOT IN (SELECT seq FROM webhook_events)"
@@ -4401,19 +4206,11 @@ def trigger_statements() -> dict[str, list[str]]:
 TURN_TRIGGERS = (  # by what a turn writes, or emit
     *("webhook_emit_insert", "webhook_accept_insert"),
     *("webhook_record_outcome", "webhook_record_mark", "webhook_record_endpoint"),
-    *(
-        "webhook_deliveries_finish",
-        "webhook_deliveries_tell",
-        "webhook_failed_discard",
-        "webhook_events_delete",
-    ),
-    *(
-        "webhook_record_counts",
-        "webhook_record_notice",
-        "webhook_deliveries_requeue",
-        "webhook_deliveries_delete",
-    ),
-)
+    *("webhook_deliveries_finish",
+        "webhook_deliveries_tell", "webhook_failed_discard", "webhook_events_delete"),
+    *("webhook_record_counts",
+        "webhook_record_notice", "webhook_deliveries_requeue", "webhook_deliveries_delete"),
+)  # fmt: skip
 # How each statement of the loop begins, or what only it says.
 TURN_STATEMENTS = {
     "drains": "UPDATE webhook_meta",
@@ -4479,14 +4276,17 @@ def turn_statements(outbox: Outbox, clock: Clock) -> list[str]:
 
 
 @pytest.mark.parametrize("analyzed", [False, True])
-def test_every_statement_of_a_turn_finds_its_rows_through_an_index(wal, serve, analyzed):
+def test_every_statement_of_a_turn_finds_its_rows_through_an_index(wal, shop, serve, analyzed):
     """Whatever the loop runs, and the triggers behind it; also where the host runs ANALYZE, which
     has SQLite plan by the numbers of rows. A scan of a list that we hand over is none."""
-    receiver, clock = serve([answer(400), answer(429, b"", "Retry-After: 60"), OK]), Clock()
-    outbox = make_outbox(
-        wal, retry=RetryPolicy((0, 0)), retention=0.0, clock=clock, rng=lambda: 0.0
+    clock, receiver, outbox = shop.timed(
+        [answer(400), answer(429, b"", "Retry-After: 60"), OK],
+        id="a",
+        max_in_flight=1,
+        retry=RetryPolicy((0, 0)),
+        retention=0.0,
+        rng=lambda: 0.0,
     )
-    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=1)
     outbox.add_endpoint(
         receiver.url(), id="b", ordered=True, events=["order.*", "webhook.endpoint.failing"]
     )
@@ -4528,10 +4328,8 @@ def test_every_statement_of_a_turn_finds_its_rows_through_an_index(wal, serve, a
                     )
                     few = r"[deo]" if name in TURN_ONCE else r"[deop]"
                     assert not re.match(rf"SCAN (webhook_({large})|{few})\b", step), (
-                        name,
-                        step,
-                        sql,
-                    )
+                        name, step, sql,
+                    )  # fmt: skip
                     if (
                         re.match(r"SEARCH (webhook_deliveries|[do])\b", step)
                         and name not in TURN_ONCE
@@ -4560,10 +4358,8 @@ def test_a_secret_derived_from_the_master_key_signs_and_stands_nowhere_in_the_fi
     outbox.add_endpoint(receiver.url(), id="own", secret=SECRET)
     other = outbox.add_endpoint(receiver.url(), id="b").secret
     second = outbox.rotate_secret("a").secret
-    assert (
-        len({first, second, other}) == 3
-        and make_outbox(wal, master_key=source)._secret("a") == second
-    )
+    assert len({first, second, other}) == 3
+    assert make_outbox(wal, master_key=source)._secret("a") == second
     emit(outbox, data={"n": 1})
     assert outbox.drain(once=True).delivered == 3
     for secret, count in ((first, 1), (second, 1), (other, 1), (SECRET, 1)):
@@ -4608,13 +4404,11 @@ def test_the_number_behind_a_derived_secret_never_comes_again(wal, monkeypatch):
     ("key", "error"),
     [
         (None, "the master key is not here: the file .* cannot be read"),
-        (
-            "another key, which is as long as that one",
-            "is not the one that this file's secrets were made with",
-        ),
+        ("another key, which is as long as that one",
+         "is not the one that this file's secrets were made with"),
         ("short", "the master key must have 32 characters at least"),
     ],
-)
+)  # fmt: skip
 def test_without_the_right_master_key_nothing_is_signed_and_mending_it_is_enough(
     wal, tmp_path, serve, cli, key, error
 ):
@@ -4641,9 +4435,8 @@ def test_without_the_right_master_key_nothing_is_signed_and_mending_it_is_enough
     ):
         with pytest.raises(PayloadError, match=error):
             refused()
-    assert (
-        len(outbox.endpoints()) == 4 and outbox.rotate_secret("own", secret=SECRET).secret == SECRET
-    )
+    assert len(outbox.endpoints()) == 4
+    assert outbox.rotate_secret("own", secret=SECRET).secret == SECRET
     with outbox:
         eventually(lambda: len({a.endpoint_id for a in outbox.attempts(id)}) == 4)
         assert {a.endpoint_id: a.reason for a in outbox.attempts(id)} == dict.fromkeys(
@@ -4800,10 +4593,8 @@ def test_a_drain_that_waits_goes_on_by_itself_after_adopt_keep(wal, tmp_path, se
         outbox.adopt(keep=True)
         eventually(lambda: statuses(outbox, id)["crm"] == "delivered")
     assert {e.id: e.enabled for e in outbox.endpoints()} == {
-        "crm": True,
-        "line": True,
-        "off": False,
-    }
+        "crm": True, "line": True, "off": False,
+    }  # fmt: skip
 
 
 def test_a_file_without_a_home_is_everybodys_until_the_first_drain_that_has_one(wal, monkeypatch):
@@ -5024,8 +4815,15 @@ def test_a_customer_is_not_told_what_went_wrong_on_the_hosts_side(wal):
     def broken(event: Any) -> None:
         raise OSError("10.1.2.3 refused canary77")
 
-    outbox = make_outbox(wal, retry=ONCE, senders={"canary77": broken})
-    outbox.add_endpoint(URL, id="env", tenant="c42", secret="env:CANARY77")
+    outbox = make_outbox(
+        wal,
+        URL,
+        id="env",
+        tenant="c42",
+        secret="env:CANARY77",
+        retry=ONCE,
+        senders={"canary77": broken},
+    )
     outbox.add_endpoint("call:canary77", id="call", tenant="c42")
     id = emit(outbox, tenant="c42")
     assert outbox.drain(once=True).failed == 2
@@ -5116,8 +4914,7 @@ def test_what_comes_back_after_forget_is_not_kept(wal, serve, status):
 
 def test_a_customers_ping_from_a_copied_file_tells_nothing_of_the_file(wal):
     make_outbox(wal, home="production").drain(once=True)
-    outbox = make_outbox(wal, home="staging")
-    outbox.add_endpoint(URL, id="mine", tenant="c42")
+    outbox = make_outbox(wal, URL, id="mine", tenant="c42", home="staging")
     with pytest.raises(OutboxError, match=r"^nothing is sent from here now") as error:
         outbox.tenant("c42").ping("mine")
     with portal_of(outbox) as visitor:
@@ -5239,13 +5036,8 @@ def test_with_a_catalogue_emit_takes_its_types_and_names_the_nearest_to_others(w
 def test_a_pattern_must_match_a_type_of_the_catalogue(wal):
     outbox = make_outbox(wal, event_types=CATALOGUE)
     for good in (
-        "*",
-        "order.*",
-        "order.paid",
-        "audit.login",
-        "webhook.*",
-        "webhook.delivery.failed",
-    ):
+        "*", "order.*", "order.paid", "audit.login", "webhook.*", "webhook.delivery.failed",
+    ):  # fmt: skip
         assert outbox.add_endpoint(URL, events=[good]).events == (good,)
     id = outbox.endpoints()[0].id
     for bad in ("order.payd", "orders.*", "order", "order.paid.*"):
@@ -5272,10 +5064,8 @@ def test_a_catalogue_that_is_none_is_refused_in_one_sentence(wal, given):
         make_outbox(wal, event_types=given)
 
 
-def test_ping_sends_the_catalogues_example_of_a_type(wal, serve):
-    receiver = serve()
-    outbox = make_outbox(wal, event_types=CATALOGUE)
-    outbox.add_endpoint(receiver.url(), id="c42", tenant="c42")
+def test_ping_sends_the_catalogues_example_of_a_type(wal, shop):
+    receiver, outbox = shop.open(id="c42", tenant="c42", event_types=CATALOGUE)
     assert outbox.ping("c42", type="order.paid").status_code == 200
     assert outbox.ping("c42", type="audit.login").status_code == 200  # by the operator
     door = outbox.tenant("c42")
@@ -5339,25 +5129,16 @@ def signed_by_hand(
 @pytest.mark.parametrize(
     ("secret", "id", "at", "body", "signature"),
     [
-        (
-            SECRET,
-            "msg_p5jXN8AQM9LWM0D4loKWxJek",
-            1614265330,
-            b'{"test": 2432232314}',
-            "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
-        ),
-        (
-            "whsec_plJ3nmyCDGBKInavdOK15jsl",
-            "msg_loFOjxBNrRLzqYUf",
-            1731705121,
-            b'{"event_type":"ping","data":{"success":true}}',
-            "v1,rAvfW3dJ/X/qxhsaXPOyyCGmRKsaKWcsNccKXlIktD0=",
-        ),
+        (SECRET, "msg_p5jXN8AQM9LWM0D4loKWxJek",
+         1614265330, b'{"test": 2432232314}', "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="),
+        ("whsec_plJ3nmyCDGBKInavdOK15jsl", "msg_loFOjxBNrRLzqYUf", 1731705121,
+         b'{"event_type":"ping","data":{"success":true}}',
+         "v1,rAvfW3dJ/X/qxhsaXPOyyCGmRKsaKWcsNccKXlIktD0="),
     ],
-)
+)  # fmt: skip
 def test_sign_gives_the_published_signatures_for_every_form_of_the_key(
-    secret: str, id: str, at: int, body: bytes, signature: str
-) -> None:
+    secret, id, at, body, signature
+):
     bare = secret.removeprefix("whsec_")
     for form in (secret, bare, base64.b64decode(bare)):
         assert sign(form, id, at, body) == signature
@@ -5365,16 +5146,13 @@ def test_sign_gives_the_published_signatures_for_every_form_of_the_key(
         assert verify(body, headers, form, now=at).body == body
 
 
-def test_githubs_published_signature_verifies() -> None:
+def test_githubs_published_signature_verifies():
     signature = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
     secret = "It's a Secret to Everybody"
     event = verify(b"Hello, World!", {"X-Hub-Signature-256": signature}, secret, scheme="github")
     assert (event.timestamp, event.type, event.data, event.body) == (
-        None,
-        "",
-        None,
-        b"Hello, World!",
-    )
+        None, "", None, b"Hello, World!",
+    )  # fmt: skip
     with pytest.raises(SignatureError):
         verify(b"Hello, World?", {"X-Hub-Signature-256": signature}, secret, scheme="github")
 
@@ -5382,17 +5160,12 @@ def test_githubs_published_signature_verifies() -> None:
 CANARY = "canarycanarycanarycanary"
 
 
-def test_sign_refuses_a_key_that_is_short_or_no_base64_without_showing_it() -> None:
+def test_sign_refuses_a_key_that_is_short_or_no_base64_without_showing_it():
     short = base64.b64encode(b"c" * 15).decode()
     texts = [
-        "",
-        "whsec_",
-        "whsec_" + short,
-        short,
-        f"{CANARY}é",
-        f"{CANARY}\udc80",
+        "", "whsec_", "whsec_" + short, short, f"{CANARY}é", f"{CANARY}\udc80",
         f"whsec_whsec_{CANARY}",
-    ]
+    ]  # fmt: skip
     texts += [
         f"whsec_{text}"
         for text in (f"{CANARY}!", f" {CANARY}", f"{CANARY}\n", f"{CANARY}-_", f"{CANARY}A")
@@ -5428,9 +5201,7 @@ def catch_on_the_wire(folder: pathlib.Path, serve: Serve) -> Iterator[Caught]:
         # The verifiers look at the real time, and take five minutes.
         clock = Clock(time.time() - 60)
         receiver = serve([answer(500), OK])
-        outbox = make_outbox(
-            make_database(folder / f"{signing}.db"), clock=clock, retry=RetryPolicy((0, 7), 0.0)
-        )
+        outbox = make_outbox(make_database(folder / f"{signing}.db"), clock=clock, retry=(0, 7))
         endpoint = outbox.add_endpoint(receiver.url(), signing=signing, secret=SECRET)
         id = emit(
             outbox, "order.created", {"name": "Žofie ✓ 漢字 \u2028 \U0001f600", "total": 49.99}
@@ -5515,9 +5286,7 @@ def accepts_ours(scheme: str) -> Callable[[bytes, dict[str, str], str], bool]:
     return accepts
 
 
-def test_what_is_sent_verifies_with_the_libraries_of_others(
-    tmp_path: pathlib.Path, serve: Serve
-) -> None:
+def test_what_is_sent_verifies_with_the_libraries_of_others(tmp_path, serve):
     for module in ("standardwebhooks", "stripe", "gidgethub"):
         pytest.importorskip(module)
     others = {"standard": accepts_standard, "stripe": accepts_stripe, "github": accepts_github}
@@ -5564,16 +5333,12 @@ class Sending:
 
 
 SEND_WAYS = (
-    json_values,
-    st.sampled_from(["standard", "data", "cloudevents", "text"]),
-    st.lists(st.sampled_from(SCHEMES), min_size=1, max_size=3, unique=True),
-    st.integers(0, 11),
-)
+    json_values, st.sampled_from(["standard", "data", "cloudevents", "text"]),
+    st.lists(st.sampled_from(SCHEMES), min_size=1, max_size=3, unique=True), st.integers(0, 11),
+)  # fmt: skip
 
 
-def test_whatever_is_sent_is_accepted_by_verify_and_by_the_libraries_of_others(
-    wal: str, serve: Serve
-) -> None:
+def test_whatever_is_sent_is_accepted_by_verify_and_by_the_libraries_of_others(wal, serve):
     """Ten secrets sign at the most, the newest; in GitHub's one header the current one does."""
     others = {"standard": accepts_standard, "stripe": accepts_stripe, "github": accepts_github}
     sending = Sending(wal, serve())
@@ -5634,12 +5399,8 @@ def node_verifiers(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     (folder / "package.json").write_text('{"private": true}')
     packages = ["standardwebhooks", "stripe", "@octokit/webhooks-methods"]
     options = [
-        "--no-audit",
-        "--no-fund",
-        "--ignore-scripts",
-        "--fetch-retries=1",
-        "--loglevel=error",
-    ]
+        "--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=1", "--loglevel=error",
+    ]  # fmt: skip
     try:
         done = subprocess.run(
             [npm, "install", *options, *packages],
@@ -5658,8 +5419,8 @@ def node_verifiers(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.mark.long
 def test_what_is_sent_verifies_with_the_libraries_of_others_in_node(
-    node_verifiers: pathlib.Path, tmp_path: pathlib.Path, serve: Serve
-) -> None:
+    node_verifiers, tmp_path, serve
+):
     cases, expected, stories = [], [], []
     for caught in catch_on_the_wire(tmp_path, serve):
         body, headers = base64.b64encode(caught.request.body).decode(), caught.request.headers
@@ -5667,10 +5428,8 @@ def test_what_is_sent_verifies_with_the_libraries_of_others_in_node(
         for scheme in caught.schemes:
             tries = [(body, secret, "true") for secret in caught.good]
             for sent, secret, verdict in [
-                *tries,
-                (body, caught.bad, "false"),
-                (changed, caught.good[0], "false"),
-            ]:
+                *tries, (body, caught.bad, "false"), (changed, caught.good[0], "false"),
+            ]:  # fmt: skip
                 cases.append({"scheme": scheme, "body": sent, "headers": headers, "secret": secret})
                 expected.append(verdict)
                 stories.append((caught.story, scheme))
@@ -5701,13 +5460,8 @@ def test_what_is_sent_verifies_with_the_libraries_of_others_in_node(
 
 @pytest.mark.parametrize("source", ["env", "file"])
 def test_a_secret_outside_the_database_is_read_at_each_attempt(
-    source: str,
-    wal: str,
-    serve: Serve,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    source, wal, shop, tmp_path, monkeypatch, caplog
+):
     caplog.set_level(logging.DEBUG)
     place = tmp_path / "secret"
     name = "WEBHOOK_TEST_SECRET" if source == "env" else str(place)
@@ -5719,9 +5473,12 @@ def test_a_secret_outside_the_database_is_read_at_each_attempt(
             place.write_text(value + "\n")
 
     monkeypatch.delenv("WEBHOOK_TEST_SECRET", raising=False)
-    receiver, clock = serve([answer(500), OK]), Clock()
-    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 1, 1, 1), 0.0))
-    outbox.add_endpoint(receiver.url(), secret=f"{source}:{name}", signing="standard+stripe+github")
+    clock, receiver, outbox = shop.timed(
+        [answer(500), OK],
+        secret=f"{source}:{name}",
+        signing="standard+stripe+github",
+        retry=(0, 1, 1, 1),
+    )
     id = emit(outbox)
     broken = f"whsec_{CANARY}!"
     for ready in (lambda: None, lambda: put(broken), lambda: put(SECRET), lambda: put(SECRET_TWO)):
@@ -5749,7 +5506,7 @@ def test_a_secret_outside_the_database_is_read_at_each_attempt(
         assert text not in caplog.text and text not in written
 
 
-def test_at_most_ten_secrets_sign_the_newest_ones(wal: str, serve: Serve) -> None:
+def test_at_most_ten_secrets_sign_the_newest_ones(wal, serve):
     """More signatures than 16 are refused by verify, our own and others'."""
     receiver, outbox = serve(), make_outbox(wal)
     secrets = [outbox.add_endpoint(receiver.url(), id="a", signing="standard+stripe").secret]
@@ -5767,21 +5524,16 @@ def test_at_most_ten_secrets_sign_the_newest_ones(wal: str, serve: Serve) -> Non
 
 
 UNREADY = [  # a header's value in the environment, or a content type; whether it can be sent
-    ("token", True),
-    (" token\n", True),
-    ("Müller", False),
-    ("Магазин", False),
-    ("a\nX-Other: b", False),
-    ("a\x00b", False),
-]
+    ("token", True), (" token\n", True), ("Müller", False), ("Магазин", False),
+    ("a\nX-Other: b", False), ("a\x00b", False),
+]  # fmt: skip
 
 
-def test_what_goes_into_a_header_from_outside_the_file_is_ascii_on_one_line(
-    wal: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    receiver, made = serve(), {"text": lambda event: (b"{}", event.data)}
-    outbox = make_outbox(wal, transforms=made, retry=ONCE)
-    outbox.add_endpoint(receiver.url(), id="env", events=["a"], headers={"X-Key": "env:WEBHOOK_X"})
+def test_what_goes_into_a_header_from_outside_the_file_is_ascii_on_one_line(wal, shop, monkeypatch):
+    made = {"text": lambda event: (b"{}", event.data)}
+    receiver, outbox = shop.open(
+        id="env", events=["a"], headers={"X-Key": "env:WEBHOOK_X"}, transforms=made, retry=ONCE
+    )
     outbox.add_endpoint(receiver.url(), id="text", events=["b"], body="text")
     for value, good in UNREADY:
         if "\x00" not in value:
@@ -5801,9 +5553,7 @@ def test_what_goes_into_a_header_from_outside_the_file_is_ascii_on_one_line(
             Outbox(wal, app_name=name)
 
 
-def test_an_empty_secret_signs_nothing(
-    wal: str, serve: Serve, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_empty_secret_signs_nothing(wal, serve, tmp_path, monkeypatch):
     """Anybody can sign with an empty key, and a file is empty for a moment while an editor writes
     it."""
     monkeypatch.setenv("WEBHOOK_TEST_SECRET", "")
@@ -5857,29 +5607,21 @@ HEADER_FORMS: dict[str, Callable[[dict[str, str]], Any]] = {
     "http.server": header_message,
     "requests": requests.structures.CaseInsensitiveDict,
     "proxy": types.MappingProxyType,
-    "with others": lambda h: {
-        "Host": "a",
-        **h,
-        "Cookie": "b",
-        b"X-Raw": b"\xff\xfe",
-        "n": 5,
-        7: "a",
-    },
+    "with others":
+        lambda h: {"Host": "a", **h, "Cookie": "b", b"X-Raw": b"\xff\xfe", "n": 5, 7: "a"},
     "twice the same": lambda h: [*h.items(), *((name.upper(), value) for name, value in h.items())],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_verify_takes_headers_and_body_from_any_framework(scheme: str) -> None:
+def test_verify_takes_headers_and_body_from_any_framework(scheme):
     for form, make in HEADER_FORMS.items():
         event = verify(
             SIGNED_BODY, make(signed_by_hand(scheme)), SECRET, scheme=scheme, now=SIGNED_AT
         )
         assert (event.type, event.data, event.body) == (
-            "order.created",
-            {"name": "Žofie ✓"},
-            SIGNED_BODY,
-        ), form
+            "order.created", {"name": "Žofie ✓"}, SIGNED_BODY,
+        ), form  # fmt: skip
         assert event.id == ("msg_1" if scheme == "standard" else hash_of(SIGNED_BODY))
         assert event.timestamp == (None if scheme == "github" else SIGNED_AT)
     for buffer in (bytearray, memoryview):
@@ -5894,14 +5636,11 @@ def test_verify_takes_headers_and_body_from_any_framework(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_one_of_several_secrets_is_enough(scheme: str) -> None:
+def test_one_of_several_secrets_is_enough(scheme):
     headers = signed_by_hand(scheme)
     for secrets in (
-        [SECRET],
-        (SECRET_TWO, SECRET),
-        [SECRET, SECRET_TWO],
-        iter([SECRET_TWO, SECRET]),
-    ):
+        [SECRET], (SECRET_TWO, SECRET), [SECRET, SECRET_TWO], iter([SECRET_TWO, SECRET]),
+    ):  # fmt: skip
         assert (
             verify(SIGNED_BODY, headers, secrets, scheme=scheme, now=SIGNED_AT).body == SIGNED_BODY
         )
@@ -5909,7 +5648,7 @@ def test_one_of_several_secrets_is_enough(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_secret_is_taken_with_white_space_around_it_and_without_its_padding(scheme: str) -> None:
+def test_a_secret_is_taken_with_white_space_around_it_and_without_its_padding(scheme):
     """A copied secret, or the content of a file, is the same key; the signature's own base64 stays
     strict."""
     padded = "whsec_" + base64.b64encode(bytes(range(25))).decode()  # ends with ==
@@ -5932,7 +5671,7 @@ def test_a_secret_is_taken_with_white_space_around_it_and_without_its_padding(sc
         assert event.body == SIGNED_BODY
 
 
-def test_svixs_names_of_the_headers_are_read_where_none_of_todays_is_there() -> None:
+def test_svixs_names_of_the_headers_are_read_where_none_of_todays_is_there():
     headers = signed_by_hand("standard")
     old = {name.replace("webhook-", "svix-"): value for name, value in headers.items()}
     other = signed_by_hand("standard", id="msg_2", secret=SECRET_TWO)
@@ -5947,26 +5686,13 @@ def test_svixs_names_of_the_headers_are_read_where_none_of_todays_is_there() -> 
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_secret_of_the_wrong_type_opens_no_door(scheme: str) -> None:
+def test_a_secret_of_the_wrong_type_opens_no_door(scheme):
     """bytes(32) is a key of 32 zeros, and a bytearray a list of numbers: whoever guesses that signs
     with zeros."""
     wrong = [
-        None,
-        "",
-        b"",
-        5,
-        32,
-        1.5,
-        [],
-        (),
-        {},
-        object(),
-        [""],
-        [None],
-        [b""],
-        [SECRET_TWO, None],
+        None, "", b"", 5, 32, 1.5, [], (), {}, object(), [""], [None], [b""], [SECRET_TWO, None],
         [[SECRET]],
-    ]
+    ]  # fmt: skip
     for secret in wrong:
         refusal(signed_by_hand(scheme), secret, scheme=scheme)
     # What an unset variable gives.
@@ -5977,19 +5703,13 @@ def test_a_secret_of_the_wrong_type_opens_no_door(scheme: str) -> None:
     null = base64.b64encode(bytes(24)).decode()
     text = b"a secret that somebody keeps in a mutable buffer"
     for secret in (
-        32,
-        [32],
-        (24, 32),
-        bytearray(text),
-        memoryview(text),
-        [SECRET_TWO, 32],
-        {32: SECRET},
-    ):
+        32, [32], (24, 32), bytearray(text), memoryview(text), [SECRET_TWO, 32], {32: SECRET},
+    ):  # fmt: skip
         refusal(signed_by_hand(scheme, secret=null), secret, scheme=scheme)
 
 
 @pytest.mark.parametrize("scheme", ["standard", "stripe"])
-def test_the_tolerance_holds_both_ways_to_the_second(scheme: str) -> None:
+def test_the_tolerance_holds_both_ways_to_the_second(scheme):
     headers = signed_by_hand(scheme)
     for away in (0, 300, -300):
         assert (
@@ -6011,29 +5731,14 @@ def test_the_tolerance_holds_both_ways_to_the_second(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["standard", "stripe"])
-def test_only_a_canonical_timestamp_is_read(scheme: str) -> None:
+def test_only_a_canonical_timestamp_is_read(scheme):
     """Whoever parses leniently signs one text and checks another; so here even a right signature
     does not help."""
     lenient = signed_by_hand(scheme, at=12)
     odd = [
-        " 12 ",
-        "12 ",
-        "\t12",
-        "12\n",
-        "1_2",
-        "+12",
-        "012",
-        "00",
-        "-1",
-        "12.0",
-        "1e1",
-        "0x0c",
-        "",
-        "١٢",
-        "1²",
-        "9" * 16,
-        "9" * 400,
-    ]
+        " 12 ", "12 ", "\t12", "12\n", "1_2", "+12", "012", "00", "-1", "12.0", "1e1", "0x0c", "",
+        "١٢", "1²", "9" * 16, "9" * 400,
+    ]  # fmt: skip
     for text in odd:
         headers = signed_by_hand(scheme, at=text)
         if scheme == "standard":
@@ -6051,7 +5756,7 @@ def test_only_a_canonical_timestamp_is_read(scheme: str) -> None:
         )
 
 
-def test_a_signature_has_one_spelling() -> None:
+def test_a_signature_has_one_spelling():
     """Lenient decoders take most of these for the same bytes."""
     headers = signed_by_hand("standard")
     text = headers["webhook-signature"].removeprefix("v1,")
@@ -6062,46 +5767,29 @@ def test_a_signature_has_one_spelling() -> None:
         f"{text[:9]}{junk}{text[9:]}" for junk in ("!", "\n", "=", "\0", "é", "\udcff", ",")
     ]
     spellings += [
-        left_over,
-        text + "AAAA",
-        text[:-1],
-        text + "=",
-        "\t" + text,
-        "",
-        text[:20],
+        left_over, text + "AAAA", text[:-1], text + "=", "\t" + text, "", text[:20],
         base64.b64decode(text).hex(),
-    ]
+    ]  # fmt: skip
     wholes = [f"v1,{spelling}" for spelling in spellings]
     wholes += [
-        "V1," + text,
-        text,
-        "v1a," + text,
-        "v1" + text,
-        "v1;" + text,
-        "v2," + text,
-        ",",
-        "v1",
-    ]
+        "V1," + text, text, "v1a," + text, "v1" + text, "v1;" + text, "v2," + text, ",", "v1",
+    ]  # fmt: skip
     for whole in wholes:
         refusal({**headers, "webhook-signature": whole})
     for changed in (
-        str.upper,
-        lambda v: v.replace("sha256=", "sha1="),
-        lambda v: v + "0",
+        str.upper, lambda v: v.replace("sha256=", "sha1="), lambda v: v + "0",
         lambda v: v.partition("=")[2],
-    ):
+    ):  # fmt: skip
         refusal({k: changed(v) for k, v in signed_by_hand("github").items()}, scheme="github")
 
 
-def test_unknown_versions_are_passed_over_and_seventeen_signatures_refused() -> None:
+def test_unknown_versions_are_passed_over_and_seventeen_signatures_refused():
     good = signed_by_hand("standard")
     signature = good["webhook-signature"]
     for text in (
-        f"v1a,abc v2,def {signature}",
-        f"{signature} v9",
-        f" \udcff {signature}",
+        f"v1a,abc v2,def {signature}", f"{signature} v9", f" \udcff {signature}",
         "v1,AAAA " * 15 + signature,
-    ):
+    ):  # fmt: skip
         assert (
             verify(SIGNED_BODY, {**good, "webhook-signature": text}, SECRET, now=SIGNED_AT).id
             == "msg_1"
@@ -6110,10 +5798,8 @@ def test_unknown_versions_are_passed_over_and_seventeen_signatures_refused() -> 
     assert "16" in str(refusal({**good, "webhook-signature": signature + " v1,AAAA" * 16}))
     at, _, last = signed_by_hand("stripe")["Stripe-Signature"].partition(",")
     for text in (
-        f"{at},v0=abc,x,{last},v2=00",
-        f"{last},{at}",
-        f"{at},{'v0=0,' * 16}{'v1=0,' * 15}{last}",
-    ):
+        f"{at},v0=abc,x,{last},v2=00", f"{last},{at}", f"{at},{'v0=0,' * 16}{'v1=0,' * 15}{last}",
+    ):  # fmt: skip
         assert (
             verify(
                 SIGNED_BODY, {"Stripe-Signature": text}, SECRET, scheme="stripe", now=SIGNED_AT
@@ -6121,27 +5807,20 @@ def test_unknown_versions_are_passed_over_and_seventeen_signatures_refused() -> 
             == SIGNED_BODY
         )
     for text in (
-        f"{at},{last}".replace("v1", "v0"),
-        f"{at},{at},{last}",
-        last,
-        at,
-        f"{at},{'v1=00,' * 16}{last}",
-        f"{at},{'v0=00,' * 32}{last}",
-        f"{at} {last}",
-    ):
+        f"{at},{last}".replace("v1", "v0"), f"{at},{at},{last}", last, at,
+        f"{at},{'v1=00,' * 16}{last}", f"{at},{'v0=00,' * 32}{last}", f"{at} {last}",
+    ):  # fmt: skip
         refusal({"Stripe-Signature": text}, scheme="stripe")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_each_header_is_needed_and_must_not_come_twice_with_two_values(scheme: str) -> None:
+def test_each_header_is_needed_and_must_not_come_twice_with_two_values(scheme):
     good = signed_by_hand(scheme)
     for name in good:
         for headers in (
-            {k: v for k, v in good.items() if k != name},
-            {**good, name: ""},
-            {**good, name: None},
+            {k: v for k, v in good.items() if k != name}, {**good, name: ""}, {**good, name: None},
             {},
-        ):
+        ):  # fmt: skip
             assert "missing" in str(refusal(headers, scheme=scheme))
         for pairs in (
             [(name.upper(), "other"), *good.items()],
@@ -6150,7 +5829,7 @@ def test_each_header_is_needed_and_must_not_come_twice_with_two_values(scheme: s
             assert "twice" in str(refusal(pairs, scheme=scheme))
 
 
-def test_headers_of_others_may_come_twice() -> None:
+def test_headers_of_others_may_come_twice():
     """Two proxies on the way leave two Via or X-Forwarded-For headers, and frameworks hand on
     both."""
     for scheme in SCHEMES:
@@ -6160,24 +5839,20 @@ def test_headers_of_others_may_come_twice() -> None:
         )
 
 
-def test_odd_ids_and_wrong_options_are_refused() -> None:
+def test_odd_ids_and_wrong_options_are_refused():
     for id in ("", "a.b", "a\nb", "é", "a" * 257, "a\x00"):
         refusal(signed_by_hand("standard", id=id))
     longest = signed_by_hand("standard", id="a" * 256)
     assert verify(SIGNED_BODY, longest, SECRET, now=SIGNED_AT).id == "a" * 256
     for options in (
-        {"scheme": "svix"},
-        {"scheme": None},
-        {"scheme": []},
-        {"tolerance": "5"},
-        {"now": "x"},
-    ):
+        {"scheme": "svix"}, {"scheme": None}, {"scheme": []}, {"tolerance": "5"}, {"now": "x"},
+    ):  # fmt: skip
         refusal(signed_by_hand("standard"), **options)
     assert "standard, stripe, github" in str(refusal(signed_by_hand("standard"), scheme="svix"))
     assert "base64" in str(refusal(signed_by_hand("standard"), f"whsec_{CANARY}!"))
 
 
-def test_errors_of_a_frameworks_headers_are_named_without_what_they_say() -> None:
+def test_errors_of_a_frameworks_headers_are_named_without_what_they_say():
     class Headers:
         def items(self) -> Any:
             raise RuntimeError(CANARY)
@@ -6191,15 +5866,11 @@ STRIPE_THIN = (
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_an_authentic_body_need_not_be_an_envelope_or_json(scheme: str) -> None:
+def test_an_authentic_body_need_not_be_an_envelope_or_json(scheme):
     for body in (
-        b"",
-        b"plain text",
-        b"\xff\xfe\x00",
-        b'{"type":',
-        b"[" * 100_000,
+        b"", b"plain text", b"\xff\xfe\x00", b'{"type":', b"[" * 100_000,
         b'{"type":"a","data":' + b"9" * 5000 + b"}",
-    ):
+    ):  # fmt: skip
         refusal(signed_by_hand(scheme, body), body=body + b" ", scheme=scheme)
         event = verify(body, signed_by_hand(scheme, body), SECRET, scheme=scheme, now=SIGNED_AT)
         assert (event.type, event.data, event.body) == ("", None, body)
@@ -6231,7 +5902,7 @@ SIGNED_IDS: list[tuple[str, bytes, str]] = [  # scheme, body, what the id is
 
 
 @pytest.mark.parametrize(("scheme", "body", "id"), SIGNED_IDS)
-def test_an_events_id_comes_from_what_is_signed(scheme: str, body: bytes, id: str) -> None:
+def test_an_events_id_comes_from_what_is_signed(scheme, body, id):
     """Else who overhears one request sends it again with ids of his own, past the inbox."""
     id = hash_of(body) if id == "hash" else id
     signed = signed_by_hand(scheme, body)
@@ -6243,7 +5914,7 @@ def test_an_events_id_comes_from_what_is_signed(scheme: str, body: bytes, id: st
         refusal({**signed, "webhook-id": odd}, body=body, scheme=scheme)
 
 
-def test_signatures_are_compared_in_constant_time() -> None:
+def test_signatures_are_compared_in_constant_time():
     """No test on a noisy machine can measure it, so read the source: every scheme goes through
     compare_digest."""
     tree = ast.parse((ROOT / "webhook_outbox.py").read_text(encoding="utf-8"))
@@ -6261,7 +5932,7 @@ def test_signatures_are_compared_in_constant_time() -> None:
     assert "_any_equal" in calls("verify")
 
 
-def test_a_megabyte_of_header_is_refused_soon() -> None:
+def test_a_megabyte_of_header_is_refused_soon():
     began = time.process_time()
     for scheme, filler in itertools.product(
         SCHEMES, (" ", ",", "v1,", "t=1,", "v1=a,", "9", "v1, ", "=")
@@ -6288,7 +5959,7 @@ def test_a_megabyte_of_header_is_refused_soon() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_large_body_is_read_once_and_parsed_only_if_it_is_genuine(scheme: str) -> None:
+def test_a_large_body_is_read_once_and_parsed_only_if_it_is_genuine(scheme):
     """Parsed, the lists in it would take a dozen times its size."""
     body = b"[" + b"[]," * 300_000 + b"[]]"
     good, forged = signed_by_hand(scheme, body), signed_by_hand(scheme, body, secret=SECRET_TWO)
@@ -6304,38 +5975,29 @@ hostile_text = st.one_of(
     st.text(max_size=40),
     st.sampled_from(
         [
-            "v1,AAAA",
-            "v1,",
-            "t=1,v1=00",
-            f"t={SIGNED_AT},v1=",
-            "sha256=",
-            "sha256=00",
-            str(SIGNED_AT),
-            "msg_1",
+            "v1,AAAA", "v1,", "t=1,v1=00", f"t={SIGNED_AT},v1=", "sha256=", "sha256=00",
+            str(SIGNED_AT), "msg_1",
         ]
     ),
     st.lists(
         st.sampled_from(["v1", ",", "=", "t", " ", "0", "9", "sha256", "é", "\udc80", "\0"]),
         max_size=60,
     ).map("".join),
-)
+)  # fmt: skip
 hostile_value = st.one_of(
     hostile_text, st.binary(max_size=40), st.none(), st.integers(), st.lists(st.text(max_size=3))
 )
 hostile_name = st.one_of(
     st.sampled_from(
         [
-            "webhook-id",
-            "Webhook-Timestamp",
-            "WEBHOOK-SIGNATURE",
-            "stripe-signature",
+            "webhook-id", "Webhook-Timestamp", "WEBHOOK-SIGNATURE", "stripe-signature",
             b"x-hub-signature-256",
         ]
     ),
     st.text(max_size=5),
     st.binary(max_size=5),
     st.integers(),
-)
+)  # fmt: skip
 hostile_headers = st.one_of(
     st.dictionaries(hostile_name, hostile_value, max_size=8),
     st.lists(st.tuples(hostile_name, hostile_value), max_size=8),
@@ -6357,8 +6019,8 @@ hostile_secret = st.one_of(
     st.one_of(st.floats(), st.just(math.inf)),
 )
 def test_whatever_arrives_verify_raises_one_family_of_errors(
-    body: Any, headers: Any, secret: Any, scheme: Any, now: Any, tolerance: Any
-) -> None:
+    body, headers, secret, scheme, now, tolerance
+):
     with contextlib.suppress(SignatureError):
         verify(body, headers, secret, scheme=scheme, now=now, tolerance=tolerance)
 
@@ -6371,17 +6033,15 @@ def test_whatever_arrives_verify_raises_one_family_of_errors(
     st.integers(0, 10**6),
 )
 def test_a_genuine_request_is_taken_in_any_form_with_any_of_the_secrets_and_to_the_edge_of_the_tolerance(
-    data: st.DataObject, scheme: str, body: bytes, at: int, tolerance: int
-) -> None:
+    data, scheme, body, at, tolerance
+):
     keys = data.draw(
         st.lists(st.binary(min_size=24, max_size=64), min_size=1, max_size=4, unique=True)
     )
     secrets = ["whsec_" + base64.b64encode(key).decode() for key in keys]
     id, mine, away = (
-        data.draw(st.from_regex(r"[!-\-/-~]{1,256}", fullmatch=True)),
-        secrets[-1],
-        tolerance,
-    )
+        data.draw(st.from_regex(r"[!-\-/-~]{1,256}", fullmatch=True)), secrets[-1], tolerance,
+    )  # fmt: skip
     secrets = data.draw(
         st.permutations([*secrets, keys[0] if scheme == "standard" else secrets[0].encode()])
     )
@@ -6435,9 +6095,7 @@ def test_a_genuine_request_is_taken_in_any_form_with_any_of_the_secrets_and_to_t
         ]
     ),
 )
-def test_what_sign_signs_verify_verifies(
-    key: bytes, id: str, at: int, body: bytes, form: Callable[[bytes], Any]
-) -> None:
+def test_what_sign_signs_verify_verifies(key, id, at, body, form):
     headers = {
         "webhook-id": id,
         "webhook-timestamp": str(at),
@@ -6454,7 +6112,7 @@ def flipped(value: bytes, bit: int) -> bytes:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_one_bit_more_or_less_anywhere_is_refused(scheme: str) -> None:
+def test_one_bit_more_or_less_anywhere_is_refused(scheme):
     good = signed_by_hand(scheme)
     assert (
         verify(SIGNED_BODY, good, SECRET, scheme=scheme, now=0, tolerance=math.inf).body
@@ -6469,9 +6127,7 @@ def test_one_bit_more_or_less_anywhere_is_refused(scheme: str) -> None:
 
 
 @given(st.binary(min_size=1, max_size=200), st.sampled_from(SCHEMES), st.data())
-def test_one_bit_more_or_less_in_any_body_is_refused(
-    body: bytes, scheme: str, data: st.DataObject
-) -> None:
+def test_one_bit_more_or_less_in_any_body_is_refused(body, scheme, data):
     good = signed_by_hand(scheme, body)
     refusal(good, body=flipped(body, data.draw(st.integers(0, 8 * len(body) - 1))), scheme=scheme)
 
@@ -6502,9 +6158,7 @@ def edges_into(seen: Edges) -> Callable[..., Any]:
 
 
 @pytest.mark.long
-def test_a_fuzzer_led_by_coverage_finds_no_open_door_and_no_other_error(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_fuzzer_led_by_coverage_finds_no_open_door_and_no_other_error(capsys):
     rng, began, runs, genuine = random.Random(65), time.monotonic(), 30_000, 0
     edges: Edges = set()
     seen: Edges = set()
@@ -6578,7 +6232,7 @@ STANDARD_DELAYS = (0, 5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400
 DAY = 86_400.0
 
 
-def test_the_standard_policy_is_that_of_the_specification() -> None:
+def test_the_standard_policy_is_that_of_the_specification():
     policy = RetryPolicy()
     assert (policy.delays, policy.jitter, policy.overload_delay) == (STANDARD_DELAYS, 0.2, 60.0)
     assert sum(policy.delays) == pytest.approx(75 * 3600, rel=0.01)
@@ -6588,12 +6242,11 @@ def test_the_standard_policy_is_that_of_the_specification() -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(policy, name, 1)
     assert repr(RetryPolicy([0, 5], 10).delays) == "(0.0, 5.0)"
-    assert (
-        RetryPolicy([0, 5]) == RetryPolicy((0.0, 5.0)) and len({RetryPolicy(), RetryPolicy()}) == 1
-    )
+    assert RetryPolicy([0, 5]) == RetryPolicy((0.0, 5.0))
+    assert len({RetryPolicy(), RetryPolicy()}) == 1
 
 
-def test_an_exponential_policy_grows_to_its_cap() -> None:
+def test_an_exponential_policy_grows_to_its_cap():
     assert RetryPolicy.exponential(2, 3, 50, 6).delays == (0, 2, 6, 18, 50, 50)
     assert RetryPolicy.exponential(1, attempts=1).delays == (0,)
     assert RetryPolicy.exponential(10, cap=5, attempts=3).delays == (0, 5, 5)
@@ -6603,7 +6256,7 @@ def test_an_exponential_policy_grows_to_its_cap() -> None:
     assert RetryPolicy.exponential(0.5, cap=0.5, attempts=2).delays == (0, 0.5)
 
 
-def test_a_policy_that_makes_no_sense_is_refused() -> None:
+def test_a_policy_that_makes_no_sense_is_refused():
     for options in (
         *({"delays": d} for d in ((), (-1,), (math.nan,), (0, math.inf), ("a",), None, 5, (None,))),
         *({"jitter": j} for j in (-0.1, math.nan, math.inf, 10.1)),
@@ -6612,22 +6265,14 @@ def test_a_policy_that_makes_no_sense_is_refused() -> None:
         with pytest.raises(PayloadError):
             print(options, "made", RetryPolicy(**options))  # type: ignore[arg-type]
     for values in (
-        (0,),
-        (-1,),
-        (math.nan,),
-        (1, 0.5),
-        (1, math.inf),
-        (1, 2, 0),
-        (math.inf,),
-        (1, 2, math.inf),
-        (1, 2, 9, 0),
-        (1, 2, 9, 1001),
-    ):
+        (0,), (-1,), (math.nan,), (1, 0.5), (1, math.inf), (1, 2, 0), (math.inf,), (1, 2, math.inf),
+        (1, 2, 9, 0), (1, 2, 9, 1001),
+    ):  # fmt: skip
         with pytest.raises(PayloadError):
             print(values, "made", RetryPolicy.exponential(*values))
 
 
-def test_the_wait_is_that_of_the_schedule_with_jitter_and_at_least_what_overload_asks() -> None:
+def test_the_wait_is_that_of_the_schedule_with_jitter_and_at_least_what_overload_asks():
     policy = RetryPolicy((0, 10, 100), jitter=0.5, overload_delay=30)
     assert [policy.wait(tries, False, lambda: 0.5) for tries in range(4)] == [0, 12.5, 125, None]
     assert [policy.wait(tries, True, lambda: 0.0) for tries in range(4)] == [30, 30, 100, None]
@@ -6636,15 +6281,8 @@ def test_the_wait_is_that_of_the_schedule_with_jitter_and_at_least_what_overload
     ] == [0.5, 0.5]
     assert (policy.window, RetryPolicy((0, 1), 0.0).window) == (165, 1)
     assert [policy.probe_pause(n) for n in (0, 9, 10, 11, 13, 15, 16, 9999)] == [
-        0,
-        0,
-        1,
-        2,
-        8,
-        32,
-        60,
-        60,
-    ]
+        0, 0, 1, 2, 8, 32, 60, 60,
+    ]  # fmt: skip
     assert RetryPolicy((0, 3, 1)).probe_pause(13) == 3
 
 
@@ -6668,7 +6306,7 @@ VERDICTS: list[tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]] = [
 ]
 
 
-def test_a_delivery_becomes_what_its_outcome_its_schedule_and_its_endpoints_failures_say() -> None:
+def test_a_delivery_becomes_what_its_outcome_its_schedule_and_its_endpoints_failures_say():
     def verdict(
         policy: RetryPolicy, state: Any, outcome: dict[str, Any]
     ) -> tuple[str, float, str | None]:
@@ -6681,15 +6319,11 @@ def test_a_delivery_becomes_what_its_outcome_its_schedule_and_its_endpoints_fail
         assert verdict(policy, state, outcome) == (status, 1000 + seconds, reason), (state, outcome)
     assert verdict(RetryPolicy((0, 0, 0)), (1, 1000, 1000), FAILED) == ("pending", 1000, "status")
     assert verdict(RetryPolicy((0, 0, 0.5), 0), (1, 999.5, 1), FAILED) == (
-        "failed",
-        1000,
-        "expired",
-    )
+        "failed", 1000, "expired",
+    )  # fmt: skip
 
 
-def test_a_retry_after_without_time_zone_is_gmt_wherever_we_are(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_retry_after_without_time_zone_is_gmt_wherever_we_are(monkeypatch):
     try:
         monkeypatch.setenv("TZ", "UTC-9")
         time.tzset()
@@ -6699,7 +6333,7 @@ def test_a_retry_after_without_time_zone_is_gmt_wherever_we_are(
         time.tzset()
 
 
-def test_retry_after_is_read_as_the_rfc_says() -> None:
+def test_retry_after_is_read_as_the_rfc_says():
     now = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 
     def read(*values: str) -> float | None:
@@ -6708,26 +6342,10 @@ def test_retry_after_is_read_as_the_rfc_says() -> None:
     assert [read(v) for v in ("0", "1", "120", "0000000120", "86400")] == [0, 1, 120, 120, DAY]
     assert [read(v) for v in ("86401", "999999", "1" + "0" * 9, "9" * 400)] == [DAY] * 4
     for value in (
-        "-1",
-        "1e9",
-        "nan",
-        "inf",
-        "120.5",
-        "",
-        "+5",
-        "0x10",
-        "5 6",
-        "1_0",
-        "١٢",
-        "²",
-        "soon",
-        "Tue, ",
-        "Tue, 99 Nov",
-        "14 Nov 2023 22:15:20 GMT",
-        "tue, 14 Nov 2023 22:15:20 GMT",
-        "TUE, 14 Nov 2023 22:15:20 GMT",
-        "Wednesdays, 15-Nov-23 22:15:20 GMT",
-    ):
+        "-1", "1e9", "nan", "inf", "120.5", "", "+5", "0x10", "5 6", "1_0", "١٢", "²", "soon",
+        "Tue, ", "Tue, 99 Nov", "14 Nov 2023 22:15:20 GMT", "tue, 14 Nov 2023 22:15:20 GMT",
+        "TUE, 14 Nov 2023 22:15:20 GMT", "Wednesdays, 15-Nov-23 22:15:20 GMT",
+    ):  # fmt: skip
         assert read(value) is None, value
     assert read("Tue, 14 Nov 2023 22:15:20 GMT") == 120
     assert read("Wednesday, 15-Nov-23 00:00:00 GMT") == 6400
@@ -6737,13 +6355,8 @@ def test_retry_after_is_read_as_the_rfc_says() -> None:
     assert read("5", "120") == 120 and read("nan", "7") == 7 and read() is None
     date = "Tue, 14 Nov 2023 22:15:20 GMT"  # 120 s from now
     for joined in (
-        "2814, 2",
-        "2,2814",
-        "2 ,\t2814 ",
-        f"2814, {date}",
-        f"{date}, 2814",
-        f"x,{date},2814,",
-    ):
+        "2814, 2", "2,2814", "2 ,\t2814 ", f"2814, {date}", f"{date}, 2814", f"x,{date},2814,",
+    ):  # fmt: skip
         assert read(joined) == 2814, joined
     assert read(f"5, {date}") == read(f"{date},5") == read("Tue Nov 14 22:15:20 2023, 5") == 120
     assert read(",") is None and read("1," * 100_000) == 1
@@ -6766,19 +6379,13 @@ def retry_times(outbox: Outbox, clock: Clock, event: str) -> list[float]:
 @pytest.mark.parametrize(
     ("policy", "dice"),
     [
-        (RetryPolicy(), 0.0),
-        (RetryPolicy(), 1.0),
-        (RetryPolicy((3, 1, 0.5, 10), 0.5), 0.4),
+        (RetryPolicy(), 0.0), (RetryPolicy(), 1.0), (RetryPolicy((3, 1, 0.5, 10), 0.5), 0.4),
         (ONCE, 1.0),
     ],
     ids=["standard", "standard late", "own", "single"],
-)
-def test_attempts_follow_the_schedule_entry_by_entry(
-    policy: RetryPolicy, dice: float, database: str, serve: Serve
-) -> None:
-    clock, receiver = Clock(), serve(answer(500))
-    outbox = make_outbox(database, clock=clock, rng=lambda: dice, retry=policy)
-    outbox.add_endpoint(receiver.url(), id="crm")
+)  # fmt: skip
+def test_attempts_follow_the_schedule_entry_by_entry(policy, dice, database, shop):
+    clock, receiver, outbox = shop.timed(answer(500), id="crm", rng=lambda: dice, retry=policy)
     begin, id = clock.now, emit(outbox)
     if policy.delays[0]:
         assert outbox.drain(once=True).pending == 1 and not receiver.requests
@@ -6812,14 +6419,11 @@ HINTS = {
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("hint", HINTS)
-def test_retry_after_holds_the_whole_endpoint_and_no_other(
-    hint: str, status: int, wal: str, serve: Serve
-) -> None:
+def test_retry_after_holds_the_whole_endpoint_and_no_other(hint, status, wal, serve):
     value, held, due = HINTS[hint]
     clock = Clock()
     busy, well = serve([answer(status, b"", f"Retry-After: {value}"), OK]), serve()
-    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 20, 20), 0.0))
-    outbox.add_endpoint(busy.url(), id="busy")
+    outbox = make_outbox(wal, busy.url(), id="busy", clock=clock, retry=(0, 20, 20))
     outbox.add_endpoint(well.url(), id="well")
     first = emit(outbox)
     assert outbox.drain(once=True) == webhook_outbox.DrainReport(
@@ -6849,7 +6453,7 @@ def test_retry_after_holds_the_whole_endpoint_and_no_other(
     ]
 
 
-def test_retry_after_is_not_lifted_by_an_answer_that_was_on_its_way(wal: str, serve: Serve) -> None:
+def test_retry_after_is_not_lifted_by_an_answer_that_was_on_its_way(wal, serve):
     """A limit is reached while earlier requests are still being worked on; their 200 does not mean:
     come again."""
     clock = Clock()
@@ -6874,15 +6478,12 @@ def test_retry_after_is_not_lifted_by_an_answer_that_was_on_its_way(wal: str, se
     assert outbox.drain(once=True).delivered == 0 and len(receiver.requests) == 2
 
 
-def test_retry_after_outlives_the_drain_and_means_nothing_on_other_answers(
-    wal: str, serve: Serve
-) -> None:
+def test_retry_after_outlives_the_drain_and_means_nothing_on_other_answers(wal, serve):
     clock, busy = (
         Clock(),
         serve([answer(502, b"", "Retry-After: 900"), answer(503, b"", "Retry-After: 900"), OK]),
     )
-    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 1, 1), 0.0))
-    outbox.add_endpoint(busy.url())
+    outbox = make_outbox(wal, busy.url(), clock=clock)
     id = emit(outbox)
     outbox.drain(once=True)
     clock.advance(1)
@@ -6897,7 +6498,7 @@ def test_retry_after_outlives_the_drain_and_means_nothing_on_other_answers(
 
 
 @pytest.mark.parametrize("cause", [429, 502, 504, "silence", 500, 503, 404])
-def test_overload_waits_at_least_the_overload_delay(cause: Any, wal: str, serve: Serve) -> None:
+def test_overload_waits_at_least_the_overload_delay(cause, wal, serve):
     receiver = serve(hangs if cause == "silence" else answer(cause))
     for policy, waits in (
         (RetryPolicy((0, 5, 50), 0.0, overload_delay=40), (40, 50)),
@@ -6933,17 +6534,14 @@ def held_and_sent(
     return one, two, receiver
 
 
-def test_410_gives_up_disables_and_holds_the_rest(database: str, serve: Serve) -> None:
+def test_410_gives_up_disables_and_holds_the_rest(database, serve):
     clock = Clock()
     outbox = make_outbox(database, clock=clock)
     one, two, receiver = held_and_sent(outbox, clock, answer(410, b"bye"), serve)
     (failed,) = outbox.failed()
     assert (failed.event_id, failed.reason, failed.status_code, failed.response) == (
-        one,
-        "gone",
-        410,
-        "bye",
-    )
+        one, "gone", 410, "bye",
+    )  # fmt: skip
     assert (statuses(outbox, one), statuses(outbox, two)) == ({"crm": "failed"}, {"crm": "held"})
     endpoint = outbox.endpoint("crm")
     assert not endpoint.enabled and endpoint.disabled_reason == "410 Gone"
@@ -6954,7 +6552,7 @@ def test_410_gives_up_disables_and_holds_the_rest(database: str, serve: Serve) -
 
 
 @pytest.mark.parametrize("status", [200, 400, 500])
-def test_a_receiver_may_ask_for_an_end_of_the_endpoint(status: int, wal: str, serve: Serve) -> None:
+def test_a_receiver_may_ask_for_an_end_of_the_endpoint(status, wal, serve):
     clock = Clock()
     outbox = make_outbox(wal, clock=clock)
     one, two, receiver = held_and_sent(
@@ -6970,7 +6568,7 @@ def test_a_receiver_may_ask_for_an_end_of_the_endpoint(status: int, wal: str, se
     assert len(receiver.requests) == (2 if status == 200 else 3)
 
 
-def test_a_receiver_may_ask_for_an_end_of_the_delivery(wal: str, serve: Serve) -> None:
+def test_a_receiver_may_ask_for_an_end_of_the_delivery(wal, serve):
     clock = Clock()
     outbox = make_outbox(wal, clock=clock)
     one, two, _ = held_and_sent(
@@ -6978,24 +6576,22 @@ def test_a_receiver_may_ask_for_an_end_of_the_delivery(wal: str, serve: Serve) -
     )
     (failed,) = outbox.failed()
     assert (failed.event_id, failed.reason, failed.status_code, failed.attempts) == (
-        one,
-        "aborted",
-        422,
-        1,
-    )
+        one, "aborted", 422, 1,
+    )  # fmt: skip
     assert statuses(outbox, two) == {"crm": "delivered"} and outbox.endpoint("crm").enabled
 
 
 @pytest.mark.parametrize("break_", [False, True], ids=["without a break", "with a success between"])
-def test_a_delivery_expires_when_its_endpoint_failed_for_its_whole_window(
-    break_: bool, wal: str, serve: Serve
-) -> None:
+def test_a_delivery_expires_when_its_endpoint_failed_for_its_whole_window(shop, break_):
     """Retry-After can stretch a schedule beyond its window of here 30 s; a success in between
     starts it anew."""
-    clock, slow = Clock(), answer(503, b"", "Retry-After: 29")
-    receiver = serve([slow, OK, answer(500)] if break_ else [slow, answer(500)])
-    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 10, 10, 10), 0.0))
-    outbox.add_endpoint(receiver.url(), id="crm", max_in_flight=1)
+    slow = answer(503, b"", "Retry-After: 29")
+    clock, receiver, outbox = shop.timed(
+        [slow, OK, answer(500)] if break_ else [slow, answer(500)],
+        id="crm",
+        max_in_flight=1,
+        retry=(0, 10, 10, 10),
+    )
     id = emit(outbox)
     if break_:
         emit(outbox, delay=1)
@@ -7022,14 +6618,13 @@ def emit_expiring(path: str, outbox: Outbox, way: str, **options: Any) -> str:
 
 @pytest.mark.parametrize("way", ["library", "plain SQL"])
 def test_what_is_not_delivered_when_it_expires_ends_in_the_failed_table_without_an_attempt(
-    database: str, serve: Serve, way: str
-) -> None:
+    database, shop, way
+):
     """By emission, whatever the delay was; what is delivered before is not concerned."""
-    clock, receiver, notices = Clock(), serve([answer(500), OK]), list[webhook_outbox.Notice]()
-    outbox = make_outbox(
-        database, clock=clock, retry=RetryPolicy((0, 100, 100), 0.0), observer=notices.append
+    notices = list[webhook_outbox.Notice]()
+    clock, receiver, outbox = shop.timed(
+        [answer(500), OK], id="crm", max_in_flight=1, retry=(0, 100, 100), observer=notices.append
     )
-    outbox.add_endpoint(receiver.url(), id="crm", max_in_flight=1)
     tried = emit_expiring(database, outbox, way, expires=50)
     outbox.drain(once=True)
     good = emit_expiring(database, outbox, way, expires=50)
@@ -7068,11 +6663,11 @@ def test_what_is_not_delivered_when_it_expires_ends_in_the_failed_table_without_
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("on_dead", ["skip", "hold"])
 def test_what_expires_in_a_queue_lets_those_behind_it_go_unless_the_endpoint_holds_queues(
-    database: str, serve: Serve, ordered: bool, on_dead: str
-) -> None:
-    clock, receiver = Clock(), serve([answer(500), OK])
-    outbox = make_outbox(database, clock=clock, retry=RetryPolicy((0, 1000), 0.0))
-    outbox.add_endpoint(receiver.url(), id="a", ordered=ordered, on_dead=on_dead)
+    database, shop, ordered, on_dead
+):
+    clock, receiver, outbox = shop.timed(
+        [answer(500), OK], id="a", ordered=ordered, on_dead=on_dead, retry=(0, 1000)
+    )
 
     def say(*numbers: int, **options: Any) -> None:
         with outbox.transaction() as conn:
@@ -7095,10 +6690,9 @@ def test_what_expires_in_a_queue_lets_those_behind_it_go_unless_the_endpoint_hol
         assert outbox.drain(once=True).delivered == 2
 
 
-def test_a_row_that_was_sent_again_by_hand_just_as_it_expired_is_not_given_up(wal: str) -> None:
+def test_a_row_that_was_sent_again_by_hand_just_as_it_expired_is_not_given_up(wal):
     """The drain decided, and has not recorded it yet."""
-    outbox = make_outbox(wal)
-    outbox.add_endpoint("https://example.com/", id="a")
+    outbox = make_outbox(wal, "https://example.com/", id="a")
     id = emit(outbox, expires=10)
     (seq,) = query(wal, "SELECT seq FROM webhook_events")[0]
     outbox.resend(id)
@@ -7110,26 +6704,22 @@ def test_a_row_that_was_sent_again_by_hand_just_as_it_expired_is_not_given_up(wa
     assert statuses(outbox, id) == {"a": "pending"} and not outbox.failed()
 
 
-def test_a_drain_that_was_off_for_a_week_delivers(database: str, serve: Serve) -> None:
-    clock, receiver = Clock(), serve([answer(500), answer(500), OK])
-    outbox = make_outbox(database, clock=clock, retry=RetryPolicy())
-    outbox.add_endpoint(receiver.url(), id="crm", max_in_flight=1)
+def test_a_drain_that_was_off_for_a_week_delivers(database, shop):
+    clock, receiver, outbox = shop.timed(
+        [answer(500), answer(500), OK], id="crm", max_in_flight=1, retry=RetryPolicy()
+    )
     tried = emit(outbox)
     outbox.drain(once=True)
     untried = emit(outbox, delay=6)
     clock.advance(7 * DAY)
     receiver.play = OK
     assert outbox.drain(once=True).delivered == 2
-    assert (
-        statuses(outbox, tried) == statuses(outbox, untried) == {"crm": "delivered"}
-        and not outbox.failed()
-    )
+    assert statuses(outbox, tried) == statuses(outbox, untried) == {"crm": "delivered"}
+    assert not outbox.failed()
 
 
-def test_an_event_that_waited_for_a_week_has_its_whole_budget(wal: str, serve: Serve) -> None:
-    clock, receiver = Clock(), serve(answer(500))
-    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 1, 1), 0.0))
-    outbox.add_endpoint(receiver.url(), id="crm")
+def test_an_event_that_waited_for_a_week_has_its_whole_budget(shop):
+    clock, _, outbox = shop.timed(answer(500), id="crm")
     emit(outbox)
     outbox.drain(once=True)
     id = emit(outbox)
@@ -7140,9 +6730,7 @@ def test_an_event_that_waited_for_a_week_has_its_whole_budget(wal: str, serve: S
 
 @pytest.mark.parametrize("runs", [True, False], ids=["a drain that runs", "the next drain"])
 @pytest.mark.parametrize("ahead", [2 * DAY, 3650 * DAY])
-def test_a_clock_that_was_ahead_for_a_minute_delays_nothing_for_years(
-    ahead: float, runs: bool, wal: str, serve: Serve
-) -> None:
+def test_a_clock_that_was_ahead_for_a_minute_delays_nothing_for_years(ahead, runs, wal, serve):
     """Neither a retry, nor those behind it in its queue, nor an endpoint that asked for a pause;
     the delay that a host asked for in its right time stays as it is."""
     clock, down, busy = Clock(), serve(answer(500)), serve(answer(429, b"", "Retry-After: 900"))
@@ -7167,13 +6755,11 @@ def test_a_clock_that_was_ahead_for_a_minute_delays_nothing_for_years(
     assert len(down.requests) == len(busy.requests) == 3
 
 
-def test_a_drain_does_not_end_before_it_saw_that_the_clock_was_set_back(wal, serve, monkeypatch):
+def test_a_drain_does_not_end_before_it_saw_that_the_clock_was_set_back(shop, monkeypatch):
     """Not even where another endpoint has outcomes to record first: these end in the turn that
     starts them."""
     monkeypatch.delenv("NOWHERE", raising=False)
-    clock, receiver = Clock(), serve([answer(429, b"", "Retry-After: 900"), OK, OK])
-    outbox = make_outbox(wal, clock=clock)
-    outbox.add_endpoint(receiver.url(), id="busy")
+    clock, receiver, outbox = shop.timed([answer(429, b"", "Retry-After: 900"), OK, OK], id="busy")
     clock.advance(3 * DAY)
     emit(outbox)
     assert outbox.drain(once=True).retried == 1
@@ -7183,12 +6769,8 @@ def test_a_drain_does_not_end_before_it_saw_that_the_clock_was_set_back(wal, ser
     assert outbox.drain(once=True).delivered == len(receiver.requests) - 1 == 2
 
 
-def test_an_event_of_a_clock_that_was_ahead_is_delayed_as_it_was_meant(
-    wal: str, serve: Serve
-) -> None:
-    clock, receiver = Clock(), serve()
-    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy())
-    outbox.add_endpoint(receiver.url())
+def test_an_event_of_a_clock_that_was_ahead_is_delayed_as_it_was_meant(shop):
+    clock, _, outbox = shop.timed(retry=RetryPolicy())
     clock.advance(7300 * DAY)
     meant = {
         emit(outbox, delay=delay): min(delay, RetryPolicy().longest)
@@ -7198,17 +6780,15 @@ def test_an_event_of_a_clock_that_was_ahead_is_delayed_as_it_was_meant(
     assert outbox.drain(once=True) == webhook_outbox.DrainReport(1, 0, 0, 2)
     for event, delay in meant.items():
         (delivery,) = outbox.event(event).deliveries
-        assert delivery.due_at == pytest.approx(clock.now + delay, abs=1e-3) and bool(
-            delivery.attempts
-        ) == (not delay)
+        assert delivery.due_at == pytest.approx(clock.now + delay, abs=1e-3)
+        assert bool(delivery.attempts) == (not delay)
 
 
-def test_a_clock_that_stands_still_moves_nothing(wal: str, serve: Serve) -> None:
+def test_a_clock_that_stands_still_moves_nothing(wal, serve):
     """Neither a try that was put off for as long as can be, nor a delay that the host asked for
     just now."""
     clock, busy = Clock(), serve(answer(429, b"", f"Retry-After: {DAY:.0f}"))
-    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy())
-    outbox.add_endpoint(busy.url(), id="busy")
+    outbox = make_outbox(wal, busy.url(), id="busy", clock=clock, retry=RetryPolicy())
     now, first = clock.now, emit(outbox)
     assert outbox.drain(once=True).retried == 1
     second = emit(outbox, delay=2 * DAY)
@@ -7222,7 +6802,7 @@ def test_a_clock_that_stands_still_moves_nothing(wal: str, serve: Serve) -> None
     assert outbox.drain(once=True).failed == 1
 
 
-def test_redirects_are_not_followed_and_named(wal: str, serve: Serve) -> None:
+def test_redirects_are_not_followed_and_named(wal, serve):
     secret_place = serve()
     outbox = make_outbox(wal, resolver=lambda host, port: pytest.fail("a lookup"))
     place = secret_place.url("/inside")
@@ -7242,7 +6822,7 @@ def test_redirects_are_not_followed_and_named(wal: str, serve: Serve) -> None:
     assert secret_place.connections == 0
 
 
-def test_client_errors_are_retried(wal: str, serve: Serve) -> None:
+def test_client_errors_are_retried(wal, serve):
     clock, codes = Clock(), (400, 401, 403, 404, 405, 409, 413, 418, 422, 451)
     outbox = make_outbox(wal, clock=clock)
     for status in codes:
@@ -7250,10 +6830,8 @@ def test_client_errors_are_retried(wal: str, serve: Serve) -> None:
     id = emit(outbox)
     assert outbox.drain(once=True).retried == len(codes)
     for attempt in outbox.attempts(id):
-        assert (attempt.reason, attempt.response) == (
-            "status",
-            "why",
-        ) and attempt.endpoint_id == f"r{attempt.status_code}"
+        assert (attempt.reason, attempt.response) == ("status", "why")
+        assert attempt.endpoint_id == f"r{attempt.status_code}"
         assert attempt.error and str(attempt.status_code) in attempt.error
     clock.advance(1)
     assert outbox.drain(once=True).delivered == len(codes)
@@ -7276,7 +6854,7 @@ def receiving(path: str, **options: Any) -> Iterator[sqlite3.Connection]:
         yield conn
 
 
-def test_an_event_is_accepted_once(inbox: Inbox, database: str) -> None:
+def test_an_event_is_accepted_once(inbox, database):
     with receiving(database) as conn:
         assert inbox.accept(conn, "msg_1") is True
         assert inbox.accept(conn, "msg_1") is False
@@ -7285,17 +6863,15 @@ def test_an_event_is_accepted_once(inbox: Inbox, database: str) -> None:
         conn.row_factory = sqlite3.Row
         conn.text_factory = bytes
         assert [inbox.accept(conn, id) for id in ("msg_1", "msg_2", "msg_3", "MSG_1", "'; --")] == [
-            False,
-            False,
-            *[True] * 3,
-        ]
+            False, False, *[True] * 3,
+        ]  # fmt: skip
         assert [Inbox(database).accept(conn, id) for id in ("msg_3", "msg_1")] == [False, False]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_request_that_was_overheard_is_handled_once_whatever_its_headers_say(
-    inbox: Inbox, database: str, scheme: str
-) -> None:
+    inbox, database, scheme
+):
     signed, accepted = signed_by_hand(scheme), 0
     names = ("webhook-id", "X-GitHub-Delivery", "X-GitHub-Event", "svix-id")
     changes = [{}, {}, *({name: f"msg_{n}"} for name in names for n in range(3))]
@@ -7309,7 +6885,7 @@ def test_a_request_that_was_overheard_is_handled_once_whatever_its_headers_say(
     assert accepted == 1
 
 
-def test_a_handler_that_fails_leaves_no_trace(inbox: Inbox, database: str) -> None:
+def test_a_handler_that_fails_leaves_no_trace(inbox, database):
     with pytest.raises(ZeroDivisionError), receiving(database) as conn:
         assert inbox.accept(conn, "msg_1")
         conn.execute("INSERT INTO invoices (event) VALUES ('msg_1')")
@@ -7328,9 +6904,7 @@ def test_a_handler_that_fails_leaves_no_trace(inbox: Inbox, database: str) -> No
         assert not inbox.accept(conn, "msg_1")
 
 
-def test_accept_needs_the_receivers_transaction(
-    inbox: Inbox, database: str, tmp_path: pathlib.Path
-) -> None:
+def test_accept_needs_the_receivers_transaction(inbox, database, tmp_path):
     options: list[dict[str, Any]] = [{"isolation_level": None}]
     if sys.version_info >= (3, 12):
         options.append({"autocommit": True})
@@ -7353,7 +6927,7 @@ def test_accept_needs_the_receivers_transaction(
             Inbox(nowhere)
 
 
-def test_of_two_that_accept_at_once_one_wins(inbox: Inbox, database: str) -> None:
+def test_of_two_that_accept_at_once_one_wins(inbox, database):
     """In every third round the first to accept fails afterwards; then the other must win."""
     rounds = 12
     barrier = threading.Barrier(2)
@@ -7393,9 +6967,7 @@ BEGINNINGS += [
 BEGINNINGS += [({"autocommit": False}, "")] if sys.version_info >= (3, 12) else []
 
 
-def test_accept_waits_for_whoever_writes_however_its_transaction_began(
-    inbox: Inbox, database: str
-) -> None:
+def test_accept_waits_for_whoever_writes_however_its_transaction_began(inbox, database):
     """A deferred transaction that reads before it writes does not wait: SQLite answers "database is
     locked" at once."""
     for number, (options, begin) in enumerate(BEGINNINGS):
@@ -7411,9 +6983,7 @@ def test_accept_waits_for_whoever_writes_however_its_transaction_began(
     assert query(database, "SELECT count(*) FROM webhook_inbox") == [(2 * len(BEGINNINGS),)]
 
 
-def test_a_file_that_is_not_the_inboxs_is_refused_and_left_alone(
-    inbox: Inbox, tmp_path: pathlib.Path
-) -> None:
+def test_a_file_that_is_not_the_inboxs_is_refused_and_left_alone(inbox, tmp_path):
     Inbox(other := make_database(tmp_path / "other.db"))
     for options, begin in BEGINNINGS:
         with receiving(other, **options) as conn:
@@ -7425,9 +6995,7 @@ def test_a_file_that_is_not_the_inboxs_is_refused_and_left_alone(
             assert conn.execute("SELECT count(*) FROM webhook_inbox").fetchone() == (0,)
 
 
-def test_receivers_in_several_processes_make_one_invoice_an_event(
-    inbox: Inbox, database: str
-) -> None:
+def test_receivers_in_several_processes_make_one_invoice_an_event(inbox, database):
     """Each event comes twice to each of them; handlers fail after accept; and one is killed
     there."""
     code = """
@@ -7456,9 +7024,7 @@ def test_receivers_in_several_processes_make_one_invoice_an_event(
     assert query(database, "SELECT count(*), count(DISTINCT event) FROM invoices") == [(24, 24)]
 
 
-def test_an_inbox_that_power_loss_could_empty_says_so_once(
-    inbox: Inbox, database: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_inbox_that_power_loss_could_empty_says_so_once(inbox, database, caplog):
     def accept(id: str, level: str) -> int:
         with receiving(database) as conn:
             conn.execute(f"PRAGMA synchronous = {level}")
@@ -7472,14 +7038,11 @@ def test_an_inbox_that_power_loss_could_empty_says_so_once(
 
     assert [accept("a", "FULL"), accept("b", "EXTRA")] == [0, 0]
     assert [
-        accept("c", "NORMAL"),
-        accept("d", "NORMAL"),
-        accept("e", "OFF"),
-        accept("f", "FULL"),
-    ] == [1, 1, 1, 1]
+        accept("c", "NORMAL"), accept("d", "NORMAL"), accept("e", "OFF"), accept("f", "FULL"),
+    ] == [1, 1, 1, 1]  # fmt: skip
 
 
-def test_the_inbox_forgets_what_is_older_than_told(inbox: Inbox, database: str) -> None:
+def test_the_inbox_forgets_what_is_older_than_told(inbox, database):
     with receiving(database) as conn:
         for id in ("old", "new"):
             inbox.accept(conn, id)
@@ -7490,8 +7053,8 @@ def test_the_inbox_forgets_what_is_older_than_told(inbox: Inbox, database: str) 
 
 
 def test_an_order_makes_one_invoice_however_often_its_webhook_comes(
-    inbox: Inbox, database: str, serve: Serve, tmp_path: pathlib.Path
-) -> None:
+    inbox, database, serve, tmp_path
+):
     """The README's example over real sockets: the first handler dies after accept, the second
     answer gets lost."""
     clock, results = Clock(time.time()), []
@@ -7520,9 +7083,7 @@ def test_an_order_makes_one_invoice_however_often_its_webhook_comes(
         return True
 
     receiver = serve(invoice)
-    outbox = make_outbox(
-        make_database(tmp_path / "shop.db"), clock=clock, retry=RetryPolicy((0, 1, 1, 1), 0.0)
-    )
+    outbox = make_outbox(make_database(tmp_path / "shop.db"), clock=clock, retry=(0, 1, 1, 1))
     outbox.add_endpoint(receiver.url(), secret=SECRET)
     id = emit(outbox, "order.created", {"order_id": "1234", "total": 49.99})
     retry_times(outbox, clock, id)
@@ -7648,9 +7209,8 @@ def test_both_edges_of_every_special_range_are_refused_and_their_neighbours_judg
                 address = type(network[0])(neighbour)
                 denied = any(address in other for other in networks)
                 assert bool(guard.refusal(str(address), "https")) is denied, address
-    assert not guard.refusal("8.8.8.8", "https") and not guard.refusal(
-        "2001:4860:4860::8888", "https"
-    )
+    assert not guard.refusal("8.8.8.8", "https")
+    assert not guard.refusal("2001:4860:4860::8888", "https")
     for inside in "fe80::1 fc00::1 ff02::1 ::7f00:1 64:ff9b:1::808:808 ::ffff:0:8.8.8.8".split():
         assert guard.refusal(inside, "https"), inside
 
@@ -7660,11 +7220,9 @@ def test_a_wrapped_address_is_judged_by_what_is_inside(number):
     guard, inner = webhook_outbox._Guard(), ipaddress.IPv4Address(number)
     denied = any(inner in ipaddress.ip_network(text) for text in GUARD_V4)
     for text in (
-        str(inner),
-        f"::ffff:{inner}",
-        f"64:ff9b::{inner}",
+        str(inner), f"::ffff:{inner}", f"64:ff9b::{inner}",
         f"::FFFF:{number >> 16:x}:{number & 0xFFFF:x}",
-    ):
+    ):  # fmt: skip
         assert bool(guard.refusal(text, "https")) is denied, text
 
 
@@ -7673,24 +7231,16 @@ def test_networks_that_are_allowed_open_themselves_only_and_also_over_http():
         (ipaddress.ip_network("10.1.0.0/16"), ipaddress.ip_network("fd00::/8"))
     )
     for address in "10.1.2.3 ::ffff:10.1.2.3 64:ff9b::10.1.255.255 fd00::1".split():
-        assert guard.refusal(address, "https") is None and guard.refusal(address, "http") is None, (
-            address
-        )
+        assert guard.refusal(address, "https") is None, address
+        assert guard.refusal(address, "http") is None, address
     for address in "8.8.8.8 2606:4700::1 ::ffff:8.8.8.8".split():
         assert guard.refusal(address, "https") is None and guard.refusal(address, "http"), address
         assert webhook_outbox._Guard((), allow_http=True).refusal(address, "http") is None
     inside = "10.2.0.0 10.0.255.255 ::ffff:10.2.0.0 127.0.0.1 fc00::1 10.1.2.3%lo fd00::1%eth0 8.8.8.8%25".split()
     for address in [
-        *inside,
-        "",
-        " 8.8.8.8",
-        "8.8.8.8\n",
-        "８.8.8.8",
-        "08.8.8.8",
-        "134744072",
-        "example.com",
+        *inside, "", " 8.8.8.8", "8.8.8.8\n", "８.8.8.8", "08.8.8.8", "134744072", "example.com",
         "8.8.8.8/32",
-    ]:
+    ]:  # fmt: skip
         assert guard.refusal(address, "https"), address
         assert webhook_outbox._Guard(allow_http=True).refusal(address, "http"), address
 
@@ -7703,42 +7253,26 @@ http://example.com/ http://127.0.0.1/ https://example.com\u2028/ https://[fe80::
 https://a.b:0/
 https://127.1/ https://\u2460\u2461\u2466.0.0.1/ https://xn--a\u00fc.example/ https://[64:ff9b::7f00:1]/ https://a.b:/""".split()
 GUARD_ODD += [
-    "https://example.com/" + "a" * 2048,
-    "https://" + "a." * 127 + "com/",
-    "https://example.com/ x",
+    "https://example.com/" + "a" * 2048, "https://" + "a." * 127 + "com/", "https://example.com/ x",
     "",
-]
+]  # fmt: skip
 
 
 URL_FAULTS: dict[str, list[Any]] = {  # what the refusal says; "" for none
-    "": [
-        "https://a.b/" + "a" * 2036,
-        "https://a.b/\xa0",
-        "https://a.b",
-        f"https://{'a.' * 126}a/",
-        f"https://{'a' * 63}.b/",
-    ],
+    "": ["https://a.b/" + "a" * 2036,
+        "https://a.b/\xa0", "https://a.b", f"https://{'a.' * 126}a/", f"https://{'a' * 63}.b/"],
     "2048": ["", 7, "https://a.b/" + "a" * 2037],
     "a space, ": [f"https://a.b/{sign}" for sign in "\0\x1f \x7f\x80\x9f\\"],
-    "write https://host": [
-        "https://[::1/",
-        "https://::1/",
-        "https://a.b:65536/",
-        "https://a.b:+443/",
-    ],
+    "write https://host":
+        ["https://[::1/", "https://::1/", "https://a.b:65536/", "https://a.b:+443/"],
     "must start with": ["ftp://a.b/", "https:///a", "//a.b/", "https:a.b"],
     "user names": ["https://a@b.c/", "https://:a@b.c/", "https://a%2eb/"],
     "fragment": ["https://a.b/#", "https://a.b/#a"],
     "port is not": ["https://a.b:/", "https://a.b:000443/", "https://[2606:4700::1]:/"],
-    "label|requests cannot": [
-        f"https://{'a.' * 126}aa/",
-        f"https://{'a' * 64}.b/",
-        "https://a..b/",
-        "https://.a/",
-        "https://a../",
-    ],
+    "label|requests cannot": [f"https://{'a.' * 126}aa/",
+        f"https://{'a' * 64}.b/", "https://a..b/", "https://.a/", "https://a../"],
     "plain http": ["http://a.b/", "http://8.8.8.8/"],
-}
+}  # fmt: skip
 
 
 def test_each_fault_of_a_url_is_named():
@@ -7759,11 +7293,8 @@ def test_each_fault_of_a_url_is_named():
 def test_a_url_that_is_malformed_or_odd_is_refused_at_registration(wal):
     outbox = make_outbox(wal, allow_networks=())
     for url in [
-        *(text.encode().decode("unicode_escape") for text in GUARD_ODD),
-        7,
-        None,
-        b"https://a.b/",
-    ]:
+        *(text.encode().decode("unicode_escape") for text in GUARD_ODD), 7, None, b"https://a.b/",
+    ]:  # fmt: skip
         with pytest.raises(UnsafeURL) as caught:
             outbox.add_endpoint(url)
             pytest.fail(f"registered {url!r}")
@@ -7785,33 +7316,16 @@ def test_an_address_is_known_in_every_spelling_that_needs_no_lookup():
 
 
 GUARD_PORTS = {
-    1719,
-    1720,
-    1723,
-    2049,
-    3659,
-    4045,
-    4190,
-    5060,
-    5061,
-    6000,
-    6566,
-    *range(6665, 6670),
-    6679,
-    6697,
-    10080,
-}
+    1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, *range(6665, 6670), 6679,
+    6697, 10080,
+}  # fmt: skip
 
 
 def test_ports_of_other_protocols_are_refused_and_their_neighbours_are_not():
     for port in {
-        *range(78, 83),
-        *range(442, 445),
-        1023,
-        1024,
-        65535,
+        *range(78, 83), *range(442, 445), 1023, 1024, 65535,
         *(p + d for p in GUARD_PORTS for d in (-1, 0, 1)),
-    }:
+    }:  # fmt: skip
         url, refused = (
             f"https://example.com:{port}/",
             port in GUARD_PORTS or port < 1024 and port not in (80, 443),
@@ -7970,12 +7484,14 @@ def test_an_error_names_no_inside_address_the_log_does(wal, caplog, address):
     addresses = ["93.184.216.34", address]
     outbox = make_outbox(
         wal,
+        "https://inside.test/",
+        id="a",
+        tenant="c42",
         resolver=lambda host, port: addresses,
         retry=ONCE,
         allow_networks=(),
         observer=(told := list[Any]()).append,
     )
-    outbox.add_endpoint("https://inside.test/", id="a", tenant="c42")
     id = emit(outbox, tenant="c42")
     assert outbox.drain(once=True).failed == 1
     pinged = outbox.ping("a")
@@ -8004,16 +7520,13 @@ def test_each_connection_is_judged_on_its_own_lookup_so_that_dns_cannot_rebind(w
     with contextlib.closing(socket.create_server(("127.1.1.1", receiver.port))) as inside:
         inside.setblocking(False)
         lookups = [
-            ["127.0.0.1"],
-            ["127.1.1.1"],
-            ["127.0.0.1", "127.1.1.1"],
-            ["127.1.1.1", "127.0.0.1"],
-        ]
+            ["127.0.0.1"], ["127.1.1.1"], ["127.0.0.1", "127.1.1.1"], ["127.1.1.1", "127.0.0.1"],
+        ]  # fmt: skip
         clock = Clock()
         outbox = make_outbox(
             wal,
             allow_networks=["127.0.0.0/24"],
-            retry=RetryPolicy((0, 1, 1, 1), jitter=0),
+            retry=(0, 1, 1, 1),
             clock=clock,
             resolver=transport_resolver({"rebind.test": lookups}),
         )
@@ -8023,11 +7536,8 @@ def test_each_connection_is_judged_on_its_own_lookup_so_that_dns_cannot_rebind(w
             outbox.drain(once=True)
             clock.advance(1)
         assert [a.reason for a in outbox.attempts(event_id)] == [
-            "status",
-            "blocked",
-            "blocked",
-            "blocked",
-        ]
+            "status", "blocked", "blocked", "blocked",
+        ]  # fmt: skip
         assert outbox.attempts(event_id)[1].error == "rebind.test is not a public address"
         assert receiver.connections == 1 and lookups == [["127.1.1.1", "127.0.0.1"]]
         with pytest.raises(BlockingIOError):
@@ -8364,9 +7874,8 @@ def test_every_certificate_that_is_not_the_hosts_own_and_trusted_is_refused_befo
     assert (report.delivered, report.retried) == (1, len(servers))
     for name, receiver in servers.items():
         (attempt,) = outbox.attempts(event_id, name)
-        assert attempt.reason == "tls" and attempt.error.isprintable() and len(attempt.error) > 9, (
-            attempt
-        )
+        assert attempt.reason == "tls" and attempt.error.isprintable(), attempt
+        assert len(attempt.error) > 9, attempt
         assert receiver.requests == [] and outbox.ping(name).reason == "tls"
 
 
@@ -8538,16 +8047,23 @@ def test_an_explicit_proxy_carries_https_and_http_and_judges_in_the_guards_place
         raise AssertionError("looked up")
 
     address = f"http://{credentials}127.0.0.1:{proxy.port}"
-    outbox = make_outbox(wal, allow_networks=(), allow_http=True, proxy=address, resolver=resolver)
-    outbox.add_endpoint("https://hooks.test:8443/a?b=c", id="https", ca=authority.path)
+    outbox = make_outbox(
+        wal,
+        "https://hooks.test:8443/a?b=c",
+        id="https",
+        ca=authority.path,
+        allow_networks=(),
+        allow_http=True,
+        proxy=address,
+        resolver=resolver,
+    )
     outbox.add_endpoint("http://plain.test:8080/a?b=c", id="http")
     assert outbox.ping("https").reason is None and outbox.ping("http").response == "from the proxy"
     emit(outbox)
     assert outbox.drain(once=True).delivered == 2
     assert {r.headers["host"] for r in receiver.requests} == {"hooks.test:8443"}
-    assert {r.line for r in receiver.requests} == {"POST /a?b=c HTTP/1.1"} and len(
-        receiver.requests
-    ) == 2
+    assert {r.line for r in receiver.requests} == {"POST /a?b=c HTTP/1.1"}
+    assert len(receiver.requests) == 2
     lines = sorted({r.line for r in proxy.requests})
     assert lines == [
         "CONNECT hooks.test:8443 HTTP/1.1",
@@ -8570,9 +8086,13 @@ def test_a_proxy_that_drips_its_answer_does_not_outlast_the_timeout(wal, serve):
 
     proxy = serve(drip)
     outbox = make_outbox(
-        wal, allow_networks=(), proxy=f"http://127.0.0.1:{proxy.port}", timeout=0.6
+        wal,
+        "https://hooks.test/",
+        id="a",
+        allow_networks=(),
+        proxy=f"http://127.0.0.1:{proxy.port}",
+        timeout=0.6,
     )
-    outbox.add_endpoint("https://hooks.test/", id="a")
     attempt = outbox.ping("a")
     assert attempt.reason == "timeout" and attempt.duration < 3
 
@@ -8581,8 +8101,9 @@ def test_a_proxy_that_refuses_or_is_down_is_a_failed_attempt_without_its_passwor
     wal, serve, authority
 ):
     proxy = serve(transport_proxy({}, status=407))
-    outbox = make_outbox(wal, proxy=f"http://user:canary@127.0.0.1:{proxy.port}")
-    outbox.add_endpoint("https://hooks.test/", id="refused")
+    outbox = make_outbox(
+        wal, "https://hooks.test/", id="refused", proxy=f"http://user:canary@127.0.0.1:{proxy.port}"
+    )
     attempt = outbox.ping("refused")
     assert attempt.reason == "connect" and "407" in attempt.error and "canary" not in repr(attempt)
     proxy.close()
@@ -8603,8 +8124,7 @@ def test_the_environment_does_not_touch_a_delivery(wal, serve, authority, tmp_pa
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
-    outbox = make_outbox(wal, retry=ONCE)
-    outbox.add_endpoint(plain.url(), id="plain", max_in_flight=1)
+    outbox = make_outbox(wal, plain.url(), id="plain", max_in_flight=1, retry=ONCE)
     outbox.add_endpoint(
         plain.url("/bearer"), id="bearer", headers={"Authorization": "Bearer mine"}, max_in_flight=1
     )
@@ -8843,11 +8363,8 @@ EXCHANGE_RECORD = b"\x16\x03\x03\x40\x00" + bytes(99)  # the start of a long TLS
 EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     "2 close": (cuts(b""), "protocol", None),
     "2 reset": (resets, ("connect", "protocol"), None),
-    "2 reset in the head": (
-        lambda r, s, q: s.sendall(OK[:20]) or resets(r, s, q),
-        ("connect", "protocol"),
-        None,
-    ),
+    "2 reset in the head":
+        (lambda r, s, q: s.sendall(OK[:20]) or resets(r, s, q), ("connect", "protocol"), None),
     "3 silence": (b"", "timeout", None),
     "4 stall": (lambda *_: True, "timeout", None),
     "4 drip": (drips(EXCHANGE_RECORD), "timeout", None),
@@ -8861,11 +8378,8 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     # Where a status was read, it decides; the body may go on for ever.
     "6 body drip": (endless(EXCHANGE_LONG % 200, b"x", 0.1), None, 200),
     "6 chunk drip": (endless(EXCHANGE_CHUNKED % 200, b"1\r\nx\r\n", 0.1), None, 200),
-    "6 redirect drip": (
-        endless((EXCHANGE_LONG % 302)[:-2] + b"Location: /x\r\n\r\n", b"x", 0.1),
-        "status",
-        302,
-    ),
+    "6 redirect drip":
+        (endless((EXCHANGE_LONG % 302)[:-2] + b"Location: /x\r\n\r\n", b"x", 0.1), "status", 302),
     "6 gone drip": (endless(EXCHANGE_LONG % 410, b"x", 0.1), "gone", 410),
     "6 unframed drip": (endless(b"HTTP/1.1 404 X\r\n\r\n", b"x", 0.1), "status", 404),
     "7 continue fast": (endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "protocol", None),
@@ -8875,42 +8389,25 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     "8 odd": (b"HTTP/1.1 199 Odd\r\n\r\n", "timeout", None),
     "8 hints": (b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + OK, None, 200),
     "8 many hints": (b"HTTP/1.1 102 P\r\n\r\nHTTP/1.1 199 X\r\nA: b\r\n\r\n" * 99 + OK, None, 200),
-    "8 endless hints": (
-        endless(b"", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"),
-        "protocol",
-        None,
-    ),
+    "8 endless hints":
+        (endless(b"", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"), "protocol", None),
     "8 two answers": (OK + answer(200, b"stale"), None, 200),
-    "9 upgrade": (
-        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
-        "protocol",
-        None,
-    ),
+    "9 upgrade": (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+        "protocol", None),
     "10 endless body": (endless(EXCHANGE_LONG % 200, bytes(65536)), None, 200),
     "10 endless error": (endless(EXCHANGE_LONG % 500, bytes(65536)), "status", 500),
-    "10 endless chunks": (
-        endless(EXCHANGE_CHUNKED % 500, b"8\r\n12345678\r\n" * 999),
-        "status",
-        500,
-    ),
-    "10 endless chunk": (
-        endless(EXCHANGE_CHUNKED % 200 + b"ffffffff\r\n", bytes(65536)),
-        None,
-        200,
-    ),
+    "10 endless chunks":
+        (endless(EXCHANGE_CHUNKED % 500, b"8\r\n12345678\r\n" * 999), "status", 500),
+    "10 endless chunk":
+        (endless(EXCHANGE_CHUNKED % 200 + b"ffffffff\r\n", bytes(65536)), None, 200),
     "10 endless unframed": (endless(b"HTTP/1.1 404 X\r\n\r\n", b"x" * 65536), "status", 404),
     "10 long error": (answer(500, b"x" * 200_000), "status", 500),
     "11 bomb": (answer(200, gzip.compress(bytes(1 << 26)), "Content-Encoding: gzip"), None, 200),
-    "12 redirect endless": (
-        endless((EXCHANGE_LONG % 302)[:-2] + b"Location: /x\r\n\r\n", bytes(65536)),
-        "status",
-        302,
-    ),
-    "13 location bytes": (
-        answer(302)[:-2] + b"Location: http://\xff\xfe/\x00\x1b[31m\r\n\r\n",
-        "status",
-        302,
-    ),
+    "12 redirect endless":
+        (endless((EXCHANGE_LONG % 302)[:-2] + b"Location: /x\r\n\r\n", bytes(65536)), "status",
+        302),
+    "13 location bytes":
+        (answer(302)[:-2] + b"Location: http://\xff\xfe/\x00\x1b[31m\r\n\r\n", "status", 302),
     "13 location odd": (answer(307, b"", "Location: http://[::1"), "status", 307),
     "15 flood": (endless(b"HTTP/1.1 200 OK\r\n", b"X-Flood: 1\r\n" * 999), "protocol", None),
     "15 giant line": (endless(b"HTTP/1.1 200 OK\r\nX: ", b"x" * 65536), "protocol", None),
@@ -8921,21 +8418,12 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     "16 bytes after the end": (EXCHANGE_CHUNKED % 200 + b"2\r\nok\r\n0\r\n\r\nHTTP", None, 200),
     "16 short body": (cuts(answer(500, b"x" * 9)[:-3]), "status", 500),
     "16 short success": (cuts(answer(200, b"x" * 9)[:-3]), None, 200),
-    "16 two lengths": (
-        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok",
-        None,
-        200,
-    ),
-    "16 length and chunks": (
-        OK[:-6] + b"\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        None,
-        200,
-    ),
-    "16 coded chunks": (
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-        None,
-        200,
-    ),
+    "16 two lengths":
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok", None, 200),
+    "16 length and chunks":
+        (OK[:-6] + b"\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", None, 200),
+    "16 coded chunks":
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", None, 200),
     "16 unframed": (b"HTTP/1.1 200 OK\r\n\r\n", None, 200),
     "16 space before colon": (b"HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\nok", None, 200),
     "16 folded": (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n folded\r\n\r\nok", None, 200),
@@ -8959,7 +8447,7 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     "20 504": (answer(504), "status", 504),
     "25 latency": (lambda r, s, q: time.sleep(0.5) or not s.sendall(answer(500)), "status", 500),
     "25 partition": (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", None, 200),
-}
+}  # fmt: skip
 EXCHANGE_TIMEOUT = 1.0
 # Whole answers: the connection may carry the next event.
 EXCHANGE_KEPT = ("1 ", "8 hints", "8 many hints", "11", "13", "14", "19", "20", "25 latency")
@@ -9004,11 +8492,8 @@ def exchange_check(
     kept = 4096 if reason is not None else 512
     assert getattr(receiver, "sent", 0) < 1_000_000 and len(attempt.response or "") <= kept, attempt
     if reason is not None:
-        assert (
-            attempt.error.isprintable()
-            and 0 < len(attempt.error) <= 300
-            and "canar" not in attempt.error
-        ), attempt
+        assert attempt.error.isprintable() and 0 < len(attempt.error) <= 300, attempt
+        assert "canar" not in attempt.error, attempt
     if status in (302, 307):
         assert "redirects are not followed" in attempt.error, attempt
 
@@ -9159,33 +8644,19 @@ def test_retry_after_moves_the_next_attempt_back_and_never_forward(wal, serve):
     clock = Clock()
     date = "Tue, 14 Nov 2023 22:14:20 GMT"  # a minute after the clock's start
     hints = {
-        (): 1.0,
-        ("0",): 1.0,
-        ("-1",): 1.0,
-        ("1e9",): 1.0,
-        ("9" * 400,): 86_400.0,
-        ("nan",): 1.0,
-        ("120.5",): 1.0,
-        ("120",): 120.0,
-        ("007",): 7.0,
-        (date,): 60.0,
-        ("Mon, 13 Nov 2023 22:13:20 GMT",): 1.0,
-        ("Fri, 31 Dec 9999 23:59:59 GMT",): 86_400.0,
-        ("Fri, 99 Dec 2023 99:99:99 GMT",): 1.0,
-        ("٧",): 1.0,
-        ("5", "90"): 90.0,
-        ("nonsense", "90"): 90.0,
-        ("",): 1.0,
-    }
+        (): 1.0, ("0",): 1.0, ("-1",): 1.0, ("1e9",): 1.0, ("9" * 400,): 86_400.0, ("nan",): 1.0,
+        ("120.5",): 1.0, ("120",): 120.0, ("007",): 7.0, (date,): 60.0,
+        ("Mon, 13 Nov 2023 22:13:20 GMT",): 1.0, ("Fri, 31 Dec 9999 23:59:59 GMT",): 86_400.0,
+        ("Fri, 99 Dec 2023 99:99:99 GMT",): 1.0, ("٧",): 1.0, ("5", "90"): 90.0,
+        ("nonsense", "90"): 90.0, ("",): 1.0,
+    }  # fmt: skip
     outbox, ids = make_outbox(wal, clock=clock), {}
     for (values, wait), status in itertools.product(hints.items(), (429, 503, 500)):
         head = f"HTTP/1.1 {status} X\r\n" + "".join(f"Retry-After: {value}\r\n" for value in values)
         receiver = serve(head.encode() + b"Content-Length: 0\r\n\r\n")
         ids[outbox.add_endpoint(receiver.url()).id] = (
-            values,
-            status,
-            wait if status != 500 else 1.0,
-        )
+            values, status, wait if status != 500 else 1.0,
+        )  # fmt: skip
     event_id = emit(outbox)
     assert outbox.drain(once=True).retried == len(ids)
     for delivery in outbox.event(event_id).deliveries:
@@ -9229,11 +8700,11 @@ def test_a_connection_is_reused_exactly_when_it_may_be_and_nothing_is_lost_or_do
 
 @pytest.mark.parametrize("tls", [False, True])
 def test_a_connection_that_is_closed_between_requests_costs_no_failure_and_no_duplicate(
-    wal, serve, authority, tls
+    shop, authority, tls
 ):
-    receiver = serve(tls=authority.server() if tls else None)
-    outbox = make_outbox(wal, workers=1)
-    outbox.add_endpoint(receiver.url(), ca=authority.path)
+    receiver, outbox = shop.open(
+        ca=authority.path, tls=authority.server() if tls else None, workers=1
+    )
     ids = []
     with outbox:
         for _ in range(4):
@@ -9269,11 +8740,16 @@ class ExchangeHasty(Receiver):
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("size", [20_000, 3_000_000])
 def test_a_large_request_that_is_refused_on_a_kept_connection_goes_out_once(
-    wal, serve, authority, tls, size
+    shop, authority, tls, size
 ):
-    receiver = serve(kind=ExchangeHasty, tls=authority.server() if tls else None)
-    outbox = make_outbox(wal, max_body=1 << 24, retry=ONCE)
-    outbox.add_endpoint(receiver.url(), ca=authority.path, max_in_flight=1)
+    receiver, outbox = shop.open(
+        ca=authority.path,
+        max_in_flight=1,
+        kind=ExchangeHasty,
+        tls=authority.server() if tls else None,
+        max_body=1 << 24,
+        retry=ONCE,
+    )
     for _ in range(5):
         ids = [emit(outbox), emit(outbox, data="x" * size)]
         assert outbox.drain(once=True).failed == 1
@@ -9305,10 +8781,8 @@ def test_a_large_body_reaches_a_slow_reader_whole_and_one_that_never_reads_ends_
     never.pace = 0
     outbox = make_outbox(wal, max_body=1 << 24, clock=Clock())
     for receiver, name, timeout in (
-        (slow, "slow", 30.0),
-        (never, "never", 1.0),
-        (early, "early", 30.0),
-    ):
+        (slow, "slow", 30.0), (never, "never", 1.0), (early, "early", 30.0),
+    ):  # fmt: skip
         receiver.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
         outbox.add_endpoint(
             receiver.url(), id=name, ca=authority.path, timeout=timeout, body="data"
@@ -9377,11 +8851,8 @@ def test_an_answer_reads_the_same_however_it_is_cut(data, cuts):
     for pieces in (exchange_split(data, cuts), exchange_split(data, list(range(len(data))))):
         parts = exchange_read(pieces)
         assert (parts.status, parts.headers, parts.error, parts.reusable) == (
-            whole.status,
-            whole.headers,
-            whole.error,
-            whole.reusable,
-        )
+            whole.status, whole.headers, whole.error, whole.reusable,
+        )  # fmt: skip
         # A success without framing is known once its head is there; of its body we take what came
         # along.
         assert parts.body == whole.body or 200 <= whole.status < 300 and not whole.reusable
@@ -9390,11 +8861,7 @@ def test_an_answer_reads_the_same_however_it_is_cut(data, cuts):
 @given(
     st.sampled_from(
         [
-            b"",
-            b"HTTP/1.1 ",
-            b"HTTP/1.1 200 OK\r\n",
-            EXCHANGE_CHUNKED % 500,
-            EXCHANGE_LONG % 404,
+            b"", b"HTTP/1.1 ", b"HTTP/1.1 200 OK\r\n", EXCHANGE_CHUNKED % 500, EXCHANGE_LONG % 404,
             answer(302),
         ]
     ),
@@ -9405,7 +8872,7 @@ def test_an_answer_reads_the_same_however_it_is_cut(data, cuts):
         max_size=20,
     ),
     st.booleans(),
-)
+)  # fmt: skip
 def test_no_bytes_make_the_reader_raise_and_every_answer_has_a_status_or_an_error(
     start, pieces, end
 ):
@@ -9593,12 +9060,8 @@ def test_an_answer_is_known_as_soon_as_it_can_be_and_no_sooner():
     reader = webhook_outbox._Answer()
     # The last line comes alone.
     pieces = (EXCHANGE_CHUNKED % 200, b"2\r\nok\r\n", b"0\r\n", b"\r\n")
-    assert [reader.feed(piece) for piece in pieces] == [
-        False,
-        False,
-        False,
-        True,
-    ] and reader.reusable
+    assert [reader.feed(piece) for piece in pieces] == [False, False, False, True]
+    assert reader.reusable
 
 
 EXCHANGE_COSTLY = {  # bytes that were dear to read, beside those of the faults
@@ -9696,14 +9159,12 @@ def test_reading_an_answer_costs_little_and_64_kib_at_most_a_byte_at_a_time_too(
                 assert answer.status == whole.status and bool(answer.error) == bool(whole.error)
 
 
-def test_messages_of_tls_itself_count_against_what_an_answer_may_hold(wal, serve, authority):
+def test_messages_of_tls_itself_count_against_what_an_answer_may_hold(shop, authority):
     """Session tickets by the thousand, before the answer. One read of OpenSSL's own would take all
     that have come, and go on while more come."""
     context = authority.server()
     context.num_tickets = 20_000
-    receiver = serve(tls=context)
-    outbox = make_outbox(wal, timeout=20)
-    outbox.add_endpoint(receiver.url(), id="a", ca=authority.path)
+    _, outbox = shop.open(id="a", ca=authority.path, tls=context, timeout=20)
     began = time.thread_time()
     attempt = outbox.ping("a")
     assert (attempt.reason, attempt.status_code) == ("protocol", None)
@@ -9746,28 +9207,19 @@ def test_an_answer_means_what_its_status_and_headers_say():
         reader = exchange_read([data])
         outcome = webhook_outbox._judge(reader, ["s3cr3t", "5hort"], 0.0)
         assert (
-            outcome.reason,
-            outcome.error,
-            outcome.response,
-            outcome.hint,
-            outcome.disable,
-        ) == expected, data[:99]
+            outcome.reason, outcome.error, outcome.response, outcome.hint, outcome.disable,
+        ) == expected, data[:99]  # fmt: skip
         assert outcome.status_code == reader.status
         assert outcome.overloaded is (reader.status in (429, 502, 504))
-    assert (
-        webhook_outbox._Outcome(reason="timeout").overloaded
-        and not webhook_outbox._Outcome(reason="dns").overloaded
-    )
+    assert webhook_outbox._Outcome(reason="timeout").overloaded
+    assert not webhook_outbox._Outcome(reason="dns").overloaded
 
 
 def test_the_kept_response_is_four_kib_of_printable_text(wal, serve):
     bodies = [
-        b"x" * 9999,
-        "\N{SNOWMAN}".encode() * 9999,
-        b"\xff\xfe\x00\x1b[31m" * 999,
-        bytes(9999),
+        b"x" * 9999, "\N{SNOWMAN}".encode() * 9999, b"\xff\xfe\x00\x1b[31m" * 999, bytes(9999),
         b"\xed\xa0\x80",
-    ]
+    ]  # fmt: skip
     outbox = make_outbox(wal, retry=ONCE)
     for number, body in enumerate(bodies):
         outbox.add_endpoint(serve(answer(500, body)).url(), id=str(number))
@@ -9784,19 +9236,15 @@ def test_the_kept_response_is_four_kib_of_printable_text(wal, serve):
 LONG, OTHER = "".join(map(str, range(1_900)))[:4_000], "".join(map(str, range(2_000, 3_000)))
 ECHOES: list[tuple[int, list[str], str, str]] = [  # status, secrets; body, what is kept of it
     (500, [LONG, OTHER], LONG + LONG + OTHER, ""),  # cut inside a secret: none of it is shown
-    (
-        500,
-        [OTHER[:300]],
-        "x" * 99 + OTHER[:300] + "y" * 9_000,
-        "x" * 99 + "[redacted]" + "y" * 3_697,
-    ),
+    (500,
+     [OTHER[:300]], "x" * 99 + OTHER[:300] + "y" * 9_000, "x" * 99 + "[redacted]" + "y" * 3_697),
     (200, [OTHER], "x" * 500 + OTHER, "x" * 500 + "[redacted]"[:12]),
     (200, [OTHER], "x" * 9_000, "x" * 512),
     (500, ["5hort-5hort", "5hort-5hort-5hort"], "5hort-5hort-5hort", "[redacted]"),
     (500, [f"value{n}" for n in range(128)], "value7, x", "[redacted], x"),
     (500, [f"value{n}" for n in range(129)], "no value at all", "[redacted]"),
     (500, ["longer than the body"] * 999, "no value at all", "no value at all"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("status", "secrets", "body", "kept"), ECHOES)
@@ -9849,7 +9297,7 @@ class HeldLoop:
 
 
 def test_an_endpoint_that_disables_itself_while_another_connection_closes_does_not_stop_the_drain(
-    wal, serve
+    shop, serve
 ):
     """Both become news in one round of the loop, the 410 first: the clock holds the loop until both
     are there."""
@@ -9868,9 +9316,8 @@ def test_an_endpoint_that_disables_itself_while_another_connection_closes_does_n
             sock.sendall(OK)
         return True
 
-    receiver, other, reports = serve(play), serve(hold.arm), []
-    outbox = make_outbox(wal, clock=hold, timeout=20)
-    outbox.add_endpoint(receiver.url(), id="leaving", events=["order.created"])
+    other, reports = serve(hold.arm), []
+    _, outbox = shop.open(play, id="leaving", events=["order.created"], clock=hold, timeout=20)
     outbox.add_endpoint(other.url(), id="other", events=["other"])
     held, quick = (emit(outbox, data={"kind": kind}) for kind in ("held", "quick"))
     thread = threading.Thread(target=lambda: reports.append(outbox.drain(once=True)))
@@ -9887,9 +9334,8 @@ def test_an_endpoint_that_disables_itself_while_another_connection_closes_does_n
         hold.go.set()
         thread.join(30)
     assert reports and (reports[0].delivered, reports[0].failed) == (2, 1)
-    assert statuses(outbox, last) == {"other": "delivered"} and statuses(outbox, held) == {
-        "leaving": "failed"
-    }
+    assert statuses(outbox, last) == {"other": "delivered"}
+    assert statuses(outbox, held) == {"leaving": "failed"}
 
 
 EXCHANGE_CANARY = "canary" + "5ecre7" * 4
@@ -9906,14 +9352,9 @@ EXCHANGE_CANARIES = {
 EXCHANGE_SPELLINGS: dict[
     int, Callable[[str], str]
 ] = {  # how receivers write down what they got, by what they answer
-    200: str,
-    302: repr,
-    400: json.dumps,
-    403: lambda text: json.dumps(text).replace("/", "\\/"),
-    404: urllib.parse.quote,
-    422: urllib.parse.quote_plus,
-    500: str,
-}
+    200: str, 302: repr, 400: json.dumps, 403: lambda text: json.dumps(text).replace("/", "\\/"),
+    404: urllib.parse.quote, 422: urllib.parse.quote_plus, 500: str,
+}  # fmt: skip
 
 
 def exchange_echo(status: int) -> Callable[..., bool]:
@@ -9924,10 +9365,8 @@ def exchange_echo(status: int) -> Callable[..., bool]:
         target = request.line.split(" ")[1]
         known = [text for name, text in EXCHANGE_CANARIES.items() if name != "event"]
         known += [
-            target,
-            urllib.parse.unquote(target),
-            *(text.removeprefix("whsec_") for text in known),
-        ]
+            target, urllib.parse.unquote(target), *(text.removeprefix("whsec_") for text in known),
+        ]  # fmt: skip
         echo = EXCHANGE_SPELLINGS[status](
             "\n".join([request.raw.decode("latin-1"), *known])
         ).encode()
@@ -9962,11 +9401,9 @@ def test_no_secret_leaves_by_a_log_a_repr_an_error_a_table_or_an_echo(
     echoing = [serve(exchange_echo(status)) for status in EXCHANGE_SPELLINGS]
     bases = [receiver.url() for receiver in echoing]
     bases += [
-        serve(tls=authority.server()).url(),
-        refused,
-        "https://inside.test/",
+        serve(tls=authority.server()).url(), refused, "https://inside.test/",
         "https://nowhere.test/",
-    ]
+    ]  # fmt: skip
     bases += [
         serve(
             b"HTTP/1.1 302 X\r\nLocation: /?"
@@ -9996,9 +9433,8 @@ def test_no_secret_leaves_by_a_log_a_repr_an_error_a_table_or_an_echo(
     outbox.add_endpoint(told.url(), events=["webhook.*"])
     event_id = emit(outbox, headers={"X-Event-Token": canaries["event"]})
     report = outbox.drain(until_empty=True)
-    assert (report.delivered, report.failed) == (1 + len(told.requests), len(bases) - 1) and len(
-        told.requests
-    ) > 5
+    assert (report.delivered, report.failed) == (1 + len(told.requests), len(bases) - 1)
+    assert len(told.requests) > 5
     pings = [outbox.ping(endpoint.id) for endpoint in endpoints[::3]]
     assert {a.reason for a in pings} == {None, "status", "tls", "connect", "blocked", "dns"}
     login = f"user:{canaries['flag']}"
@@ -10068,9 +9504,8 @@ def test_no_secret_leaves_by_a_log_a_repr_an_error_a_table_or_an_echo(
         "notices": repr([request.body for request in told.requests]),
         "tracebacks": "\n".join(refused),
     }
-    assert (
-        len(outbox.failed()) == report.failed and "redacted" in places["tables"] and caplog.records
-    )
+    assert len(outbox.failed()) == report.failed and "redacted" in places["tables"]
+    assert caplog.records
     hidden = [text.removeprefix("whsec_") for text in canaries.values()] + [
         "canary",
         EXCHANGE_CANARY,
@@ -10098,16 +9533,10 @@ def test_a_ping_is_signed_sent_at_once_and_says_what_happened(wal, serve, author
         wal, resolver=transport_resolver({"inside.test": ["10.0.0.1"], "none.test": []})
     )
     urls = {
-        "fine": fine.url(),
-        "bad": bad.url(),
-        "silent": silent.url(),
-        "secure": secure.url(),
-        "gone": goodbye.url(),
-        "refused": f"http://127.0.0.1:{port}/",
-        "blocked": "https://inside.test/",
-        "dns": "https://none.test/",
-        "off": fine.url("/off"),
-    }
+        "fine": fine.url(), "bad": bad.url(), "silent": silent.url(), "secure": secure.url(),
+        "gone": goodbye.url(), "refused": f"http://127.0.0.1:{port}/",
+        "blocked": "https://inside.test/", "dns": "https://none.test/", "off": fine.url("/off"),
+    }  # fmt: skip
     made = {
         id: outbox.add_endpoint(url, id=id, timeout=0.6, ca=authority.path)
         for id, url in urls.items()
@@ -10115,16 +9544,10 @@ def test_a_ping_is_signed_sent_at_once_and_says_what_happened(wal, serve, author
     outbox.disable_endpoint("off")
     attempts = {id: outbox.ping(id) for id in urls}
     assert {id: (a.reason, a.status_code) for id, a in attempts.items()} == {
-        "fine": (None, 201),
-        "bad": ("status", 500),
-        "silent": ("timeout", None),
-        "secure": (None, 200),
-        "gone": ("gone", 410),
-        "refused": ("connect", None),
-        "blocked": ("blocked", None),
-        "dns": ("dns", None),
-        "off": (None, 201),
-    }
+        "fine": (None, 201), "bad": ("status", 500), "silent": ("timeout", None),
+        "secure": (None, 200), "gone": ("gone", 410), "refused": ("connect", None),
+        "blocked": ("blocked", None), "dns": ("dns", None), "off": (None, 201),
+    }  # fmt: skip
     assert attempts["fine"].response == "welcome" and attempts["bad"].error == "HTTP 500"
     assert attempts["silent"].duration < 0.6 + 1.0 and "ready" not in attempts["silent"].error
     for request, id in zip(fine.requests, ("fine", "off"), strict=True):
@@ -10148,9 +9571,7 @@ def test_an_endpoint_of_every_tenant_is_told_whose_event_it_is_and_a_customers_o
         seen.append((event.type, event.tenant))
         return json.dumps({"type": event.type, "of": event.tenant}).encode()
 
-    outbox = make_outbox(
-        wal, clock=clock, transforms={"mine": mine}, retry=RetryPolicy((0, 10, 10), jitter=0.0)
-    )
+    outbox = make_outbox(wal, clock=clock, transforms={"mine": mine}, retry=(0, 10, 10))
     for name, tenant in (("all", "*"), ("c1", "c1"), ("ours", None)):
         outbox.add_endpoint(receiver.url(f"/{name}"), id=name, tenant=tenant, body=body)
     for tenant in ("c1", "c2", None):

@@ -10355,7 +10355,7 @@ class Outbox:
         return self.update_endpoint(id, enabled=True, conn=conn)
 
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
-        """Delete an endpoint with its waiting and failed deliveries. What was delivered stays on
+        """Delete an endpoint with its waiting deliveries and its failed rows. What has ended stays on
         record, until another endpoint gets the id: that one starts empty. Without conn it works in
         batches, so that no commit of the host waits long; cut off between, it leaves the endpoint
         disabled (reason "being removed"). Raises NotFound."""
@@ -11714,7 +11714,8 @@ class Tenant:
             return _without_credentials(self._outbox.disable_endpoint(id, reason, conn=own))
 
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
-        """Delete an endpoint with its waiting and failed deliveries. See Outbox.remove_endpoint."""
+        """Delete an endpoint with its waiting deliveries and its failed rows. See
+        Outbox.remove_endpoint."""
         # Whose it is is looked at by itself: the removal takes several transactions.
         self.endpoint(id, conn=conn)
         self._outbox.remove_endpoint(id, conn=conn)

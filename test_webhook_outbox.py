@@ -12424,7 +12424,7 @@ def test_a_lane_takes_over_what_its_endpoints_row_says(wal, before, row, expecte
     assert expected[2] is None or expected[2] in str(lane.broken)
 
 
-def test_an_endpoint_stands_in_one_line_once():
+def test_an_endpoint_stands_in_one_round_once():
     turns, (a, b, c) = webhook_outbox._Turns(), map(webhook_outbox._Lane, "abc")
     assert not turns
     for lane in (a, b, c, a, b):

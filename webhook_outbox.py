@@ -6052,8 +6052,8 @@ class _Agenda:
         if self._times.get(key) != when:
             self._times[key] = when
             heapq.heappush(self._heap, (when, key))
-            # Most of the heap is leftovers: a key that is set anew all the time would let it grow
-            # without end.
+            # A key that is set again and again leaves an entry each time. Where most of the heap is
+            # leftovers, it is made anew; else it would grow without end.
             if len(self._heap) > 64 + 4 * len(self._times):
                 self._heap = [(when, key) for key, when in self._times.items()]
                 heapq.heapify(self._heap)
@@ -6109,9 +6109,9 @@ class _Health(NamedTuple):
     def after(self, outcome: _Outcome, now: float, policy: RetryPolicy) -> _Health:
         """Return the health after one more outcome.
 
-        A success ends the row of failures, and with it the pause between probes. A pause that the
-        receiver asked for stays: several attempts are under way at once, and this success may have
-        been answered before the 429 that asked.
+        A success ends the failures in a row, and the pauses between probes with them. A pause that
+        the receiver asked for stays: several attempts are under way at once, and this success may
+        have been answered before the 429 that asked.
         """
         if outcome.reason is None:
             well = _Health(0, None, min(self.paused_until, self.hinted_until), self.hinted_until)
@@ -6416,8 +6416,8 @@ class _Lane:
 
     def configure(self, row: _EndpointRow, settings: _Settings, mono: float) -> None:
         """Take over what the endpoint's row says. Where that is useless (a transform that is not
-        known here, a damaged row), the attempts fail one by one, by their policy: somebody may
-        mend it."""
+        known here, a damaged row), each attempt fails, and is made again as the policy says:
+        somebody may mend it meanwhile."""
         try:
             if isinstance(row.endpoint, str):
                 raise _Unready("the endpoint's row is damaged; update or remove the endpoint")
@@ -6593,7 +6593,7 @@ class _Connection:
     # The exchange has ended, and the carrier has not decided yet whether to keep the connection.
     ended: bool = False
     since: float = 0.0  # monotonic: when it became idle, or was given its attempt
-    opened: float = dataclasses.field(default_factory=_monotonic)
+    opened: float = dataclasses.field(default_factory=_monotonic)  # monotonic
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -6647,9 +6647,10 @@ class _Origin:
 
     A receiver may have fewer workers than we have connections (a single-threaded server, Apache's
     prefork with few processes). A worker stays with a connection until that is closed, even while
-    it is idle, and requests on the others wait for a worker until their time is over. They would be
-    sent again, though nothing is wrong with them. So an attempt that waits for its first byte
-    for a second, and for twice as long as its endpoint usually takes, presses for room:
+    it is idle, and requests on the others wait for a worker until their time is over: a timeout,
+    and a duplicate when the worker comes to read the request after all. So an attempt that waits
+    for its first byte for a second, and for twice as long as its endpoint usually takes, presses
+    for room:
 
         patient ──> pressing    press(): it is on a connection that brought no answer yet, and there
                                 are others. One of those is to be closed: all idle ones that brought
@@ -6735,7 +6736,7 @@ class _Origin:
         return True
 
     def relax(self, attempt: _Attempt) -> None:
-        """Forget what an attempt asked for: it ends, or does not hang."""
+        """Forget that an attempt presses or hangs: it has ended, or is judged anew."""
         self.pressing.pop(attempt, None)
         self.hanging -= attempt.hangs
         attempt.hangs = False
@@ -7059,7 +7060,7 @@ class _Exchanges:
         2. the connection is idle: the receiver closed it, or speaks out of turn; it is shut
         3. nothing came, as TLS does it, once too often: the answer ends with what is there
         4. the answer is complete, or useless; a 408 on a connection that was idle before means that
-           the receiver had given that up, so the attempt is made again
+           the receiver had given up the connection, so the attempt is made again
         5. the end of the connection, before any byte of an answer: made again, if it was idle
            before
         6. sending or reading failed, and no status was read: the attempt ends with that error
@@ -7289,7 +7290,7 @@ class _Ledger:
 
     def _batch(self, most: int) -> tuple[list[_Row], list[_Row]]:
         """Return the oldest outcomes, and the marks of those that are successes of queues, the last
-        one first. Outcomes and marks are `most` together, but one outcome at the least."""
+        one first. Outcomes and marks are at most `most` together; one outcome at the least."""
         if not self.queues:
             return self.rows[:most], []
         count, marks = 0, list[_Row]()
@@ -7325,8 +7326,8 @@ class _Budget:
     __slots__ = ("_cost", "hosts")
     _HELD = 0.006  # seconds for which one statement may hold the lock
     _LEAST_GAP = 0.1  # seconds between two commits
-    _WAITS = 2.0  # a second, that the host may have to wait
-    _SELDOM = 110.0  # or of its commits, one of so many
+    _WAITS = 2.0  # times a second that the host may have to wait
+    _SELDOM = 110.0  # or it may have to in one of so many of its commits
 
     def __init__(self) -> None:
         # Monotonic: the host's commits.
@@ -7364,8 +7365,9 @@ class _Teller:
     up deliveries. The thread is started with the first notice. It waits at `_notices`, the loop
     wakes it with a notice, or with None for the end. What an observer raises is logged.
 
-    What is told is recorded already, but not the other way round: when the process dies, notices
-    that wait here are lost; and one that falls a thousand behind misses some, which is logged.
+    What is told is recorded already. What is recorded may stay untold: when the process dies,
+    notices that wait here are lost, and an observer that falls a thousand behind misses some, which
+    is logged.
     """
 
     __slots__ = ("_notices", "_observer", "_thread")
@@ -7832,7 +7834,7 @@ class _Carrier:
 
     def chores(self, mono: float) -> None:
         """Close connections that were idle for a minute. Free parked lanes where there is room by
-        now: room that comes with time, when a crowded origin's limit ends, nobody else notices."""
+        now: nobody else notices room that comes with time, when a crowded origin's limit ends."""
         self._shut_idle(mono - _IDLE_CONNECTION, mono)
         for origin in list(self.crowded):
             if any(origin.parked):
@@ -8257,7 +8259,7 @@ class _Finder:
 
     def _look_at_some(self, now: float, mono: float) -> None:
         """Look at the next 256 endpoints with something that waits. Where one does not exist, its
-        deliveries are given up (orphans): plain SQL wrote them, or an old copy was restored."""
+        deliveries are given up (orphans): plain SQL wrote them, or a restore left them."""
         due: dict[str, float] = {}
         with self._looking.turn(), self._net.turn():
             rows = self.news.waiting(self._file.db)
@@ -8582,7 +8584,7 @@ class _Outcomes:
         3. that is a row for the ledger
         4. where the delivery was given up, the endpoint may be hopeless, and is disabled
         5. the delivery's queue goes on
-        6. it is counted, logged, and told to the observer
+        6. it is counted; and logged and told to the observer, where anybody wants to know
         7. the endpoint's new state is for the ledger too; a disabled one is retired
         """
         lane, picked, policy = attempt.lane, attempt.picked, self._settings.retry
@@ -8841,8 +8843,8 @@ class _Outcomes:
 #       chores                     every 25 ms while attempts are under way, else every 250 ms.
 #                                  They end attempts whose time is over, so up to 25 ms late
 #
-# A lane that stands in a round and got no place, or no thread, wakes nobody: it is asked again in
-# each turn, and a place becomes free by the end of an attempt, which is one.
+# A lane that stands in a round and got no place, or no thread, wakes nobody. It is asked again in
+# each turn; and the end of an attempt, which makes its place free, makes a turn.
 
 _TAKEOVER_POLL = 0.1  # seconds between two looks at a lock that another process holds
 
@@ -8877,8 +8879,9 @@ class _Drain:
         ends = mode != "forever"
         self.outcomes = _Outcomes(settings, self.file, self.finder, self.ledger, ends)
         self.counts, self.pruning = self.outcomes.counts, _Pruning()
-        self.chores_at = 0.0  # monotonic
-        # At the last chores; above now at the start and when the clock was set back.
+        self.chores_at = 0.0  # monotonic: not before
+        # What the outbox's clock said at the last chores. Where it is above now, the clock was set
+        # back; inf at the start, as if that had happened: see _chores.
         self.clock_seen = math.inf
 
     # What other threads and signal handlers may call.
@@ -8972,7 +8975,7 @@ class _Drain:
                 told = True
             self.carrier.wait(_TAKEOVER_POLL)
             self.file.let_fork()
-            self._check_place()
+            self._check_file_and_lock()
         return False
 
     def _refused(self) -> str | None:
@@ -8985,7 +8988,7 @@ class _Drain:
             raise OutboxError(refusal)
         return refusal
 
-    def _check_place(self) -> None:
+    def _check_file_and_lock(self) -> None:
         """Raise where the file or its lock is not the one that this drain took."""
         if self.file.replaced():  # what we know is not about the file there now
             self.ledger.forget()
@@ -9160,7 +9163,8 @@ class _Drain:
 
     def _take(self, lane: _Lane, now: float) -> _Picked | None:
         """Return the endpoint's next delivery that is worth an attempt. What has expired by now
-        ends here, as many as may wait to be recorded."""
+        ends here, as many as may wait to be recorded. The lanes share how much data is read ahead,
+        so that two thousand of them do not fill the memory; 0, where nothing will be read."""
         most = 0 if lane.backlog.read else max(_LARGE, _READ_AHEAD // len(self.finder.lanes))
         picked = lane.backlog.take(self.file.db, now, most)
         while picked is not None and picked.expires_at is not None and picked.expires_at <= now:
@@ -9202,7 +9206,7 @@ class _Drain:
            of a run the same is done once: the clock may have been set back while no drain ran
         """
         self.chores_at = mono + (0.025 if self.carrier.attempts else 0.25)
-        self._check_place()
+        self._check_file_and_lock()
         self.carrier.look(mono)
         self.carrier.chores(mono)
         if not self.ledger:

@@ -10359,10 +10359,10 @@ class Outbox:
         return self.update_endpoint(id, enabled=True, conn=conn)
 
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
-        """Delete an endpoint with its waiting deliveries and its failed rows. What has ended stays on
-        record, until another endpoint gets the id: that one starts empty. Without conn it works in
-        batches, so that no commit of the host waits long; cut off between, it leaves the endpoint
-        disabled (reason "being removed"). Raises NotFound."""
+        """Delete an endpoint with its waiting deliveries and its failed rows. What has ended stays
+        on record, until another endpoint gets the id: that one starts empty. Without conn it works
+        in batches, so that no commit of the host waits long; cut off between, it leaves the
+        endpoint disabled (reason "being removed"). Raises NotFound."""
         if conn is None:
             self.disable_endpoint(id, "being removed")  # so that no new delivery comes meanwhile
             for waiting in ("queue IS NOT NULL AND status = 'queued'", "status = 'pending'"):

@@ -1828,27 +1828,40 @@ def _retry_after(values: Sequence[str], now: float) -> float | None:
 
 
 # ── network guard ─────────────────────────────────────────────────────────────────────────────────
-# Promises: values in, verdict out; no lookup, no socket. The table is ours: ipaddress.is_global
-# changes by patch release, allows multicast and NAT64-wrapped loopback. Sources: IANA
-# special-purpose registries, WHATWG bad ports.
+# Promises: values in, verdict out; no lookup, no socket.
+#
+# Whoever registers an endpoint chooses where our machine connects to, and could choose what only
+# our machine reaches: the cloud's metadata, a database, a neighbour (Standard Webhooks, Server side
+# request forgery). So each address is judged right before it is dialled, by _Guard.refusal. The
+# checks of a URL are for a good message when it is registered, and protect nothing by themselves: a
+# name may resolve to something else later.
 
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+# Addresses that are no public host, from IANA's registries of special-purpose addresses. The table
+# is ours, because ipaddress.is_global changes with patch releases of Python, and lets multicast and
+# loopback inside NAT64 pass.
 _DENIED = tuple(
     ipaddress.ip_network(text)
     for text in (
-        "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 "
-        "192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 "
-        "198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 "
+        "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 "  # this host, private, carriers, loopback
+        "168.63.129.16/32 169.254.0.0/16 "  # Azure's own services; link-local, with metadata
+        "172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 "  # private, protocols, documentation
+        "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 "  # AS112, AMT, 6to4 relays
+        "192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 "  # private, AS112, benchmarks
+        "198.51.100.0/24 203.0.113.0/24 224.0.0.0/3 "  # documentation; multicast and all above it
         "::/3 4000::/2 8000::/1 "  # all but 2000::/3, the global addresses; and of these:
-        "2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48 3ffe::/16 3fff::/20"
+        "2001::/23 2001:db8::/32 2002::/16 "  # protocols (Teredo), documentation, 6to4
+        "2620:4f:8000::/48 3ffe::/16 3fff::/20"  # AS112, 6bone, documentation
     ).split()
 )
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: an IPv4 address stands at its end
 _NO_HTTP = (
     "plain http is refused, use https; allow_networks (--allow-network) or allow_http can admit it"
 )
+# Ports of other protocols that could take a request for commands of their own: the "bad ports" of
+# the Fetch standard (WHATWG) from 1024 up. Below 1024 only 80 and 443 are taken.
 _BAD_PORTS = frozenset(
     (
         1719,
@@ -1885,20 +1898,23 @@ def _unwrapped(address: _Address) -> _Address:
 class _Guard:
     """Which addresses webhooks may reach."""
 
-    allow_networks: tuple[_Network, ...] = ()
-    allow_http: bool = False
+    allow_networks: tuple[_Network, ...] = ()  # these may be reached, and by plain http too
+    allow_http: bool = False  # plain http to public addresses
     provisional: bool = False  # the command line's own: the app's Outbox may admit more
 
     def refusal(self, text: str, scheme: str) -> str | None:
-        """Return why this address must not be dialled, or None. `text` is what the resolver
-        answered."""
+        """Return why this address must not be dialled, or None. text: what the resolver answered.
+
+        In this order: an address with a zone id, or that is none, is refused; one in allow_networks
+        may be dialled; one that is not public is refused; plain http is, where it is not allowed.
+        """
         try:
             if "%" in text:
                 return f"{text} carries a zone id"
             address = _unwrapped(ipaddress.ip_address(text))
         except ValueError:
             return f"{text!r} is no IP address"
-        # Never where one is IPv4 and the other IPv6.
+        # `in` is never true where one is IPv4 and the other IPv6.
         if any(address in network for network in self.allow_networks):
             return None
         if any(address in network for network in _DENIED):
@@ -1909,8 +1925,10 @@ class _Guard:
 
 
 def _literal(host: str) -> str | None:
-    """Return the address that a host spells in any form which getaddrinfo takes without a lookup,
-    or None."""
+    """Return the address that a host spells, in any form that the system takes for one, or None.
+
+    127.1, 0x7f000001 and 2130706433 are all 127.0.0.1 to the C library, and none to ipaddress.
+    """
     bare = host.strip("[]").rstrip(".")
     with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(bare))
@@ -1925,6 +1943,7 @@ def _refuse_url(why: str) -> NoReturn:
 
 
 def _check_port(port: int) -> None:
+    """Refuse a port on which a webhook receiver does not listen, but another protocol may."""
     if port > 65_535:
         _refuse_url("there is no such port; write https://host/path")
     if port in _BAD_PORTS or (port not in (80, 443) and port < 1024):
@@ -1932,8 +1951,11 @@ def _check_port(port: int) -> None:
 
 
 def _check_authority(url: str) -> str:
-    """Return the scheme of a URL whose spelling is beyond doubt; parsers disagree on everything
-    else."""
+    """Return the scheme of a URL whose spelling is beyond doubt; raise UnsafeURL otherwise.
+
+    Parsers disagree on where the host ends in a URL with a backslash, a control character, a user
+    name or a percent sign in the host. What was judged would not be what is connected to.
+    """
     if not isinstance(url, str) or not 1 <= len(url) <= 2048:
         _refuse_url("it must be text of at most 2048 characters")
     if re.search(r"[\x00-\x20\x7f-\x9f\\]", url):
@@ -1962,7 +1984,7 @@ def _check_authority(url: str) -> str:
 class _Target(NamedTuple):
     """An endpoint's URL as it goes over the wire."""
 
-    url: str  # what a proxy is asked for
+    url: str  # the whole, which a proxy is asked for
     scheme: str
     host: str  # without brackets
     port: int
@@ -1979,7 +2001,10 @@ _PLAIN_URL = re.compile(
 
 
 def _spelled(url: str) -> str:
-    """Return a URL as requests spells it: IDNA, percent-encoding, dot segments."""
+    """Return a URL as requests spells it: IDNA for the host, percent-encoding, no dot segments.
+
+    Raises UnsafeURL, whose text does not quote the URL: it may hold a token.
+    """
     try:
         return requests.Request("POST", url).prepare().url or ""
     except (ValueError, OSError):  # requests' exceptions are OSErrors; they may quote the URL
@@ -1988,7 +2013,10 @@ def _spelled(url: str) -> str:
 
 @functools.lru_cache(maxsize=1_024)  # many endpoints have one host
 def _check_host(host: str, scheme: str, guard: _Guard) -> str | None:
-    """Return why a host is refused as far as its name tells, or None."""
+    """Return why a host is refused as far as its name tells, or None.
+
+    Where there are allow_networks, plain http is not refused yet: the name may lead into them.
+    """
     if len(host) > 253 or not all(
         0 < len(label) < 64 for label in host.removesuffix(".").split(".")
     ):
@@ -2001,8 +2029,8 @@ def _check_host(host: str, scheme: str, guard: _Guard) -> str | None:
 def _prepare_url(url: str, guard: _Guard) -> _Target:
     """Return the target of an endpoint's URL; raise UnsafeURL with the reason.
 
-    This is for a good message at registration. What protects is the judgement of the address really
-    dialled.
+    The registration of an endpoint calls it for a good message, and _Wire to know what to connect
+    to and what to ask for. What protects is the judgement of the address really dialled.
     """
     plain = _PLAIN_URL.fullmatch(url) if isinstance(url, str) and len(url) <= 2048 else None
     if plain:
@@ -2023,8 +2051,12 @@ def _prepare_url(url: str, guard: _Guard) -> _Target:
 
 
 def _barred(url: str, guard: _Guard) -> str | None:
-    """Return why an endpoint is not even tried: the command line's own guard refuses its URL, which
-    the app's admitted. An attempt would fail for a forgotten option, and count."""
+    """Return why an endpoint is not even tried, or None.
+
+    `drain --db` runs without the app's Outbox, and so without its allow_networks. Where this guard
+    refuses a URL which the app's has admitted, an attempt would fail for an option that somebody
+    forgot on the command line, and count.
+    """
     if guard.provisional and not url.startswith(_CALL):
         try:
             _prepare_url(url, guard)
@@ -2038,47 +2070,54 @@ def _barred(url: str, guard: _Guard) -> str | None:
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Settings:
     """What the Outbox was given, as the parts that send need it: handed down, so that none of them
-    knows the Outbox."""
+    knows the Outbox.
 
-    path: str
+    Outbox._settings fills it by the names of the fields, so each but guard is an attribute of the
+    Outbox.
+    """
+
+    path: str  # of the database file
     retry: RetryPolicy
     timeout: float  # seconds, of an attempt
     connect_timeout: float  # seconds, of its lookup and connect
     workers: int  # attempts under way at once
     guard: _Guard
-    retention: float  # seconds
+    retention: float  # seconds that delivered events are kept
     failed_retention: float | None  # seconds; None: failed rows stay until somebody acts
-    proxy: str | None
-    app_name: str
-    home: str | None
+    proxy: str | None  # http://host:port; it then has the guard's duty
+    app_name: str  # goes into User-Agent, and is the source of a CloudEvent
+    home: str | None  # whose file it is; a drain with another one sends nothing
     master: _MasterKey
-    transforms: Mapping[str, Callable[[Event], Any]]
-    senders: Mapping[str, Callable[[Event], Any]]
+    transforms: Mapping[str, Callable[[Event], Any]]  # by the name that an endpoint's body gives
+    senders: Mapping[str, Callable[[Event], Any]]  # by the name in call:NAME
     observer: Callable[[Notice], Any] | None
-    clock: Callable[[], float]
-    rng: Callable[[], float]
-    resolver: Callable[[str, int], list[str]] | None
+    clock: Callable[[], float]  # UTC seconds
+    rng: Callable[[], float]  # 0 to 1
+    resolver: Callable[[str, int], list[str]] | None  # host, port -> addresses; None: the system's
 
 
 # ── transport ─────────────────────────────────────────────────────────────────────────────────────
 # Promises: a connected, judged, TLS-checked socket, or one exception, within the deadline. Blocks:
-# the drain calls it from threads only. We dial ourselves and have the standard library do TLS.
-# Through urllib3 an opening cost 450 of its 630 us, for pools that nobody used. Environment
-# proxies, .netrc, cookies and CA variables play no part: those live in requests.Session, not used
+# the drain calls it from threads only.
+#
+# We dial ourselves and have the standard library do TLS. Through urllib3 the opening of a
+# connection took 630 us, 450 of them for pools that nobody used. Proxies of the environment,
+# .netrc, cookies and CA variables play no part: those live in requests.Session, which is not used
 # here.
 
-_MAX_LOOKUPS = 32
-_LOOKUP_TIMEOUT = 5.0  # seconds
+_MAX_LOOKUPS = 32  # under way at once; each that is stuck keeps a thread
+_LOOKUP_TIMEOUT = 5.0  # seconds that who asks waits
 
 _Resolver = Callable[[str, int], list[str]]
 
 
 class _Blocked(Exception):
-    """The guard refused. No OSError, so that urllib3 neither retries nor rewraps it."""
+    """The guard refused. It is no OSError, so that nothing takes it for a connect that failed and
+    goes on with the next address."""
 
 
 class _NoAddress(Exception):
-    """The name did not resolve in time."""
+    """The name did not resolve, or not in time."""
 
 
 class _NoRoom(_NoAddress):
@@ -2104,14 +2143,16 @@ def _getaddrinfo(host: str, port: int) -> list[str]:
     return [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
-_THREAD_ROOM = 16 << 20  # bytes of memory that a new thread may need
+_THREAD_ROOM = 16 << 20  # bytes of memory that a new thread may need: its stack, and its first step
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 def _start_thread(run: Callable[..., Any], *args: Any, name: str | None = None) -> threading.Thread:
-    """Start a daemon thread; raise what _is_exhaustion knows when there is no room for one. Look
-    for memory first: start() waits for ever when the new thread finds none for its first step
-    (CPython issue 140746)."""
+    """Start a daemon thread; raise what _is_exhaustion knows when there is no room for one.
+
+    Where the new thread finds no memory for its first step, start() waits for ever (CPython issue
+    140746). So as much is asked of the system first, and given back.
+    """
     mmap.mmap(-1, _THREAD_ROOM).close()
     thread = threading.Thread(target=run, args=args, name=name, daemon=True)
     thread.start()
@@ -2119,8 +2160,10 @@ def _start_thread(run: Callable[..., Any], *args: Any, name: str | None = None) 
 
 
 def _is_exhaustion(error: BaseException) -> bool:
-    """Say whether this process ran out of descriptors, memory or threads, which is no receiver's
-    fault."""
+    """Say whether this process ran out of descriptors, memory or threads.
+
+    That is no receiver's fault, so it counts as no attempt; the drain opens nothing for a second.
+    """
     if isinstance(error, OSError):
         return error.errno in _EXHAUSTED
     return (
@@ -2133,14 +2176,20 @@ def _is_exhaustion(error: BaseException) -> bool:
 class _Lookups:
     """Name lookups with a time limit, shared by the threads that open connections.
 
-    A lookup cannot be interrupted, so one that is stuck keeps a thread of its own. There is at most
-    one a host (who else asks for it waits for the same answer) and 32 in all, of which half are for
-    hosts that resolved before: strangers whose names hang cannot use them up. A host whose lookup
-    hung rests for a minute, in which asking for it costs nothing.
+    A lookup cannot be interrupted, so each runs in a thread of its own, which sets a Future that
+    the askers wait for. There is at most one lookup a host (who else asks for it waits for the same
+    answer) and 32 in all, of which half are for hosts that resolved before: strangers whose names
+    hang cannot use them up. A host whose lookup hung rests for a minute, in which asking for it
+    costs nothing.
 
-    Where a lookup hangs, finds no room, or the resolver says that it cannot answer now, the
-    addresses that the host had last serve again; whoever dials judges them again. Where the
-    resolver says that there is no such name, they do not.
+    What find() does with what a lookup came to:
+        addresses                        returns them
+        there is no such name            _NoAddress, whatever the host had before
+        it hangs, there is no room, or   returns the addresses that the host had last; where it had
+          the resolver cannot say now      none, _NoAddress or _NoRoom
+        this process ran out of memory   raises that, as no fault of the host
+
+    Addresses that serve again are judged again by whoever dials.
     """
 
     _REMEMBERED = 4_096  # hosts
@@ -2149,13 +2198,15 @@ class _Lookups:
 
     def __init__(self, resolver: _Resolver | None) -> None:
         self._resolver = resolver or _getaddrinfo
-        self._lock = threading.Lock()  # guards the three below; held for dictionary work only
+        # Guards the three below. Askers and lookups hold it for dictionary work only.
+        self._lock = threading.Lock()
         self._running: dict[str, concurrent.futures.Future[list[str]]] = {}
         self._last: dict[str, list[str]] = {}  # addresses of hosts, the one found last at the end
         self._rests: dict[str, float] = {}  # hosts whose lookup hung; monotonic, until when
 
     def find(self, host: str, port: int, deadline: float) -> list[str]:
-        """Return the host's addresses; raise _NoAddress, or _NoRoom."""
+        """Return the host's addresses, five seconds from now at the latest, and not after the
+        deadline (monotonic); raise _NoAddress, or _NoRoom."""
         host = host.lower()
         try:
             answer = self._ask(host, port)
@@ -2180,7 +2231,8 @@ class _Lookups:
         return addresses
 
     def _ask(self, host: str, port: int) -> concurrent.futures.Future[list[str]]:
-        """Return the answer to come to a lookup, begun now unless one is under way."""
+        """Return the answer to come to a lookup, begun now unless one is under way; raise
+        _NoAddress while the host rests, _NoRoom where too many lookups are under way."""
         with self._lock:
             if _monotonic() < self._rests.get(host, 0.0):
                 raise _NoAddress(f"looking up {host} took too long lately; it rests for a minute")
@@ -2203,6 +2255,11 @@ class _Lookups:
         return addresses
 
     def _look_up(self, host: str, port: int, answer: concurrent.futures.Future[list[str]]) -> None:
+        """Run one lookup, in its own thread; wake those who wait for the answer.
+
+        What it found is remembered even if nobody waits any more. The Future is set last and
+        outside the lock, so that whoever is woken finds the lookup gone from those under way.
+        """
         addresses, failure = list[str](), None
         try:
             addresses = list(dict.fromkeys(self._resolver(host, port)))
@@ -2223,16 +2280,20 @@ class _Lookups:
 
 
 _NEXT_ADDRESS = 0.25  # seconds after which the next address of a name is tried too (RFC 8305, 8)
-_REMEMBERED_HOSTS = 1_024
+_REMEMBERED_HOSTS = 1_024  # of which we know the address that answered last
 
 
 def _check_peer(sock: socket.socket, address: str) -> None:
+    """Raise _Blocked unless a socket is connected to the address that was judged. A system may take
+    one address for another: Linux connects 0.0.0.0 to 127.0.0.1."""
     peer = sock.getpeername()[0]
     if peer != address and ipaddress.ip_address(peer) != ipaddress.ip_address(address):
         raise _Blocked("connected to another address than the one that was dialled")
 
 
 def _new_socket(address: str) -> socket.socket:
+    """Return a socket for an address's family. TCP_NODELAY: else the end of a request, a part of a
+    packet, waits until the receiver has acknowledged what came before."""
     sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2243,7 +2304,10 @@ def _new_socket(address: str) -> socket.socket:
 
 
 def _connect(address: str, port: int, patience: float) -> socket.socket:
-    """Return a socket that is connected to an address, and to no other; patience: seconds."""
+    """Return a socket that is connected to an address, and to no other; patience: seconds.
+
+    Raises OSError where it cannot be, _Blocked where the peer is another one.
+    """
     sock = _new_socket(address)
     try:
         sock.settimeout(patience)
@@ -2256,10 +2320,15 @@ def _connect(address: str, port: int, patience: float) -> socket.socket:
 
 
 class _Race:
-    """Connections under way to the addresses of one name."""
+    """Connections under way to the addresses of one name; one thread runs it and closes it.
+
+    start() and wait() either add to those under way, return a winner, or take a loser away. What
+    is under way is registered with the selector, and close() closes it.
+    """
 
     def __init__(self, port: int) -> None:
         self.port = port
+        # What to raise where nobody wins: why the last one failed.
         self.failure: OSError = TimeoutError("no time left to connect")
         self.selector = selectors.DefaultSelector()
         self.under_way = 0
@@ -2279,6 +2348,7 @@ class _Race:
             self._fail(sock, error_number)
 
     def _fail(self, sock: socket.socket, error_number: int) -> None:
+        """Take a loser away, and remember why."""
         self.failure = OSError(error_number, os.strerror(error_number))
         self.selector.unregister(sock)
         self.under_way -= 1
@@ -2286,7 +2356,7 @@ class _Race:
 
     def wait(self, pause: float) -> tuple[socket.socket, str] | None:
         """Return a socket that is connected, and to which address, if one is within so many
-        seconds."""
+        seconds; None after a failure too, so that the next address is tried at once."""
         for key, _ in self.selector.select(max(0.0, pause)):
             sock: Any = key.fileobj
             if error_number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -2298,6 +2368,7 @@ class _Race:
         return None
 
     def close(self) -> None:
+        """Close those that are still under way."""
         for key in list(self.selector.get_map().values()):
             loser: Any = key.fileobj
             loser.close()
@@ -2308,8 +2379,9 @@ def _connect_to_one(addresses: Sequence[str], port: int, until: float) -> tuple[
     """Return a socket that is connected to one of the addresses, and to which; until: monotonic.
 
     The next address is tried beside those before when one has failed, or after a quarter of a
-    second, and whichever answers first is taken. To wait for each in turn would make a name whose
-    first address is a black hole cost seconds at each new connection.
+    second, and whichever answers first is taken (RFC 8305, 5). To wait for each in turn would make
+    a name whose first address is a black hole cost seconds at each new connection. Raises the last
+    failure where none answers.
     """
     race, left, next_at = _Race(port), collections.deque(addresses), 0.0
     try:
@@ -2328,8 +2400,8 @@ def _connect_to_one(addresses: Sequence[str], port: int, until: float) -> tuple[
 
 
 def _in_turn(addresses: Sequence[str], last: str | None) -> list[str]:
-    """Return addresses in the order in which they are tried: the one that worked last, then the two
-    families in turn, so that a host whose IPv6 is broken costs one wait (RFC 8305, 4)."""
+    """Return addresses in the order in which they are tried: the one that worked last, then one of
+    each family in turn, so that a host whose IPv6 is broken costs one wait (RFC 8305, 4)."""
     families: tuple[list[str], list[str]] = [], []
     for address in addresses:
         families[(":" in address) != (":" in addresses[0])].append(address)
@@ -2344,9 +2416,13 @@ def _dial(
     until: float,
     worked: dict[str, str] | None = None,
 ) -> socket.socket:
-    """Resolve once, judge every answer, connect to a judged one; until: monotonic. One refused
-    answer refuses the name: a DNS that mixes inside and outside addresses is lying about one of
-    them. worked: which address of each host answered last, kept here by the caller."""
+    """Resolve once, judge every answer, connect to a judged one; until: monotonic.
+
+    The addresses that are judged are those that are dialled: a second lookup could say something
+    else. One refused answer refuses the name: a DNS that mixes inside and outside addresses is
+    lying about one of them. worked: which address of each host answered last; the caller keeps it,
+    and several threads write to it. Raises _Blocked, _NoAddress, _NoRoom, or an OSError.
+    """
     literal = _literal(origin.host)
     addresses = [literal] if literal else lookups.find(origin.host, origin.port, until)
     for address in addresses:
@@ -2374,11 +2450,18 @@ class _Contexts:
     connections: loading the CA bundle for each costs more than the handshake."""
 
     def __init__(self) -> None:
-        # Guards _made; held while files are read, so that they are read once.
+        # Guards _made; held while files are read, so that they are read once. Threads that open
+        # connections wait for it, the loop never does.
         self._lock = threading.Lock()
-        self._made: dict[tuple[Any, ...], ssl.SSLContext] = {}
+        self._made: dict[tuple[Any, ...], ssl.SSLContext] = {}  # the key ends with the files' times
 
     def get(self, ca: str | None, cert: tuple[str, ...]) -> ssl.SSLContext:
+        """Return the context for a CA and a certificate; ca None: the bundle that requests ships.
+
+        Certificates are renewed while we run, so the files' times of change are looked at each
+        time, and what was made of the older files is dropped. Raises OSError where a file cannot be
+        read or holds no certificate.
+        """
         bundle = ca or requests.utils.DEFAULT_CA_BUNDLE_PATH
         key = (ca, cert, *(os.stat(path).st_mtime_ns for path in (bundle, *cert)))
         with self._lock:
@@ -2389,6 +2472,7 @@ class _Contexts:
             return self._made[key]
 
     def _make(self, bundle: str, is_own: bool, cert: tuple[str, ...]) -> ssl.SSLContext:
+        """Return a new context; is_own: the bundle is the endpoint's ca, not the public one."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the default one reads SSLKEYLOGFILE
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
@@ -2419,19 +2503,23 @@ class _Tls:
     one recv(). Here each recv() takes 16 KiB off the socket at the most, and says in `beside` how
     many bytes came that were no data, so that they count against what an answer may hold.
 
-    The socket blocks until the handshake is done, and never after it. `unsent` is what waits for
-    room in it: flush() goes on with that.
+        socket ── recv ──> _in  ──┐                 one thread at a time has it: an opener's
+                                  ├── _tls, data    during the handshake, when the socket blocks;
+        socket <── send ── _out <─┘                 the loop's after it, when the socket never does
+
+    `unsent` is what did not fit into the socket: flush() goes on with that, and nothing else is
+    sent before it.
     """
 
     __slots__ = ("_in", "_out", "_sock", "_tls", "beside", "unsent")
-    _AT_ONCE = 16_384  # bytes
+    _AT_ONCE = 16_384  # bytes: a TLS record holds as many
     _HANDSHAKE = 131_072  # bytes that one may take, each read counted as more, as in an answer
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
         self._sock, self._in, self._out = sock, ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._in, self._out, server_hostname=host)
         self.unsent = b""  # encrypted
-        self.beside = 0
+        self.beside = 0  # bytes; who counts them sets it back to 0
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -2440,7 +2528,7 @@ class _Tls:
         self._sock.close()
 
     def shake_hands(self, until: float) -> None:
-        """Do the handshake; until: monotonic."""
+        """Do the handshake; until: monotonic. Raises ssl.SSLError, TimeoutError or OSError."""
         room, done = self._HANDSHAKE, False
         while not done:
             try:
@@ -2462,6 +2550,7 @@ class _Tls:
                 self._in.write(data) if data else self._in.write_eof()
 
     def _say(self, until: float) -> None:
+        """Send what the handshake has to say."""
         if self._out.pending:
             self._sock.settimeout(_time_left(until))
             self._sock.sendall(self._out.read())
@@ -2473,7 +2562,10 @@ class _Tls:
             self.unsent = self.unsent[self._sock.send(self.unsent) :]
 
     def send(self, data: memoryview) -> int:
-        """Take some of the data, and return how much; BlockingIOError where there is no room."""
+        """Take some of the data, and return how much; BlockingIOError where there is no room.
+
+        What was taken counts as sent for the caller, though a part of it may wait in `unsent`.
+        """
         if self.unsent:
             self.flush()
         count = self._tls.write(data[:65_536])
@@ -2486,7 +2578,10 @@ class _Tls:
 
     def recv(self, size: int) -> bytes:
         """Return the data that one read of the socket brings, b"" at the end of the connection;
-        SSLWantReadError where it brings none."""
+        SSLWantReadError where it brings none, BlockingIOError where the socket has nothing.
+
+        TLS may have to say something in reply (a key update): that is sent here.
+        """
         raw = self._sock.recv(size if size < self._AT_ONCE else self._AT_ONCE)
         self._in.write(raw) if raw else self._in.write_eof()
         data = b""
@@ -2509,12 +2604,13 @@ _Stream = socket.socket | _Tls
 
 
 def _proxy_login(proxy: str | None) -> dict[str, str]:
-    """Return the header that logs in at the proxy."""
+    """Return the header that logs in at the proxy; none where its URL names no user."""
     return dict(requests.adapters.HTTPAdapter().proxy_headers(proxy)) if proxy else {}
 
 
 class _Opener:
-    """Opens connections; shared by the threads that do."""
+    """Opens connections. One for each drain, and one for each ping; the drain's opener threads
+    share it, and call open() at the same time."""
 
     def __init__(self, settings: _Settings) -> None:
         self.guard, self.connect_timeout, self.proxy = (
@@ -2523,10 +2619,17 @@ class _Opener:
             settings.proxy,
         )
         self.lookups, self.contexts = _Lookups(settings.resolver), _Contexts()
-        self.worked: dict[str, str] = {}  # host -> the address that answered last
+        # Host -> the address that answered last. Threads read and write it without a lock: what is
+        # lost is a hint.
+        self.worked: dict[str, str] = {}
 
     def open(self, origin: _OriginKey, deadline: float) -> _Stream:
-        """Return a connection, past TLS; raise what _explain understands. deadline: monotonic."""
+        """Return a connection to an origin, past TLS; raise what _explain understands.
+
+        deadline: the attempt's, monotonic. Lookup and connect have the connect timeout, TLS all
+        that is left. With a proxy the guard judges nothing: that is the proxy's duty then. The
+        socket that is returned never blocks, and is the caller's to close.
+        """
         until = min(deadline, _monotonic() + self.connect_timeout)
         if self.proxy:
             sock = self._by_proxy(self.proxy, origin, deadline)
@@ -2546,8 +2649,11 @@ class _Opener:
 
     def _by_proxy(self, proxy: str, origin: _OriginKey, until: float) -> socket.socket:
         """Return a socket that the proxy has connected to an origin, or one to the proxy itself for
-        plain http. What went wrong there goes to the log: a customer reads the error, and must not
-        learn from it what is inside our network."""
+        plain http, which is asked for whole URLs; until: monotonic.
+
+        What went wrong there goes to the log: a customer reads the error, and must not learn from
+        it what is inside our network.
+        """
         parts = urllib.parse.urlsplit(proxy)
         address = parts.hostname, parts.port or 80
         try:
@@ -2588,8 +2694,11 @@ class _Opener:
 
 
 def _explain(error: BaseException) -> tuple[str, str]:
-    """Return the reason and one line for an exception of an attempt. The one place that
-    maps them."""
+    """Return the reason, of _REASONS, and one line for an exception of an attempt.
+
+    No other function makes a reason of an exception. The order matters: a TimeoutError and an
+    SSLError are OSErrors too.
+    """
     text = _one_line(getattr(error, "strerror", None) or str(error)) or type(error).__name__
     if isinstance(error, _SenderFailed):
         return "sender", text
@@ -2612,52 +2721,64 @@ def _explain(error: BaseException) -> tuple[str, str]:
 # Promises: the exact bytes of one POST, and the strict reading of its answer. Values in, values
 # out; the sockets are the caller's. HTTP/1.1 by RFC 9112; redirects are never followed, nothing is
 # decoded.
+#
+# A delivery that is due (_Picked) and the way to write for its endpoint (_Wire) make the bytes of
+# an attempt; the bytes that come back go into an _Answer; _judge makes an _Outcome of that, or
+# _failure of an exception.
 
-_BODIES = ("standard", "data", "cloudevents")
+_BODIES = ("standard", "data", "cloudevents")  # bodies that are no transforms
 _TYPE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)  # a second has many events
 def _iso_second(second: int) -> str:
+    """Return a whole second of _iso, which is the dear part of it."""
     return datetime.datetime.fromtimestamp(second, datetime.timezone.utc).strftime(
         "%Y-%m-%dT%H:%M:%S"
     )
 
 
 def _iso(at: float) -> str:
+    """Return UTC seconds as 2026-01-01T00:00:00.000Z (RFC 3339), cut to milliseconds."""
     second, milli = divmod(int(at * 1000), 1000)
     return f"{_iso_second(second)}.{milli:03d}Z"
 
 
 def _dumps(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """Return JSON without white space; NaN and Infinity, which JSON has not, raise ValueError."""
     return json.dumps(
         value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=default
     )
 
 
 class _Picked(NamedTuple):
-    """A delivery that is due, with its event, as storage reads it."""
+    """A delivery that is due, with its event, as storage reads it.
 
-    event: int
+    It is read ahead, so the file may have changed since: what comes of it is recorded by triggers
+    that look at the file again.
+    """
+
+    event: int  # its key, webhook_events.seq
     due_at: float
-    attempts: int
-    first_attempt_at: float | None
-    queue: str | None
+    attempts: int  # before this one
+    first_attempt_at: float | None  # None: there was none yet
+    queue: str | None  # None: it may overtake and be overtaken
     type: str | None  # None: the event's row is missing
     data: str | None  # None: it is large, and read when the attempt starts
     valid: int | None  # 1: data is JSON
     key: str | None
-    headers: str | None
+    headers: str | None  # JSON object; plain SQL may have written it
     created_at: float
     tenant: str | None
-    expires_at: float | None = None
+    expires_at: float | None = None  # None: never, or somebody has replayed or resent it
 
     @property
     def id(self) -> str:
         return _event_id(self.event)
 
     def check(self) -> None:
-        """Raise what makes the event's row useless."""
+        """Raise _Unready where the event's row is useless; it may have been damaged, or deleted by
+        hand. emit and the triggers let none of this in."""
         if self.type is None:
             raise _Unready("the event's row is missing")
         if self.valid != 1:
@@ -2672,16 +2793,20 @@ class _Picked(NamedTuple):
 
 
 def _standard_body(picked: _Picked, sees_all: bool) -> bytes:
-    """Return the Standard Webhooks envelope. A pure function of the stored row, for ever: retries
-    must be equal. sees_all: for an endpoint of tenant '*', which has to be told whose event it
-    is."""
+    """Return the envelope of Standard Webhooks (Payload structure).
+
+    A pure function of the stored row, and for ever the same: each attempt must send the same bytes,
+    also after an upgrade of this file. data stands in it as it was stored, never parsed again.
+    sees_all: for an endpoint of tenant '*', which has to be told whose event it is.
+    """
     whose = f'"tenant":"{picked.tenant}",' if sees_all and picked.tenant else ""
     stamp = _iso(picked.created_at)
     return f'{{"type":"{picked.type}","timestamp":"{stamp}",{whose}"data":{picked.data}}}'.encode()
 
 
 def _cloudevents_body(picked: _Picked, source: str, sees_all: bool) -> bytes:
-    """Return CloudEvents 1.0 in structured mode."""
+    """Return a CloudEvent 1.0 in JSON (structured mode); sees_all adds the extension attribute
+    tenant. source: its id is unique together with that, which must not be empty."""
     context = {
         "specversion": "1.0",
         "id": picked.id,
@@ -2712,11 +2837,13 @@ def _discord_body(event: Event) -> bytes:
     return _dumps({"content": text, "allowed_mentions": {"parse": []}}).encode()
 
 
+# Those that are built in; the host's own with the same name win.
 _TRANSFORMS: dict[str, Callable[[Event], Any]] = {"slack": _slack_body, "discord": _discord_body}
 
 
 def _resolve_value(value: str) -> str:
-    """Return a secret or header value, read from the environment or a file where it says so."""
+    """Return a secret or header value, read from the environment (env:NAME) or a file (file:PATH)
+    where it says so. Raises _Unready, which names the source and never what it holds."""
     kind, _, name = value.partition(":")
     found = value
     if kind == "env":
@@ -2743,8 +2870,11 @@ class _MasterKey:
 
     A secret is HMAC-SHA256 of the key over the outbox's identity, the endpoint's id and a number.
     The file holds `master:NUMBER`, and a check value of the key; who loads an endpoint completes it
-    to `master:NUMBER:IDENTITY:CHECK`. The key is read when it is first needed and kept, unless it
-    turns out to be a wrong one: then it is read again each time, so that mending a file is enough.
+    to `master:NUMBER:IDENTITY:CHECK`. The check value tells a wrong key before it signs anything.
+
+    The key is read when it is first needed and kept, unless it turns out to be a wrong one: then it
+    is read again each time, so that mending a file is enough. Threads share it without a lock: they
+    would read the same key.
     """
 
     __slots__ = ("_key", "source")
@@ -2763,7 +2893,7 @@ class _MasterKey:
 
     @property
     def slow(self) -> bool:
-        """True where the next look reads a file."""
+        """True where the next look reads a file, which the loop must leave to a thread."""
         return self._key is None and (self.source or "").startswith("file:")
 
     def _sign(self, text: str) -> bytes:
@@ -2788,7 +2918,8 @@ class _MasterKey:
         return self._sign("check").hex()[:16]
 
     def secret(self, derived: str, endpoint_id: str) -> str:
-        """Return a derived secret of an endpoint."""
+        """Return the secret that `derived`, completed as above, stands for at an endpoint; raise
+        _NoMasterKey where the key is not here or is another one."""
         number, identity, check = derived.removeprefix(_DERIVED).split(":")
         if self.check() != check:
             self._key = None
@@ -2799,21 +2930,25 @@ class _MasterKey:
         return "whsec_" + base64.b64encode(made).decode("ascii")
 
 
+# Headers that belong to the connection (RFC 9110, 7.6.1), to the body, or to the signature.
 _RESERVED_HEADER = re.compile(
-    r"(connection|keep-alive|te|trailer|transfer-encoding|upgrade|expect|host|accept-encoding|user-agent"
-    r"|stripe-signature|x-hub-signature-256|x-github-(event|delivery)|proxy-.*|content-.*|webhook-.*)",
+    r"(connection|keep-alive|te|trailer|transfer-encoding|upgrade|expect|host|accept-encoding"
+    r"|user-agent|stripe-signature|x-hub-signature-256|x-github-(event|delivery)"
+    r"|proxy-.*|content-.*|webhook-.*)",
     re.IGNORECASE,
 )
-
-
 _MOST_HEADERS = 16_384  # characters of custom headers in all; receivers refuse more
+# Printable Latin-1 on one line, at most 8,192 characters, no space at its ends (RFC 9110, 5.5).
 _HEADER_VALUE = re.compile(
     r"[!-~\xa1-\xac\xae-\xff]([ -~\xa1-\xac\xae-\xff]{0,8190}[!-~\xa1-\xac\xae-\xff])?"
 )
 
 
 def _checked_headers(headers: Any) -> dict[str, str]:
-    """Return custom headers as a dict; raise PayloadError, which never quotes a value."""
+    """Return custom headers as a dict; raise PayloadError, which never quotes a value.
+
+    It may be a credential. None is no header. A name may stand there once, whatever its case.
+    """
     if headers is None:
         return {}
     if not isinstance(headers, Mapping):
@@ -2841,8 +2976,12 @@ def _checked_headers(headers: Any) -> dict[str, str]:
 
 
 def _clean(what: str, value: str) -> str:
-    """Return what came from outside the file as part of a header. A line break would start a header
-    of its own, and there is no agreed way to write letters beyond ASCII."""
+    """Return text for a header that came from outside the file: from a variable of the environment,
+    or a transform's content type.
+
+    A line break would start a header of its own, and there is no agreed way to write letters beyond
+    ASCII. Raises _Unready with `what` in its text, and not the value.
+    """
     if not (value.isascii() and value.isprintable()):
         raise _Unready(f"{what} must be one line of printable ASCII")
     return value
@@ -2859,12 +2998,17 @@ def _stored_headers(text: str | None) -> dict[str, str]:
         raise _Unready("the event's headers are not usable") from None
 
 
-_Secrets = list[tuple[str, float | None]]  # (secret, valid until), current first
+_Secrets = list[tuple[str, float | None]]  # (secret, valid until or None for always), current first
 _LEAST_HIDDEN = 6  # characters; shorter ones would blacken words that mean nothing
 
 
 def _hidden_of(target: _Target, secrets: _Secrets, login: Mapping[str, str]) -> list[str]:
-    """Return what of an endpoint's URL and secrets an echo must not carry into the tables."""
+    """Return what of an endpoint's URL and secrets an echo must not carry into the tables.
+
+    Receivers send back what they got, in error pages say, and people read that in listings. The
+    query, each of its parts and each value count, as they were written and decoded; so do the
+    secrets and the login at the proxy.
+    """
     query = target.path.partition("?")[2]  # as it goes over the wire, percent-encoded
     hidden = (
         [query, *query.split("&"), *(part.rpartition("=")[2] for part in query.split("&"))]
@@ -2878,39 +3022,51 @@ def _hidden_of(target: _Target, secrets: _Secrets, login: Mapping[str, str]) -> 
 
 
 def _reads_files(secrets: _Secrets, master: _MasterKey) -> bool:
-    """Say whether to get at secrets may read a file, which is nothing for the loop."""
+    """Say whether getting at the secrets may read a file. That may block, so the loop hands such
+    requests to a thread."""
     return any(
         s.startswith("file:") or (master.slow and s.startswith(_DERIVED)) for s, _ in secrets
     )
 
 
 def _is_plain(secrets: _Secrets) -> bool:
-    """Say whether an endpoint has one secret, that stands in its row: most have."""
+    """Say whether an endpoint has one secret, which stands in its row and is valid for ever. Most
+    endpoints are so, and need no look at each attempt."""
     return len(secrets) == 1 and secrets[0][1] is None and secrets[0][0].startswith("whsec_")
 
 
 @dataclasses.dataclass(slots=True)
 class _Wire:
-    """How requests for one endpoint are written; made once for each version of its row."""
+    """How requests for one endpoint are written; made once for each version of its row.
+
+    An attempt keeps the wire that it began with, so what is signed and where it goes belong
+    together, also where the endpoint is changed meanwhile. The loop builds requests with it, or,
+    where it is slow, a thread does. What changes in it is `origin`, which only the loop touches,
+    and `derived`, which remembers values that never change.
+    """
 
     endpoint: Endpoint
     secrets: _Secrets
-    origin_key: _OriginKey
+    origin_key: _OriginKey  # for a sender ("call", its name), and no connection belongs to it
     start: bytes  # request line and the headers that never change
-    schemes: tuple[str, ...]
-    transform: Callable[[Event], Any] | None
-    source: str
+    schemes: tuple[str, ...]  # of _SCHEMES: each signs
+    transform: Callable[[Event], Any] | None  # None: the body is one of _BODIES
+    source: str  # of a CloudEvent
     hidden: list[str]  # of the URL and the secrets: what an echo must not carry into the tables
     slow: bool  # building a request may block or run the host's code: the loop hands it to a thread
     call: Callable[[Event], Any] | None = None  # the sender that is called instead of a request
     origin: _Origin | None = None  # kept here by who sends, so that it is looked up once
-    master: _MasterKey | None = None
+    master: _MasterKey | None = None  # None: a sender, which signs nothing
     derived: dict[str, str] = dataclasses.field(default_factory=dict)  # secrets made of it so far
-    only: list[str] | None = None  # the secret that signs, where that is so at any time
+    only: list[str] | None = None  # the one secret that always signs; None: keys() looks each time
 
     @classmethod
     def make(cls, endpoint: Endpoint, secrets: _Secrets, settings: _Settings) -> _Wire:
-        """Return the wire of an endpoint; raise what makes it unusable."""
+        """Return the wire of an endpoint; raise UnsafeURL or _Unready where it is unusable.
+
+        A row may be unusable though it was checked when it was written: plain SQL wrote it, or this
+        process has other transforms, senders or allow_networks than the one that registered it.
+        """
         if endpoint.url.startswith(_CALL):
             return cls._of_sender(endpoint, secrets, settings)
         target = _prepare_url(endpoint.url, settings.guard)
@@ -2959,7 +3115,11 @@ class _Wire:
         return cls(endpoint, secrets, origin_key, b"", (), None, "", hidden, slow=True, call=call)
 
     def deliver(self, picked: _Picked) -> None:
-        """Have the sender deliver an event: to return is success."""
+        """Have the sender deliver an event: to return is success, to raise is _SenderFailed.
+
+        It is the host's own code, and runs in a thread of the drain: whatever it raises ends this
+        attempt and nothing else, and it may take as long as it likes.
+        """
         picked.check()
         event = picked.as_event()
         try:
@@ -2977,7 +3137,8 @@ class _Wire:
             )
 
     def body(self, picked: _Picked) -> tuple[bytes, str]:
-        """Return the body bytes and their content type."""
+        """Return the body bytes and their content type; raise what the transform raises, or
+        _Unready where it returns something else than bytes, or (bytes, content type)."""
         sees_all = self.endpoint.tenant == "*"
         if self.transform is not None:
             made = self.transform(picked.as_event())
@@ -2986,7 +3147,8 @@ class _Wire:
             )
             if not isinstance(body, bytes) or not isinstance(content_type, str):
                 raise _Unready(
-                    f"the transform {self.endpoint.body!r} must return bytes, or (bytes, content type)"
+                    f"the transform {self.endpoint.body!r} must return bytes,"
+                    " or (bytes, content type)"
                 )
             return body, _clean(
                 f"the content type of transform {self.endpoint.body!r}", content_type
@@ -2998,7 +3160,8 @@ class _Wire:
         return _standard_body(picked, sees_all), "application/json"
 
     def keys(self, now: float) -> list[str]:
-        """Return the secrets that sign now, current first."""
+        """Return the secrets that sign now (UTC seconds), current first, ten at the most; raise
+        _Unready where there is none. An old one signs until its grace is over."""
         if self.only is not None:
             return self.only
         valid = [s for s, until in self.secrets if until is None or until > now]
@@ -3008,7 +3171,7 @@ class _Wire:
         return valid
 
     def _resolved(self, secret: str) -> str:
-        """Return a secret that is not in the file."""
+        """Return a secret that is not in the file: from the environment, a file, or derived."""
         if not secret.startswith(_DERIVED) or self.master is None:
             return _resolve_value(secret)
         if secret not in self.derived:
@@ -3016,8 +3179,8 @@ class _Wire:
         return self.derived[secret]
 
     def own_headers(self) -> dict[str, str]:
-        """Return the endpoint's headers; only these may name the environment, an event's may
-        not."""
+        """Return the endpoint's headers, with what env:NAME stands for. An event's headers may not
+        name the environment: whoever emits could send out any variable."""
         return {
             name: _clean(f"the value of header {name} ({value})", _resolve_value(value))
             if value.startswith("env:")
@@ -3036,8 +3199,12 @@ class _Wire:
         return list({**own, **of_event}.items())
 
     def request(self, picked: _Picked, now: float) -> tuple[bytes, list[str]]:
-        """Return the bytes of one attempt, and what must not be stored if the receiver echoes
-        it."""
+        """Return the bytes of one attempt, and what must not be stored if the receiver echoes it.
+
+        now: UTC seconds, which are signed. The body is the same at each attempt, the timestamp and
+        so the signature are not (Standard Webhooks, Webhook metadata). Raises what _explain knows,
+        and what a transform raises.
+        """
         picked.check()
         id = picked.id
         body, content_type = self.body(picked)
@@ -3069,7 +3236,9 @@ def _redacted(text: str, hidden: Iterable[str]) -> str:
     them. Not a guarantee against other encodings, or against a part of a secret.
 
     Each value costs a search through the text, and a URL may hold three hundred. Where there are
-    more than can be searched for, nothing of the text is shown.
+    more than can be searched for, nothing of the text is shown. The loop calls this for each
+    answer, so what cannot be in the text is ruled out first: values that are longer than it, and
+    values of which a run of letters or digits is missing.
     """
     if len(text) < _LEAST_HIDDEN:
         return text
@@ -3096,9 +3265,12 @@ def _redacted(text: str, hidden: Iterable[str]) -> str:
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?\r?\n")
 _HEAD_END = re.compile(rb"\n\r?\n")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
+# The headers of a head and the empty line behind them. Where they are something else, the answer
+# still counts, but what comes next on this connection may not be what it seems.
 _WELL_FORMED = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?\n)*\r?\n")
 _OURS = re.compile(
-    rb"^(content-length|transfer-encoding|connection|retry-after|location|webhook-delivery):[ \t]*([^\r\n]*)",
+    rb"^(content-length|transfer-encoding|connection|retry-after|location|webhook-delivery)"
+    rb":[ \t]*([^\r\n]*)",
     re.I | re.M,
 )
 
@@ -3107,8 +3279,17 @@ _OURS = re.compile(
 def _read_fields(
     block: bytes, keep: bool, bodiless: bool
 ) -> tuple[Mapping[bytes, list[bytes]], bool, str, int]:
-    """Return the headers that matter of a head (to be read only), whether the connection may be
-    used again, and the body's framing and length. keep: HTTP/1.1."""
+    """Return what a head says: the headers that matter (to be read only: they are remembered),
+    whether the connection may be used again, the body's framing and its length.
+
+    block: the bytes behind the status line. keep: HTTP/1.1, whose connections stay open unless it
+    says close. bodiless: the status allows no body. The framing by RFC 9112, 6.3, in this order:
+
+        no body allowed               "length", 0 bytes
+        a transfer coding             "chunked" where it is that alone and there is no length
+        one length, or equal ones     "length"
+        anything else                 "close": the body ends with the connection
+    """
     headers: dict[bytes, list[bytes]] = {}
     for name, value in _OURS.findall(block):
         headers.setdefault(name.lower(), []).append(value.rstrip(b" \t"))
@@ -3132,10 +3313,17 @@ def _read_fields(
 class _Answer:
     """Reads one answer, byte by byte if need be, at a bounded cost.
 
-    feed() returns True when the outcome is known. `status` is None until the head of a final answer
-    has come whole; interim ones (1xx) are dropped. `reusable`: the connection may carry another
-    request; anything odd (no framing, two lengths, a bad chunk, bytes after the end, a body beyond
-    what is read) makes it False, and the outcome is then what a valid status says.
+    Whoever has the socket calls feed() with what came, until that returns True: then the outcome is
+    known. `status` is None until the head of a final answer has come whole; interim ones (1xx) are
+    dropped. `reusable`: the connection may carry another request. Anything odd (no framing, two
+    lengths, a bad chunk, bytes after the end, a body beyond what is read) makes it False, and the
+    outcome is then what a valid status says.
+
+        _framing   what comes next                          the outcome is known
+        ""         the head                                 when it is no HTTP/1.1, or too large
+        length     _left bytes of the body                  when they have come
+        chunked    _left bytes of a chunk; -1: a size line  when a chunk of size 0 has come
+        close      a body to the end of the connection      at once, where the status is a success
 
     room is what may still be read. All that arrives counts, heads, framing and interim answers too,
     and each read and each chunk counts as 64 bytes more. So a receiver that sends single bytes gets
@@ -3157,18 +3345,20 @@ class _Answer:
     _BODY = 2 * _KEPT_RESPONSE  # bytes that are kept here: see _kept
 
     def __init__(self) -> None:
-        self.buffer = bytearray()
-        self.body = bytearray()
+        self.buffer = bytearray()  # what came and was not understood yet
+        self.body = bytearray()  # the beginning of it; what is beyond _BODY is dropped
         self.status: int | None = None
-        self.headers: Mapping[bytes, list[bytes]] = {}
-        self.error = ""
+        self.headers: Mapping[bytes, list[bytes]] = {}  # those that matter, in lower case
+        self.error = ""  # why no outcome can be read: then status is None
         self.reusable = True
         self.room = _READ_RESPONSE
-        self._framing = ""  # "", then length, chunked or close
-        self._left = 0  # bytes of this body or chunk that are to come; -1: a chunk size is next
-        self._at = 0  # what was searched already
+        self._framing = ""
+        # Bytes of this body or chunk that are to come; before that, bytes of interim answers.
+        self._left = 0
+        self._at = 0  # how far the head was searched: no byte is looked at twice
 
     def feed(self, data: bytes) -> bool:
+        """Take what one read brought; say whether the outcome is known, an error being one too."""
         self.room -= len(data) + _READ_COST
         self.buffer += data
         if not self._framing and not self._read_head():
@@ -3187,12 +3377,14 @@ class _Answer:
         return bool(self.buffer) or self.status is not None or self._left > 0
 
     def cut(self) -> _Answer:
-        """There is no time left for the rest of the body; what the status says holds."""
+        """Do without the rest of the body, for which there is no time left; what the status says
+        holds."""
         self.reusable = False
         return self
 
     def end(self) -> None:
-        """The receiver closed the connection."""
+        """Take note that the receiver closed the connection. With a status that was read, this is
+        the end of the body, or the body is cut; without one it is an error."""
         self.reusable = False
         if self.status is None and not self.error:
             self.error = "the connection was closed before an answer" + (
@@ -3200,15 +3392,18 @@ class _Answer:
             )
 
     def _spent(self) -> bool:
+        """Take note that there is no room left: what the status says holds, if there is one."""
         if self.status is None and not self.error:
             self._fail("the answer came in too many pieces")
         return self._odd()
 
     def _fail(self, error: str) -> bool:
+        """Take note that this is no answer; return False, as there is no head to go on with."""
         self.status, self.error, self.reusable = None, error, False
         return False
 
     def _odd(self) -> bool:
+        """Give the connection up; return True, as the status decides."""
         self.reusable = False
         return True
 
@@ -3242,8 +3437,9 @@ class _Answer:
         return True
 
     def _await_head(self) -> bool:
-        """The head is not whole yet. What came is looked at once: a status line when its end has
-        come, before that only its first seven bytes."""
+        """Return False, as the head is not whole yet; take note of an error where it cannot become
+        one. What came is looked at once: a status line when its end has come, before that only its
+        first seven bytes."""
         if self.buffer.find(b"\n", self._at) >= 0:
             sound = _STATUS_LINE.match(self.buffer) is not None
         else:
@@ -3254,8 +3450,9 @@ class _Answer:
         return self._fail("the answer's head is too large") if self._at > _READ_HEAD else False
 
     def _read_body(self) -> bool:
+        """Take what came of the body; say whether the outcome is known."""
         if self._framing == "close":
-            # It goes to the end of the connection; a success needs no waiting for that.
+            # A success needs no waiting for the end; of a failure people want to read the text.
             self.reusable = False
             self._take(len(self.buffer))
             return 200 <= (self.status or 0) < 300
@@ -3267,11 +3464,14 @@ class _Answer:
         return self._odd() if self.buffer else True
 
     def _take(self, count: int) -> int:
+        """Move bytes from the buffer to the body, which keeps only its beginning."""
         self.body += self.buffer[: min(count, self._BODY - len(self.body))]
         del self.buffer[:count]
         return count
 
     def _read_chunks(self) -> bool:
+        """Read chunks as far as they have come (RFC 9112, 7.1); say whether the outcome is known:
+        with the last chunk, with one that is malformed, or when the room is spent."""
         while self.room > 0:
             if self._left == -1:
                 size = _CHUNK.match(self.buffer)
@@ -3293,6 +3493,7 @@ class _Answer:
         return self._odd()
 
     def _read_trailer(self, start: int) -> bool:
+        """Read what follows the last chunk, whose size line ends at `start`: an empty line."""
         self._left = -1  # the size line is still there: come back when more has arrived
         end = re.match(rb"\r?\n", memoryview(self.buffer)[start:])
         if end is not None:
@@ -3305,17 +3506,19 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class _Outcome(NamedTuple):
-    """What one attempt came to."""
+    """What one attempt came to. What that means for the delivery is _verdict's to say."""
 
-    status_code: int | None = None
-    reason: str | None = None  # None: delivered
-    error: str | None = None
-    response: str | None = None
+    status_code: int | None = None  # None: no answer
+    reason: str | None = None  # None: success; else one of _REASONS
+    error: str | None = None  # one line for people; None: success
+    response: str | None = None  # what is kept of the answer's body; None: nothing
     hint: float | None = None  # seconds of Retry-After on 429 and 503
-    disable: bool = False
+    disable: bool = False  # the receiver wants nothing more: 410, or webhook-delivery: disable
 
     @property
     def overloaded(self) -> bool:
+        """Say whether it means that the receiver has too much to do (Standard Webhooks, Delivery
+        success and failure)."""
         return self.reason == "timeout" or self.status_code in (429, 502, 504)
 
 
@@ -3355,7 +3558,12 @@ def _kept(body: bytearray, most: int, hidden: Iterable[str]) -> str | None:
 
 
 def _judge(answer: _Answer, hidden: Iterable[str], now: float) -> _Outcome:
-    """Return the outcome that a read answer means."""
+    """Return the outcome that a read answer means; now: UTC seconds, for a Retry-After date.
+
+    In this order: no answer that can be read; a success, 200 to 299; a failure with its status,
+    where 3xx names its Location, 410 and webhook-delivery say that it is final, and 429 and 503
+    may say when to come again.
+    """
     if answer.status is None:
         return _Outcome(reason="protocol", error=answer.error)
     status, header = answer.status, answer.headers
@@ -3379,6 +3587,7 @@ def _judge(answer: _Answer, hidden: Iterable[str], now: float) -> _Outcome:
 
 
 def _failure(error: BaseException, hidden: Iterable[str] = ()) -> _Outcome:
+    """Return the outcome of an attempt that ended with an exception."""
     reason, text = _explain(error)
     return _Outcome(reason=reason, error=_redacted(text, hidden))
 
@@ -3394,11 +3603,13 @@ def _result(
 
 # ── catalogue ─────────────────────────────────────────────────────────────────────────────────────
 # Promises: says which event types there are, where the host named them, and prints them. Values in,
-# values out. Data is never validated: an example is what a receiver may expect, not a schema.
+# values out. Data is never validated: an example is what a receiver may expect, not a schema. Plain
+# SQL does not know the catalogue.
 
 
 def _covers(pattern: str, type: str) -> bool:
-    """Say whether a pattern matches a type; GLOB in the trigger says the same."""
+    """Say whether a pattern matches a type of the catalogue. Of the events that are emitted the
+    GLOB in the schema says the same."""
     if pattern == "*":
         return not type.startswith("webhook.")
     return type == pattern or (pattern.endswith(".*") and type.startswith(pattern[:-1]))
@@ -3424,11 +3635,16 @@ def _checked_event_type(name: Any, given: Any) -> EventType:
 
 
 class _Catalogue:
-    """The event types that the host named. Where it named none, every type and pattern is good."""
+    """The event types that the host named. Where it named none, every type and pattern is good.
+
+    types is None then, and no empty mapping: that would refuse every type.
+    """
 
     __slots__ = ("internal", "types")
 
     def __init__(self, given: Any) -> None:
+        """Take what Outbox(event_types=) got: None, names, or a mapping of names to EventType.
+        Raises PayloadError."""
         self.types: dict[str, EventType] | None = None
         self.internal: frozenset[str] = frozenset()  # types that are not for customers
         if given is None:
@@ -3443,17 +3659,18 @@ class _Catalogue:
         self.internal = frozenset(name for name, of in self.types.items() if of.internal)
 
     def public(self) -> _Catalogue:
-        """Return the catalogue as customers see it."""
+        """Return the catalogue as customers see it: without internal types."""
         seen = _Catalogue(None)
         if self.types is not None:
             seen.types = {name: of for name, of in self.types.items() if not of.internal}
         return seen
 
     def check(self, type: str) -> None:
-        """Refuse a type that is not in the catalogue; the outbox's own ones need not be."""
+        """Raise PayloadError for a type that is not in the catalogue, and name the nearest. The
+        outbox's own types (webhook.*) need not be in it."""
         if self.types is None or type in self.types or type.startswith("webhook."):
             return
-        import difflib
+        import difflib  # only for people who mistyped
 
         near = difflib.get_close_matches(type, self.types, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else "`types` lists those there are"
@@ -3462,7 +3679,8 @@ class _Catalogue:
         )
 
     def check_patterns(self, patterns: Iterable[str]) -> None:
-        """Refuse a pattern that matches no type there is: nothing would ever come."""
+        """Raise PayloadError for a pattern that matches no type there is: nothing would ever
+        come."""
         for pattern in patterns:
             if self.types is None or pattern.startswith("webhook."):
                 continue
@@ -3494,7 +3712,7 @@ _OPENAPI_HEADERS = {
 
 def _openapi_of(name: str, of: EventType) -> dict[str, Any]:
     """Return what OpenAPI 3.1 calls a Path Item Object: the request that a receiver of this type
-    gets."""
+    gets. It describes the body `standard` only."""
     envelope = {
         "type": "object",
         "required": ["type", "timestamp", "data"],

@@ -12441,9 +12441,9 @@ def test_an_endpoint_stands_in_one_round_once():
 
 
 SCHEDULED = [  # what is set; where the lane waits, by clocks at 10.0
-    ({}, 0.0, ("line 1",)),
-    ({"proven_until": 11.0}, 0.0, ("line 0",)),
-    ({"health": webhook_outbox._Health(1, 0.0)}, 10.0, ("line 2",)),
+    ({}, 0.0, ("round 1",)),
+    ({"proven_until": 11.0}, 0.0, ("round 0",)),
+    ({"health": webhook_outbox._Health(1, 0.0)}, 10.0, ("round 2",)),
     ({}, 30.0, ("due", 30.0)),
     ({}, math.inf, ()),
     ({"health": webhook_outbox._Health(1, 0.0, 40.0)}, 0.0, ("due", 40.0)),
@@ -14406,14 +14406,14 @@ FINISHED = [  # mode, what there is; whether the run is over
     *(("forever", {}, False), ("once", {}, True), ("until_empty", {}, True)),
     *(("once", {"due": 50.0}, True), ("until_empty", {"due": 50.0}, False)),
     *(("once", {"due": -1.0}, False), ("once", {"slot": 1.0}, False)),
-    *(("once", {"line": 1}, False), ("once", {"freed": 1}, False), ("once", {"rows": 1}, False)),
+    *(("once", {"round": 1}, False), ("once", {"freed": 1}, False), ("once", {"rows": 1}, False)),
     *(
         ("once", {"state": 1}, False),
         ("once", {"attempt": 1}, False),
         ("once", {"stale": 1}, False),
     ),
     *(("once", {"looking": 1}, False), ("once", {"clock": 1}, False)),
-    *(("forever", {"stop": 60.0}, True), ("forever", {"stop": 60.0, "line": 1}, True)),
+    *(("forever", {"stop": 60.0}, True), ("forever", {"stop": 60.0, "round": 1}, True)),
     *(
         ("forever", {"stop": 60.0, "rows": 1}, False),
         ("forever", {"stop": 60.0, "attempt": 1}, False),
@@ -14435,7 +14435,7 @@ def test_a_run_is_over_when_nothing_is_left_that_it_has_to_wait_for(wal, mode, t
             schedule.due.set("a", clock.now + there["due"])
         if "slot" in there:
             schedule.slots.set("a", there["slot"])
-        if "line" in there:
+        if "round" in there:
             schedule.turns.join(lane, 1)
         if "freed" in there:
             drain.carrier.freed.append(lane)

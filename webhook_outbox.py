@@ -155,12 +155,16 @@ _log = logging.getLogger("webhook_outbox")
 
 
 def _utc() -> float:
-    """Return time.time(), by its name: a test of the host may have frozen it (freezegun)."""
+    """Return UTC seconds since 1970: the clock of an Outbox that was given none.
+
+    time.time is looked up at each call. freezegun puts its own function there while a test of the
+    host runs, and events and signatures have the frozen time then, as that test expects.
+    """
     return time.time()
 
 
-# Seconds that only grow. Tests of the host freeze time.time and time.monotonic (freezegun): a
-# deadline would never come then, so the kernel's clock is asked by the name that stays.
+# Seconds that only grow, for deadlines and pauses. freezegun replaces time.monotonic too, and with
+# a frozen one no deadline would ever come. It leaves clock_gettime alone, so that is asked.
 _monotonic = (
     functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
     if hasattr(time, "CLOCK_MONOTONIC")
@@ -323,7 +327,9 @@ _CHANCE = f"abs(random() % {1 << _CHANCE_BITS})"
 # by chance, with room for as many events again; at the end of 63 bits the next event would find no
 # key.
 _LAST_MILLISECOND = (1 << 42) - 1
-_LAST_SECOND = 1e12  # of an event: what the checks of the tables let through, with room
+# Likewise the latest time of an event: with the longest delay on it, the CHECKs of the tables below
+# still let it through.
+_LAST_SECOND = 1e12
 
 
 def _refuse(why: str, when: str) -> str:
@@ -347,9 +353,10 @@ _TOO_DEEP = f"""
          SELECT value, depth + 1 FROM level, json_each(part)
           WHERE type IN ('array', 'object') AND depth <= {_DEEPEST})
        SELECT 1 FROM level WHERE depth > {_DEEPEST}), 0)"""
-# What plain SQL inserts into webhook_emit is checked here, as emit checks it in Python. SQL does
-# not know the max_body of the host's Outbox, so the default holds; nor the catalogue. Headers may
-# hold 16 KiB; 20,000 leaves room for the JSON around them.
+# What plain SQL inserts into webhook_emit is checked here, as emit checks it in Python. SQL knows
+# nothing of the host's Outbox: the default of max_body holds, there is no catalogue, and the first
+# attempt comes at once, whatever the RetryPolicy says. Headers may hold 16 KiB; 20,000 leaves room
+# for the JSON around them.
 _EMIT_CHECKS = "".join(
     _refuse(why, when)
     for when, why in (
@@ -414,9 +421,9 @@ _EMIT_CHECKS = "".join(
     )
 )
 
-# The deliveries of a new event, NEW being its row of webhook_accept, to endpoints of one tenant:
-# {}. It stands twice in the trigger, for the event's tenant and for '*': an IN would build a table
-# for its two values.
+# The deliveries of a new event, NEW being its row of webhook_accept, to the endpoints of one
+# tenant, for whom {} stands. The trigger has this twice, for the event's own tenant and for '*': an
+# IN of both would build a table for two values.
 #
 # A new event is the newest of its queue. So it is the head where nothing else of that queue is
 # unfinished, or failed and held, and queued otherwise. This is decided here: a trigger that looked
@@ -440,7 +447,8 @@ _MATCH = """
      AND (filter IS NULL
           OR iif(NEW.matched IS NULL, RAISE(ABORT, 'webhook_emit: filters decide'),
                  instr(NEW.matched, ' ' || endpoint_id || ' ')))"""
-# The patterns with a filter that match an event's type: {} is NEW., or : for parameters so named.
+# The patterns with a filter that match an event's type. {0} is NEW. in a trigger, or : where type
+# and tenant are parameters.
 _FILTERED = """SELECT endpoint_id, filter FROM webhook_patterns
    WHERE tenant IN (coalesce({0}tenant, ''), '*') AND filter IS NOT NULL
      AND {0}type GLOB pattern AND (pattern <> '*' OR {0}type NOT GLOB 'webhook.*')"""
@@ -547,7 +555,7 @@ _FIRST_SCHEMA = (
   headers TEXT NOT NULL DEFAULT '{{}}',          -- JSON object
   body TEXT NOT NULL DEFAULT 'standard',
   signing TEXT NOT NULL DEFAULT 'standard',
-  secrets TEXT NOT NULL,                       -- JSON: [[secret, until or null], ...], newest first
+  secrets TEXT NOT NULL,                       -- JSON: [[secret, until/null], ...], current first
   rate REAL,                                   -- deliveries per second
   max_in_flight INTEGER NOT NULL DEFAULT 16,
   ordered INTEGER NOT NULL DEFAULT 0,
@@ -660,6 +668,8 @@ _FIRST_SCHEMA = (
     # Each endpoint is counted for itself: among the newest attempts of all, a busy one would hide
     # the others. Half a million attempts of one cost a few hundredths of a second.
     """CREATE INDEX webhook_attempts_endpoint ON webhook_attempts (endpoint_id, at, reason)""",
+    # Deliveries that were given up. Hosts read this table in their own SQL, so its columns are part
+    # of what we promise. AUTOINCREMENT: no id comes again, so pages can go by it.
     f"""CREATE TABLE webhook_failed (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
   event INTEGER NOT NULL,                      -- webhook_events.seq
@@ -870,9 +880,10 @@ END""",
 SELECT '' AS kind, event, endpoint_id, status, due_at, 0.0 AS at, 0.0 AS duration,
        NULL AS status_code, NULL AS reason, NULL AS error, NULL AS response
   FROM webhook_deliveries""",
-    # An attempt and what came of it. Nothing is recorded of a delivery that is gone by now.
-    # Of a delivery's attempts the first and the last answer are kept: else one endpoint that always
-    # fails with a long answer would fill the disk.
+    # An attempt and what came of it. Nothing is recorded of a delivery that is gone by now. Of a
+    # delivery's failures the first and the last answer are kept: else one endpoint that always
+    # fails with a long answer would fill the disk. Before the third attempt there is hardly any
+    # answer between those two, and `attempts > 2` spares the search for one.
     f"""CREATE TRIGGER webhook_record_outcome INSTEAD OF INSERT ON webhook_record
 WHEN NEW.kind = 'outcome' BEGIN
   INSERT INTO webhook_attempts
@@ -1257,7 +1268,8 @@ class Attempt:
     error: str | None  # one line about what went wrong; None on success, or once erased
     duration: float  # seconds
     # The start of the answer's body, at most 4 KiB, 512 bytes of a 2xx; not decoded but for UTF-8.
-    # None: there was none, or it is not kept: of a delivery the first and the last answer are.
+    # None: there was none, or it is not kept any more: of a delivery's failures the first and the
+    # last one's are.
     response: str | None
 
 
@@ -1442,7 +1454,7 @@ def sign(secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
     ValueError) otherwise. id: goes into webhook-id; it must hold no dot. timestamp: UTC seconds of
     this attempt. body: the exact bytes that are sent. Standard Webhooks, Signature scheme.
     """
-    _key(secret)  # also refuses what _halves cannot remember
+    _key(secret)  # refuses what is neither text nor bytes: _halves could not remember that
     return _signature("standard", secret, id, timestamp, body)
 
 
@@ -3616,7 +3628,8 @@ def _covers(pattern: str, type: str) -> bool:
 
 
 def _checked_event_type(name: Any, given: Any) -> EventType:
-    """Return one entry of the catalogue; raise PayloadError where it is none."""
+    """Return one entry of the catalogue; raise PayloadError where it is none, or could never be
+    emitted: a type of the outbox's own, an example that is no JSON."""
     if not isinstance(name, str) or len(name) > 256 or not _TYPE.fullmatch(name):
         raise PayloadError(
             f"event_types: {_one_line(str(name), 60)!r} is no type; write order.created"
@@ -3693,7 +3706,7 @@ class _Catalogue:
                 )
 
     def example(self, type: Any) -> Any:
-        """Return the example of a type; raise PayloadError where there is none."""
+        """Return the example of a type, for ping(type=); raise PayloadError where there is none."""
         if self.types is None:
             raise PayloadError("there are no examples to send: the outbox has no event_types")
         self.check(str(type))
@@ -3702,6 +3715,7 @@ class _Catalogue:
         return self.types[type].example
 
 
+# The three headers of Standard Webhooks (Webhook headers), as the document explains them.
 _OPENAPI_HEADERS = {
     "webhook-id": "The event's id, the same at each attempt: what was seen before is a duplicate.",
     "webhook-timestamp": "When this attempt was signed, in seconds since 1970.",
@@ -3745,7 +3759,8 @@ def _openapi_of(name: str, of: EventType) -> dict[str, Any]:
 
 
 def _openapi(catalogue: _Catalogue, title: str) -> dict[str, Any]:
-    """Return the types that customers may have as an OpenAPI 3.1 document with `webhooks`."""
+    """Return the types that customers may have as an OpenAPI 3.1 document with `webhooks`. Without
+    a catalogue there are none in it."""
     types = sorted((catalogue.public().types or {}).items())
     parameters = {
         name: {

@@ -12983,7 +12983,8 @@ def _input(name: str, label: str, value: str, kind: str = "text") -> _Html:
 #    Very old browsers send neither; then the second thing alone decides.
 # 2. The form repeats the random token of the browser's cookie. Another site can neither read the
 #    cookie nor the page with the form. Alone it would not be enough: other ports of localhost and
-#    sibling domains can set a cookie for our name, and know its token then.
+#    sibling domains can set a cookie of this name that the browser sends to us, and then they know
+#    the token.
 #
 # Any worker process can check both, for nothing is kept in memory. Rejected: a token signed with a
 # random key of the process, which the other workers do not have. The cookie is SameSite=Lax, not
@@ -12991,7 +12992,7 @@ def _input(name: str, label: str, value: str, kind: str = "text") -> _Html:
 # forms in open tabs would be void. A POST from another site carries neither kind.
 def _is_ours(environ: WSGIEnvironment, token: str, form: Mapping[str, str]) -> bool:
     """Say whether a form was sent by a page of ours; the two rules stand above. The tokens are
-    compared in constant time, so that its time tells nothing about the right one."""
+    compared in constant time: how long it takes tells nothing about the right one."""
     site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
     if site is None and origin is not None:
         site = (
@@ -13123,7 +13124,7 @@ def _site_app(name: str, open: Callable[[WSGIEnvironment, _Site], _Site]) -> WSG
 
 
 def _trouble(e: EndpointStats) -> int:
-    """Rank an endpoint, the worst first: pages, the portal and `status` sort by it.
+    """Rank an endpoint, the worst first: the dashboard, the portal and `status` sort by it.
 
     0: it fails, or is on hold. 1: something waits for a person: it has failed rows, or it is
     disabled and either holds deliveries or was disabled by the drain. 2: it is well; one that a
@@ -13274,8 +13275,8 @@ class _Dashboard(_Site):
         """Show the event of an id, or the events of a type, of a group (order.*), or whose type
         contains what was asked for; newest first, a page of them.
 
-        One more is read than is shown: where it is there, there is a next page. What can be no type
-        finds nothing and costs no query.
+        One more is read than is shown, to know whether there is a next page. What can be no type
+        finds nothing, and the file is not asked.
         """
         asked, after = self.query.get("q", "").strip(), self.query.get("after")
         if _event_seq(asked) is not None:
@@ -13433,11 +13434,12 @@ def dashboard_app(outbox: Outbox) -> WSGIApplication:
     the receiver's answer, an event's timeline; replay, discard, resend, cancel, ping, enable,
     disable.
 
-    Works under any SCRIPT_NAME, and keeps no state: any number of workers may serve it. It needs no
-    drain in its process. Other sites cannot make a visitor's browser act; what receivers
-    sent is escaped; secrets and header values are not shown, queries of URLs are masked. It asks
-    for no login: whoever reaches it sees the events' data, and can replay, discard and disable.
-    Mount it behind the login of your app, which also answers for the Host header.
+    It asks for no login: whoever reaches it sees the events' data, and can replay, discard and
+    disable. Mount it behind the login of your app, which also answers for the Host header.
+
+    It works under any SCRIPT_NAME and keeps no state, so any number of workers may serve it, with
+    or without a drain in their process. Other sites cannot make a visitor's browser act; what
+    receivers sent is escaped; secrets and header values are not shown, queries of URLs are masked.
     """
     return _site_app(
         "dashboard", lambda environ, site: _Dashboard(site.base, site.query, site.token, outbox)
@@ -13581,8 +13583,8 @@ class _PortalPages(_Site):
         )
 
     def row(self, e: EndpointStats, endpoint: Endpoint, now: float) -> tuple[object, ...]:
-        """Return an endpoint's row. Its URL is masked even here: customers show this page to
-        others, and share pictures of it."""
+        """Return an endpoint's row. Its URL is masked, as in every list, for it may hold a token;
+        the form that edits it alone has it whole."""
         about = (endpoint.description, endpoint.disabled_reason)
         return (
             _fill('<div class="row"><strong>{}</strong>{}</div><small>{}</small>',
@@ -14850,8 +14852,9 @@ class _Clients:
                 self._cut(sock)
 
     def _cut(self, sock: Any = None) -> None:
+        """Take a connection out and shut it down; None where the last one has just gone."""
         self.gone(sock)
-        with contextlib.suppress(OSError, AttributeError):  # it is gone already
+        with contextlib.suppress(OSError, AttributeError):  # closed already; None
             sock.shutdown(socket.SHUT_RDWR)
 
 
@@ -15546,7 +15549,7 @@ def _no_command(group: str, word: str) -> str:
 
 def _not_taken(options: Any, extra: Sequence[str]) -> str:
     """Say which argument a command does not take, and which one is meant. extra: what argparse had
-    no use for; of several, the first option is the likeliest mistake, for a value follows it."""
+    no use for, an unknown option and its value for one: then the option is named."""
     words = " ".join(filter(None, (options.command, getattr(options, "verb", None))))
     unknown = next((text for text in extra if text.startswith("-")), extra[0])
     if not unknown.startswith("-"):

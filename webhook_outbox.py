@@ -1013,11 +1013,12 @@ class TimestampError(SignatureError):
     """The signature's time is too far from now: a replay, or a clock that is wrong."""
 
 
+# These end an attempt, and _explain makes a reason of each. They are no OutboxErrors: the host
+# called nothing that failed.
+
+
 class _SenderFailed(Exception):
     """A sender of the host's raised; the text says what."""
-
-
-# The following end an attempt, never a call of the host's: _explain makes a reason of each.
 
 
 class _Unready(Exception):
@@ -1385,7 +1386,7 @@ class ReceivedEvent:
 # standard is Standard Webhooks 1.0 (standardwebhooks.com: Signature scheme, Webhook headers). While
 # a secret is rotated, the old one and the new one both sign, and the header holds both signatures.
 
-_MAX_SIGNATURES = 16  # of a request that verify looks at; each costs it a hash
+_MAX_SIGNATURES = 16  # of a request; verify compares each with what each secret gives
 _MAX_SECRETS = 10  # that sign one request: the newest ones
 
 
@@ -2744,7 +2745,7 @@ _TYPE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 @functools.lru_cache(maxsize=64)  # a second has many events
 def _iso_second(second: int) -> str:
-    """Return a whole second of _iso, which is the dear part of it."""
+    """Return a whole second of _iso, which is the expensive part of it."""
     return datetime.datetime.fromtimestamp(second, datetime.timezone.utc).strftime(
         "%Y-%m-%dT%H:%M:%S"
     )
@@ -3274,13 +3275,14 @@ def _redacted(text: str, hidden: Iterable[str]) -> str:
     return text
 
 
+# What an answer is made of (RFC 9112, 4 and 7.1). A bare line feed ends a line too (2.2).
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?\r?\n")
 _HEAD_END = re.compile(rb"\n\r?\n")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
 # The headers of a head and the empty line behind them. Where they are something else, the answer
 # still counts, but what comes next on this connection may not be what it seems.
 _WELL_FORMED = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?\n)*\r?\n")
-_OURS = re.compile(
+_OURS = re.compile(  # the headers that mean something to us
     rb"^(content-length|transfer-encoding|connection|retry-after|location|webhook-delivery)"
     rb":[ \t]*([^\r\n]*)",
     re.I | re.M,

@@ -2893,6 +2893,8 @@ class _MasterKey:
     __slots__ = ("_key", "source")
 
     def __init__(self, source: Any) -> None:
+        """Take what Outbox(master_key=) got: None, env:NAME or file:PATH. Raises PayloadError where
+        it is something else, or the key is too short; one that is not there yet is no error."""
         if source is not None and not (
             isinstance(source, str) and re.fullmatch(r"env:[A-Za-z_]\w*|file:[^\x00-\x1f]+", source)
         ):
@@ -3359,6 +3361,7 @@ class _Answer:
     _BODY = 2 * _KEPT_RESPONSE  # bytes that are kept here: see _kept
 
     def __init__(self) -> None:
+        """Begin before the first byte, for one attempt."""
         self.buffer = bytearray()  # what came and was not understood yet
         self.body = bytearray()  # the beginning of it; what is beyond _BODY is dropped
         self.status: int | None = None

@@ -59,6 +59,7 @@ from __future__ import annotations
 
 import atexit
 import base64
+import binascii
 import bisect
 import codecs
 import collections
@@ -1436,15 +1437,16 @@ def _halves(scheme: str, secret: str | bytes) -> tuple[Any, Any]:
 
 def _signature(scheme: str, secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
     """Return the signature of a body as the scheme's header carries it; see the table above."""
-    inner, outer = [half.copy() for half in _halves(scheme, secret)]
+    inner, outer = _halves(scheme, secret)
+    inner, outer = inner.copy(), outer.copy()
     if scheme == "standard":
-        inner.update(b"%b.%d." % (id.encode(), timestamp))
+        inner.update(f"{id}.{timestamp}.".encode())
     elif scheme == "stripe":
         inner.update(b"%d." % timestamp)
     inner.update(body)
     outer.update(inner.digest())
     if scheme == "standard":
-        return "v1," + base64.b64encode(outer.digest()).decode("ascii")
+        return "v1," + binascii.b2a_base64(outer.digest(), newline=False).decode("ascii")
     return f"{'v1' if scheme == 'stripe' else 'sha256'}={outer.hexdigest()}"
 
 
@@ -3230,7 +3232,7 @@ class _Wire:
             if self.endpoint.headers or picked.headers is not None
             else []
         )
-        extra = "".join([f"{name}: {value}\r\n" for name, value in custom + signed])
+        extra = "".join([f"{name}: {value}\r\n" for name, value in [*custom, *signed]])
         if "github" in self.schemes:  # its receivers want these two before they verify
             extra += f"X-GitHub-Event: {picked.type}\r\nX-GitHub-Delivery: {id}\r\n"
         head = (
@@ -3238,7 +3240,8 @@ class _Wire:
             f"webhook-id: {id}\r\nwebhook-timestamp: {int(now)}\r\n{extra}\r\n"
         )
         hidden = [*self.hidden, *valid, *[value for _, value in signed]]
-        hidden += [part for _, value in custom for part in (value, value.rpartition(" ")[2])]
+        if custom:
+            hidden += [part for _, value in custom for part in (value, value.rpartition(" ")[2])]
         return self.start + head.encode("latin-1") + body, hidden
 
 
@@ -3277,6 +3280,7 @@ def _redacted(text: str, hidden: Iterable[str]) -> str:
     return text
 
 
+_SUCCESS = range(200, 300)
 # What an answer is made of (RFC 9112, 4 and 7.1). A bare line feed ends a line too (2.2).
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?\r?\n")
 _HEAD_END = re.compile(rb"\n\r?\n")
@@ -3351,6 +3355,7 @@ class _Answer:
         "buffer",
         "error",
         "headers",
+        "outcome",
         "reusable",
         "room",
         "status",
@@ -3367,6 +3372,7 @@ class _Answer:
         self.status: int | None = None
         self.headers: Mapping[bytes, list[bytes]] = {}  # those that matter, in lower case
         self.error = ""  # why no outcome can be read: then status is None
+        self.outcome: _Outcome | None = None  # where no secret can be in it; else it is judged
         self.reusable = True
         self.room = _READ_RESPONSE
         self._framing = ""
@@ -3584,7 +3590,7 @@ def _judge(answer: _Answer, hidden: Iterable[str], now: float) -> _Outcome:
     if answer.status is None:
         return _Outcome(reason="protocol", error=answer.error)
     status, header = answer.status, answer.headers
-    success = 200 <= status < 300
+    success = status in _SUCCESS
     response = _kept(answer.body, _KEPT_SUCCESS if success else _KEPT_RESPONSE, hidden)
     order = header.get(b"webhook-delivery", [b""])[-1].lower()
     if success:
@@ -3603,6 +3609,23 @@ def _judge(answer: _Answer, hidden: Iterable[str], now: float) -> _Outcome:
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _read_whole(data: bytes) -> _Answer | None:
+    """Return the answer that bytes are, when they are exactly one, after which the connection may
+    carry another request; None otherwise: then they are to be fed to an answer of their own.
+
+    A receiver answers its events with the same bytes, for a second at least (the Date header), so
+    most answers were read before, and to find them here costs a tenth of reading them again. What
+    is returned is shared by all who ask: nobody may change it.
+    """
+    answer = _Answer()
+    if not answer.feed(data) or answer.status in (None, 408) or not answer.reusable:
+        return None
+    if answer.status in _SUCCESS and len(answer.body) < _LEAST_HIDDEN:
+        answer.outcome = _judge(answer, (), 0.0)
+    return answer
+
+
 def _failure(error: BaseException, hidden: Iterable[str] = ()) -> _Outcome:
     """Return the outcome of an attempt that ended with an exception."""
     reason, text = _explain(error)
@@ -3614,7 +3637,7 @@ def _result(
 ) -> _Outcome:
     """Return the outcome of an exchange that ended with an answer, or with an error."""
     if isinstance(end, _Answer):
-        return _judge(end, hidden, clock())
+        return end.outcome or _judge(end, hidden, clock())
     return _failure(end, hidden)
 
 
@@ -5943,13 +5966,17 @@ class _Watch:
     drain wake up. The loop's thread alone uses this; times are monotonic seconds.
     """
 
-    __slots__ = ("_inotify", "_last_nap", "_nap", "_poll_at", "_seen_at", "_version", "hints")
+    __slots__ = (
+        "_inotify", "_last_nap", "_nap", "_poll_at", "_polled_at", "_seen_at", "_version", "hints",
+    )  # fmt: skip
     # Seconds: what naps are doubled from, and the longest one after a commit, and after a hint.
     _FIRST_NAP, _LAST_NAP, _LAST_UNSEEN = 0.0001, 0.0064, 0.0512
+    _ENOUGH = 0.0003  # seconds: a poll so fresh is enough before attempts begin
 
     def __init__(self) -> None:
         self._version = -1  # what data_version was; -1: not asked yet
-        self._poll_at = 0.0  # monotonic
+        self._poll_at = 0.0  # monotonic: when it is time again
+        self._polled_at = -math.inf  # monotonic: the last poll
         self._seen_at = -math.inf  # monotonic: when a commit was seen, or hinted at
         self._nap = 0.0  # until the next poll after a hint; 0: no hint is fresh
         self._last_nap = self._LAST_NAP  # the longest of them
@@ -5992,15 +6019,22 @@ class _Watch:
             self._nap = max(self._nap, 0.0016)
             self._poll_at = min(self._poll_at, mono + self._nap)
 
+    def is_due(self, mono: float, early: bool = False) -> bool:
+        """Say whether it is time for a poll. early: attempts are about to begin, and what was
+        cancelled must not be among them. Then the next poll is not waited for, unless the last one
+        was 0.3 ms ago at most: polls would cost a tenth of attempts that begin one by one."""
+        return mono >= self._poll_at or (early and mono >= self._polled_at + self._ENOUGH)
+
     def poll(
-        self, db: sqlite3.Connection, mono: float, sending: bool, at_once: bool = False
+        self, db: sqlite3.Connection, mono: float, sending: bool, early: bool = False
     ) -> str | None:
         """Return who committed since the last poll: "host" for anybody else, "first" for the first
-        look at all, or None. sending: attempts are under way. at_once: look also where it is not
-        time for a poll; where nothing is seen then, the time of the next one stays."""
-        if mono < self._poll_at and not at_once:
+        look at all, or None, also where it is not time for a poll. sending: attempts are under way.
+        Where nothing is seen early, the time of the next poll stays."""
+        if not self.is_due(mono, early):
             return None
         (version,) = db.execute("PRAGMA data_version").fetchone()
+        self._polled_at = mono
         if version == self._version:
             if mono < self._poll_at:
                 return None
@@ -6748,7 +6782,7 @@ class _Lane:
             self.streak = 0
         if outcome.reason == "timeout":
             self.proven_until = 0.0
-        return self._news(now, mono)
+        return None if self.health is _WELL and not self.told else self._news(now, mono)
 
     def _news(self, now: float, mono: float) -> str | None:
         """Return failing or recovered, where that is to be told. An endpoint that answers and fails
@@ -6946,6 +6980,12 @@ class _Origin:
         receiver."""
         return None not in self.pressing.values() and self.open - self.hanging <= self._most(mono)
 
+    def first_waiting(self) -> _Attempt:
+        """Take the attempt that has waited longest."""
+        attempt = next(iter(self.waiting))
+        del self.waiting[attempt]
+        return attempt
+
     def unused(self) -> bool:
         return not (self.open or self.opening or self.waiting or any(self.parked))
 
@@ -6975,7 +7015,8 @@ class _Origin:
 
     def relax(self, attempt: _Attempt) -> None:
         """Forget that an attempt presses or hangs: it has ended, or is judged anew."""
-        self.pressing.pop(attempt, None)
+        if self.pressing:
+            self.pressing.pop(attempt, None)
         self.hanging -= attempt.hangs
         attempt.hangs = False
 
@@ -7211,7 +7252,9 @@ class _Exchanges:
     def begin(self, connection: _Connection, attempt: _Attempt, mono: float) -> None:
         """Have a connection carry an attempt; flush() sends it."""
         connection.attempt, attempt.connection, attempt.step = attempt, connection, "exchanging"
-        connection.answer, connection.ended, connection.since = _Answer(), False, mono
+        if connection.answer.room < _READ_RESPONSE:
+            connection.answer = _Answer()
+        connection.ended, connection.since = False, mono
         connection.out = memoryview(attempt.request or b"")
         self._unsent.append(connection)
         if len(self._unsent) >= _TOGETHER:
@@ -7297,14 +7340,13 @@ class _Exchanges:
         1. nothing came, and the answer may go on: wait for more
         2. the connection is idle: the receiver closed it, or speaks out of turn; it is shut
         3. nothing came, as TLS does it, once too often: the answer ends with what is there
-        4. the answer is complete, or useless; a 408 on a connection that was idle before means that
+        4. the answer came whole, and was read before: see _read_whole
+        5. the answer is complete, or useless; a 408 on a connection that was idle before means that
            the receiver had given up the connection, so the attempt is made again
-        5. the end of the connection, before any byte of an answer: made again, if it was idle
-           before
-        6. sending or reading failed, and no status was read: the attempt ends with that error
-        7. else the end of the connection: the answer ends with what is there
+        6. the connection is at its end, or broke: see _closed
         """
         attempt, answer, sock = connection.attempt, connection.answer, connection.sock
+        fresh = answer.room == _READ_RESPONSE
         try:
             data = sock.recv(min(answer.room, _READ_AT_ONCE))
         except (BlockingIOError, ssl.SSLWantReadError):
@@ -7322,10 +7364,22 @@ class _Exchanges:
         elif data is None:
             self._end(connection, attempt, answer)
         elif data:
-            if answer.feed(data):
+            if fresh and (whole := _read_whole(data)) is not None:
+                self._end(connection, attempt, whole)
+            elif answer.feed(data):
                 again = answer.status == 408 and self._may_try_again(connection)
                 self._end(connection, attempt, None if again else answer)
-        elif not answer.started() and self._may_try_again(connection):
+        else:
+            self._closed(connection, attempt, answer)
+
+    def _closed(self, connection: _Connection, attempt: _Attempt, answer: _Answer) -> None:
+        """The receiver closed the connection, or it broke.
+
+        1. before any byte of an answer, if the connection was idle before: the attempt is made again
+        2. sending or reading failed, and no status was read: the attempt ends with that error
+        3. else the answer ends with what is there
+        """
+        if not answer.started() and self._may_try_again(connection):
             self._end(connection, attempt, None)
         elif connection.failed is not None and answer.status is None:
             self._end(connection, attempt, connection.failed)
@@ -7813,11 +7867,10 @@ class _Carrier:
         origin = attempt.origin
         assert origin is not None
         attempt.step, attempt.connection = "waiting", None
-        origin.waiting[attempt] = None
         if origin.idle:
-            self._carry(self.exchanges.reuse(origin), mono, attempt)
-        else:
-            self._serve(origin, mono)
+            return self._carry(self.exchanges.reuse(origin), attempt, mono)
+        origin.waiting[attempt] = None
+        self._serve(origin, mono)
 
     def _serve(self, origin: _Origin, mono: float) -> None:
         """Give an origin's connections, and the right to open more, to those who wait there: first
@@ -7825,7 +7878,7 @@ class _Carrier:
         then, if there is still room, parked lanes go back to the loop. Called whenever there may be
         room: a connection was closed, kept or opened, an attempt ended."""
         while origin.idle and origin.waiting:
-            self._carry(self.exchanges.reuse(origin), mono)
+            self._carry(self.exchanges.reuse(origin), origin.first_waiting(), mono)
         for attempt in (
             [a for a in origin.waiting if not a.opening][:_OPENERS_EACH] if origin.waiting else ()
         ):
@@ -7844,12 +7897,8 @@ class _Carrier:
                 del parked[lane]
                 self.freed.append(lane)
 
-    def _carry(self, connection: _Connection, mono: float, attempt: _Attempt | None = None) -> None:
-        """Have a connection carry an attempt that waits at its origin: a certain one, or the one
-        that has waited the longest."""
-        origin = connection.origin
-        attempt = attempt or next(iter(origin.waiting))
-        del origin.waiting[attempt]
+    def _carry(self, connection: _Connection, attempt: _Attempt, mono: float) -> None:
+        """Have a connection carry an attempt, which waits nowhere any more."""
         self.exchanges.begin(connection, attempt, mono)
         attempt.look_at = min(attempt.deadline, mono + max(_CROWDED, 2 * attempt.lane.usual))
         self._look_at = min(self._look_at, attempt.look_at)
@@ -7882,7 +7931,8 @@ class _Carrier:
         """End an attempt, wherever it is; None: untried. All ends come here, once. The connection,
         if any, is the caller's to keep or shut."""
         if attempt.origin is not None:
-            attempt.origin.waiting.pop(attempt, None)
+            if attempt.step == "waiting":
+                attempt.origin.waiting.pop(attempt, None)
             attempt.origin.relax(attempt)
         attempt.step = "ended"
         attempt.lane.active -= 1
@@ -7993,9 +8043,10 @@ class _Carrier:
         else:
             connection = self.exchanges.add(result, origin)
             if waits and (attempt.resent or not self.stopping):
-                self._carry(connection, mono, attempt)
+                del origin.waiting[attempt]
+                self._carry(connection, attempt, mono)
             elif origin.waiting and not self.stopping:
-                self._carry(connection, mono)
+                self._carry(connection, origin.first_waiting(), mono)
             elif not self.stopping and (
                 any(origin.parked) or (origin.proven and origin.keeps(mono))
             ):
@@ -8328,7 +8379,7 @@ class _Places:
                 self._note(lane, mono)
                 if not start(lane):
                     return False
-                if rank == lane.round == 0 and lane.may_start(now, mono):  # to the end of its round
+                if rank == lane.round == 0:  # to the end of its round, where it is looked at again
                     round.move_to_end(lane)
                     continue
             turns.leave(lane)
@@ -8852,7 +8903,8 @@ class _Outcomes:
         )
         if status == "failed" and lane.enabled and (why := self._hopeless(lane, now)):
             lane.disable, lane.enabled = why, False
-        self._next_of_queue(lane, picked, status == "delivered", now)
+        if picked.queue is not None or lane.endpoint.ordered:
+            self._next_of_queue(lane, picked, status == "delivered", now)
         self._count(status, lane, picked, outcome, now)
         disabled = "disabled" if was_enabled and not lane.enabled else None
         told = self._settings.observer is not None or _log.isEnabledFor(logging.DEBUG)
@@ -8872,7 +8924,8 @@ class _Outcomes:
         self.counts.failed += 1
         self._ledger.count(lane.id, "given up")
         self._tell(["gave_up"], lane, picked, outcome, now)
-        self._next_of_queue(lane, picked, lane.endpoint.on_dead == "skip", now)
+        if picked.queue is not None or lane.endpoint.ordered:
+            self._next_of_queue(lane, picked, lane.endpoint.on_dead == "skip", now)
 
     def give_up_orphans(self, now: float) -> None:
         """Deliveries to an endpoint that does not exist go to the failed table, a pick at a time;
@@ -8904,9 +8957,8 @@ class _Outcomes:
         failure the file says who is next, once that is recorded (the same delivery again, or the
         one behind it); so it does where too much is unrecorded, or the next one cannot be read."""
         queue = picked.queue
-        if queue is None:
-            if lane.endpoint.ordered:  # it was not yet, when this delivery was read
-                self._ledger.queues[lane.id, picked.event] = ""
+        if queue is None:  # the endpoint was not ordered yet, when this delivery was read
+            self._ledger.queues[lane.id, picked.event] = ""
             return
         self._ledger.queues[lane.id, picked.event] = queue
         if at_once and lane.enabled and len(self._ledger.rows) < _UNRECORDED:
@@ -9261,7 +9313,7 @@ class _Drain:
             try:
                 self._wait()
                 mono, now = _monotonic(), self.settings.clock()
-                self._poll(at_once=True)  # so that no attempt of this turn was cancelled before it
+                self._poll(early=True)
                 self._take_ended(now, mono)
                 if self.carrier.shutdown and not self.stopping:
                     self.stop(10.0)
@@ -9359,12 +9411,14 @@ class _Drain:
             until = min(until, self.outcomes.record_at - mono)
         return max(0.0, until)
 
-    def _poll(self, at_once: bool = False) -> None:
-        """See whether somebody committed, if it is time for that; at_once: in any case. A commit of
-        the host's is noted for the budget."""
+    def _poll(self, early: bool = False) -> None:
+        """See whether somebody committed, if it is time for that; early: attempts are about to
+        begin. A commit of the host's is noted for the budget."""
         mono = _monotonic()
+        if not self.file.watch.is_due(mono, early):
+            return
         self.file.check()
-        who = self.file.watch.poll(self.file.db, mono, bool(self.carrier.attempts), at_once)
+        who = self.file.watch.poll(self.file.db, mono, bool(self.carrier.attempts), early)
         if who is not None:
             self.finder.news.stale = True
         if who == "host":
@@ -9393,7 +9447,8 @@ class _Drain:
             _log.error("deliveries of endpoint %s cannot be read (%s)", lane.id, error)
             return True
         if picked is not None:
-            lane.take_slot(_monotonic())
+            if lane.endpoint.rate:
+                lane.take_slot(_monotonic())
             self.carrier.begin(lane, picked, now)
             if self.carrier.done:  # it failed at once: to be learned before the next is tried
                 self._take_ended(now, _monotonic())

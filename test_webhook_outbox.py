@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import decimal
 import email
 import errno
 import fcntl
@@ -88,8 +89,13 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 import webhook_outbox
 from webhook_outbox import (
+    DrainReport,
+    Event,
+    EventType,
+    FailedDelivery,
     Inbox,
     NotFound,
+    Notice,
     NotInTransaction,
     Outbox,
     OutboxError,
@@ -558,6 +564,29 @@ def statuses(outbox: Outbox, event_id: str) -> dict[str, str]:
     return {d.endpoint_id: d.status for d in outbox.event(event_id).deliveries}
 
 
+def fields(record: Any, names: str) -> Any:
+    """Some attributes of a record, as a tuple."""
+    return operator.attrgetter(*names.split())(record)
+
+
+def refuses(
+    kind: type[BaseException], call: Callable[..., Any], *args: Any, words: str = "", **options: Any
+) -> str:
+    """A call must raise this kind of error, with these words in one line; return what it says."""
+    with pytest.raises(kind, match=words or None) as caught:
+        print("it returned", call(*args, **options))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@contextlib.contextmanager
+def begun(path: str, mode: str = "manual", **options: Any) -> Iterator[sqlite3.Connection]:
+    """A host's connection with a transaction begun by hand."""
+    with emit_host(path, mode, **options) as conn:
+        conn.execute("BEGIN")
+        yield conn
+
+
 def emit_numbers(outbox: Outbox, numbers: Any, **options: Any) -> dict[int, str]:
     """Emit events numbered in their data, in one transaction; return their ids by number."""
     with outbox.transaction() as conn:
@@ -709,17 +738,9 @@ EMIT_MODES: dict[str, dict[str, Any]] = {
     "autocommit off": {"autocommit": False},
     "autocommit on": {"autocommit": True},
 }
+NEW_MODE = pytest.mark.skipif(sys.version_info < (3, 12), reason="new in Python 3.12")
 every_mode = pytest.mark.parametrize(
-    "mode",
-    [
-        pytest.param(
-            mode,
-            marks=pytest.mark.skipif(
-                "auto" in mode and sys.version_info < (3, 12), reason="new in Python 3.12"
-            ),
-        )
-        for mode in EMIT_MODES
-    ],
+    "mode", [pytest.param(mode, marks=NEW_MODE) if "auto" in mode else mode for mode in EMIT_MODES]
 )
 
 
@@ -801,8 +822,7 @@ def test_what_cannot_be_an_outbox_is_refused_and_left_alone(tmp_path, monkeypatc
 
 def test_create_false_only_checks(tmp_path, database):
     dump = emit_dump(database)
-    with pytest.raises(SchemaError, match=r"no webhook tables.* init"):
-        Outbox(database, create=False)
+    refuses(SchemaError, Outbox, database, create=False, words=r"no webhook tables.* init")
     assert emit_dump(database) == dump
     with pytest.raises(SchemaError, match=r"does not exist.* init"):
         Outbox(tmp_path / "missing.db", create=False)
@@ -844,11 +864,9 @@ def test_a_file_of_an_older_version_is_upgraded_with_its_rows(database, serve, m
     monkeypatch.setattr(webhook_outbox, "_SCHEMA", (*webhook_outbox._SCHEMA, NEXT_VERSION))
     with pytest.raises(SchemaError, match=r"older webhook_outbox \(schema 1\); .* init"):
         Outbox(database, create=False)
-    processes = [
-        run_python(NEXT_RELEASE + "webhook_outbox.Outbox(sys.argv[1])", database) for _ in "ab"
-    ]
-    for process in processes:
-        assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    opens = NEXT_RELEASE + "webhook_outbox.Outbox(sys.argv[1])"
+    for process in [run_python(opens, database) for _ in "ab"]:
+        assert process.ends()[1] == ""
     fresh = database + ".fresh"
     Outbox(fresh)
     schema = "SELECT name, sql FROM sqlite_master WHERE name LIKE 'webhook%' ORDER BY name"
@@ -867,8 +885,7 @@ def test_an_upgrade_that_is_cut_off_leaves_the_older_version_whole(wal, monkeypa
     query(wal, "CREATE TABLE webhook_endpoints_next (in_the_way)")
     dump = emit_dump(wal)
     monkeypatch.setattr(webhook_outbox, "_SCHEMA", (*webhook_outbox._SCHEMA, NEXT_VERSION))
-    with pytest.raises(SchemaError, match="webhook_endpoints_next"):
-        Outbox(wal)
+    refuses(SchemaError, Outbox, wal, words="webhook_endpoints_next")
     assert emit_dump(wal) == dump
     query(wal, "DROP TABLE webhook_endpoints_next")
     Outbox(wal)
@@ -976,11 +993,7 @@ def test_webhook_failed_has_exactly_its_public_columns(wal):
         row[1] for row in query(wal, "PRAGMA table_xinfo(webhook_failed)") if row[1] != "event"
     ]
     wanted = "id event_id endpoint_id type key attempts reason status_code error response first_attempt_at failed_at"
-    assert (
-        columns
-        == wanted.split()
-        == [field.name for field in dataclasses.fields(webhook_outbox.FailedDelivery)]
-    )
+    assert columns == wanted.split() == [field.name for field in dataclasses.fields(FailedDelivery)]
 
 
 @needs_shell
@@ -1043,59 +1056,44 @@ def test_emit_is_never_silently_outside_a_transaction(wal, mode):
             outbox.emit(conn, "order.created", {})
             conn.rollback()
             return
-        with pytest.raises(NotInTransaction, match="BEGIN"):
-            outbox.emit(conn, "order.created", {})
+        refuses(NotInTransaction, outbox.emit, conn, "order.created", {}, words="BEGIN")
         conn.execute("BEGIN")
         conn.execute("COMMIT")
-        with pytest.raises(NotInTransaction, match="BEGIN"):
-            outbox.emit(conn.cursor(), "order.created", {})
+        refuses(NotInTransaction, outbox.emit, conn.cursor(), "order.created", {}, words="BEGIN")
         assert not conn.in_transaction
-        with pytest.raises(NotInTransaction):
-            outbox.add_endpoint("https://example.com/", conn=conn)
+        refuses(NotInTransaction, outbox.add_endpoint, "https://example.com/", conn=conn)
     assert outbox.events() == [] and outbox.endpoints() == []
 
 
-@pytest.mark.parametrize("other", ["outbox", "tables", "attached"])
-def test_a_connection_to_another_file_is_refused(database, tmp_path, other):
-    outbox, path = make_outbox(database), make_database(tmp_path / "other.db")
-    endpoint = outbox.add_endpoint("https://example.com/", id="crm")
-    if other == "outbox":
-        Outbox(path)
-    with emit_host(path) as conn:
-        if other == "attached":
-            conn.execute("ATTACH ? AS webhooks", (database,))
-        conn.execute("BEGIN")
-        conn.execute("INSERT INTO orders (id) VALUES (1)")
-        calls: list[Callable[[], Any]] = [
-            lambda: outbox.emit(conn, "order.created", {}),
-            lambda: outbox.add_endpoint("https://example.com/", conn=conn),
-            lambda: outbox.disable_endpoint(endpoint.id, conn=conn),
-        ]
-        for call in calls:
-            with pytest.raises(SchemaError, match="file"):
-                call()
-        assert conn.in_transaction
-        conn.execute("COMMIT")
-    assert query(path, "SELECT id FROM orders") == [(1,)] and outbox.events() == []
-    assert [e.id for e in outbox.endpoints() if e.enabled] == ["crm"]
-
-
-@pytest.mark.parametrize("other", ["plain", "outbox", "memory"])
+@pytest.mark.parametrize("other", ["plain", "outbox", "memory", "attached"])
 def test_a_connection_to_another_file_is_refused_with_both_paths(tmp_path, other):
-    """Flask-SQLAlchemy's is in `instance`, whatever the current folder."""
+    """Flask-SQLAlchemy's is in `instance`, whatever the current folder. The host's transaction goes
+    on."""
     (tmp_path / "instance").mkdir()
     theirs = make_database(tmp_path / "instance" / "shop.db")
-    outbox = make_outbox(str(tmp_path / "shop.db"))
+    outbox = make_outbox(str(tmp_path / "shop.db"), "https://example.com/", id="crm")
     if other == "outbox":
         Outbox(theirs)
     with emit_host(":memory:" if other == "memory" else theirs, "legacy") as conn:
+        if other == "attached":
+            conn.execute("ATTACH ? AS webhooks", (outbox.path,))
         conn.text_factory = bytes
-        for act in (outbox.emit, lambda conn, *_: outbox.add_endpoint("https://x.com/", conn=conn)):
-            with pytest.raises(SchemaError) as refused:
-                act(conn, "order.created", {})
-            assert f"the outbox is in {outbox.path}" in str(refused.value)
-            assert ("a database in memory" if other == "memory" else theirs) in str(refused.value)
-        assert not conn.in_transaction
+        for begin in ("", "BEGIN"):
+            conn.execute(begin)
+            for act in (
+                lambda: outbox.emit(conn, "order.created", {}),
+                lambda: outbox.add_endpoint("https://example.com/", conn=conn),
+                lambda: outbox.disable_endpoint("crm", conn=conn),
+            ):
+                said = refuses(SchemaError, act)
+                assert f"the outbox is in {outbox.path}" in said
+                assert ("a database in memory" if other == "memory" else theirs) in said
+            assert conn.in_transaction is bool(begin)
+        if other != "memory":
+            conn.execute("INSERT INTO orders (id) VALUES (1)")
+            conn.execute("COMMIT")
+            assert query(theirs, "SELECT id FROM orders") == [(1,)]
+    assert outbox.events() == [] and [e.id for e in outbox.endpoints() if e.enabled] == ["crm"]
 
 
 @pytest.mark.parametrize("text", [str, bytes, bytearray, lambda raw: raw.decode("latin-1").upper()])
@@ -1201,52 +1199,35 @@ def emit_circle() -> Any:
     return data
 
 
-def emit_bad_values(option: str) -> list[Any]:
-    import decimal
-
-    names = [
-        "", "a b", "a\r\nb", "a:", "ä", "x" * 129, 5, "Host", "content-length", "Content-Type",
-        "WEBHOOK-ID", "TE",
-    ]  # fmt: skip
-    names += [
-        "webhook-x", "Connection", "transfer-encoding", "proxy-authorization", "Stripe-Signature",
-        "expect",
-    ]  # fmt: skip
-    values = [
-        "a\r\nb: c", "a\n", "a\0b", "snow \u2603", "", " a", "a\tb", 1, None, "a\x85b", "\ud800",
-    ]  # fmt: skip
-    lines: list[Any] = ["", "a\nb", "a\0", "x" * 257, 5, b"k", "\ud800"]
-    names_of_types = [
-        "", ".a", "a.", "a..b", "a b", "a\n", "a*", "order.*", "ä", "a\0", "x" * 257, None, b"a", 1,
-        ["a"],
-    ]  # fmt: skip
-    data = [
-        math.nan, -math.inf, {"a": [1, math.inf]}, b"x", sqlite3.Timestamp(2026, 1, 1), {1}, 1j,
-        decimal.Decimal(1),
-    ]  # fmt: skip
-    data += [
-        "a\ud800b", {"\udc00": 1}, 10**5000, {math.nan: 1}, emit_circle(), emit_nested(100_000),
-        {(1, 2): 3}, {b"a": 1}, iter([]), object(),
-    ]  # fmt: skip
-    data += ["x" * 10_000_000, "x" * (262_144 - 1), "ä" * 131_072]
-    headers = (
-        [{name: "v"} for name in names]
-        + [{"x-a": value} for value in values]
-        + [{"x-a": "1", "X-A": "2"}, "a", 5]
-    )
-    delays = [-1, math.nan, math.inf, "1", None, True, 1e10]
-    tenants = ["", "*", "a b", "a.b", "ä", "x" * 65, "a\n", 5, b"c42", ["c42"]]
-    bad: dict[str, list[Any]] = {
-        "type": names_of_types, "data": data, "headers": headers, "delay": delays,
-        "expires": [0, -1, math.nan, math.inf, "1", True, 1e10, 1e-4],
-    }  # fmt: skip
-    bad["tenant"] = tenants
-    return bad.get(option, lines)
+BAD_LINES = ["", "a\nb", "a\0", "x" * 257, 5, b"k", "\ud800"]
+BAD_VALUES: dict[str, list[Any]] = {
+    "type": ["", ".a", "a.", "a..b", "a b", "a\n", "a*", "order.*", "ä", "a\0", "x" * 257, None, b"a", 1, ["a"]],
+    "data": [
+        math.nan, -math.inf, {"a": [1, math.inf]}, b"x", datetime.date(2026, 1, 1), {1}, 1j,
+        decimal.Decimal(1), "a\ud800b", {"\udc00": 1}, 10**5000, {math.nan: 1}, emit_circle(),
+        emit_nested(100_000), {(1, 2): 3}, {b"a": 1}, iter([]), object(), "x" * 10_000_000,
+        "x" * (262_144 - 1), "ä" * 131_072,
+    ],
+    "headers": [
+        *({name: "v"} for name in (
+            "", "a b", "a\r\nb", "a:", "ä", "x" * 129, 5, "Host", "content-length", "Content-Type", "TE",
+            "WEBHOOK-ID", "webhook-x", "Connection", "transfer-encoding", "proxy-authorization",
+            "Stripe-Signature", "expect",
+        )),
+        *({"x-a": value} for value in (
+            "a\r\nb: c", "a\n", "a\0b", "snow \u2603", "", " a", "a\tb", 1, None, "a\x85b", "\ud800",
+        )),
+        {"x-a": "1", "X-A": "2"}, "a", 5,
+    ],
+    "delay": [-1, math.nan, math.inf, "1", None, True, 1e10],
+    "expires": [0, -1, math.nan, math.inf, "1", True, 1e10, 1e-4],
+    "tenant": ["", "*", "a b", "a.b", "ä", "x" * 65, "a\n", 5, b"c42", ["c42"]],
+    "key": BAD_LINES,
+    "idempotency_key": BAD_LINES,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "option", ["type", "data", "headers", "delay", "expires", "key", "idempotency_key", "tenant"]
-)
+@pytest.mark.parametrize("option", BAD_VALUES)
 def test_a_bad_value_is_refused_before_anything_is_written(wal, option):
     outbox, statements = make_outbox(wal), []
     with emit_host(wal) as conn:
@@ -1254,7 +1235,7 @@ def test_a_bad_value_is_refused_before_anything_is_written(wal, option):
         conn.execute("BEGIN")
         conn.execute("INSERT INTO orders (id) VALUES (1)")
         before = list(statements)
-        for value in emit_bad_values(option):
+        for value in BAD_VALUES[option]:
             with pytest.raises(PayloadError) as caught:
                 outbox.emit(conn, **{"type": "order.created", "data": {}, option: value})
             assert isinstance(caught.value, ValueError) and len(str(caught.value)) < 300
@@ -1266,12 +1247,10 @@ def test_a_bad_value_is_refused_before_anything_is_written(wal, option):
 def test_a_refused_emit_opens_no_transaction_in_legacy_mode(wal):
     outbox = make_outbox(wal)
     with emit_host(wal, "legacy") as conn:
-        with pytest.raises(PayloadError):
-            outbox.emit(conn, "bad type", {})
+        refuses(PayloadError, outbox.emit, conn, "bad type", {})
         assert not conn.in_transaction
     for nothing in (None, wal, object()):
-        with pytest.raises(PayloadError):
-            outbox.emit(nothing, "order.created", {})
+        refuses(PayloadError, outbox.emit, nothing, "order.created", {})
 
 
 @pytest.mark.parametrize("wrap", [lambda data: data, lambda data: {"[": ['"{[', data, "\\"]}])
@@ -1349,8 +1328,6 @@ def test_data_that_is_no_json_is_named_by_its_path(wal, data, where):
 
 
 def test_json_default_makes_json_of_other_values(wal):
-    import decimal
-
     def default(value: Any) -> Any:
         if isinstance(value, decimal.Decimal):
             return str(value)
@@ -1384,8 +1361,7 @@ def test_a_big_body_is_taken_with_a_warning(wal, caplog):
     assert not caplog.records
     emit(outbox, data="x" * 20_480)
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "20482" in caplog.text
-    with pytest.raises(PayloadError, match="30,000"):
-        emit(outbox, data="x" * 30_000)
+    refuses(PayloadError, emit, outbox, data="x" * 30_000, words="30,000")
 
 
 @every_mode
@@ -1440,8 +1416,7 @@ def test_a_transaction_that_sqlite_rolled_back_is_reported(database, mode):
             assert not conn.in_transaction and conn.execute("SELECT * FROM orders").fetchall() == []
             # The driver does not notice either: its rollback() would raise now.
             if mode == "autocommit off":
-                with pytest.raises(NotInTransaction):
-                    outbox.emit(conn, "order.created", {})
+                refuses(NotInTransaction, outbox.emit, conn, "order.created", {})
                 conn.execute("BEGIN")
         emit_end(conn, mode, "COMMIT")
     assert lost > 3 and len(outbox.events()) == len(query(database, "SELECT * FROM orders")) == 1
@@ -1451,8 +1426,7 @@ def test_a_lock_is_the_hosts_business(database):
     outbox = make_outbox(database)
     with emit_host(database) as writer, emit_host(database, "legacy", timeout=0) as conn:
         writer.execute("BEGIN IMMEDIATE")
-        with pytest.raises(sqlite3.OperationalError, match="locked"):
-            outbox.emit(conn, "order.created", {})
+        refuses(sqlite3.OperationalError, outbox.emit, conn, "order.created", {}, words="locked")
         writer.execute("ROLLBACK")
         outbox.emit(conn, "order.created", {})
         conn.commit()
@@ -1491,17 +1465,15 @@ def test_a_stale_snapshot_is_the_hosts_business_and_its_transaction_stays(wal, m
     with emit_host(wal, mode) as conn:
         if not conn.in_transaction:
             conn.execute("BEGIN")
-        assert conn.execute("SELECT count(*) FROM webhook_events").fetchone() == (0,)
+        count = "SELECT count(*) FROM webhook_events"
+        assert conn.execute(count).fetchone() == (0,)
         emit(outbox)
         with pytest.raises(sqlite3.OperationalError, match=r"^database is locked$") as caught:
             outbox.emit(conn, "order.created", {})
         assert type(caught.value) is sqlite3.OperationalError
-        assert (
-            getattr(caught.value, "sqlite_errorname", "SQLITE_BUSY_SNAPSHOT")
-            == "SQLITE_BUSY_SNAPSHOT"
-        )
-        assert conn.in_transaction
-        assert conn.execute("SELECT count(*) FROM webhook_events").fetchone() == (0,)
+        name = getattr(caught.value, "sqlite_errorname", "SQLITE_BUSY_SNAPSHOT")
+        assert name == "SQLITE_BUSY_SNAPSHOT" and conn.in_transaction
+        assert conn.execute(count).fetchone() == (0,)
         emit_end(conn, mode, "ROLLBACK")
         emit_begin(conn, mode)
         outbox.emit(conn, "order.created", {})
@@ -1630,7 +1602,7 @@ def test_no_key_is_issued_twice(database, what):
     emit(outbox)
     query(database, "PRAGMA wal_checkpoint(TRUNCATE)")
     shutil.copy(database, database + ".backup")
-    for turn in range(60):
+    for turn in range(30):
         key = emit_key(outbox)
         assert key not in seen
         seen.add(key)
@@ -1689,15 +1661,12 @@ def test_a_new_event_stands_in_its_queue_behind_what_is_open_or_held(database):
     }.items():
         query(database, "DELETE FROM webhook_events WHERE seq > ?", int(first[4:], 16))
         query(database, "UPDATE webhook_deliveries SET status = ?", status)
-        query(
-            database,
-            "INSERT INTO webhook_emit (type, data, key) VALUES ('a', '1', 'k'), ('a', '1', 'other')",
-        )
+        values = "('a', '1', 'k'), ('a', '1', 'other')"
+        query(database, f"INSERT INTO webhook_emit (type, data, key) VALUES {values}")
         emit(outbox, key="k")
         rows = "SELECT endpoint_id, d.status FROM webhook_deliveries AS d JOIN webhook_events ON seq = event "
-        kept = query(
-            database, rows + "WHERE key = 'k' AND seq > ? ORDER BY seq", int(first[4:], 16)
-        )
+        after = "WHERE key = 'k' AND seq > ? ORDER BY seq"
+        kept = query(database, rows + after, int(first[4:], 16))
         assert dict(kept[:2]) == expected and {each for _, each in kept[2:]} == {"queued"}, status
         assert query(database, rows + "WHERE key = 'other' AND d.status <> 'pending'") == []
 
@@ -1708,9 +1677,9 @@ def test_a_clock_that_is_wrong_beyond_all_measure_leaves_keys_for_the_events_aft
     out."""
     clock = Clock(now)
     outbox = make_outbox(wal, clock=clock)
-    ids = [emit(outbox) for _ in range(200)]
+    ids = [emit(outbox) for _ in range(40)]
     clock.now = 1_700_000_000.0
-    ids += [emit(outbox) for _ in range(200)]
+    ids += [emit(outbox) for _ in range(40)]
     query(wal, "INSERT INTO webhook_emit (type, data) VALUES ('a', '1')")
     assert ids == sorted(set(ids)) and all(re.fullmatch(r"msg_[0-9a-f]{16}", id) for id in ids)
     assert all(key < 1 << 62 | 1 << 61 for (key,) in query(wal, "SELECT seq FROM webhook_events"))
@@ -1722,38 +1691,28 @@ def test_an_id_that_is_none_of_ours_is_not_found(wal):
     good = emit(outbox)
     key = int(good.removeprefix("msg_"), 16)
     wrong: list[Any] = [
-        good.upper(), good + "0", good[:-1], f"msg_{key:016X}", f" {good}", good + "\n", str(key),
-        key,
+        good.upper(), good + "0", good[:-1], f"msg_{key:016X}", f" {good}", good + "\n", str(key), key, "",
+        None, "msg_" + "f" * 16, "msg_8" + "0" * 15, "msg_" + "٣" * 16, good.encode(), f"msg_+{key:015x}",
     ]  # fmt: skip
-    wrong += [
-        "", None, "msg_" + "f" * 16, "msg_8" + "0" * 15, "msg_" + "٣" * 16, good.encode(),
-        f"msg_+{key:015x}",
-    ]  # fmt: skip
-    wrong = [id for id in wrong if id != good]
-    for id in wrong:
+    for id in [id for id in wrong if id != good]:
         for call in (outbox.event, outbox.attempts, outbox.resend):
-            with pytest.raises(NotFound, match="no event"):
-                call(id)
-        assert outbox.events(ids=[id]) == [] and (
-            id is None or outbox.deliveries(event_id=id) == []
-        )
+            refuses(NotFound, call, id, words="no event")
+        assert outbox.events(ids=[id]) == []
         if id is not None:
-            with pytest.raises(PayloadError, match="after must be"):
-                outbox.events(after=id)
-            with pytest.raises(PayloadError, match="after must be"):
-                outbox.deliveries(after=(id, "crm"))
+            assert outbox.deliveries(event_id=id) == []
+            refuses(PayloadError, outbox.events, after=id, words="after must be")
+            refuses(PayloadError, outbox.deliveries, after=(id, "crm"), words="after must be")
     assert outbox.event(good).id == good
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_an_emit_that_is_interrupted_leaves_no_event_behind_its_error(database, again):
+def test_an_emit_that_is_interrupted_leaves_no_event_behind_its_error(either, again):
     """In the statement, or while the id is read back: then the event is taken back, or SQLite takes
     all back."""
-    outbox, found = make_outbox(database, "https://example.com/"), collections.Counter[str]()
+    outbox, found = make_outbox(either, "https://example.com/"), collections.Counter[str]()
     emit(outbox, idempotency_key="old")
     for step, idempotency_key in itertools.product(range(1, 300), (None, "new", "old")):
-        with emit_host(database) as conn:
-            conn.execute("BEGIN")
+        with begun(either) as conn:
             conn.execute("INSERT INTO orders (total) VALUES (1)")
             steps = itertools.count(1)
             conn.set_progress_handler(lambda: (n := next(steps)) == step or (again and n > step), 1)  # noqa: B023
@@ -1776,37 +1735,27 @@ def test_an_emit_that_is_interrupted_leaves_no_event_behind_its_error(database, 
     assert found["taken back"] > (0 if again else 5)
 
 
-def test_emit_works_where_the_host_trusts_no_schema(wal):
+def test_emit_works_where_the_host_trusts_no_schema_and_what_does_not_says_what_to_do(wal):
     """SQLite's page on security recommends it; some versions then refuse JSON functions in a
     trigger."""
     outbox = make_outbox(wal, "https://example.com/", id="crm", ordered=True)
     with emit_host(wal) as conn:
         conn.execute("PRAGMA trusted_schema = OFF")
         conn.execute("BEGIN")
-        ids = [
-            outbox.emit(conn, "order.created", n, key="k", idempotency_key="i", tenant=None)
-            for n in (1, 1)
-        ]
-        conn.execute("COMMIT")
-    assert ids[0] == ids[1] and statuses(outbox, ids[0]) == {"crm": "pending"}
-
-
-def test_what_this_sqlite_refuses_where_the_host_trusts_no_schema_says_what_to_do(wal):
-    outbox = make_outbox(wal)
-    with emit_host(wal) as conn:
-        conn.execute("PRAGMA trusted_schema = OFF")
-        conn.execute("BEGIN")
+        emit = functools.partial(outbox.emit, conn, "order.created", key="k", idempotency_key="i")
+        ids = [emit(n) for n in (1, 1)]
+        add = functools.partial(outbox.add_endpoint, "https://example.com/", conn=conn)
         try:
             conn.execute("INSERT INTO webhook_emit (type, data) VALUES ('order.created', '1')")
         except sqlite3.OperationalError:
             refused = (
                 "3.39.4 to 3.40.1 refuse it under PRAGMA trusted_schema = OFF; call it without"
             )
-            with pytest.raises(OutboxError, match=re.escape(refused)):
-                outbox.add_endpoint("https://example.com/", conn=conn)
+            refuses(OutboxError, add, words=re.escape(refused))
             conn.execute("PRAGMA trusted_schema = ON")
-        assert outbox.add_endpoint("https://example.com/", conn=conn)
+        assert add()
         conn.execute("COMMIT")
+    assert ids[0] == ids[1] and statuses(outbox, ids[0]) == {"crm": "pending"}
 
 
 @pytest.mark.parametrize("factory", [None, sqlite3.Row, lambda cursor, row: {"a": 1}])
@@ -1933,11 +1882,8 @@ def test_an_event_costs_the_same_however_many_endpoints_other_tenants_have(wal, 
     assert query(wal, "SELECT count(*) FROM webhook_patterns") == [(10_004,)]
     after = emit_steps(wal, tenant="c42"), emit_steps(wal)
     assert all(n <= 1.2 * m + 20 for m, n in zip(before, after, strict=True)), (before, after)
-    (fill,) = [
-        sql
-        for sql in trigger_statements()["webhook_accept_insert"]
-        if "FROM webhook_patterns" in sql
-    ]
+    statements = trigger_statements()["webhook_accept_insert"]
+    (fill,) = [sql for sql in statements if "FROM webhook_patterns" in sql]
     with contextlib.closing(sqlite3.connect(wal)) as conn:
         names = dict.fromkeys(re.findall(r":((?:NEW|OLD)_\w+)", fill))
         plan = [step for *_, step in conn.execute("EXPLAIN QUERY PLAN " + fill, names)]
@@ -1993,47 +1939,35 @@ def test_plain_sql_emits_under_the_same_rules(wal, language):
                     said = str(error)
                 conn.commit()  # the host's row stays, whatever became of the event
         stored = query(wal, "SELECT count(*) FROM webhook_events")[0][0] - before
-        if (stored, f"webhook_emit: {refusal}" in said if refusal else not said) != (
-            not refusal,
-            True,
-        ):
+        right = f"webhook_emit: {refusal}" in said if refusal else not said
+        if not right or stored != (not refusal):
             wrong.append((name, stored, said))
     assert not wrong
-    assert len(query(wal, "SELECT id FROM orders")) == (
-        len(SQL_EMITS) if language == "python" else 0
-    )
+    kept = len(SQL_EMITS) if language == "python" else 0
+    assert len(query(wal, "SELECT id FROM orders")) == kept
     assert len(outbox.deliveries()) == sum(refusal is None for _, refusal in SQL_EMITS.values())
-    assert {json.dumps(event.data) for event in outbox.events()} == {
-        '{"n": 1}', "[1, 2]", '{"n": 2}',
-    }  # fmt: skip
+    data = {json.dumps(event.data) for event in outbox.events()}
+    assert data == {'{"n": 1}', "[1, 2]", '{"n": 2}'}
 
 
 @pytest.mark.parametrize("table", ["webhook_emit", "webhook_accept", "webhook_events"])
 def test_no_id_can_be_given_in_sql_so_none_can_carry_a_header(wal, table):
     make_outbox(wal)
+    insert = f"INSERT INTO {table} (type, data, created_at, id) VALUES ('a', '1', 0.0, 'a' || char(13, 10))"
     with pytest.raises(sqlite3.OperationalError, match=r"no column named id|generated column"):
-        query(
-            wal,
-            f"INSERT INTO {table} (type, data, created_at, id) VALUES ('a', '1', 0.0, 'a' || char(13, 10))",
-        )
+        query(wal, insert)
     query(wal, f"INSERT INTO {table} (type, data, created_at) VALUES ('a', '1', 0.0)")
+    change = "id = 'a.b'" if table == "webhook_events" else "type = 'b'"
     with pytest.raises(sqlite3.OperationalError, match=r"view|generated column"):
-        query(
-            wal,
-            f"UPDATE {table} SET id = 'a.b'"
-            if table == "webhook_events"
-            else f"UPDATE {table} SET type = 'b'",
-        )
+        query(wal, f"UPDATE {table} SET {change}")
     assert re.fullmatch(r"msg_[0-9a-f]{16}", query(wal, "SELECT id FROM webhook_events")[0][0])
 
 
 @pytest.mark.parametrize("column", ["data", "key", "headers"])
 def test_text_that_is_no_utf8_never_stops_the_drain(wal, shop, column):
     _, outbox = shop.open(id="crm", retry=RetryPolicy((0.0,)))
-    values = {
-        "data": "'1'", "key": "NULL", "headers": "NULL",
-        column: "CAST(x'7B2261223A22FF227D' AS TEXT)",
-    }  # fmt: skip
+    bad = "CAST(x'7B2261223A22FF227D' AS TEXT)"
+    values = {"data": "'1'", "key": "NULL", "headers": "NULL", column: bad}
     columns, texts = ", ".join(values), ", ".join(values.values())
     query(wal, f"INSERT INTO webhook_emit (type, {columns}) VALUES ('bad', {texts})")
     good = emit(outbox)
@@ -2050,10 +1984,8 @@ def test_text_that_is_no_utf8_never_stops_the_drain(wal, shop, column):
 def hosts_sqlalchemy_connection(path: str) -> Iterator[Any]:
     engine = sqlalchemy.create_engine(f"sqlite:///{path}")
     with engine.connect() as conn:
-        yield (
-            conn, lambda sql: conn.exec_driver_sql(sql), contextlib.nullcontext, conn.commit,
-            conn.rollback,
-        )  # fmt: skip
+        run = lambda sql: conn.exec_driver_sql(sql)  # noqa: E731
+        yield conn, run, contextlib.nullcontext, conn.commit, conn.rollback
     engine.dispose()
 
 
@@ -2197,8 +2129,7 @@ def test_the_event_shares_the_fate_of_the_rows_on_every_kind_of_connection(datab
         with nested():
             run("INSERT INTO orders (total) VALUES (3)")
             ids.append(outbox.emit(conn, "order.created", {"n": 3}))
-        with pytest.raises(PayloadError):
-            outbox.emit(conn, "not valid!", {})
+        refuses(PayloadError, outbox.emit, conn, "not valid!", {})
         assert outbox.events() == []
         (rollback if end == "rollback" else commit)()
     expected = [] if end == "rollback" else ids
@@ -2228,12 +2159,10 @@ def test_a_transaction_may_hold_nothing_but_what_we_write(wal, kind, what):
 def test_a_refused_emit_leaves_sqlalchemys_transaction_as_it_was(wal, tmp_path):
     outbox, other = make_outbox(wal), make_database(tmp_path / "other.db")
     with hosts_sqlalchemy_connection(other) as (conn, *_):
-        with pytest.raises(SchemaError):
-            outbox.emit(conn, "order.created", {})
+        refuses(SchemaError, outbox.emit, conn, "order.created", {})
         assert not conn.in_transaction()
         with conn.begin():
-            with pytest.raises(SchemaError):
-                outbox.emit(conn, "order.created", {})
+            refuses(SchemaError, outbox.emit, conn, "order.created", {})
             assert conn.in_transaction()
 
 
@@ -2283,9 +2212,7 @@ def test_aemit_shares_the_fate_of_the_rows_on_asynchronous_connections(database,
             if not alone:
                 await conn.execute(sqlalchemy.text(order))
             if kind == "sync side":
-                id = await conn.run_sync(
-                    lambda session: outbox.emit(session, "order.created", {}, key="k")
-                )
+                id = await conn.run_sync(outbox.emit, "order.created", {}, key="k")
             else:
                 id = await outbox.aemit(conn, "order.created", {}, key="k")
             await getattr(conn, end)()
@@ -2293,9 +2220,7 @@ def test_aemit_shares_the_fate_of_the_rows_on_asynchronous_connections(database,
         return id
 
     id = asyncio.run(run())
-    assert [(event.id, event.key) for event in outbox.events()] == (
-        [(id, "k")] if end == "commit" else []
-    )
+    assert [(e.id, e.key) for e in outbox.events()] == [(id, "k")] * (end == "commit")
     rows = int(end == "commit" and not alone)
     assert query(database, "SELECT count(*) FROM orders") == [(rows,)]
 
@@ -2317,11 +2242,8 @@ def test_arun_calls_every_verb_in_the_transaction_of_an_asynchronous_connection(
         assert (await run(door.add_endpoint, "https://example.com/", id="c")).tenant == "c42"
         assert await run(door.emit, "order.created", {}) > id
         assert await run(outbox.retry_now, event_id=late) == 1
-        assert (
-            await run(outbox.cancel, key="k", dry_run=True)
-            == 2
-            == await run(outbox.cancel, key="k")
-        )
+        for dry_run in (True, False):
+            assert await run(outbox.cancel, key="k", dry_run=dry_run) == 2
         assert await run(outbox.resend, late) == await run(outbox.erase, gone) == 1
         assert await run(outbox.backfill, "b", since=0.0) == 1
         assert [e.id for e in await run(outbox.endpoints)] == ["a", "b", "c"]
@@ -2375,19 +2297,12 @@ def test_what_is_no_connection_to_this_file_is_refused_with_one_sentence(wal, tm
     outbox, other = make_outbox(wal), make_database(tmp_path / "other.db")
     make_outbox(other)
     for wrong in (object(), 7, None, "default alias", outbox):
-        with pytest.raises(
-            PayloadError, match="expected a connection to the outbox's SQLite file, not "
-        ):
-            outbox.emit(wrong, "order.created", {})
+        words = "expected a connection to the outbox's SQLite file, not "
+        refuses(PayloadError, outbox.emit, wrong, "order.created", {}, words=words)
     for kind in HOSTS:
-        with (
-            HOSTS[kind](other) as (conn, *_, rollback),
-            pytest.raises(SchemaError, match="another file"),
-        ):
-            try:
-                outbox.emit(conn, "order.created", {})
-            finally:
-                rollback()
+        with HOSTS[kind](other) as (conn, *_, rollback):
+            refuses(SchemaError, outbox.emit, conn, "order.created", {}, words="another file")
+            rollback()
 
 
 # A process whose connection is of another SQLite library, or set as hardly anybody's is.
@@ -2495,10 +2410,7 @@ print(sorted(os.path.basename(os.readlink(f"/proc/self/fd/{n}")) for n in os.lis
 def other_library(library: str, path: str, code: str, odd: str = "") -> list[str]:
     if importlib.machinery.PathFinder.find_spec(library.partition(".")[0]) is None:
         pytest.skip(f"there is no {library} here")
-    with run_python(OTHER_LIBRARY + code, library, odd, path) as process:
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    return out.splitlines()
+    return run_python(OTHER_LIBRARY + code, library, odd, path).ends()[0].splitlines()
 
 
 every_other_library = pytest.mark.parametrize(
@@ -2532,10 +2444,8 @@ def test_every_verb_says_the_same_on_any_connection(tmp_path, library, odd):
     asked = {line.split(" ")[0] for line in _told_by_sqlite3}
     of = (Outbox, webhook_outbox.Tenant, Inbox)
     verbs = [verb for kind in of for name, verb in vars(kind).items() if not name.startswith("_")]
-    with_conn = {
-        verb.__qualname__ for verb in verbs if "conn" in getattr(verb, "__annotations__", ())
-    }
-    assert with_conn - asked == {"Outbox.aemit", "Outbox.arun"}
+    annotated = [verb for verb in verbs if "conn" in getattr(verb, "__annotations__", ())]
+    assert {verb.__qualname__ for verb in annotated} - asked == {"Outbox.aemit", "Outbox.arun"}
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="setlimit is new in Python 3.11")
@@ -2630,8 +2540,8 @@ def test_a_drain_touches_the_file_no_more_once_another_sqlite_library_was_loaded
     conn.execute("COMMIT")
     """
     with run_python(code, wal, stdin=subprocess.PIPE) as process:
-        assert "draining stopped (OutboxError: apsw is loaded" in process.stdout.readline()
-        assert process.stdout.readline() == "locked\n"
+        process.says("draining stopped (OutboxError: apsw is loaded")
+        process.says("locked")
         with pytest.raises(sqlite3.OperationalError, match="locked"), emit_host(wal) as conn:
             conn.execute("PRAGMA busy_timeout = 0")
             conn.execute("BEGIN IMMEDIATE")
@@ -2662,13 +2572,8 @@ def test_the_minute_that_damaged_a_file_ends_with_a_whole_one(wal, library):
         conn.execute("COMMIT")
         time.sleep(0.001)
     """
-    with contextlib.ExitStack() as stack:
-        drain = stack.enter_context(
-            run_python(
-                "import sys, webhook_outbox; webhook_outbox.Outbox(sys.argv[1]).drain()", wal
-            )
-        )
-        stack.callback(drain.kill)
+    drains = "import sys, webhook_outbox; webhook_outbox.Outbox(sys.argv[1]).drain()"
+    with run_python(drains, wal):
         assert other_library(library, wal, textwrap.dedent(code)) == []
     assert query(wal, "PRAGMA integrity_check") == [("ok",)]
     counts = "SELECT (SELECT count(*) FROM orders) = (SELECT count(*) FROM webhook_events)"
@@ -2705,10 +2610,7 @@ def test_endpoints_are_added_listed_updated_and_removed(database):
     assert re.fullmatch(r"ep_[0-9a-f]{16}", plain.id) and plain.events == ("order.created",)
     unsecret = [dataclasses.replace(endpoint, secret=None) for endpoint in (full, plain)]
     assert outbox.endpoints() == unsecret and outbox.endpoint("crm") == unsecret[0]
-    changes = {
-        "url": "https://example.com/v2", "rate": None, "ordered": False, "events": ("*",),
-        "cert": None,
-    }  # fmt: skip
+    changes = {"url": URL + "2", "rate": None, "ordered": False, "events": ("*",), "cert": None}
     changed = outbox.update_endpoint("crm", **changes)
     assert {name: getattr(changed, name) for name in changes} == changes
     assert changed.description == "a CRM" and outbox.update_endpoint("crm") == changed
@@ -2720,18 +2622,14 @@ def test_an_endpoint_that_is_not_there_is_named_in_the_error(wal):
     outbox = make_outbox(wal)
     id = emit(outbox)
     verbs = "endpoint update_endpoint remove_endpoint enable_endpoint disable_endpoint rotate_secret ping".split()
-    calls: list[Callable[[], Any]] = [
-        *(lambda verb=verb: getattr(outbox, verb)("gone") for verb in verbs)
-    ]
-    calls += [lambda: outbox.backfill("gone", since=0), lambda: outbox.resend(id, endpoint="gone")]
+    calls = [functools.partial(getattr(outbox, verb), "gone") for verb in verbs]
+    calls.append(functools.partial(outbox.backfill, "gone", since=0))
+    calls.append(functools.partial(outbox.resend, id, endpoint="gone"))
     for call in calls:
-        with pytest.raises(NotFound, match="no endpoint gone"):
-            call()
+        refuses(NotFound, call, words="no endpoint gone")
     for call in (outbox.event, outbox.resend, outbox.attempts):
-        with pytest.raises(NotFound, match="no event gone"):
-            call("gone")
-    with pytest.raises(LookupError):
-        outbox.endpoint("a\nb\x1b[1m")
+        refuses(NotFound, call, "gone", words="no event gone")
+    refuses(LookupError, outbox.endpoint, "a\nb\x1b[1m")
 
 
 def test_a_disabled_endpoint_holds_its_deliveries_and_backfill_brings_the_rest(database, shop):
@@ -2748,50 +2646,37 @@ def test_a_disabled_endpoint_holds_its_deliveries_and_backfill_brings_the_rest(d
     enabled = outbox.enable_endpoint("crm")
     assert (enabled.enabled, enabled.disabled_reason) == (True, "")
     assert outbox.drain(once=True).delivered == 1
-    assert outbox.backfill("crm", since=clock.now, dry_run=True) == 1
-    assert statuses(outbox, meanwhile) == {}
-    assert (
-        outbox.backfill("crm", since=clock.now + 1)
-        == outbox.backfill("crm", since=0, until=clock.now)
-        == 0
-    )
-    assert outbox.backfill("crm", since=0, type="user.*") == 0
-    assert [outbox.backfill("crm", since=0, type="order.*") for _ in range(2)] == [1, 0]
+    fill = functools.partial(outbox.backfill, "crm")
+    assert fill(since=clock.now, dry_run=True) == 1 and statuses(outbox, meanwhile) == {}
+    assert fill(since=clock.now + 1) == fill(since=0, until=clock.now) == 0
+    assert fill(since=0, type="user.*") == 0
+    assert [fill(since=0, type="order.*") for _ in range(2)] == [1, 0]
     outbox.drain(once=True)
     assert [request.body for request in receiver.requests] == [b'"before"', b'"meanwhile"']
 
 
-def test_rotation_signs_with_both_secrets_until_the_grace_ends(database, serve):
-    clock, receiver = Clock(), serve()
-    outbox = make_outbox(database, clock=clock)
-    old = outbox.add_endpoint(receiver.url(), id="crm").secret
+def test_rotation_signs_with_both_secrets_until_the_grace_ends(database, shop):
+    clock, receiver, outbox = shop.timed(id="crm", secret=SECRET_TWO)
     new = outbox.rotate_secret("crm", grace=100).secret
-    assert new != old and outbox.endpoint("crm").secret is None
+    assert new != SECRET_TWO and outbox.endpoint("crm").secret is None
 
-    def secrets_that_sign() -> list[bool]:
+    def signs(*secrets: str) -> list[bool]:
         emit(outbox)
         outbox.drain(once=True)
-        request, found = receiver.requests[-1], []
-        for secret in (old, new):
-            try:
-                verify(request.body, request.headers, secret, now=clock.now)
-                found.append(True)
-            except SignatureError:
-                found.append(False)
-        assert len(request.headers["webhook-signature"].split(" ")) == max(1, sum(found))
+        found = [accepted(receiver.requests[-1], secret, clock.now) for secret in secrets]
+        signatures = receiver.requests[-1].headers["webhook-signature"].split(" ")
+        assert len(signatures) == max(1, sum(found))
         return found
 
-    assert secrets_that_sign() == [True, True]
+    assert signs(SECRET_TWO, new) == [True, True]
     clock.advance(99)
-    assert secrets_that_sign() == [True, True]
+    assert signs(SECRET_TWO, new) == [True, True]
     clock.advance(2)
-    assert secrets_that_sign() == [False, True]
+    assert signs(SECRET_TWO, new) == [False, True]
     assert outbox.rotate_secret("crm", secret=SECRET, grace=0).secret == SECRET
-    assert json.loads(query(database, "SELECT secrets FROM webhook_endpoints")[0][0]) == [
-        [SECRET, None]
-    ]
-    assert secrets_that_sign() == [False, False]
-    verify(receiver.requests[-1].body, receiver.requests[-1].headers, SECRET, now=clock.now)
+    ((kept,),) = query(database, "SELECT secrets FROM webhook_endpoints")
+    assert json.loads(kept) == [[SECRET, None]] and signs(SECRET) == [True]
+    assert signs(SECRET_TWO, new) == [False, False]
 
 
 def test_patterns_choose_the_endpoints_and_overlaps_count_once(wal):
@@ -2812,10 +2697,8 @@ def test_patterns_choose_the_endpoints_and_overlaps_count_once(wal):
     for endpoint in outbox.endpoints():
         assert set(endpoint.events) == set(ids[endpoint.id])
     for type in every_type:
-        deliveries = [d.endpoint_id for d in outbox.event(emit(outbox, type)).deliveries]
-        assert sorted(deliveries) == sorted(
-            id for id, patterns in ids.items() if type in expected[patterns]
-        ), type
+        found = sorted(d.endpoint_id for d in outbox.event(emit(outbox, type)).deliveries)
+        assert found == sorted(i for i, patterns in ids.items() if type in expected[patterns]), type
     changed = next(iter(ids))
     outbox.update_endpoint(changed, events=["a", "b.*"])
     assert changed not in statuses(outbox, emit(outbox, "order"))
@@ -2919,17 +2802,11 @@ def test_a_filter_decides_alike_in_emit_plain_sql_and_backfill(wal, tmp_path):
         """,
         str(tmp_path / "cases"),
     )
-    out, err = process.communicate(timeout=60)
-    assert not err
-    got |= set(out.split())
-    ways = ("lib", "sql", "late", "newer")
-    wrong = [
-        (way, filter, data, expected)
-        for n, (filter, data, expected) in enumerate(FILTER_CASES)
-        for way in ways
-        if (f"{way}{n}" in got) is not expected
-    ]
-    assert not wrong
+    got |= set(process.ends()[0].split())
+    for way, (n, (filter, data, expected)) in itertools.product(
+        ("lib", "sql", "late", "newer"), enumerate(FILTER_CASES)
+    ):
+        assert (f"{way}{n}" in got) is expected, (way, filter, data)
 
 
 filter_scalars = (
@@ -2991,7 +2868,7 @@ def test_a_filter_chooses_among_an_endpoints_events_and_costs_the_others_nothing
     outbox.enable_endpoint("off")
     assert outbox.endpoint("paid").filter is None and got("paid") == "off paid plain"
     assert outbox.backfill("off", since=0.0) == 2  # those that are paid and that it has not
-    with emit_host(wal) as conn:  # see test_emit_works_where_the_host_trusts_no_schema
+    with emit_host(wal) as conn:  # see test_emit_works_where_the_host_trusts_no_schema_...
         conn.execute("PRAGMA trusted_schema = OFF")
         conn.execute("BEGIN")
         id = outbox.emit(conn, "order.x", {"status": "open"}, tenant="c42")
@@ -3042,34 +2919,22 @@ def test_a_bad_endpoint_option_is_refused_and_nothing_is_written(wal):
     outbox = make_outbox(wal, URL, id="crm")
     dump = emit_dump(wal)
 
-    def refused(
-        error: type[Exception], call: Callable[..., Any], *args: Any, **options: Any
-    ) -> None:
-        with pytest.raises(error) as caught:
-            call(*args, **options)
-        assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
-
-    wrong: list[tuple[str, Any]] = []
     for name, value in [(name, value) for name, values in BAD_OPTIONS.items() for value in values]:
-        try:
-            refused(PayloadError, outbox.add_endpoint, URL, **{name: value})
-            if name != "id":
-                refused(PayloadError, outbox.update_endpoint, "crm", **{name: value})
-        except (TypeError, pytest.fail.Exception) as error:
-            wrong.append((f"{name}={value!r:.20}", str(error)))
-    assert not wrong and emit_dump(wal) == dump
+        refuses(PayloadError, outbox.add_endpoint, URL, **{name: value})
+        if name != "id":
+            refuses(PayloadError, outbox.update_endpoint, "crm", **{name: value})
     for secret in BAD_SECRETS:
-        refused(PayloadError, outbox.add_endpoint, URL, secret=secret)
-        refused(PayloadError, outbox.rotate_secret, "crm", secret=secret)
+        refuses(PayloadError, outbox.add_endpoint, URL, secret=secret)
+        refuses(PayloadError, outbox.rotate_secret, "crm", secret=secret)
     for url in BAD_URLS:
-        refused(UnsafeURL, Outbox(wal).add_endpoint, url)
-        refused(UnsafeURL, Outbox(wal).update_endpoint, "crm", url=url)
-    refused(UnsafeURL, Outbox(wal).add_endpoint, "http://example.com/")
-    refused(PayloadError, outbox.add_endpoint, URL, id="crm")
-    refused(PayloadError, outbox.update_endpoint, "crm", secret=SECRET)
-    refused(PayloadError, outbox.update_endpoint, "crm", colour="red")
-    refused(PayloadError, outbox.rotate_secret, "crm", grace=-1)
-    refused(PayloadError, outbox.disable_endpoint, "crm", "a\nb")
+        refuses(UnsafeURL, Outbox(wal).add_endpoint, url)
+        refuses(UnsafeURL, Outbox(wal).update_endpoint, "crm", url=url)
+    refuses(UnsafeURL, Outbox(wal).add_endpoint, "http://example.com/")
+    refuses(PayloadError, outbox.add_endpoint, URL, id="crm")
+    refuses(PayloadError, outbox.update_endpoint, "crm", secret=SECRET)
+    refuses(PayloadError, outbox.update_endpoint, "crm", colour="red")
+    refuses(PayloadError, outbox.rotate_secret, "crm", grace=-1)
+    refuses(PayloadError, outbox.disable_endpoint, "crm", "a\nb")
     assert emit_dump(wal) == dump
 
 
@@ -3085,29 +2950,19 @@ def test_the_options_of_an_endpoint_are_the_same_everywhere(wal):
     columns = {row[1] for row in query(wal, "PRAGMA table_info(webhook_endpoints)")}
     inside = {"secrets", "version", "unsteady_since", "good", "bad"}
     assert columns == {*options, *state, *inside}
-    ((trigger,),) = query(
-        wal, "SELECT sql FROM sqlite_master WHERE name = 'webhook_endpoints_update'"
-    )
+    update = "SELECT sql FROM sqlite_master WHERE name = 'webhook_endpoints_update'"
+    ((trigger,),) = query(wal, update)
     told = set(re.split(r",\s*", re.search(r"UPDATE OF (.*?)\s+ON", trigger, re.S)[1]))
     # What the drain has no use for.
     assert told == {*options, "secrets"} - {"tenant", "filter", "description"}
     for words, fixed in (("add", ["tenant"]), ("update", [])):
         usage = command("endpoint", words, "--help").stdout.partition("positional")[0]
-        flags = set(re.findall(r"--([a-z-]+)", usage)) - {
-            "id", "secret", "no-ordered", "no-enabled",
-        }  # fmt: skip
-        wanted = {name.replace("_", "-") for name in options if name != "url"} - {"tenant"} | {
-            *fixed
-        }
+        flags = set(re.findall(r"--([a-z-]+)", usage))
+        flags -= {"id", "secret", "no-ordered", "no-enabled"}
+        wanted = {name.replace("_", "-") for name in options} - {"url", "tenant"} | {*fixed}
         assert flags == wanted | ({"url"} if words == "update" else set())
-    listed = str(inspect_error(lambda: make_outbox(wal).add_endpoint(URL, colour=1)))
+    listed = refuses(PayloadError, make_outbox(wal).add_endpoint, URL, colour=1)
     assert listed.endswith(f"there are {', '.join(options)}")
-
-
-def inspect_error(call: Callable[[], Any]) -> BaseException:
-    with pytest.raises(PayloadError) as caught:
-        call()
-    return caught.value
 
 
 def test_an_endpoint_may_be_added_disabled_and_updated_to_be_enabled(database):
@@ -3117,16 +2972,12 @@ def test_an_endpoint_may_be_added_disabled_and_updated_to_be_enabled(database):
     assert outbox.endpoint("crm") == dataclasses.replace(added, secret=None)
     missed = emit(outbox)
     assert statuses(outbox, missed) == {}
-    query(
-        database,
-        "UPDATE webhook_endpoints SET failures = 3, failing_since = 5.0, paused_until = 1e12",
-    )
+    hold = "failures = 3, failing_since = 5.0, paused_until = 1e12"
+    query(database, f"UPDATE webhook_endpoints SET {hold}")
     outbox.disable_endpoint("crm", "maintenance")
     assert outbox.update_endpoint("crm", enabled=False, rate=5).disabled_reason == "maintenance"
     enabled = outbox.update_endpoint("crm", enabled=True)
-    assert (enabled.enabled, enabled.disabled_reason, enabled.failing_since, enabled.rate) == (
-        True, "", None, 5.0,
-    )  # fmt: skip
+    assert fields(enabled, "enabled disabled_reason failing_since rate") == (True, "", None, 5.0)
     assert query(database, "SELECT failures, paused_until FROM webhook_endpoints") == [(0, 0.0)]
     assert statuses(outbox, emit(outbox)) == {"crm": "pending"}
     assert outbox.backfill("crm", since=0) == 1
@@ -3149,8 +3000,7 @@ def test_ensure_adds_an_endpoint_once_and_then_writes_only_what_differs(database
     dump = emit_dump(database)
     assert ensured() == ensured(secret="whsec_" + "A" * 44) == outbox.endpoint("crm")
     outbox.ensure_endpoint(URL, id="crm")
-    with emit_host(database) as conn:
-        conn.execute("BEGIN")
+    with begun(database) as conn:
         assert outbox.ensure_endpoint(URL, id="crm", conn=conn, **options) == outbox.endpoint("crm")
         assert conn.total_changes == 0
         outbox.ensure_endpoint(URL + "x", id="crm", conn=conn)
@@ -3188,8 +3038,8 @@ def test_ensure_takes_no_endpoint_of_another_tenant_and_refuses_what_add_refuses
     assert emit_dump(wal) == dump
 
 
-def test_eight_processes_that_ensure_an_endpoint_at_once_make_one(database, tmp_path):
-    make_outbox(database)
+def test_processes_that_ensure_an_endpoint_at_once_make_one(either, tmp_path):
+    make_outbox(either)
     code = """
         import os, sys, time
         from webhook_outbox import Outbox
@@ -3200,14 +3050,13 @@ def test_eight_processes_that_ensure_an_endpoint_at_once_make_one(database, tmp_
         found = outbox.ensure_endpoint("https://example.com/", id="crm", events=["order.*"], rate=5)
         print(found.secret)
         """
-    herd = [run_python(code, database, str(tmp_path / "go")) for _ in range(8)]
-    assert all(process.stdout.readline() == "ready\n" for process in herd)
+    herd = [run_python(code, either, str(tmp_path / "go")) for _ in range(5)]
+    for process in herd:
+        process.says("ready")
     (tmp_path / "go").touch()
-    said = [process.communicate(timeout=60) for process in herd]
-    assert [err for _, err in said] == [""] * 8
-    secrets = [out.strip() for out, _ in said]
-    assert sorted(secrets)[:7] == ["None"] * 7 and make_outbox(database)._secret("crm") in secrets
-    assert query(database, "SELECT count(*), max(version) FROM webhook_endpoints") == [(1, 2)]
+    secrets = [process.ends()[0].strip() for process in herd]
+    assert sorted(secrets)[:4] == ["None"] * 4 and make_outbox(either)._secret("crm") in secrets
+    assert query(either, "SELECT count(*), max(version) FROM webhook_endpoints") == [(1, 2)]
 
 
 def test_the_tenant_of_an_endpoint_is_for_life(wal):
@@ -3215,10 +3064,8 @@ def test_the_tenant_of_an_endpoint_is_for_life(wal):
     for id, tenant in (("own", None), ("c42", "c42"), ("all", "*")):
         outbox.add_endpoint(URL, id=id, tenant=tenant)
     for id, tenant in itertools.product(("own", "c42", "all"), ("c42", "c43", None, "*")):
-        with pytest.raises(
-            PayloadError, match=r"^the tenant .* is fixed for life: add another endpoint$"
-        ):
-            outbox.update_endpoint(id, tenant=tenant, rate=5)
+        words = r"^the tenant .* is fixed for life: add another endpoint$"
+        refuses(PayloadError, outbox.update_endpoint, id, tenant=tenant, rate=5, words=words)
     for tenant in ("'c43'", "NULL", "'*'"):
         with pytest.raises(sqlite3.IntegrityError, match="is fixed"):
             query(wal, f"UPDATE webhook_endpoints SET tenant = {tenant}")
@@ -3228,8 +3075,7 @@ def test_the_tenant_of_an_endpoint_is_for_life(wal):
     assert [endpoint.id for endpoint in outbox.endpoints(tenant="*")] == ["all"]
     assert outbox.endpoints(tenant="c43") == [] and "tenant='c42'" in repr(outbox.endpoint("c42"))
     for wrong in ("", "a b", 5):
-        with pytest.raises(PayloadError, match="tenant must be"):
-            outbox.endpoints(tenant=wrong)
+        refuses(PayloadError, outbox.endpoints, tenant=wrong, words="tenant must be")
 
 
 def test_resend_and_backfill_never_go_from_one_tenant_to_another(database):
@@ -3239,43 +3085,24 @@ def test_resend_and_backfill_never_go_from_one_tenant_to_another(database):
         if endpoint in TENANTS[tenant]:
             assert outbox.resend(id, endpoint=endpoint) == 1
         else:
-            with pytest.raises(
-                NotFound, match=f"endpoint {endpoint} is not of the tenant of event {id}"
-            ):
-                outbox.resend(id, endpoint=endpoint)
+            words = f"endpoint {endpoint} is not of the tenant of event {id}"
+            refuses(NotFound, outbox.resend, id, endpoint=endpoint, words=words)
         assert set(statuses(outbox, id)) == TENANTS[tenant]
     query(database, "DELETE FROM webhook_deliveries")
     for endpoint in ("own", "c42", "c43", "all"):
         expected = [id for tenant, id in ids.items() if endpoint in TENANTS[tenant]]
-        assert (
-            outbox.backfill(endpoint, since=0, dry_run=True)
-            == outbox.backfill(endpoint, since=0)
-            == len(expected)
-        )
+        for dry_run in (True, False):
+            assert outbox.backfill(endpoint, since=0, dry_run=dry_run) == len(expected)
         assert sorted(d.event_id for d in outbox.deliveries(endpoint=endpoint)) == sorted(expected)
 
 
-def test_an_endpoint_of_another_tenant_that_has_an_old_id_does_not_get_what_went_to_the_old_one(
-    shop,
-):
-    receiver, outbox = shop.open(id="crm", tenant="c42")
-    id = emit(outbox, tenant="c42")
-    assert outbox.drain(once=True).delivered == 1
-    outbox.remove_endpoint("crm")
-    outbox.add_endpoint(receiver.url(), id="crm", tenant="c43")
-    assert outbox.resend(id) == 0 and outbox.drain(once=True).pending == 0
-    assert len(receiver.requests) == 1
-    with pytest.raises(NotFound):
-        outbox.resend(id, endpoint="crm")
-
-
 @pytest.mark.parametrize("way", ["add", "ensure", "conn", "SQL"])
-def test_a_new_endpoint_of_an_old_id_starts_empty_whoevers_it_is(database, serve, way):
-    outbox = make_outbox(database, retry=ONCE)
+def test_a_new_endpoint_of_an_old_id_starts_empty_whoevers_it_is(either, serve, way):
+    outbox = make_outbox(either, retry=ONCE)
     receiver = serve(Fails(n1=math.inf))
     old = outbox.add_endpoint(receiver.url(), id="crm", tenant="c42")
     outbox.add_endpoint(receiver.url(), id="seer", tenant="*")
-    for _ in range(3):
+    for _ in range(2):
         outbox.add_endpoint(receiver.url(), id="other", tenant="c42")
         done, failed = (emit(outbox, data={"n": n}, tenant="c42") for n in (0, 1))
         outbox.drain(once=True)
@@ -3287,7 +3114,7 @@ def test_a_new_endpoint_of_an_old_id_starts_empty_whoevers_it_is(database, serve
     assert {"delivered", "cancelled"} <= left and outbox.attempts(done, endpoint="crm")
     if way == "SQL":
         insert = "INSERT INTO webhook_endpoints (id, url, tenant, secrets, created_at) VALUES ('crm', ?, 'c43', '[]', 0.0)"
-        query(database, insert, receiver.url())
+        query(either, insert, receiver.url())
     elif way == "conn":
         with outbox.transaction() as conn:
             outbox.add_endpoint(receiver.url(), id="crm", tenant="c43", conn=conn)
@@ -3296,12 +3123,13 @@ def test_a_new_endpoint_of_an_old_id_starts_empty_whoevers_it_is(database, serve
         assert verb(receiver.url(), id="crm", tenant="c43").secret not in (None, old.secret)
     for table in ("deliveries", "attempts", "failed", "counts"):
         rows = f"SELECT count(*) FROM webhook_{table} WHERE endpoint_id = "
-        assert query(database, rows + "'crm'") == [(0,)], table
+        assert query(either, rows + "'crm'") == [(0,)], table
         if table in ("deliveries", "attempts"):
-            assert query(database, rows + "'seer'")[0][0] >= 6, "the others keep theirs"
+            assert query(either, rows + "'seer'")[0][0] >= 4, "the others keep theirs"
     assert outbox.tenant("c43").deliveries() == []
-    assert outbox.resend(done) == outbox.resend(failed) == 1
-    assert query(database, "SELECT id FROM webhook_removed") == [("other",)]
+    refuses(NotFound, outbox.resend, done, endpoint="crm")
+    assert outbox.resend(done) == outbox.resend(failed) == 1  # to seer
+    assert query(either, "SELECT id FROM webhook_removed") == [("other",)]
 
 
 def test_the_record_can_be_filtered_by_tenant(wal, serve):
@@ -3312,21 +3140,14 @@ def test_the_record_can_be_filtered_by_tenant(wal, serve):
     outbox.drain(once=True)
     assert [event.id for event in outbox.events(tenant="c42")] == [theirs]
     assert [(event.id, event.tenant) for event in outbox.events()] == [(theirs, "c42"), (own, None)]
-    assert {(d.event_id, d.endpoint_id) for d in outbox.deliveries(tenant="c42")} == {
-        (theirs, "c42"),
-        (theirs, "all"),
-    }
-    assert {(row.event_id, row.endpoint_id) for row in outbox.failed(tenant="c42")} == {
-        (theirs, "c42"),
-        (theirs, "all"),
-    }
+    for found in (outbox.deliveries(tenant="c42"), outbox.failed(tenant="c42")):
+        pairs = {(row.event_id, row.endpoint_id) for row in found}
+        assert pairs == {(theirs, "c42"), (theirs, "all")}
     assert outbox.replay(tenant="c42", endpoint="all") == 1 and outbox.discard(tenant="c42") == 1
     assert len(outbox.failed()) == 2 and outbox.discard(tenant="c43") == 0
     for call in (outbox.events, outbox.deliveries, outbox.failed, outbox.discard):
-        with pytest.raises(PayloadError, match="tenant must be"):
-            call(tenant="*")
-        with pytest.raises(TypeError):
-            call(colour="red")
+        refuses(PayloadError, call, tenant="*", words="tenant must be")
+        refuses(TypeError, call, colour="red")
 
 
 def door_program(rng: random.Random, door: Any, chosen: Any, conn: sqlite3.Connection) -> None:
@@ -3346,13 +3167,16 @@ def door_program(rng: random.Random, door: Any, chosen: Any, conn: sqlite3.Conne
         getattr(door, f"{act}_endpoint")(endpoint, conn=conn)
 
 
+# All deliveries end in the failed table; a condition may follow.
+FAIL_ALL = """INSERT INTO webhook_record (kind, event, endpoint_id, status, due_at, at, duration, reason)
+    SELECT 'outcome', event, endpoint_id, 'failed', 0.0, 0.0, 0.0, 'dns' FROM webhook_deliveries"""
+
+
 def tenant_program(rng: random.Random, outbox: Outbox, conn: sqlite3.Connection) -> None:
     """Do one thing that writes deliveries or decides who gets them."""
     tenant = rng.choice((None, "c42", "c43"))
-    endpoint, type = (
-        rng.choice(("own", "own2", "c42", "c42b", "c43", "all")),
-        rng.choice(("a.x", "a.y", "b")),
-    )
+    endpoint = rng.choice(("own", "own2", "c42", "c42b", "c43", "all"))
+    type = rng.choice(("a.x", "a.y", "b"))
     events = [id for (id,) in conn.execute("SELECT id FROM webhook_events")]
     verbs = "emit sql resend resend-to backfill fail replay update disable enable discard prune"
     what, door = rng.choice(f"{verbs} door door door".split()), outbox.tenant(tenant or "c44")
@@ -3362,31 +3186,23 @@ def tenant_program(rng: random.Random, outbox: Outbox, conn: sqlite3.Connection)
         elif what == "emit":
             outbox.emit(conn, type, rng.random(), tenant=tenant, key=rng.choice((None, "k")))
         elif what == "sql":
-            conn.execute(
-                "INSERT INTO webhook_emit (type, data, tenant) VALUES (?, '1', ?)", (type, tenant)
-            )
+            insert = "INSERT INTO webhook_emit (type, data, tenant) VALUES (?, '1', ?)"
+            conn.execute(insert, (type, tenant))
         elif what.startswith("resend") and events:
-            outbox.resend(
-                rng.choice(events), endpoint=endpoint if what == "resend-to" else None, conn=conn
-            )
+            to = endpoint if what == "resend-to" else None
+            outbox.resend(rng.choice(events), endpoint=to, conn=conn)
         elif what == "backfill":
             outbox.backfill(endpoint, since=0, type=rng.choice((None, "a.*")), conn=conn)
         elif what == "fail":
-            conn.execute(
-                """INSERT INTO webhook_record (kind, event, endpoint_id, status, due_at, at, duration, reason)
-                   SELECT 'outcome', event, endpoint_id, 'failed', 0.0, 0.0, 0.0, 'status' FROM webhook_deliveries
-                    WHERE status = 'pending' AND abs(random()) % 2"""
-            )
+            conn.execute(f"{FAIL_ALL} WHERE status = 'pending' AND abs(random()) % 2")
         elif what in ("replay", "discard"):
             getattr(outbox, what)(endpoint=rng.choice((None, endpoint)), all=True, conn=conn)
         elif what == "update":
             events = rng.choice((["*"], ["a.*"], ["b", "webhook.*"]))
-            options = {
-                "events": events,
-                "ordered": rng.random() < 0.5,
-                "on_dead": rng.choice(("skip", "hold")),
-            }
-            outbox.update_endpoint(endpoint, enabled=rng.random() < 0.8, **options, conn=conn)
+            options = {"ordered": rng.random() < 0.5, "on_dead": rng.choice(("skip", "hold"))}
+            outbox.update_endpoint(
+                endpoint, events=events, enabled=rng.random() < 0.8, conn=conn, **options
+            )
         elif what in ("disable", "enable"):
             getattr(outbox, f"{what}_endpoint")(endpoint, conn=conn)
         elif what == "prune":
@@ -3459,56 +3275,42 @@ def test_a_drain_ends_when_nothing_is_due_or_when_nothing_waits_and_not_both(wal
     outbox = make_outbox(wal)
     with pytest.raises(PayloadError, match=r"^say once .* or until_empty .*, not both$"):
         outbox.drain(once=True, until_empty=True)
-    assert (
-        outbox.drain(once=True)
-        == outbox.drain(until_empty=True)
-        == webhook_outbox.DrainReport(0, 0, 0, 0)
-    )
+    assert outbox.drain(once=True) == outbox.drain(until_empty=True) == DrainReport(0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_batches_hold_every_row_that_is_chosen_and_look_at_no_more_than_they_should(wal, size):
     outbox, rng = make_outbox(wal), random.Random(size)
-    keys = sorted(rng.sample(range(1 << 62), 300))
+    keys = sorted(rng.sample(range(1 << 62), 120))
     with outbox.transaction() as conn:
         insert = "INSERT INTO webhook_events (seq, type, data, created_at) VALUES (?, ?, '1', 0.0)"
         conn.executemany(insert, [(key, rng.choice(["a", "a", "b"])) for key in keys])
     for type in ("a", "b", "none"):
-        chosen = [
-            key
-            for (key,) in query(
-                wal, "SELECT seq FROM webhook_events WHERE type = ? ORDER BY seq", type
-            )
-        ]
+        choose = "SELECT seq FROM webhook_events WHERE type = ? ORDER BY seq"
+        chosen = [key for (key,) in query(wal, choose, type)]
         found: list[int] = []
-        for first, last in outbox._ranges(
-            "main.webhook_events AS e", "e.seq", "e.type = ?", [type], size, None
-        ):
+        table = "main.webhook_events AS e"
+        for first, last in outbox._ranges(table, "e.seq", "e.type = ?", [type], size, None):
             inside = [key for key in keys if first <= key <= last]
             assert inside[0] == first in chosen and inside[-1] == last and len(inside) <= size
             assert not found or first > found[-1]
             found += inside
-            if type == "b" and len(found) < 99:  # what comes meanwhile is not for this call
+            if type == "b" and len(found) < 39:  # what comes meanwhile is not for this call
                 emit(outbox, "b")
         assert [key for key in found if key in set(chosen)] == chosen
 
 
 def test_backfill_and_replay_of_many_rows_go_in_batches_that_together_do_all(wal):
     outbox = make_outbox(wal)
-    query(
-        wal,
-        "INSERT INTO webhook_emit (type, data) SELECT 'a', '1' FROM json_each(?)",
-        json.dumps([0] * 4_500),
-    )
+    many = "INSERT INTO webhook_emit (type, data) SELECT 'a', '1' FROM json_each(?)"
+    query(wal, many, json.dumps([0] * 4_500))
     outbox.add_endpoint(URL, id="crm")
     assert outbox.backfill("crm", since=0, dry_run=True) == outbox.backfill("crm", since=0) == 4_500
     assert outbox.backfill("crm", since=0) == 0
-    fail = """INSERT INTO webhook_record (kind, event, endpoint_id, status, due_at, at, duration, reason)
-              SELECT 'outcome', event, endpoint_id, 'failed', 0.0, 0.0, 0.0, 'status' FROM webhook_deliveries"""
-    query(wal, fail)
+    query(wal, FAIL_ALL)
     assert len(outbox.failed(limit=9_999)) == outbox.replay(endpoint="crm", dry_run=True) == 4_500
     assert outbox.replay(endpoint="crm") == 4_500 and outbox.failed() == []
-    query(wal, fail)
+    query(wal, FAIL_ALL)
     assert outbox.discard(all=True) == 4_500 and outbox.prune(0) == 4_500 and outbox.events() == []
 
 
@@ -3527,23 +3329,17 @@ def test_good_secrets_are_kept_and_missing_ones_are_made(wal):
     shortest, longest = ("whsec_" + base64.b64encode(b"x" * size).decode() for size in (24, 64))
     for secret in (SECRET, shortest, longest, "env:HOOK_SECRET", "file:/run/secrets/hook"):
         assert outbox.add_endpoint(URL, secret=secret).secret == secret
-    made = {outbox.add_endpoint(URL).secret for _ in range(3)} | {
-        outbox.rotate_secret(outbox.endpoints()[0].id).secret
-    }
-    assert len(made) == 4
-    assert all(
-        len(base64.b64decode(text.removeprefix("whsec_"), validate=True)) == 32 for text in made
-    )
+    made = {outbox.add_endpoint(URL).secret for _ in range(3)}
+    made.add(outbox.rotate_secret(outbox.endpoints()[0].id).secret)
+    keys = [base64.b64decode(text.removeprefix("whsec_"), validate=True) for text in made]
+    assert [len(key) for key in keys] == [32] * 4
 
 
 def test_a_repr_shows_no_secret(wal):
     outbox = make_outbox(wal)
     headers = {"authorization": "Bearer canary-header"}
     added = outbox.add_endpoint(URL, headers=headers)
-    seen = [
-        added, outbox.rotate_secret(added.id), outbox.endpoint(added.id), outbox.endpoints(),
-        outbox,
-    ]  # fmt: skip
+    seen = [added, outbox.rotate_secret(added.id), outbox.endpoint(added.id), outbox]
     seen += [outbox.disable_endpoint(added.id, "broken"), outbox.stats(), {"endpoint": added}]
     text = " ".join(f"{value!r} {value}" for value in seen)
     assert "canary" not in text and "whsec_" not in text and added.secret not in text
@@ -3556,9 +3352,7 @@ def failing_outbox(
     """Return an outbox with six failed rows: of two endpoints, two types, two reasons, 100 seconds
     apart."""
     clock = Clock()
-    receiver = serve(
-        lambda self, sock, request: not sock.sendall(self.answers[request.line.split()[1]])
-    )
+    receiver = serve(lambda self, sock, r: not sock.sendall(self.answers[r.line.split()[1]]))
     receiver.answers = {"/a": answer(500), "/b": ABORT}
     outbox = make_outbox(path, clock=clock, retry=RetryPolicy((0.0,)))
     for id in ("a", "b"):
@@ -3575,20 +3369,10 @@ def failing_outbox(
 def test_failed_rows_say_what_happened_and_can_be_filtered_and_paged(database, serve):
     outbox, clock, _, rows = failing_outbox(database, serve)
     first = next(row for row in rows if row.endpoint_id == "b")
-    assert dataclasses.replace(first, id=0, failed_at=0.0) == webhook_outbox.FailedDelivery(
-        0,
-        outbox.events()[-1].id,
-        "b",
-        "order.created",
-        "k",
-        1,
-        "aborted",
-        400,
-        first.error,
-        "no",
-        clock.now - 300,
-        0.0,
-    )
+    known = "id event_id endpoint_id type key attempts reason status_code response first_attempt_at"
+    assert fields(first, known) == (
+        first.id, outbox.events()[-1].id, "b", "order.created", "k", 1, "aborted", 400, "no", clock.now - 300,
+    )  # fmt: skip
     assert first.error and clock.now - 300 <= first.failed_at < clock.now - 200
     filters: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
         "ids": ({"ids": [rows[0].id, rows[4].id, 999]}, lambda row: row in (rows[0], rows[4])),
@@ -3606,21 +3390,16 @@ def test_failed_rows_say_what_happened_and_can_be_filtered_and_paged(database, s
     for name, (options, holds) in filters.items():
         expected = [row for row in rows if holds(row)]
         assert outbox.failed(**options) == expected, name
-        assert (
-            outbox.replay(**options, dry_run=True)
-            == outbox.discard(**options, dry_run=True)
-            == len(expected)
-        ), name
+        for verb in (outbox.replay, outbox.discard):
+            assert verb(**options, dry_run=True) == len(expected), name
     pages = [outbox.failed(limit=2)]
     for _ in range(2):
         pages.append(outbox.failed(limit=2, after=pages[-1][-1].id))
     assert outbox.failed(after=pages[-1][-1].id) == []
     assert [row for page in pages for row in page] == rows
     for verb in (outbox.replay, outbox.discard):
-        with pytest.raises(PayloadError, match="all=True"):
-            verb(endpoint=None)
-        with pytest.raises(PayloadError, match="reason"):
-            verb(reason="bad luck")
+        refuses(PayloadError, verb, endpoint=None, words="all=True")
+        refuses(PayloadError, verb, reason="bad luck", words="reason")
         assert verb(all=True, dry_run=True) == 6
     assert emit_dump(database) == dump
 
@@ -3633,13 +3412,10 @@ def test_a_time_that_is_no_number_discards_nothing(wal, serve):
         for call in (
             outbox.discard, outbox.replay, outbox.failed, outbox.events, outbox.deliveries,
         ):  # fmt: skip
-            with pytest.raises(PayloadError):
-                call(until=moment)
-        with pytest.raises(PayloadError):
-            outbox.backfill("a", since=0, until=moment)
+            refuses(PayloadError, call, until=moment)
+        refuses(PayloadError, outbox.backfill, "a", since=0, until=moment)
     for ids in ("12", 5, ["x"], [1.5]):
-        with pytest.raises(PayloadError):
-            outbox.discard(ids=ids)
+        refuses(PayloadError, outbox.discard, ids=ids)
     assert outbox.failed() == rows
 
 
@@ -3649,7 +3425,7 @@ def test_replay_and_discard_take_exactly_what_the_filter_says(database, serve):
     assert outbox.discard(type="order.paid") == 2
     assert outbox.failed() == [row for row in rows if row not in gone]
     assert statuses(outbox, gone[0].event_id) == {"a": "failed", "b": "failed"}
-    assert outbox.drain(once=True) == webhook_outbox.DrainReport(0, 0, 0, 0)
+    assert outbox.drain(once=True) == DrainReport(0, 0, 0, 0)
     assert outbox.replay(type="order.paid") == 0
     receiver.answers["/b"] = OK
     assert outbox.replay(endpoint="b") == 2 and outbox.stats().pending == 2
@@ -3673,7 +3449,7 @@ def test_a_replay_is_the_same_event_with_a_fresh_budget_and_the_current_secret(d
         assert [(d.status, d.attempts) for d in outbox.deliveries()] == [("pending", 0)]
         report = outbox.drain(once=True)
     assert (report.retried, report.delivered, outbox.failed()) == (1, 1, [])
-    assert {(request.headers["webhook-id"], request.body) for request in receiver.requests} == {
+    assert {(r.headers["webhook-id"], r.body) for r in receiver.requests} == {
         (id, receiver.requests[0].body)
     }
     for number, request in enumerate(receiver.requests):
@@ -3696,10 +3472,7 @@ def test_resend_delivers_again_whatever_became_of_it(database, serve):
     assert outbox.resend(id, endpoint="late") == 1 and outbox.drain(once=True).delivered == 1
     again = receiver.requests[before:]
     assert {request.headers["webhook-id"] for request in again} == {id}
-    assert (
-        len({request.body for request in receiver.requests if request.headers["webhook-id"] == id})
-        == 1
-    )
+    assert len({r.body for r in receiver.requests if r.headers["webhook-id"] == id}) == 1
 
 
 def what_waits(path: str) -> dict[tuple[str, str], str]:
@@ -3754,19 +3527,15 @@ def test_cancel_takes_exactly_what_waits_and_the_filter_says(wal, shop, filters)
 
     expected = {pair for pair in was if chosen(*pair)}
     assert outbox.cancel(**filters, dry_run=True) == len(expected) and what_waits(wal) == was
-    with emit_host(wal) as conn:
-        conn.execute("BEGIN")
+    with begun(wal) as conn:
         assert outbox.cancel(**filters, conn=conn) == len(expected)
         conn.execute("ROLLBACK")
     assert what_waits(wal) == was
     assert outbox.cancel(**filters) == len(expected)
     now = what_waits(wal)
     assert {pair for pair in now if now[pair] == "cancelled"} == expected
-    kept = {pair: status for pair, status in was.items() if pair not in expected}
-    open_as_one = {"queued": "pending"}  # the next one of a queue has become its head
-    assert {pair: open_as_one.get(now[pair], now[pair]) for pair in kept} == {
-        pair: open_as_one.get(status, status) for pair, status in kept.items()
-    }
+    for pair in was.keys() - expected:  # the next one of a queue has become its head
+        assert now[pair] == was[pair] or (now[pair], was[pair]) == ("pending", "queued")
     assert {(d.endpoint_id, d.event_id) for d in outbox.deliveries(status="cancelled")} == expected
     outbox.enable_endpoint("off")
     clock.advance(10)
@@ -3798,8 +3567,7 @@ def test_what_cannot_be_meant_is_not_cancelled_retried_or_erased(wal):
         ("erase", {"event_id": None}, NotFound, "None"),
     ]
     for verb, options, error, words in wrong:
-        with pytest.raises(error, match=words):
-            getattr(outbox, verb)(**options)
+        refuses(error, getattr(outbox, verb), **options, words=words)
     assert emit_dump(wal) == dump
 
 
@@ -3808,8 +3576,7 @@ def test_a_reminder_is_cancelled_by_its_key_in_the_transaction_that_pays_the_ord
     for order in ("17", "18"):
         emit(outbox, "order.reminder", {"order": order}, key=order, delay=3600)
     for end in ("ROLLBACK", "COMMIT"):
-        with emit_host(database) as conn:
-            conn.execute("BEGIN")
+        with begun(database) as conn:
             conn.execute("INSERT INTO orders (total) VALUES (1)")
             assert outbox.cancel(key="17", type="order.reminder", conn=conn) == 1
             conn.execute(end)
@@ -3828,8 +3595,7 @@ def test_cancel_by_event_key_or_endpoint_reads_no_more_the_more_was_delivered(wa
     def steps() -> list[int]:
         counts = []
         for filters in ({"key": "k"}, {"event_id": plain}, {"endpoint": "a"}, {"endpoint": "line"}):
-            with emit_host(wal) as conn:
-                conn.execute("BEGIN")
+            with begun(wal) as conn:
                 count = itertools.count(1)
                 conn.set_progress_handler(lambda count=count: next(count) and None, 1)
                 assert outbox.cancel(**filters, conn=conn) == (2 if "endpoint" in filters else 3)
@@ -3896,8 +3662,7 @@ def test_retry_now_makes_due_what_waits_for_its_next_try_and_ends_the_hold(datab
     for filters in (
         {"endpoint": "a"}, {"tenant": "c42"}, {"type": "order.paid"}, {"event_id": tried},
     ):  # fmt: skip
-        with emit_host(database) as conn:
-            conn.execute("BEGIN")
+        with begun(database) as conn:
             assert outbox.retry_now(**filters, conn=conn) == 1
             state = "SELECT id FROM webhook_endpoints WHERE failures + paused_until > 0"
             assert conn.execute(state).fetchall() == [("b",)]
@@ -3947,21 +3712,16 @@ def test_an_event_that_is_erased_leaves_no_trace_of_its_data_and_is_never_delive
     }  # fmt: skip
     id = emit(outbox, data={"name": ERASE_CANARY}, **private)
     outbox.drain(once=True)
-    for name, options in {
-        "dead": {"on_dead": on_dead},
-        "line": {"ordered": True, "on_dead": on_dead},
-    }.items():
-        outbox.add_endpoint(receiver.url(), id=name, **options)
+    for name, options in (("dead", {}), ("line", {"ordered": True})):
+        outbox.add_endpoint(receiver.url(), id=name, on_dead=on_dead, **options)
         outbox.resend(id, endpoint=name)
     outbox.drain(once=True)
     outbox.add_endpoint(receiver.url(), id="late")
     outbox.resend(id, endpoint="late")
-    assert statuses(outbox, id) == {
-        "done": "delivered", "dead": "failed", "line": "failed", "late": "pending",
-    }  # fmt: skip
+    was = {"done": "delivered", "dead": "failed", "line": "failed", "late": "pending"}
+    assert statuses(outbox, id) == was
     behind = emit(outbox, key=ERASE_CANARY[:-1])
-    with emit_host(database) as conn:
-        conn.execute("BEGIN")
+    with begun(database) as conn:
         assert outbox.erase(id, conn=conn) == 1
         conn.execute("ROLLBACK")
         assert erase_traces(database)
@@ -3969,17 +3729,14 @@ def test_an_event_that_is_erased_leaves_no_trace_of_its_data_and_is_never_delive
     assert erase_traces(database) == []
     event = outbox.event(id)
     assert (event.data, event.key) == (None, None) and event.erased_at is not None
-    assert statuses(outbox, id) == {
-        "done": "delivered", "dead": "failed", "line": "failed", "late": "cancelled",
-    }  # fmt: skip
+    assert statuses(outbox, id) == {**was, "late": "cancelled"}
     assert {a.response or a.error for a in outbox.attempts(id)} == {None}
     failed = outbox.failed(type="order.created")
     assert {(f.key, f.error, f.response) for f in failed} == {(None, None, None)}
     assert len(failed) == 2
     before = len(receiver.requests)
     receiver.play = OK
-    with pytest.raises(NotFound, match="erased"):
-        outbox.resend(id)
+    refuses(NotFound, outbox.resend, id, words="erased")
     assert outbox.replay(all=True) == outbox.replay(all=True, dry_run=True) == 0
     outbox.add_endpoint(receiver.url(), id="new")
     assert outbox.backfill("new", since=0.0) == 1  # the one behind it
@@ -4001,16 +3758,12 @@ def test_admin_calls_join_the_callers_transaction(database, serve):
         outbox.enable_endpoint("a", conn=conn.cursor())
         outbox.rotate_secret("a", conn=conn)
         assert outbox.backfill("new", since=0, conn=conn) == 3
-        assert (
-            outbox.replay(ids=[rows[0].id], conn=conn)
-            == outbox.discard(ids=[rows[1].id], conn=conn)
-            == 1
-        )
+        assert outbox.replay(ids=[rows[0].id], conn=conn) == 1
+        assert outbox.discard(ids=[rows[1].id], conn=conn) == 1
         assert outbox.resend(rows[2].event_id, conn=conn) == 3
         outbox.remove_endpoint("b", conn=conn)
-        assert [endpoint.id for endpoint in outbox.endpoints(conn=conn)] == ["a", "new"]
-        assert conn.in_transaction
-        assert [endpoint.id for endpoint in outbox.endpoints()] == ["a", "b"]
+        assert [e.id for e in outbox.endpoints(conn=conn)] == ["a", "new"]
+        assert [e.id for e in outbox.endpoints()] == ["a", "b"] and conn.in_transaction
 
     with emit_host(database, "legacy") as conn:
         conn.execute("INSERT INTO orders (id) VALUES (1)")
@@ -4023,10 +3776,8 @@ def test_admin_calls_join_the_callers_transaction(database, serve):
         conn.execute("RELEASE outer")
         assert emit_dump(database) == dump
         conn.execute("BEGIN")
-        with pytest.raises(PayloadError, match="already"):
-            outbox.add_endpoint(URL, id="a", conn=conn)
-        with pytest.raises(NotFound):
-            outbox.remove_endpoint("gone", conn=conn)
+        refuses(PayloadError, outbox.add_endpoint, URL, id="a", conn=conn, words="already")
+        refuses(NotFound, outbox.remove_endpoint, "gone", conn=conn)
         everything(conn)
         conn.commit()
     assert [endpoint.id for endpoint in outbox.endpoints()] == ["a", "new"]
@@ -4054,9 +3805,7 @@ def test_the_record_can_be_filtered_and_paged(database, serve):
     events = outbox.events()
     newest_first = "webhook.own order.created user.created order.paid order.created".split()
     assert [event.type for event in events] == newest_first
-    assert (events[1].id, events[1].data, events[1].key, events[1].deliveries) == (
-        waiting, [1], None, (),
-    )  # fmt: skip
+    assert fields(events[1], "id data key deliveries") == (waiting, [1], None, ())
     assert outbox.events(type="order.*") == [events[1], events[3], events[4]]
     assert outbox.events(since=events[2].created_at, until=events[1].created_at) == [events[2]]
     assert outbox.events(ids=[lonely, "msg_gone"]) == [events[0]]
@@ -4064,34 +3813,24 @@ def test_the_record_can_be_filtered_and_paged(database, serve):
     deliveries = outbox.deliveries()
     assert len(deliveries) == 8 and outbox.event(lonely).deliveries == ()
     assert [d.status for d in deliveries] == ["held", "pending"] + ["failed"] * 6
-    assert (
-        outbox.event(waiting).deliveries
-        == tuple(deliveries[:2])
-        == tuple(outbox.deliveries(event_id=waiting))
-    )
+    both = deliveries[:2]
+    assert [*outbox.event(waiting).deliveries] == outbox.deliveries(event_id=waiting) == both
     assert outbox.deliveries(endpoint="a") == deliveries[1::2]
     assert outbox.deliveries(status="held") == deliveries[:1]
     assert outbox.deliveries(type="order.paid", status="failed") == deliveries[4:6]
     assert outbox.deliveries(until=events[3].created_at) == deliveries[6:]
     pages = [outbox.deliveries(limit=3)]
     for _ in range(2):
-        pages.append(
-            outbox.deliveries(limit=3, after=(pages[-1][-1].event_id, pages[-1][-1].endpoint_id))
-        )
+        last = fields(pages[-1][-1], "event_id endpoint_id")
+        pages.append(outbox.deliveries(limit=3, after=last))
     assert [row for page in pages for row in page] == deliveries
-    with pytest.raises(PayloadError, match="status"):
-        outbox.deliveries(status="queued")
+    refuses(PayloadError, outbox.deliveries, status="queued", words="status")
     tried = outbox.attempts(rows[0].event_id)
     assert [attempt.endpoint_id for attempt in outbox.attempts(rows[0].event_id, "b")] == ["b"]
     assert len(tried) == 2
-    seen = {
-        (attempt.endpoint_id, attempt.status_code, attempt.reason, attempt.response or "")
-        for attempt in tried
-    }
+    seen = {(a.endpoint_id, a.status_code, a.reason, a.response or "") for a in tried}
     assert seen == {("a", 500, "status", ""), ("b", 400, "aborted", "no")}
-    assert all(
-        attempt.at == rows[0].first_attempt_at and 0 <= attempt.duration < 60 for attempt in tried
-    )
+    assert all(a.at == rows[0].first_attempt_at and 0 <= a.duration < 60 for a in tried)
 
 
 def test_stats_count_what_waits(database, serve):
@@ -4105,9 +3844,8 @@ def test_stats_count_what_waits(database, serve):
     assert (stats.pending, stats.due, stats.held, stats.failed) == (4, 1, 4, 6)
     assert stats.oldest_due_age == pytest.approx(30)
     one, two = stats.endpoints
-    assert (one.id, one.enabled, one.pending, one.failed, one.attempts, one.delivered) == (
-        "a", True, 4, 3, 3, 0,
-    )  # fmt: skip
+    counts = "id enabled pending failed attempts delivered"
+    assert fields(one, counts) == ("a", True, 4, 3, 3, 0)
     assert (two.id, two.enabled, two.pending, two.failed) == ("b", False, 4, 3)
     assert one.last_error and one.failing_since is not None and one.history == (0,) * 12
     receiver.answers["/a"] = OK
@@ -4140,28 +3878,15 @@ def test_a_busy_endpoint_hides_none_of_the_others_in_the_stats(wal):
     assert history["busy"][8] == 25_000 and sum(history["quiet"]) == history["quiet"][2] == 1
 
 
-def test_a_replay_leaves_the_failed_rows_of_other_endpoints_alone(database, serve):
-    outbox = make_outbox(database, retry=ONCE)
-    for id in ("one", "two"):
-        outbox.add_endpoint(serve(answer(500)).url(), id=id)
-    emit(outbox)
-    outbox.drain(once=True)
-    assert outbox.replay(endpoint="one") == 1
-    assert [row.endpoint_id for row in outbox.failed()] == ["two"]
-
-
 def test_prune_removes_what_is_finished_and_old_and_nothing_else(database, serve):
     outbox, clock, receiver, rows = failing_outbox(database, serve)
     receiver.answers["/a"] = receiver.answers["/b"] = OK
     delivered, late = emit(outbox), emit(outbox, delay=500)
     half = emit(outbox, "order.half")
     assert outbox.drain(once=True).delivered == 4
-    back = "UPDATE webhook_deliveries SET status = 'pending', due_at = ? WHERE endpoint_id = 'b' AND event IN "
-    query(
-        database,
-        back + "(SELECT seq FROM webhook_events WHERE type = 'order.half')",
-        clock.now + 80_000,
-    )
+    half_key = int(half[4:], 16)
+    back = "UPDATE webhook_deliveries SET status = 'pending', due_at = ? WHERE endpoint_id = 'b' AND event = ?"
+    query(database, back, clock.now + 80_000, half_key)
     many = "INSERT INTO webhook_emit (type, data, created_at) SELECT 'webhook.own', '1', ? FROM json_each(?)"
     query(database, many, clock.now, json.dumps([0] * 1200))
     clock.advance(550)
@@ -4169,17 +3894,12 @@ def test_prune_removes_what_is_finished_and_old_and_nothing_else(database, serve
     recent = emit(outbox, "webhook.own")
     assert outbox.prune() == 0
     assert outbox.prune(540) == 1201
-    assert {event.id for event in outbox.events()} == {row.event_id for row in rows} | {
-        late, half, recent,
-    }  # fmt: skip
-    with pytest.raises(NotFound):
-        outbox.attempts(delivered)
+    kept = {row.event_id for row in rows} | {late, half, recent}
+    assert {e.id for e in outbox.events()} == kept
+    refuses(NotFound, outbox.attempts, delivered)
     orphans = "SELECT count(*) FROM webhook_{0} WHERE event NOT IN (SELECT seq FROM webhook_events)"
-    assert (
-        query(database, orphans.format("attempts"))
-        == query(database, orphans.format("deliveries"))
-        == [(0,)]
-    )
+    for table in ("attempts", "deliveries"):
+        assert query(database, orphans.format(table)) == [(0,)]
     assert outbox.failed() == rows and len(outbox.attempts(rows[0].event_id)) == 2
     clock.advance(1)
     outbox.discard(all=True)
@@ -4378,9 +4098,9 @@ def test_a_secret_derived_from_the_master_key_signs_and_stands_nowhere_in_the_fi
     assert in_the_file(wal, shown) == []
 
 
-def accepted(request: Request, secret: str | None) -> bool:
+def accepted(request: Request, secret: str | None, now: float | None = None) -> bool:
     with contextlib.suppress(SignatureError):
-        return bool(verify(request.body, request.headers, str(secret)).id)
+        return bool(verify(request.body, request.headers, str(secret), now=now).id)
     return False
 
 
@@ -4420,8 +4140,7 @@ def test_without_the_right_master_key_nothing_is_signed_and_mending_it_is_enough
     whole.add_endpoint(receiver.url(), id="own", secret=SECRET)
     if key == "short":
         path.write_text(key)
-        with pytest.raises(PayloadError, match=error):
-            make_outbox(wal, master_key=f"file:{path}")
+        refuses(PayloadError, make_outbox, wal, master_key=f"file:{path}", words=error)
         key = None
         error = "is not here"
     path.unlink() if key is None else path.write_text(key)
@@ -4433,8 +4152,7 @@ def test_without_the_right_master_key_nothing_is_signed_and_mending_it_is_enough
         lambda: outbox.rotate_secret("e0"),
         lambda: outbox._secret("e0"),
     ):
-        with pytest.raises(PayloadError, match=error):
-            refused()
+        refuses(PayloadError, refused, words=error)
     assert len(outbox.endpoints()) == 4
     assert outbox.rotate_secret("own", secret=SECRET).secret == SECRET
     with outbox:
@@ -4455,11 +4173,13 @@ def test_without_the_right_master_key_nothing_is_signed_and_mending_it_is_enough
 
 @pytest.mark.parametrize("wrong", [MASTER, "env:", "env:a b", 5, "file:", ""])
 def test_a_master_key_is_named_and_never_given(tmp_path, wrong):
-    with pytest.raises(
+    refuses(
         PayloadError,
-        match=r"^master_key must be env:NAME or file:PATH, where the key itself stands$",
-    ):
-        Outbox(tmp_path / "app.db", master_key=wrong)
+        Outbox,
+        tmp_path / "app.db",
+        master_key=wrong,
+        words=r"^master_key must be env:NAME or file:PATH, where the key itself stands$",
+    )
 
 
 def test_a_copy_that_is_adopted_has_other_derived_secrets_and_says_so(
@@ -4508,8 +4228,7 @@ def test_a_copied_file_sends_nothing_whichever_way_it_is_drained(
         lambda: outbox.drain(until_empty=True),
         lambda: outbox.ping("crm"),
     ):
-        with pytest.raises(OutboxError, match=refusal):
-            way()
+        refuses(OutboxError, way, words=refusal)
     caplog.clear()
     with outbox:  # the thread has the lock, says it once and waits
         eventually(lambda: [r for r in caplog.records if re.search(refusal, r.getMessage())])
@@ -4568,8 +4287,7 @@ def test_adopt_makes_a_copy_harmless_and_its_own_and_neutralize_nobodys(
             lambda: production.disable_endpoint("crm", conn=conn),
             lambda: Inbox(wal).accept(conn, "x"),
         ):
-            with pytest.raises(SchemaError, match="another file"):
-                refused()
+            refuses(SchemaError, refused, words="another file")
     id_ = emit(elsewhere)
     assert elsewhere.drain(until_empty=True).delivered == 2 == len(receiver.requests)
     assert statuses(elsewhere, id_) == {"crm": "delivered"} and elsewhere.stats().refusal is None
@@ -4606,21 +4324,19 @@ def test_a_file_without_a_home_is_everybodys_until_the_first_drain_that_has_one(
     assert home() == [("argument",)]
     make_outbox(wal, home="argument").drain(once=True)
     monkeypatch.delenv("WEBHOOK_OUTBOX_HOME")
-    with pytest.raises(PayloadError, match="say home= or set WEBHOOK_OUTBOX_HOME"):
-        make_outbox(wal).adopt()
+    refuses(PayloadError, make_outbox(wal).adopt, words="say home= or set WEBHOOK_OUTBOX_HOME")
     for wrong in ("", "a\nb", 5):
-        with pytest.raises(PayloadError, match="home must be one line"):
-            make_outbox(wal, home=wrong)
+        refuses(PayloadError, make_outbox, wal, home=wrong, words="home must be one line")
 
 
 # ── tenant ────────────────────────────────────────────────────────────────────────────────────────
 
 CATALOGUE = {
-    "order.paid": webhook_outbox.EventType("An order was paid.", {"id": 7}, group="Orders"),
-    "order.sent": webhook_outbox.EventType("An order left.", group="Orders", deprecated=True),
-    "user.created": webhook_outbox.EventType("Somebody <b>signed</b> up.", ["Zoë"], group="Users"),
-    "audit.login": webhook_outbox.EventType("Somebody logged in.", internal=True),
-    "order.scored": webhook_outbox.EventType("How risky it is.", internal=True),
+    "order.paid": EventType("An order was paid.", {"id": 7}, group="Orders"),
+    "order.sent": EventType("An order left.", group="Orders", deprecated=True),
+    "user.created": EventType("Somebody <b>signed</b> up.", ["Zoë"], group="Users"),
+    "audit.login": EventType("Somebody logged in.", internal=True),
+    "order.scored": EventType("How risky it is.", internal=True),
 }
 
 
@@ -4699,13 +4415,10 @@ def test_a_tenants_door_shows_and_resends_only_what_its_own_endpoints_got(wal):
     stats = door.stats()
     assert (stats.failed, [e.id for e in stats.endpoints]) == (1, ["c42"])
     assert (stats.endpoints[0].attempts, stats.endpoints[0].failed) == (1, 1)
-    with pytest.raises(PayloadError, match="which failed rows"):
-        door.replay()
-    with pytest.raises(TypeError):
-        door.deliveries(tenant="c43")
+    refuses(PayloadError, door.replay, words="which failed rows")
+    refuses(TypeError, door.deliveries, tenant="c43")
     for verb in (door.failed, door.replay):
-        with pytest.raises(PayloadError, match="the door of c42"):
-            verb(tenant="c43")
+        refuses(PayloadError, verb, tenant="c43", words="the door of c42")
     assert door.replay(all=True, dry_run=True) == door.replay(all=True) == 1
     assert statuses(outbox, theirs) == {"c42": "pending", "all": "failed"}
     assert door.resend(theirs) == door.resend(theirs, endpoint="c42") == 1
@@ -4714,8 +4427,7 @@ def test_a_tenants_door_shows_and_resends_only_what_its_own_endpoints_got(wal):
     assert outbox.resend(theirs) == 2 and door.cancel(all=True, dry_run=True) == 1
     assert door.cancel(event_id=theirs) == 1 and door.cancel(key="k") == 0
     assert statuses(outbox, theirs) == {"c42": "cancelled", "all": "pending"}
-    with pytest.raises(PayloadError, match="say which deliveries"):
-        door.cancel()
+    refuses(PayloadError, door.cancel, words="say which deliveries")
     assert other.replay(endpoint="c43") == 1
     with pytest.raises(PayloadError, match="there is an endpoint c43 already"):
         door.ensure_endpoint(URL, id="c43")
@@ -4727,8 +4439,7 @@ def test_a_tenants_door_shows_and_resends_only_what_its_own_endpoints_got(wal):
 
 @pytest.mark.parametrize("wrong", [None, "", "*", "a b", 5, "x" * 65, "c42' OR '1"])
 def test_a_door_is_of_one_customer(wal, wrong):
-    with pytest.raises(PayloadError, match="tenant must be"):
-        make_outbox(wal).tenant(wrong)
+    refuses(PayloadError, make_outbox(wal).tenant, wrong, words="tenant must be")
 
 
 DOOR_REFUSES: dict[str, tuple[dict[str, Any], str]] = {
@@ -4763,8 +4474,7 @@ def test_what_a_customer_chose_is_never_a_reference_nor_the_operators(wal, what)
     assert "\n" not in str(error.value) and "allow" not in str(error.value)
     change = door.rotate_secret if "secret" in given else door.update_endpoint
     if given != {"url": None}:
-        with pytest.raises((PayloadError, UnsafeURL), match=why):
-            change("mine", **given)
+        refuses((PayloadError, UnsafeURL), change, "mine", **given, words=why)
     assert outbox.endpoints() == before
 
 
@@ -4773,15 +4483,13 @@ def test_a_customer_may_add_as_many_endpoints_as_the_host_says(wal):
     door = outbox.tenant("c42", max_endpoints=2)
     outbox.add_endpoint(URL, tenant="c42")  # the operator's count too
     door.add_endpoint(URL)
-    with pytest.raises(PayloadError, match="there are 2 endpoints, as many as may be"):
-        door.add_endpoint(URL)
+    refuses(PayloadError, door.add_endpoint, URL, words="there are 2 endpoints, as many as may be")
     outbox.add_endpoint(URL, tenant="c42")
     assert len(door.endpoints()) == 3 and outbox.tenant("c43").add_endpoint(URL).tenant == "c43"
     with outbox.transaction() as conn:  # in the host's transaction it is rolled back with it
         door = outbox.tenant("c44", max_endpoints=1)
         door.add_endpoint(URL, conn=conn)
-        with pytest.raises(PayloadError, match="as many as may be"):
-            door.add_endpoint(URL, conn=conn)
+        refuses(PayloadError, door.add_endpoint, URL, conn=conn, words="as many as may be")
         conn.rollback()
         conn.execute("BEGIN")
     assert door.endpoints() == [] and outbox.tenant("c45").max_endpoints == 20
@@ -4857,8 +4565,7 @@ def test_an_internal_type_reaches_no_customer_who_did_not_get_it_by_name(wal):
     assert [event.id for event in door.events()] == [plain]
     assert {d.event_id for d in door.deliveries()} == {plain}
     for ask in (door.event, door.attempts, door.resend):
-        with pytest.raises(NotFound):
-            ask(theirs)
+        refuses(NotFound, ask, theirs)
     with outbox.transaction() as conn, pytest.raises(PayloadError, match="no event type audit"):
         door.emit(conn, "audit.login", {})
     with outbox.transaction() as conn:
@@ -4977,13 +4684,8 @@ def test_what_a_door_lists_costs_the_same_however_much_other_tenants_have(wal, a
                 with contextlib.closing(sqlite3.connect(wal)) as conn:
                     for sql in watched.sql:
                         plan = [step for *_, step in conn.execute("EXPLAIN QUERY PLAN " + sql)]
-                        scans = [
-                            s
-                            for s in plan
-                            if re.match(
-                                r"SCAN (?!one|json_each|wanted|found|value|latest|\(sub)", s
-                            )
-                        ]
+                        few = r"SCAN (?!one|json_each|wanted|found|value|latest|\(sub)"
+                        scans = [step for step in plan if re.match(few, step)]
                         assert scans == [], (sql, plan)
         if round:
             break
@@ -4995,20 +4697,11 @@ def test_what_a_door_lists_costs_the_same_however_much_other_tenants_have(wal, a
             )
             for n in range(240):
                 outbox.emit(conn, "order.paid", n, tenant=("c43", f"other{n}", None)[n % 3])
-            conn.execute(
-                """INSERT INTO webhook_record (kind, event, endpoint_id, status, due_at, at, duration, reason)
-                   SELECT 'outcome', event, endpoint_id, 'failed', 0.0, 0.0, 0.0, 'dns'
-                     FROM webhook_deliveries WHERE status = 'pending'"""
-            )
+            conn.execute(f"{FAIL_ALL} WHERE status = 'pending'")
             if analyzed:
                 conn.execute("ANALYZE")
-    before, after = costs
-    grown = {
-        name: (m, n)
-        for name, m, n in zip(DOOR_LISTS, before, after, strict=True)
-        if n > 1.3 * m + 60
-    }
-    assert grown == {}
+    for name, before, after in zip(DOOR_LISTS, *costs, strict=True):
+        assert after <= 1.3 * before + 60, name
 
 
 # ── catalogue ─────────────────────────────────────────────────────────────────────────────────────
@@ -5027,9 +4720,7 @@ def test_with_a_catalogue_emit_takes_its_types_and_names_the_nearest_to_others(w
                 outbox.emit(conn, type, {})
     assert [event.type for event in outbox.events()] == ["order.paid"]
     names = make_outbox(wal, event_types=["order.paid", "order.sent"])
-    assert names.event_types == dict.fromkeys(
-        ["order.paid", "order.sent"], webhook_outbox.EventType()
-    )
+    assert names.event_types == dict.fromkeys(["order.paid", "order.sent"], EventType())
     assert make_outbox(wal).event_types is None and emit(make_outbox(wal), "any.thing")
 
 
@@ -5045,23 +4736,21 @@ def test_a_pattern_must_match_a_type_of_the_catalogue(wal):
             lambda bad=bad: outbox.add_endpoint(URL, events=["order.paid", bad]),
             lambda bad=bad: outbox.update_endpoint(id, events=[bad]),
         ):
-            with pytest.raises(PayloadError, match="event type"):
-                act()
+            refuses(PayloadError, act, words="event type")
     assert len(outbox.endpoints()) == 6 and outbox.endpoint(id).events == ("*",)
 
 
 @pytest.mark.parametrize(
     "given",
     [
-        {}, [], "order.paid", 5, {"order paid": webhook_outbox.EventType()}, {"order.paid": "Paid."},
-        {"webhook.ping": webhook_outbox.EventType()}, {5: webhook_outbox.EventType()}, [None],
-        {"a": webhook_outbox.EventType(example=float("nan"))},
-        {"a": webhook_outbox.EventType(example=object())}, {"a": webhook_outbox.EventType(None)},
+        {}, [], "order.paid", 5, {"order paid": EventType()}, {"order.paid": "Paid."},
+        {"webhook.ping": EventType()}, {5: EventType()}, [None],
+        {"a": EventType(example=float("nan"))},
+        {"a": EventType(example=object())}, {"a": EventType(None)},
     ],
 )  # fmt: skip
 def test_a_catalogue_that_is_none_is_refused_in_one_sentence(wal, given):
-    with pytest.raises(PayloadError, match=r"^event_types"):
-        make_outbox(wal, event_types=given)
+    refuses(PayloadError, make_outbox, wal, event_types=given, words=r"^event_types")
 
 
 def test_ping_sends_the_catalogues_example_of_a_type(wal, shop):
@@ -5077,8 +4766,7 @@ def test_ping_sends_the_catalogues_example_of_a_type(wal, shop):
     for ask, type in ((outbox, "order.payd"), (door, "audit.login"), (door, "webhook.ping")):
         with pytest.raises(PayloadError, match=f"no (event type|example of) {type}"):
             ask.ping("c42", type=type)
-    with pytest.raises(PayloadError, match="no event_types"):
-        make_outbox(wal).ping("c42", type="order.paid")
+    refuses(PayloadError, make_outbox(wal).ping, "c42", type="order.paid", words="no event_types")
     assert len(receiver.requests) == 4
 
 
@@ -5549,8 +5237,7 @@ def test_what_goes_into_a_header_from_outside_the_file_is_ascii_on_one_line(wal,
     for row in outbox.failed():
         assert "content type" in row.error and "'text'" in row.error and "ASCII" in row.error
     for name in ("Müller", "Магазин", "a\nb"):
-        with pytest.raises(PayloadError, match="app_name"):
-            Outbox(wal, app_name=name)
+        refuses(PayloadError, Outbox, wal, app_name=name, words="app_name")
 
 
 def test_an_empty_secret_signs_nothing(wal, serve, tmp_path, monkeypatch):
@@ -6426,9 +6113,7 @@ def test_retry_after_holds_the_whole_endpoint_and_no_other(hint, status, wal, se
     outbox = make_outbox(wal, busy.url(), id="busy", clock=clock, retry=(0, 20, 20))
     outbox.add_endpoint(well.url(), id="well")
     first = emit(outbox)
-    assert outbox.drain(once=True) == webhook_outbox.DrainReport(
-        delivered=1, retried=1, failed=0, pending=1
-    )
+    assert outbox.drain(once=True) == DrainReport(delivered=1, retried=1, failed=0, pending=1)
     assert {d.endpoint_id: d.due_at for d in outbox.event(first).deliveries}[
         "busy"
     ] == clock.now + due
@@ -6621,7 +6306,7 @@ def test_what_is_not_delivered_when_it_expires_ends_in_the_failed_table_without_
     database, shop, way
 ):
     """By emission, whatever the delay was; what is delivered before is not concerned."""
-    notices = list[webhook_outbox.Notice]()
+    notices = list[Notice]()
     clock, receiver, outbox = shop.timed(
         [answer(500), OK], id="crm", max_in_flight=1, retry=(0, 100, 100), observer=notices.append
     )
@@ -6632,7 +6317,7 @@ def test_what_is_not_delivered_when_it_expires_ends_in_the_failed_table_without_
     held = emit_expiring(database, outbox, way, expires=60)
     outbox.disable_endpoint("crm")
     clock.advance(49)
-    assert outbox.drain(once=True) == webhook_outbox.DrainReport(0, 0, 0, 0)
+    assert outbox.drain(once=True) == DrainReport(0, 0, 0, 0)
     outbox.enable_endpoint("crm")
     assert outbox.drain(once=True).delivered == 2  # good, and held
     assert {statuses(outbox, id)["crm"] for id in (good, held)} == {"delivered"}
@@ -6777,7 +6462,7 @@ def test_an_event_of_a_clock_that_was_ahead_is_delayed_as_it_was_meant(shop):
         for delay in (0.0, 60.0, 2 * DAY)
     }
     clock.advance(-7300 * DAY)
-    assert outbox.drain(once=True) == webhook_outbox.DrainReport(1, 0, 0, 2)
+    assert outbox.drain(once=True) == DrainReport(1, 0, 0, 2)
     for event, delay in meant.items():
         (delivery,) = outbox.event(event).deliveries
         assert delivery.due_at == pytest.approx(clock.now + delay, abs=1e-3)
@@ -6910,8 +6595,7 @@ def test_accept_needs_the_receivers_transaction(inbox, database, tmp_path):
         options.append({"autocommit": True})
     for option in options:
         with contextlib.closing(sqlite3.connect(database, **option)) as conn:
-            with pytest.raises(NotInTransaction):
-                inbox.accept(conn, "msg_1")
+            refuses(NotInTransaction, inbox.accept, conn, "msg_1")
             conn.execute("BEGIN")
             assert inbox.accept(conn, "msg_1")
             assert conn.in_transaction
@@ -6923,8 +6607,7 @@ def test_accept_needs_the_receivers_transaction(inbox, database, tmp_path):
     with receiving(str(tmp_path / "other.db")) as conn, pytest.raises(SchemaError):
         inbox.accept(conn, "msg_1")
     for nowhere in (":memory:", ""):
-        with pytest.raises(SchemaError):
-            Inbox(nowhere)
+        refuses(SchemaError, Inbox, nowhere)
 
 
 def test_of_two_that_accept_at_once_one_wins(inbox, database):
@@ -6989,8 +6672,7 @@ def test_a_file_that_is_not_the_inboxs_is_refused_and_left_alone(inbox, tmp_path
         with receiving(other, **options) as conn:
             conn.execute(begin)
             before = conn.in_transaction
-            with pytest.raises(SchemaError, match="another file"):
-                inbox.accept(conn, "msg_1")
+            refuses(SchemaError, inbox.accept, conn, "msg_1", words="another file")
             assert conn.in_transaction is before
             assert conn.execute("SELECT count(*) FROM webhook_inbox").fetchone() == (0,)
 
@@ -7286,8 +6968,7 @@ def test_each_fault_of_a_url_is_named():
         ("http://10.0.0.1/", inside),
     ):
         assert webhook_outbox._prepare_url(url, guard).url == url
-    with pytest.raises(UnsafeURL, match="plain http"):
-        webhook_outbox._prepare_url("http://8.8.8.8/", inside)
+    refuses(UnsafeURL, webhook_outbox._prepare_url, "http://8.8.8.8/", inside, words="plain http")
 
 
 def test_a_url_that_is_malformed_or_odd_is_refused_at_registration(wal):
@@ -7540,8 +7221,7 @@ def test_each_connection_is_judged_on_its_own_lookup_so_that_dns_cannot_rebind(w
         ]  # fmt: skip
         assert outbox.attempts(event_id)[1].error == "rebind.test is not a public address"
         assert receiver.connections == 1 and lookups == [["127.1.1.1", "127.0.0.1"]]
-        with pytest.raises(BlockingIOError):
-            inside.accept()
+        refuses(BlockingIOError, inside.accept)
 
 
 def test_a_resolver_that_fails_in_any_way_costs_only_its_own_endpoint(wal, serve):
@@ -7786,8 +7466,7 @@ def test_the_next_address_is_tried_after_a_quarter_second_and_the_one_that_worke
         worked["x.test"] = holes[0]
         assert 0.25 <= seconds(["127.0.0.1", holes[0]]) < 0.5 and worked["x.test"] == "127.0.0.1"
         del worked["x.test"]
-        with pytest.raises(TimeoutError):
-            seconds(holes[:2], 0.4)
+        refuses(TimeoutError, seconds, holes[:2], 0.4)
 
 
 IN_TURN = [  # what a name resolves to, which one worked last; in which order they are tried
@@ -7830,9 +7509,7 @@ def test_localhost_may_be_reached_where_loopback_is_allowed(wal, serve, authorit
     assert outbox.ping(endpoint.id).reason is None
     emit(outbox)
     assert outbox.drain(once=True).delivered == 1
-    assert {request.headers["host"] for request in receiver.requests} == {
-        f"localhost:{receiver.port}"
-    }
+    assert {r.headers["host"] for r in receiver.requests} == {f"localhost:{receiver.port}"}
     outbox = make_outbox(
         wal, resolver=transport_resolver({"localhost": ["127.1.1.1", "::1", "127.0.0.1"]})
     )
@@ -8552,11 +8229,7 @@ def test_no_fault_of_a_receiver_costs_time_or_memory_or_reaches_the_next_event_o
             assert tracemalloc.get_traced_memory()[1] < 10_000_000
         finally:
             tracemalloc.stop()
-        eventually(
-            lambda: all(
-                len(receiver.lasted) == receiver.connections for receiver in servers.values()
-            )
-        )
+        eventually(lambda: all(len(r.lasted) == r.connections for r in servers.values()))
     for name, (_, *end) in faults.items():
         (attempt,) = outbox.attempts(first, ids[name])
         lasts = end[0] == "timeout" or exchange_lasts(name)
@@ -9501,7 +9174,7 @@ def test_no_secret_leaves_by_a_log_a_repr_an_error_a_table_or_an_echo(
             ]
         ),
         "metrics": outbox.metrics(),
-        "notices": repr([request.body for request in told.requests]),
+        "notices": repr([r.body for r in told.requests]),
         "tracebacks": "\n".join(refused),
     }
     assert len(outbox.failed()) == report.failed and "redacted" in places["tables"]
@@ -9554,8 +9227,7 @@ def test_a_ping_is_signed_sent_at_once_and_says_what_happened(wal, serve, author
         event = verify(request.body, request.headers, made[id].secret)
         assert (event.id, event.type) == (attempts[id].event_id, "webhook.ping")
         assert (attempts[id].endpoint_id, attempts[id].error) == (id, None)
-    with pytest.raises(NotFound):
-        outbox.ping("nobody")
+    refuses(NotFound, outbox.ping, "nobody")
     assert not outbox.endpoint("off").enabled and outbox.stats().pending == 0
 
 
@@ -9567,7 +9239,7 @@ def test_an_endpoint_of_every_tenant_is_told_whose_event_it_is_and_a_customers_o
     clock, receiver = Clock(), serve(answer(500))
     seen: list[tuple[str, str | None]] = []
 
-    def mine(event: webhook_outbox.Event) -> bytes:
+    def mine(event: Event) -> bytes:
         seen.append((event.type, event.tenant))
         return json.dumps({"type": event.type, "of": event.tenant}).encode()
 

@@ -1151,7 +1151,7 @@ class Endpoint:
     description: str = ""
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)  # sent with each attempt
     body: str = "standard"  # standard, data, cloudevents, or the name of a transform
-    signing: str = "standard"  # standard, stripe, github, or several joined by +
+    signing: str = "standard"  # a scheme that verify knows, or several joined by +
     rate: float | None = None  # deliveries per second; None: no limit
     max_in_flight: int = 16  # attempts under way at once, at the most
     ordered: bool = False  # all its deliveries are one queue
@@ -1369,7 +1369,7 @@ class ReceivedEvent:
     """What verify returns: a request that is authentic, though perhaps a duplicate."""
 
     id: str  # the same each time this event is sent: what Inbox.accept asks for
-    timestamp: int | None  # when it was signed; None for scheme "github", which signs none
+    timestamp: int | None  # when it was signed; None where the scheme (github) signs none
     type: str  # "" where the body is no envelope with type and data
     data: Any  # the envelope's, else the whole body; None where that is no JSON
     body: bytes  # as received
@@ -1377,16 +1377,30 @@ class ReceivedEvent:
 
 # ── signing ───────────────────────────────────────────────────────────────────────────────────────
 # Promises: pure functions of secret, id, time and bytes. verify raises SignatureError and nothing
-# else, whatever bytes arrive, and parses last. Three schemes, each HMAC-SHA256:
-#
-#   scheme    what is signed          header               what it looks like
-#   standard  id "." time "." body    webhook-signature    v1,BASE64 v1,BASE64
-#   stripe    time "." body           Stripe-Signature     t=TIME,v1=HEX,v1=HEX
-#   github    body                    X-Hub-Signature-256  sha256=HEX
+# else, whatever bytes arrive, and parses last.
+
+
+class _Scheme(NamedTuple):
+    """One way to sign, with HMAC-SHA256: what is signed, and the header that says so."""
+
+    header: str  # carries the signature
+    begins: str  # the signature; base64 follows for standard, hexadecimal digits for the others
+    lead: Callable[[str, int], str]  # id, timestamp -> what is signed before the body
+
+
+# All schemes. Custom headers, the command line and verify know a header or a name from here. A new
+# one whose header holds one signature and nothing else needs its row only.
 #
 # standard is Standard Webhooks 1.0 (standardwebhooks.com: Signature scheme, Webhook headers). While
 # a secret is rotated, the old one and the new one both sign, and the header holds both signatures.
-
+_SCHEMES = {
+    # v1,BASE64 v1,BASE64
+    "standard": _Scheme("webhook-signature", "v1,", lambda id, at: f"{id}.{at}."),
+    # t=TIME,v1=HEX,v1=HEX
+    "stripe": _Scheme("Stripe-Signature", "v1=", lambda id, at: f"{at}."),
+    # sha256=HEX
+    "github": _Scheme("X-Hub-Signature-256", "sha256=", lambda id, at: ""),
+}
 _MAX_SIGNATURES = 16  # of a request; verify compares each with what each secret gives
 _MAX_SECRETS = 10  # that sign one request: the newest ones
 
@@ -1436,18 +1450,16 @@ def _halves(scheme: str, secret: str | bytes) -> tuple[Any, Any]:
 
 
 def _signature(scheme: str, secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
-    """Return the signature of a body as the scheme's header carries it; see the table above."""
+    """Return the signature of a body as the scheme's header carries it."""
+    of = _SCHEMES[scheme]
     inner, outer = _halves(scheme, secret)
     inner, outer = inner.copy(), outer.copy()
-    if scheme == "standard":
-        inner.update(f"{id}.{timestamp}.".encode())
-    elif scheme == "stripe":
-        inner.update(b"%d." % timestamp)
+    inner.update(of.lead(id, timestamp).encode())
     inner.update(body)
     outer.update(inner.digest())
     if scheme == "standard":
-        return "v1," + binascii.b2a_base64(outer.digest(), newline=False).decode("ascii")
-    return f"{'v1' if scheme == 'stripe' else 'sha256'}={outer.hexdigest()}"
+        return of.begins + binascii.b2a_base64(outer.digest(), newline=False).decode("ascii")
+    return f"{of.begins}{outer.hexdigest()}"
 
 
 def sign(secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
@@ -1472,16 +1484,17 @@ def _signature_headers(
     for scheme in schemes:
         signatures = [_signature(scheme, secret, id, timestamp, body) for secret in signing_secrets]
         if scheme == "standard":
-            headers.append(("webhook-signature", " ".join(signatures)))
+            value = " ".join(signatures)
         elif scheme == "stripe":
-            headers.append(("Stripe-Signature", ",".join([f"t={timestamp}", *signatures])))
+            value = ",".join([f"t={timestamp}", *signatures])
         else:  # one header, one signature: GitHub has no rotation, the current secret signs
-            headers.append(("X-Hub-Signature-256", signatures[0]))
+            value = signatures[0]
+        headers.append((_SCHEMES[scheme].header, value))
     return headers
 
 
 _SIGNING_HEADER = re.compile(
-    r"(webhook|svix)-|stripe-signature$|x-hub-signature-256$", re.IGNORECASE
+    "|".join(["(webhook|svix)-", *(f"{of.header}$" for of in _SCHEMES.values())]), re.IGNORECASE
 )
 
 
@@ -1536,20 +1549,12 @@ def _any_equal(expected: Iterable[str], received: Sequence[str]) -> bool:
     return found
 
 
-_SCHEMES = ("standard", "stripe", "github")
-
-
 def _claims(scheme: str, headers: Mapping[str, str]) -> tuple[str, str | None, list[str]]:
     """Return what a request says of itself, unproven: its id, its timestamp and its signatures.
 
-    The timestamp is None for github, which signs none. Signatures of versions that are not known
-    stay in the list, and match nothing. Raises SignatureError where a header is missing.
+    The timestamp is None where none is signed, as with github. Signatures of versions that are not
+    known stay in the list, and match nothing. Raises SignatureError where a header is missing.
     """
-    if scheme == "github":
-        signature = headers.get("x-hub-signature-256")
-        if not signature:
-            raise SignatureError("X-Hub-Signature-256 is missing")
-        return headers.get("webhook-id", ""), None, [signature]
     if scheme == "stripe":
         # Beside signatures the header may hold others of older schemes (v0=), hence twice as many.
         parts = headers.get("stripe-signature", "").split(",", 2 * _MAX_SIGNATURES)
@@ -1558,6 +1563,11 @@ def _claims(scheme: str, headers: Mapping[str, str]) -> tuple[str, str | None, l
             raise SignatureError("Stripe-Signature is missing, or does not hold exactly one t=")
         signatures = [part for part in parts if part.startswith("v1=")]
         return headers.get("webhook-id", ""), times[0], signatures
+    if scheme != "standard":  # one header, one signature
+        header = _SCHEMES[scheme].header
+        if not (only := headers.get(header.lower())):
+            raise SignatureError(f"{header} is missing")
+        return headers.get("webhook-id", ""), None, [only]
     names = ("id", "timestamp", "signature")
     # Svix's older names of the same three count only where none of today's is there. Mixed, a
     # forger could add a webhook-id of his own to a request that was signed under the older names.
@@ -1576,7 +1586,7 @@ def _is_stripe_event(data: Mapping[str, Any]) -> bool:
 
 
 def _signed_id(data: Any, body: bytes) -> str:
-    """Return an event's id where the scheme does not sign the header webhook-id (stripe, github).
+    """Return an event's id where the scheme does not sign the header webhook-id: all but standard.
 
     Who overheard a request could change that header, send it again, and the Inbox would let it in
     each time. So the id is taken from what is signed. A Stripe event and a CloudEvent say theirs in
@@ -1612,8 +1622,8 @@ def _parsed(scheme: str, id: str, signed_at: int | None, body: bytes) -> Receive
 def _candidate_keys(scheme: str, secret: Any) -> list[str | bytes]:
     """Return the keys that verify tries: each secret as it is, and as whoever copied it meant it.
 
-    People copy secrets with a line break at the end, or without the = at the end of base64. For
-    stripe and github a secret is any text, white space too, so both are tried.
+    People copy secrets with a line break at the end, or without the = at the end of base64. Where
+    the scheme is not standard a secret is any text, white space too, so both are tried.
     """
     given = [secret] if isinstance(secret, (str, bytes)) else list(secret)
     keys: list[str | bytes] = []
@@ -1650,8 +1660,8 @@ def verify(
     body       the raw bytes as received, before any JSON or text handling
     headers    any mapping, names in any case, or pairs of name and value
     secret     whsec_ and base64, bare base64, or raw key bytes, of 16 bytes or more; several while
-               you rotate, of which one has to match. Of stripe and github: the text that they gave
-               you
+               you rotate, of which one has to match. Of another scheme: the text that you were
+               given
     tolerance  seconds that the signed time may be before or after now
     now        UTC seconds, for tests; None: the clock
     scheme     standard (Standard Webhooks 1.0, with Svix's names of the headers too), stripe, or
@@ -2950,8 +2960,9 @@ class _MasterKey:
 # Headers that belong to the connection (RFC 9110, 7.6.1), to the body, or to the signature.
 _RESERVED_HEADER = re.compile(
     r"(connection|keep-alive|te|trailer|transfer-encoding|upgrade|expect|host|accept-encoding"
-    r"|user-agent|stripe-signature|x-hub-signature-256|x-github-(event|delivery)"
-    r"|proxy-.*|content-.*|webhook-.*)",
+    r"|user-agent|x-github-(event|delivery)|proxy-.*|content-.*|webhook-.*|"
+    + "|".join(of.header for of in _SCHEMES.values())
+    + ")",
     re.IGNORECASE,
 )
 _MOST_HEADERS = 16_384  # characters of custom headers in all; receivers refuse more
@@ -4143,7 +4154,7 @@ def _checked_senders(senders: Any) -> dict[str, Callable[[Event], Any]]:
 def _checked_signing(signing: Any) -> str:
     """Return the schemes to sign with, joined by +, each of them once, in the order given."""
     return "+".join(
-        dict.fromkeys(_choice("signing", part, _SCHEMES) for part in str(signing).split("+"))
+        dict.fromkeys(_choice("signing", part, list(_SCHEMES)) for part in str(signing).split("+"))
     )
 
 
@@ -4247,7 +4258,7 @@ _OPTIONS: dict[str, _Option] = {
     ),
     "signing": _Option(
         lambda v, known: _checked_signing(v),
-        dict(help="standard, stripe, github, joined by + to send several"),
+        dict(help=f"{', '.join(_SCHEMES)}, joined by + to send several"),
     ),
     "rate": _Option(
         _optional(lambda v, known: _number("rate", v, 1e-6, 1e6)),
@@ -10485,7 +10496,7 @@ class Outbox:
         headers        sent with each request; a value may be env:NAME
         body           standard (Standard Webhooks), data (the data alone), cloudevents, slack,
                        discord or the name of a transform
-        signing        standard, stripe or github; joined by + to send several
+        signing        standard, or another scheme that verify knows; joined by + to send several
         rate           attempts per second at the most, retries among them; None: no limit
         max_in_flight  attempts at once at the most (16); fewer while it is slow or fails
         ordered        True: its deliveries go out strictly one after the other, as with one key

@@ -25,34 +25,46 @@ What holds
     If your commit returned, every matching endpoint gets the event until it answers 2xx or 410, the
     delivery lands in the table webhook_failed, or an operator says otherwise; across kill -9, and
     across power loss when you commit with PRAGMA synchronous=FULL. After a rollback nothing is ever
-    sent. An event may arrive twice after a crash, a timeout or a replay, always with the same
-    webhook-id and the same bytes: receivers deduplicate (Inbox does it for you). Bytes go only to
-    addresses that the guard allows; one attempt ends within its timeout and half a second. An
-    endpoint that hangs, fails or is slow costs the others little.
+    sent. An event may arrive twice after a crash, a timeout or a replay, always with the same id
+    (the header webhook-id) and the same bytes: receivers deduplicate (Inbox does it for you). Bytes
+    go only to addresses that the guard allows; one attempt ends within its timeout and half a
+    second. An endpoint that hangs, fails or is slow costs the others little.
 
 What does not hold
     No order between events, except between those of one endpoint with one key (or an endpoint that
     is ordered). No exactly-once on the wire: nobody has that. No delivery while no process drains.
-    Secrets stand in the file as they are, but for env:, file: and those of a master key.
+    Secrets stand in the file as plain text, except those that are given as env:NAME or file:PATH
+    and those that are derived from a master key.
 
 Words
     event       what happened: a type and JSON data, written once, never changed
+    seq         an event's number in the tables, made of time and chance; each is higher than all
+                before it. Its public id spells it (msg_...)
+    key         what emit's key= gives an event: events with one key go out in order. It is not seq
     endpoint    where to: a URL, or a sender, with its secret and its patterns of types
     sender      a function of the host's that takes events instead of a URL
     delivery    one event to one endpoint, the unit of state; its states stand above the schema
     attempt     one HTTP try of a delivery, or one call of a sender; its result is an outcome
     failed row  a delivery that was given up, in webhook_failed, until somebody replays or discards
-    queue       deliveries of one endpoint that go out strictly one after the other, from its head
+    queue       deliveries of one endpoint that go out strictly one after the other, from its head:
+                those with one key, or all of an endpoint that is ordered
+    held        a delivery is, while its endpoint is disabled. Two other things have a like name: an
+                endpoint is on hold while it pauses (Retry-After, or after failures in a row); and a
+                queue with on_dead=hold waits behind a failed row
     host        the app whose file and process we live in; receiver: the server at the other end
     tenant      a customer of the host; an endpoint of a tenant gets that tenant's events only
     origin      scheme, host, port, certificate and CA: what connections belong to
+    door        the object Tenant: the verbs, for what belongs to one customer
+    home        the name of the installation that a file belongs to (production, say): no other one
+                sends from it, so a copy is harmless
+    guard       decides which addresses may be reached: public ones, and those of allow_networks
     place       the right to have one attempt under way; there are `workers` of them
     drain       to send what is due; one process per file drains, others stand by
 
-Contents, each section using only what stands above it: defaults and schema, errors, types (values);
-signing, retry policy, network guard (pure functions); transport, exchange (one attempt); catalogue,
-endpoint options; storage; drain, its rooms, then its loop; outbox, tenant (the verbs); receiving;
-doctor, pages, command line (what people look at); licence, at the end.
+Contents, each section using only what stands above it, but for annotations: defaults and schema,
+errors, types (values); signing, retry policy, network guard (pure functions); transport, exchange
+(one attempt); catalogue, endpoint options; storage; drain, its rooms, then its loop; outbox, tenant
+(the verbs); receiving; doctor, pages, command line (what people look at); licence, at the end.
 """
 
 from __future__ import annotations
@@ -174,7 +186,8 @@ _monotonic = (
 
 # ── defaults and schema ───────────────────────────────────────────────────────────────────────────
 # Promises: the tables are the whole state; each trigger is one rule of the product, so that plain
-# SQL (the sqlite3 shell, another language) gets the same rules. Knows nothing about Python.
+# SQL (the sqlite3 shell, another language) gets the same rules. The SQL knows nothing about Python.
+# Before it stand the numbers that several sections use.
 
 _SQLITE_NEEDED = (3, 34, 0)
 _MAX_BODY = 262_144  # bytes of an event's data
@@ -182,8 +195,9 @@ _WARN_BODY = 20_480  # bytes; Standard Webhooks (Payload size) recommends less t
 _RETENTION = 30 * 86_400.0  # seconds
 _KEPT_RESPONSE = 4_096  # bytes of an answer that are stored
 _KEPT_SUCCESS = 512  # the same of a 2xx: nobody looks at those, and there are many
-# What reading one answer may cost. A receiver may send without end, or a byte at a time, so each
-# read and each chunk counts as _READ_COST bytes more: what it costs in time.
+# What reading one answer may cost. A receiver may send without end, so the bytes that are read have
+# a limit. It may also send one byte at a time, and a read costs time whatever it brings: so each
+# read, and each chunk, counts as _READ_COST bytes more.
 _READ_AT_ONCE = 1_024  # bytes that are read of one answer in one turn of the loop
 _READ_TIME = 0.002  # seconds of CPU in one turn for answers that took more than one read
 _READ_RESPONSE = 65_536  # bytes that are read of an answer in all, with its heads and framing
@@ -221,7 +235,8 @@ _CALL = "call:"  # begins the url of an endpoint that is a function of the host'
 #
 # A disabled endpoint changes no state; people are shown "held" for what waits for it.
 #
-# What leads from one state to another. _SETTLE, and names with webhook_, are done by triggers:
+# What leads from one state to another. _SETTLE is SQL that several triggers run, see below; names
+# with webhook_ are triggers. The other names are verbs of Outbox; attempts are the drain's.
 #
 #   from                to         by
 #   (none)              pending    emit; backfill; resend to an endpoint that had none of it
@@ -250,8 +265,8 @@ _CALL = "call:"  # begins the url of an endpoint that is a function of the host'
 #
 # erase leaves a failed row failed, and takes it out of its queue.
 
-# The SQL below has no CASE in its triggers, but iif(): tools that cut SQL into statements
-# (sqlparse, which Django uses) take the END of a CASE for that of the trigger.
+# The triggers below use iif() instead of CASE: tools that cut SQL into statements (sqlparse, which
+# Django uses) take the END of a CASE for that of the trigger.
 
 # A queue is one key of one endpoint, or a whole ordered endpoint. Its head is its oldest delivery
 # that has not ended; or a failed one, where that is older and the endpoint holds on to it (on_dead
@@ -320,16 +335,18 @@ _TOUCH = """
 # A drain finds new deliveries behind the newest event that it has seen. Where a delivery of an
 # older event becomes due (a replay, say), this counts up, and the drain looks over all that wait.
 _WORK = "UPDATE webhook_meta SET value = value + 1 WHERE key = 'work'"
-_NOW = "(julianday('now') - 2440587.5) * 86400"  # seconds since 1970; with 000 behind it, in ms
+# The time now in SQL, in seconds since 1970. Where 000 is written behind it, its last factor is
+# 86400000, and it is in milliseconds.
+_NOW = "(julianday('now') - 2440587.5) * 86400"
 _EVENT_ID = "printf('msg_%016x', {})"
-_CHANCE_BITS = 20  # of an event's key, the lowest ones; the milliseconds stand above them
+_CHANCE_BITS = 20  # the lowest bits of a seq, which are random; above them stand the milliseconds
 _CHANCE = f"abs(random() % {1 << _CHANCE_BITS})"
-# The year 2109. A clock beyond it (milliseconds instead of seconds, say) makes keys that still grow
-# by chance, with room for as many events again; at the end of 63 bits the next event would find no
-# key.
+# The latest time that a seq can say, in the year 2109. A later clock (one that gives milliseconds
+# instead of seconds, say) is taken for it: its seq would not fit into SQLite's 63 bits. From then
+# on each seq is the one before and a random step, with room for trillions of events.
 _LAST_MILLISECOND = (1 << 42) - 1
-# Likewise the latest time of an event: with the longest delay on it, the CHECKs of the tables below
-# still let it through.
+# Likewise the latest time of an event, in seconds. Its deliveries are due the longest delay after
+# it at the latest, and the CHECKs of the tables below let that through.
 _LAST_SECOND = 1e12
 
 
@@ -458,13 +475,15 @@ _FILTERED = """SELECT endpoint_id, filter FROM webhook_patterns
 def _met(filter: str, data: str) -> tuple[str, str]:
     """Return the SQL, a FROM and a WHERE, that finds which paths of a filter an event's data meets.
 
-    A path is met where data has one of the wanted values there, or an array with one of them; it is
-    found as `wanted.key`. The event passes when all its paths are met, which who uses this counts.
-    _lets_through says the same in Python. filter, data: SQL expressions of JSON text.
+    A path is met where data has one of the wanted values there, or an array with one of them; its
+    name is `wanted.key`. The event passes when all paths of the filter are met: the caller counts
+    those that were found. _lets_through says the same in Python. filter, data: SQL expressions of
+    JSON text.
 
     Values compare as JSON values: SQL alone would take true for 1. SQLite before 3.45 ends a text
-    at a NUL, so a text with \\u0000 in its JSON meets nothing. Two backslashes are one backslash
-    there and no part of that, so they are taken out before the look.
+    at a NUL, so a text with \\u0000 in its JSON meets nothing. In JSON two backslashes stand for
+    one, and u0000 behind those is plain text: so each two are taken out before \\u0000 is looked
+    for.
     """
     path = """'$."' || replace(wanted.key, '.', '"."') || '"'"""
     return (
@@ -482,7 +501,7 @@ def _met(filter: str, data: str) -> tuple[str, str]:
 
 _MATCH_OWN = _MATCH.format("coalesce(NEW.tenant, '')")
 _MET_BY_NEW = _met("p.filter", "CAST(NEW.data AS TEXT)")
-# What receivers answer to an event that was erased is not kept.
+# Whether the event of an answer was erased. Then the answer is not kept: it may repeat the data.
 _ERASED = "EXISTS (SELECT 1 FROM webhook_erased WHERE event = NEW.event)"
 # What an attempt does to its delivery, NEW being a row of webhook_record. Its status is what the
 # drain decided: delivered, failed, or pending for "there will be another attempt".
@@ -517,8 +536,8 @@ _GIVE_UP = """
 def _checks(condition: str, columns: str) -> str:
     """Return a CHECK of a condition for each of some columns; a column that is NULL passes.
 
-    SQLite stores any type in any column. What the drain reckons with must be what it takes it for,
-    or one row that plain SQL wrote would stop it.
+    SQLite stores values of any type in any column. The drain calculates with these columns, so one
+    row in which plain SQL wrote a text instead of a number would stop it.
     """
     return ",\n".join(f"  CHECK ({condition.format(name)})" for name in columns.split())
 
@@ -596,10 +615,11 @@ _FIRST_SCHEMA = (
     """CREATE INDEX webhook_patterns_filter ON webhook_patterns (tenant)
  WHERE filter IS NOT NULL""",
     """CREATE INDEX webhook_patterns_endpoint ON webhook_patterns (endpoint_id)""",
-    # An event's key (seq) is made of the time and of chance. Each is higher than all before it,
+    # An event's number, seq, is made of the time and of chance. Each is higher than all before it,
     # which is checked under the write lock, so a drain finds what is new behind the newest that it
     # has seen. SQLite's own numbers would be issued again after the newest event was deleted or a
-    # backup restored, and an outcome would meet another event's delivery.
+    # backup restored, and an outcome would meet another event's delivery. The column key is another
+    # thing: it names the event's queue.
     f"""CREATE TABLE webhook_events (
   seq INTEGER PRIMARY KEY,                     -- milliseconds since 1970 << 20, plus chance
   id TEXT GENERATED ALWAYS AS ({_EVENT_ID.format("seq")}) VIRTUAL,
@@ -617,8 +637,8 @@ _FIRST_SCHEMA = (
 )""",
     """CREATE INDEX webhook_events_of ON webhook_events (tenant, seq) WHERE tenant IS NOT NULL""",
     """CREATE INDEX webhook_events_key ON webhook_events (key) WHERE key IS NOT NULL""",
-    # Which events were erased. A table and no column of webhook_events: it is asked for each answer
-    # that is recorded, and is mostly empty. To read the event's row instead costs three times that.
+    # Which events were erased. It is asked for each answer that is recorded, and is mostly empty. A
+    # column of webhook_events would cost three times that: the event's row would have to be read.
     """CREATE TABLE webhook_erased (            -- events whose data is gone: never delivered again
   event INTEGER PRIMARY KEY,                   -- webhook_events.seq
   erased_at REAL NOT NULL
@@ -646,7 +666,8 @@ _FIRST_SCHEMA = (
  WHERE status = 'pending'""",
     # Only rows that have not ended, or are failed: what was delivered stays for a month, and must
     # cost neither a count nor a look. SQLite uses such an index only for a query whose own
-    # conditions imply that, so queries of queues say `queue IS NOT NULL` and one status.
+    # conditions imply those of the index, so queries of queues say `queue IS NOT NULL` and one
+    # status.
     """CREATE INDEX webhook_deliveries_queue
  ON webhook_deliveries (endpoint_id, queue, status, event)
  WHERE queue IS NOT NULL AND (status = 'pending' OR status = 'queued' OR status = 'failed')""",
@@ -721,7 +742,8 @@ SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, expir
        0.0 AS due_at, NULL AS outbox, NULL AS internal, NULL AS matched FROM webhook_events""",
     # In this order: another file is an error; an event with this idempotency_key that is there is
     # the answer (RAISE(IGNORE) ends the insert without an error), or an error where it is another
-    # event; a key that is not new makes the library choose a higher one; then the rows.
+    # event; a seq that is not new is an error, on which the library chooses a higher one; then the
+    # rows.
     f"""CREATE TRIGGER webhook_accept_insert INSTEAD OF INSERT ON webhook_accept BEGIN
   SELECT RAISE(ABORT, 'webhook_emit: this is another outbox')
    WHERE NEW.outbox <> (SELECT value FROM webhook_meta WHERE key = 'outbox');
@@ -741,7 +763,7 @@ SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, expir
    UNION ALL{_MATCH.format("'*'")};
 END""",
     # The way in for plain SQL, for triggers on the host's tables and other languages. It checks the
-    # row, makes the key as _Keys does, decides filters, and hands over to webhook_accept.
+    # row, makes the seq as _Keys does, decides filters, and hands over to webhook_accept.
     """CREATE VIEW webhook_emit AS
 SELECT type, data, tenant, key, idempotency_key, 0.0 AS delay, 0.0 AS expires, headers, created_at
   FROM webhook_events""",
@@ -802,8 +824,8 @@ WHEN OLD.on_dead = 'hold' AND NEW.on_dead <> 'hold' BEGIN
                       WHERE o.endpoint_id = NEW.id AND o.queue = webhook_deliveries.queue
                         AND o.status = 'pending');
 END""",
-    # Queued rows go before pending ones: each pending one that goes would make one of them the
-    # head.
+    # Queued rows are deleted before pending ones: each pending one that is deleted would make a
+    # queued one the head, a write for nothing.
     """CREATE TRIGGER webhook_endpoints_delete AFTER DELETE ON webhook_endpoints BEGIN
   DELETE FROM webhook_patterns WHERE endpoint_id = OLD.id;
   DELETE FROM webhook_deliveries
@@ -825,9 +847,9 @@ WHEN EXISTS (SELECT 1 FROM webhook_removed WHERE id = NEW.id) BEGIN
   DELETE FROM webhook_removed WHERE id = NEW.id;
 END""",
     # A delivery of a queue ended, or waits again after it had ended: the queue may have another
-    # head. Not so where it was 'queued': a drain that goes through a queue from memory may record a
-    # delivery before those ahead of it, and then the head stays as it is. What _SETTLE itself does
-    # (pending to queued and back) does not come here again.
+    # head. Two changes are left out. One that was 'queued' when it ended was not the head, so the
+    # head stays as it is: a drain that goes through a queue from memory may record a delivery
+    # before those ahead of it. And pending to queued, or back, is what _SETTLE itself does.
     f"""CREATE TRIGGER webhook_deliveries_finish AFTER UPDATE OF status ON webhook_deliveries
 WHEN NEW.queue IS NOT NULL AND OLD.status <> 'queued'
  AND (NEW.status NOT IN ('pending', 'queued') OR OLD.status <> 'pending') BEGIN{_settle("NEW")}
@@ -845,9 +867,10 @@ END""",
 WHEN OLD.queue IS NOT NULL AND OLD.status IN ('pending', 'failed') BEGIN{_settle("OLD")}
   {_WORK};
 END""",
-    # What a running drain must be told of. A delivery that had ended waits again: it looks over all
-    # that wait. One was cancelled: it forgets what it read ahead, and in a queue another one became
-    # the head. A failed row that was replayed or resent is gone from webhook_failed.
+    # What a running drain must be told of, by a counter. Where a delivery that had ended waits
+    # again, `work` has it look over all that wait. Where one was cancelled, `cancelled` has it
+    # forget what it read ahead; in a queue another one became the head, so `work` counts up too. A
+    # failed delivery that waits again (replay, resend) also loses its row of webhook_failed.
     """CREATE TRIGGER webhook_deliveries_tell AFTER UPDATE OF status ON webhook_deliveries
 WHEN OLD.status <> 'pending' AND OLD.status <> 'queued' OR NEW.status = 'cancelled' BEGIN
   UPDATE webhook_meta SET value = value + 1
@@ -864,9 +887,9 @@ END""",
   UPDATE webhook_deliveries SET status = 'discarded'
    WHERE event = OLD.event AND endpoint_id = OLD.endpoint_id AND status = 'failed';
 END""",
-    # All of an event goes with it, but for its failed rows. Without the newest event the next one
-    # may get a lower key, which a drain would not find behind the newest that it has seen: so it
-    # looks over all that wait.
+    # All of an event goes with it, but for its failed rows. Where the newest event is deleted, the
+    # next one may get a lower seq, which a drain would not find behind the newest that it has seen:
+    # so `work` has it look over all that wait.
     f"""CREATE TRIGGER webhook_events_delete AFTER DELETE ON webhook_events BEGIN
   DELETE FROM webhook_deliveries WHERE event = OLD.seq;
   DELETE FROM webhook_attempts WHERE event = OLD.seq;
@@ -874,9 +897,9 @@ END""",
   {_WORK} AND NOT EXISTS (SELECT 1 FROM webhook_events WHERE seq > OLD.seq);
 END""",
     # What the drain writes, in one statement a batch. `kind` says how the columns are to be read
-    # (_Row has the table of them) and which of the triggers below acts; rows without a kind are
-    # filling. One view, because several statements would need a transaction, and to hold that from
-    # Python costs the host time: see _write_record.
+    # (_Row has the table of them) and which of the triggers below acts. A row whose kind is NULL
+    # does nothing: it only fills the statement up. One view, because several statements would need
+    # a transaction, and to hold that from Python costs the host time: see _write_record.
     """CREATE VIEW webhook_record AS
 SELECT '' AS kind, event, endpoint_id, status, due_at, 0.0 AS at, 0.0 AS duration,
        NULL AS status_code, NULL AS reason, NULL AS error, NULL AS response
@@ -1073,12 +1096,15 @@ def _age(seconds: float | None) -> str:
 class _Keys:
     """Makes keys for events: milliseconds, then 20 bits of chance, each higher than the one before.
 
+    A key is webhook_events.seq here, the primary key, and not what emit takes as `key`.
+
     It works without the write lock, so that an emit holds that as short as can be. Two threads may
     therefore make the same key, and another process a higher one: the file refuses a key that is
     not higher than its newest, and emit makes another one that follows it.
 
-    The chance is a generator of our own: tests seed the global one, and a key that came again after
-    a restore would be another event's. It is no secret.
+    The random bits come from a generator of our own. The host's tests seed the global one, which
+    then gives the same bits again; after a restore a key could be another event's. They are no
+    secret.
     """
 
     __slots__ = ("_chance", "_last")
@@ -1108,7 +1134,7 @@ def _event_id(seq: int) -> str:
 
 
 def _event_seq(id: object) -> int | None:
-    """Return the key in an event's id; None where it is no id of ours, so no event has it."""
+    """Return the seq in an event's id; None where it is no id of ours, so no event has it."""
     if not isinstance(id, str) or not re.fullmatch("msg_[0-7][0-9a-f]{15}", id):
         return None
     return int(id[4:], 16)
@@ -1117,7 +1143,8 @@ def _event_seq(id: object) -> int | None:
 def _masked_part(part: str) -> str:
     """Return a part of a URL's path, or its first three characters where it may be a token.
 
-    A token mixes letters with digits in seven characters or more, or is longer than words are.
+    It may be one from seven characters on where it mixes letters with digits; from forty on where
+    it is words of small letters, joined by - _ or a dot; and from twenty on otherwise.
     """
     words = re.fullmatch("[a-z]{1,20}([-_.][a-z]{1,20})*", part)
     mixed = re.search("[0-9]", part) and re.search("[A-Za-z]", part)
@@ -1126,9 +1153,8 @@ def _masked_part(part: str) -> str:
 
 
 def _masked(url: str) -> str:
-    """Return the URL without what may be a token: its query, and parts of the path that mix letters
-    with digits, or are too long for words. Slack, Discord and Zapier give out URLs that are all one
-    needs to post there."""
+    """Return the URL without what may be a token: its query, and parts of the path (_masked_part).
+    Slack, Discord and Zapier give out URLs that are all one needs to post there."""
     head, mark, _ = url.partition("?")
     parts, host = head.split("/"), 3 if "://" in head else 0
     shown = [*parts[:host], *map(_masked_part, parts[host:])]
@@ -1147,7 +1173,7 @@ class Endpoint:
     url: str  # https://..., or call:NAME for a sender
     events: tuple[str, ...] = ("*",)  # patterns: order.created, order.*, *
     tenant: str | None = None  # None: the app's own; "*": sees the events of all
-    filter: Mapping[str, Sequence[Any]] | None = None  # path in data -> values, one of which it has
+    filter: Mapping[str, Sequence[Any]] | None = None  # path in data -> values; one must be there
     description: str = ""
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)  # sent with each attempt
     body: str = "standard"  # standard, data, cloudevents, or the name of a transform
@@ -1157,7 +1183,7 @@ class Endpoint:
     ordered: bool = False  # all its deliveries are one queue
     on_dead: str = "skip"  # what a queue does when its head fails for good: go on, or "hold"
     timeout: float | None = None  # seconds of an attempt; None: the outbox's
-    cert: str | tuple[str, str] | None = None  # paths: for mutual TLS, with the key or a pair
+    cert: str | tuple[str, str] | None = None  # for mutual TLS: a file with both, or (cert, key)
     ca: str | None = None  # path: for a receiver whose authority is private
     enabled: bool = True  # False: what waits is held, and new events make no delivery
     disabled_reason: str = ""  # "" while enabled, or where nobody gave one
@@ -1177,7 +1203,8 @@ class Endpoint:
 
 
 class TenantOptions(TypedDict, total=False):
-    """What a customer may say of an endpoint: Tenant.add_endpoint and update_endpoint take it."""
+    """What a customer may choose for an endpoint: Tenant.add_endpoint and update_endpoint take
+    it."""
 
     events: Sequence[str]
     description: str
@@ -1269,9 +1296,9 @@ class Attempt:
     reason: str | None
     error: str | None  # one line about what went wrong; None on success, or once erased
     duration: float  # seconds
-    # The start of the answer's body, at most 4 KiB, 512 bytes of a 2xx; not decoded but for UTF-8.
-    # None: there was none, or it is not kept any more: of a delivery's failures the first and the
-    # last one's are.
+    # The start of the answer's body: at most 4 KiB, of a 2xx 512 bytes; read as UTF-8, and never
+    # decompressed. None: there was no body, or it is not kept any more: of a delivery's failures
+    # only the first and the last keep it.
     response: str | None
 
 
@@ -1339,7 +1366,7 @@ class Stats:
     failed: int  # rows in webhook_failed
     oldest_due_age: float | None  # seconds since the oldest became due; None: nothing is due
     endpoints: tuple[EndpointStats, ...]
-    refusal: str | None = None  # why nothing is sent from here, and what to do; None: it is
+    refusal: str | None = None  # why nothing may be sent from here, and what to do; None: it may
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -206,21 +206,21 @@ _READ_COST = 64  # bytes
 # Seconds until an idle connection is closed, so that DNS changes are followed.
 _IDLE_CONNECTION = 60.0
 # Why an attempt failed, or a delivery was given up: the column `reason`.
-#   dns       the host's name did not resolve in time
-#   blocked   the guard refuses the URL, or the address that the name resolved to
-#   connect   there is no connection, or it broke
-#   tls       the handshake failed, or the certificate is not good
-#   timeout   the attempt's time was over
-#   protocol  what came back is no HTTP answer that can be read
-#   status    the answer is no success
-#   gone      it is 410: the endpoint is disabled
-#   aborted   it says webhook-delivery: abort-message, so this delivery is given up
-#   expired   the event is worth nothing any more (emit's expires), or its endpoint has failed for
-#             as long as the retry schedule lasts
-#   sender    a sender of the host's raised
-#   internal  our side: a secret is missing, a transform misbehaves, a row is damaged
 _REASONS = (
-    "dns blocked connect tls timeout protocol status gone aborted expired sender internal".split()
+    "dns",  # the host's name did not resolve in time
+    "blocked",  # the guard refuses the URL, or the address that the name resolved to
+    "connect",  # there is no connection, or it broke
+    "tls",  # the handshake failed, or the certificate is not good
+    "timeout",  # the attempt's time was over
+    "protocol",  # what came back is no HTTP answer that can be read
+    "status",  # the answer is no success
+    "gone",  # it is 410: the endpoint is disabled
+    "aborted",  # it says webhook-delivery: abort-message, so this delivery is given up
+    # The event is worth nothing any more (emit's expires), or its endpoint has failed for as long
+    # as the retry schedule lasts.
+    "expired",
+    "sender",  # a sender of the host's raised
+    "internal",  # our side: a secret is missing, a transform misbehaves, a row is damaged
 )
 _CALL = "call:"  # begins the url of an endpoint that is a function of the host's, a sender
 
@@ -1284,9 +1284,9 @@ class EventType:
 class Attempt:
     """One HTTP try, or one call of a sender.
 
-    `reason` is None on success, else one of: dns blocked connect tls timeout protocol status gone
-    aborted expired sender internal. Secrets of the endpoint that a receiver sent back are masked in
-    `error` and `response`, as far as they are found.
+    `reason` is None on success, else a word of _REASONS (timeout, say), where each is explained.
+    Secrets of the endpoint that a receiver sent back are masked in `error` and `response`, as far
+    as they are found.
     """
 
     event_id: str

@@ -1421,11 +1421,11 @@ class _Scheme(NamedTuple):
 # standard is Standard Webhooks 1.0 (standardwebhooks.com: Signature scheme, Webhook headers). While
 # a secret is rotated, the old one and the new one both sign, and the header holds both signatures.
 _SCHEMES = {
-    # v1,BASE64 v1,BASE64
+    # In the header: v1,BASE64 v1,BASE64
     "standard": _Scheme("webhook-signature", "v1,", lambda id, at: f"{id}.{at}."),
-    # t=TIME,v1=HEX,v1=HEX
+    # In the header: t=TIME,v1=HEX,v1=HEX
     "stripe": _Scheme("Stripe-Signature", "v1=", lambda id, at: f"{at}."),
-    # sha256=HEX
+    # In the header: sha256=HEX
     "github": _Scheme("X-Hub-Signature-256", "sha256=", lambda id, at: ""),
 }
 _MAX_SIGNATURES = 16  # of a request; verify compares each with what each secret gives
@@ -1647,10 +1647,11 @@ def _parsed(scheme: str, id: str, signed_at: int | None, body: bytes) -> Receive
 
 
 def _candidate_keys(scheme: str, secret: Any) -> list[str | bytes]:
-    """Return the keys that verify tries: each secret as it is, and as whoever copied it meant it.
+    """Return the keys that verify tries for a secret, or for several.
 
-    People copy secrets with a line break at the end, or without the = at the end of base64. Where
-    the scheme is not standard a secret is any text, white space too, so both are tried.
+    People copy secrets with a line break at the end, or without the = at the end of base64. In the
+    scheme standard both are put right. In the others a secret is any text, white space too: it is
+    tried as it is, and without white space at its ends.
     """
     given = [secret] if isinstance(secret, (str, bytes)) else list(secret)
     keys: list[str | bytes] = []
@@ -1741,8 +1742,8 @@ _LONGEST_HINT = 86_400.0  # seconds; a Retry-After beyond a day is cut
 # pauses of at most so many seconds, until one succeeds.
 _STRUGGLING = 10
 _LONGEST_PROBE = 60.0
-# An endpoint is disabled after so many seconds without a success, or in which three of four
-# attempts failed, when so many deliveries were given up in that time.
+# An endpoint is disabled when it had no success for so many seconds, or when three of four attempts
+# failed in that time; but only where so many of its deliveries were given up meanwhile.
 _HOPELESS = 5 * 86_400.0, 3
 _STEADY_AGAIN = 10  # successes in a row after which earlier failures are forgotten
 # An endpoint counts as failing after so many failures in a row, or so many seconds of them.
@@ -1760,10 +1761,10 @@ class RetryPolicy:
 
     delays: seconds before each attempt after the one before, one attempt an entry; after the last
     one the delivery is given up. The standard ten take about 75 hours. jitter: share of its delay
-    that an attempt is moved back at random, 0.2 for up to 20 %, so that what failed together does
-    not come back together. overload_delay: least seconds to wait after 429, 502, 504 and timeouts,
-    which say that the receiver has too much to do; None means 60 with the standard delays and 0
-    with your own. Raises PayloadError.
+    by which an attempt comes later, at random, 0.2 for up to 20 %, so that what failed together
+    does not come back together. overload_delay: least seconds to wait after 429, 502, 504 and
+    timeouts, which say that the receiver has too much to do; None means 60 with the standard delays
+    and 0 with your own. Raises PayloadError.
     """
 
     delays: tuple[float, ...] = _STANDARD_DELAYS
@@ -2044,8 +2045,8 @@ class _Target(NamedTuple):
     path: str  # with the query
 
 
-# A URL of these characters alone is what requests would make of it. Most endpoints have one, and
-# requests takes longer to prepare a URL than a delivery takes.
+# requests would leave a URL that matches this as it is, so it is not asked. Most endpoints have
+# such a URL, and requests takes longer to prepare one than a delivery takes.
 _PLAIN_URL = re.compile(
     r"(https?)://([a-z0-9-]+(?:\.[a-z0-9-]+)*)(?::([1-9][0-9]{0,4}))?"
     r"(/(?!\.)(?:[A-Za-z0-9_~!$&'()*+,;=:@.-]|/(?!\.))*)?(\?[A-Za-z0-9._~!$&'()*+,;=:@/?-]+)?"
@@ -2105,9 +2106,9 @@ def _prepare_url(url: str, guard: _Guard) -> _Target:
 def _barred(url: str, guard: _Guard) -> str | None:
     """Return why an endpoint is not even tried, or None.
 
-    `drain --db` runs without the app's Outbox, and so without its allow_networks. Where this guard
-    refuses a URL which the app's has admitted, an attempt would fail for an option that somebody
-    forgot on the command line, and count.
+    `drain --db` runs without the app's Outbox, and so without its allow_networks. It may refuse a
+    URL that the app admits. An attempt would fail then, and count, for an option that somebody
+    forgot on the command line; so what is for such an endpoint is left waiting.
     """
     if guard.provisional and not url.startswith(_CALL):
         try:
@@ -2121,8 +2122,8 @@ def _barred(url: str, guard: _Guard) -> str | None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Settings:
-    """What the Outbox was given, as the parts that send need it: handed down, so that none of them
-    knows the Outbox.
+    """What the Outbox was given, as the parts that send need it. They get this value and not the
+    Outbox itself, of which they know nothing.
 
     Outbox._settings fills it by the names of the fields, so each but guard is an attribute of the
     Outbox.
@@ -2565,7 +2566,7 @@ class _Tls:
 
     __slots__ = ("_in", "_out", "_sock", "_tls", "beside", "unsent")
     _AT_ONCE = 16_384  # bytes: a TLS record holds as many
-    _HANDSHAKE = 131_072  # bytes that one may take, each read counted as more, as in an answer
+    _HANDSHAKE = 131_072  # bytes that a handshake may take; each read counts _READ_COST more
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
         self._sock, self._in, self._out = sock, ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -2679,8 +2680,9 @@ class _Opener:
         """Return a connection to an origin, past TLS; raise what _explain understands.
 
         deadline: the attempt's, monotonic. Lookup and connect have the connect timeout, TLS all
-        that is left. With a proxy the guard judges nothing: that is the proxy's duty then. The
-        socket that is returned never blocks, and is the caller's to close.
+        that is left. With a proxy, which does the lookup and the connect, all has until the
+        deadline; and the guard judges nothing, for that is the proxy's duty then. The socket that
+        is returned never blocks, and is the caller's to close.
         """
         until = min(deadline, _monotonic() + self.connect_timeout)
         if self.proxy:
@@ -2782,7 +2784,7 @@ _BODIES = ("standard", "data", "cloudevents")  # bodies that are no transforms
 _TYPE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
-@functools.lru_cache(maxsize=64)  # a second has many events
+@functools.lru_cache(maxsize=64)  # many events are of one second
 def _iso_second(second: int) -> str:
     """Return a whole second of _iso, which is the expensive part of it."""
     return datetime.datetime.fromtimestamp(second, datetime.timezone.utc).strftime(
@@ -2858,7 +2860,8 @@ def _standard_body(picked: _Picked, sees_all: bool) -> bytes:
 
 def _cloudevents_body(picked: _Picked, source: str, sees_all: bool) -> bytes:
     """Return a CloudEvent 1.0 in JSON (structured mode); sees_all adds the extension attribute
-    tenant. source: its id is unique together with that, which must not be empty."""
+    tenant. source: who sends, which together with the id tells one event from all others. It must
+    not be empty, so an empty one becomes webhook-outbox."""
     context = {
         "specversion": "1.0",
         "id": picked.id,
@@ -3002,7 +3005,8 @@ _HEADER_VALUE = re.compile(
 def _checked_headers(headers: Any) -> dict[str, str]:
     """Return custom headers as a dict; raise PayloadError, which never quotes a value.
 
-    It may be a credential. None is no header. A name may stand there once, whatever its case.
+    A value may be a credential. headers None: there are none. A name may stand there once, whatever
+    its case.
     """
     if headers is None:
         return {}
@@ -3234,8 +3238,8 @@ class _Wire:
         return self.derived[secret]
 
     def own_headers(self) -> dict[str, str]:
-        """Return the endpoint's headers, with what env:NAME stands for. An event's headers may not
-        name the environment: whoever emits could send out any variable."""
+        """Return the endpoint's headers, with what env:NAME stands for. In an event's headers such
+        a value is sent as it is: else whoever emits could send out any variable."""
         return {
             name: _clean(f"the value of header {name} ({value})", _resolve_value(value))
             if value.startswith("env:")
@@ -3406,11 +3410,13 @@ class _Answer:
     def __init__(self) -> None:
         """Begin before the first byte, for one attempt."""
         self.buffer = bytearray()  # what came and was not understood yet
-        self.body = bytearray()  # the beginning of it; what is beyond _BODY is dropped
+        self.body = bytearray()  # the beginning of the body; what is beyond _BODY is dropped
         self.status: int | None = None
         self.headers: Mapping[bytes, list[bytes]] = {}  # those that matter, in lower case
         self.error = ""  # why no outcome can be read: then status is None
-        self.outcome: _Outcome | None = None  # where no secret can be in it; else it is judged
+        # Set by _read_whole, for an answer that many attempts share, where the body is too short to
+        # hold a secret of theirs. None: _judge makes it for the attempt.
+        self.outcome: _Outcome | None = None
         self.reusable = True
         self.room = _READ_RESPONSE
         self._framing = ""
@@ -3499,8 +3505,8 @@ class _Answer:
 
     def _await_head(self) -> bool:
         """Return False, as the head is not whole yet; take note of an error where it cannot become
-        one. What came is looked at once: a status line when its end has come, before that only its
-        first seven bytes."""
+        one. Only the status line tells: as a whole when its end has come, before that by its first
+        seven bytes."""
         if self.buffer.find(b"\n", self._at) >= 0:
             sound = _STATUS_LINE.match(self.buffer) is not None
         else:
@@ -3654,7 +3660,8 @@ def _read_whole(data: bytes) -> _Answer | None:
 
     A receiver answers its events with the same bytes, for a second at least (the Date header), so
     most answers were read before, and to find them here costs a tenth of reading them again. What
-    is returned is shared by all who ask: nobody may change it.
+    is returned is shared by all who ask: nobody may change it. A 408 is left out, since it may be
+    about the connection and not about the request (see _Exchanges._receive).
     """
     answer = _Answer()
     if not answer.feed(data) or answer.status in (None, 408) or not answer.reusable:
@@ -7413,7 +7420,7 @@ class _Exchanges:
     def _closed(self, connection: _Connection, attempt: _Attempt, answer: _Answer) -> None:
         """The receiver closed the connection, or it broke.
 
-        1. before any byte of an answer, if the connection was idle before: the attempt is made again
+        1. before any byte of an answer, on a connection that was idle before: it is made again
         2. sending or reading failed, and no status was read: the attempt ends with that error
         3. else the answer ends with what is there
         """

@@ -55,10 +55,11 @@ Words
     tenant      a customer of the host; an endpoint of a tenant gets that tenant's events only
     origin      scheme, host, port, certificate and CA: what connections belong to
     door        the object Tenant: the verbs, for what belongs to one customer
-    home        the name of the installation that a file belongs to (production, say): no other one
-                sends from it, so a copy is harmless
+    home        the name of the place where a file is used (production, say): no other place sends
+                from it, so a copy is harmless
     guard       decides which addresses may be reached: public ones, and those of allow_networks
-    place       the right to have one attempt under way; there are `workers` of them
+    place       the right to have one attempt under way; there are `workers` of them. (Where the
+                text is about homes, a place is a machine or a deployment.)
     drain       to send what is due; one process per file drains, others stand by
 
 Contents, each section using only what stands above it, but for annotations: defaults and schema,
@@ -3887,8 +3888,8 @@ def _line(name: str, value: Any, most: int, least: int = 0) -> str:
     """Return text that is one printable line of `least` to `most` characters.
 
     Such texts are shown in logs, listings and pages, where a line break or a control character of
-    somebody else's could look like a line of ours. It leaves out lone surrogates too, which cannot
-    be stored as UTF-8.
+    somebody else's could look like a line of ours. Lone surrogates are refused too, since they
+    cannot be stored as UTF-8.
     """
     if (
         not isinstance(value, str)
@@ -4479,7 +4480,8 @@ _PROCESS: _Process = globals().get("_PROCESS") or _Process()
 
 
 # SQLite libraries that Python can load, as modules that have a Connection. The standard library's
-# is among them: where pysqlite3 was put in its place (sys.modules["sqlite3"]), it is the other one.
+# own, _sqlite3, is among them: where pysqlite3 was put in its place (sys.modules["sqlite3"]), we
+# use that, and _sqlite3 is the other one.
 _LIBRARIES = (
     *("_sqlite3", "apsw", "cysqlite", "libsql", "libsql_experimental", "pysqlcipher3.dbapi2"),
     *("pysqlite3.dbapi2", "sqlcipher3.dbapi2", "sqlean.dbapi2", "turso"),
@@ -4829,8 +4831,8 @@ def _prepare_file(path: str, create: bool) -> str | None:
 
 
 def _is_sqlite3(conn: Any) -> bool:
-    """Say whether this is a connection of the standard library, and not a proxy of one, which lies
-    in isinstance."""
+    """Say whether this is a connection of the standard library, and not a proxy of one, for which
+    isinstance says yes too."""
     return issubclass(type(conn), sqlite3.Connection)
 
 
@@ -5128,12 +5130,12 @@ def _host_errors(db: sqlite3.Connection, path: str) -> Iterator[None]:
 def _check_identity(db: Any, cursor: sqlite3.Cursor, identity: str | None, path: str) -> str:
     """Return the identity of the outbox on a host's connection; refuse one to another file.
 
-    identity: what we know of the file at `path`; the caller keeps what is returned. Mostly it is
-    the file's, and that is all. It may be another: where we open no connection of our own it is not
-    known yet (None), and `adopt`, `neutralize` and a repair give a file a new one while other
-    processes have an Outbox of it. Then the place decides: a connection to the file at our path is
-    taken, one to another, the original of this copy for one, is not. Rejected: to keep the old
-    identities in the file; the original's is among them.
+    identity: what we know of the file at `path`; the caller keeps what is returned. Mostly the file
+    has it, and nothing more is looked at. It may have another: where we open no connection of our
+    own it is not known yet (None), and `adopt`, `neutralize` and a repair give a file a new one
+    while other processes have an Outbox of it. Then the path decides: a connection to the file at
+    our path is taken, one to another, the original of this copy for one, is not. Rejected: to keep
+    the old identities in the file; the original's is among them.
     """
     if identity is not None:
         cursor.execute("SELECT value = ? FROM main.webhook_meta WHERE key = 'outbox'", (identity,))
@@ -5608,6 +5610,7 @@ def _work_left(db: sqlite3.Connection, until: float, senders: Iterable[str] = ()
     """
     rows = _waiting(db)
     while rows:
+        # An id that is not printable was written in plain SQL, and no endpoint can be asked for it.
         ids = [
             row.id for row in rows if row.enabled and row.due_at <= until and row.id.isprintable()
         ]
@@ -5625,7 +5628,7 @@ class _News:
     That somebody committed does not say what. But each kind of change leaves a trace:
 
     what happened                      its trace                          what is done
-    an event was emitted               a key behind the newest seen       its deliveries are read
+    an event was emitted               a seq above the newest seen        its deliveries are read
     an endpoint was added or changed   counter endpoints_version,         its row is read again
                                        and a newer version in its row
     an endpoint was removed            counter endpoints_removed          it is forgotten
@@ -5636,7 +5639,7 @@ class _News:
                                                                           read again
 
     The counters are rows of webhook_meta; triggers and our own statements count them up, and this
-    object keeps what they were when the change was taken in. Keys only grow, so nothing new stands
+    object keeps what they were when the change was taken in. seq only grows, so nothing new stands
     before the newest one seen. The loop's thread alone uses it; _Finder does what is to be done.
 
     A look at all that wait is under way while `at` is an id, that of the last endpoint looked at;
@@ -5687,7 +5690,7 @@ class _News:
 
     def look_at_all(self, db: sqlite3.Connection) -> None:
         """Have all that wait looked at, or once more after the look that is under way. The newest
-        event may have been deleted: then the next key may be lower, so `seen` goes back to what
+        event may have been deleted: then the next seq may be lower, so `seen` goes back to what
         there is."""
         self.seen = min(self.seen, self._newest(db))
         self._again = self.at is not None and self.at != ""
@@ -5816,9 +5819,9 @@ def _write_record(db: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> No
 
 # Events of one statement. A host that writes waits for it, so it is kept short.
 _PRUNE_ROWS = 500
-# Deletes the finished events of a range of keys that are older than a time; triggers take their
+# Deletes the finished events of a range of seq that are older than a time; triggers take their
 # deliveries and attempts along. Those stay of which a delivery waits, or has a failed row that
-# somebody has to act on, or was delivered later than that time. Parameters: the first key, the
+# somebody has to act on, or was delivered later than that time. Parameters: the first seq, the
 # last, and the time twice.
 _PRUNE = """DELETE FROM main.webhook_events
  WHERE seq BETWEEN ? AND ? AND created_at < ?
@@ -5828,10 +5831,10 @@ _PRUNE = """DELETE FROM main.webhook_events
 
 
 def _prune_range(cursor: sqlite3.Cursor, after: int, cutoff: float) -> tuple[int, int] | None:
-    """Return the first and last key of the 500 events behind `after`; None when none of them is
-    old: keys follow the time, so that the rest is not read.
+    """Return the first and last seq of the 500 events behind `after`; None when none of them is
+    old: seq follows the time, so the rest need not be read.
 
-    after: the last key of the range before, 0 at the beginning. cutoff: UTC seconds; an event is
+    after: the last seq of the range before, 0 at the beginning. cutoff: UTC seconds; an event is
     old that was created before it. Events that stay are passed over in this way, and are not looked
     at again before the next beginning.
     """
@@ -6537,11 +6540,12 @@ class _Backlog:
         at rest     nothing of it is known              the head is pending, or there is none
         up          its next one is in `read`           that one is pending; if the queue went on
                                                         from memory, queued
-        under way   its next one is being tried; what   the same
+        under way   its next one is being tried; what   that one is what it was when it came up
                     was read behind it is in `queues`
-        at its end  the last one, in `ends`, was        the same: the success is not recorded. An
-                    delivered; none behind it is due    event that comes now is made queued
-        left        the last one is in `known` alone    the same, until its outcome is recorded
+        at its end  the last one, in `ends`, was        that one is what it was: its success is not
+                    delivered; none behind it is due    recorded. An event that comes now is queued
+        left        the last one is in `known` alone    that one is what it was, until its outcome
+                                                        is recorded
         held        nothing of it is known              the head is failed, and the endpoint's
                                                         on_dead is hold: those behind stay queued
 
@@ -6623,9 +6627,9 @@ class _Backlog:
 
         1. the file may have changed since the event was read: leave it to the file
         2. the next one was read already: it is up
-        3. else the file is read behind the event. What it calls queued there and is known (being
-           tried, or unrecorded, after a change by hand) must not go out twice, nor be overtaken:
-           reading ends there, and where it is the first, the queue is left
+        3. else the file is read behind the event, up to the first row that is known already. Such a
+           row is being tried or unrecorded (only a change by hand can bring that about): it must
+           not go out twice, and nothing may overtake it. Where it is the first, the queue is left
         4. nothing is due behind it: the queue is at its end
         """
         if event in self.doubtful:
@@ -6886,8 +6890,9 @@ _ORDER_KNOWN = 0.1
 _CROWDED = 1.0
 _ROOM_HELPS = 0.25  # an answer so soon after room was made proves that room was lacking
 _CROWDED_FOR = 30.0  # the origin then gets no more connections than brought answers, for so long
-# An endpoint rests so long when its name could not be looked up, because all lookups that there may
-# be are under way. This is no failure of the receiver's.
+# This one has nothing to do with _Origin: so many seconds an endpoint rests when its name could not
+# be looked up, because all lookups that there may be are under way. It is no failure of the
+# receiver's.
 _ROOM_MAY_COME = 0.5
 
 
@@ -6919,8 +6924,11 @@ class _Attempt:
 
         making ──> waiting ──> exchanging ──> ended
                       ^             │           ^
-                      └─────────────┘           │  the kept-alive connection was dead: once more
+                      └─────────────┘           │
         calling ────────────────────────────────┘
+
+    The way back, from exchanging to waiting, is taken once at most: the connection had been kept
+    alive and turned out to be dead.
 
     making      a thread makes the request, since the host's transform, or a file that holds the
                 secret, may block; the thread reads the attempt and changes nothing of it
@@ -7161,8 +7169,8 @@ class _Openers:
 
     def free(self, share: float, proven: int, mono: float) -> bool:
         """Say whether a rank may give out one more errand. share: of the openers, what its rank may
-        hold; proven: how many errands are those of quick endpoints. What these hold takes nothing
-        from the share of the others, who would wait for the end of a backlog else."""
+        hold; proven: how many errands are those of quick endpoints. These are not counted against
+        the share of the others, who would otherwise wait until a backlog of the quick has ended."""
         return self.busy < min(_OPENERS, _OPENERS * share + proven) and self.starved_until <= mono
 
     def submit(self, errand: _Errand) -> None:
@@ -7297,6 +7305,7 @@ class _Exchanges:
     def begin(self, connection: _Connection, attempt: _Attempt, mono: float) -> None:
         """Have a connection carry an attempt; flush() sends it."""
         connection.attempt, attempt.connection, attempt.step = attempt, connection, "exchanging"
+        # Something was read into this answer; one that is untouched serves again.
         if connection.answer.room < _READ_RESPONSE:
             connection.answer = _Answer()
         connection.ended, connection.since = False, mono
@@ -7420,7 +7429,7 @@ class _Exchanges:
     def _closed(self, connection: _Connection, attempt: _Attempt, answer: _Answer) -> None:
         """The receiver closed the connection, or it broke.
 
-        1. before any byte of an answer, on a connection that was idle before: it is made again
+        1. before any byte of an answer, on one that was idle before: the attempt is made again
         2. sending or reading failed, and no status was read: the attempt ends with that error
         3. else the answer ends with what is there
         """
@@ -8232,6 +8241,7 @@ def _send_once(
         exchanges.flush()
         while (left := deadline - _monotonic()) > 0:
             for _, _, end in exchanges.wait(left):
+                # None would ask for a second try, which a new connection never gets.
                 return _result(end or OSError(), hidden, settings.clock)
         if connection.answer.status is not None:
             return _result(connection.answer.cut(), hidden, settings.clock)
@@ -8854,7 +8864,7 @@ class _Pruning:
 
     def __init__(self) -> None:
         self.at = 0.0  # monotonic: not before
-        # The key of the last event looked at; None: begin with the oldest.
+        # The seq of the last event looked at; None: begin with the oldest.
         self._from: int | None = None
 
     def some(self, db: sqlite3.Connection, settings: _Settings, now: float, mono: float) -> None:

@@ -9612,9 +9612,10 @@ class _Drain:
 # transaction when `conn` is given, else in one of its own. Reads and writes tables; knows nothing
 # of sockets.
 
-# The INSERT of emit. The trigger of webhook_accept makes the event and its deliveries of it. Three
-# of its values are used by place: seq (the first), idempotency_key (the sixth), and at the end
-# `matched`, which _insert_event fills in, and `outbox`.
+# The INSERT of emit. The trigger of webhook_accept makes the event and its deliveries of it. Some
+# values are taken by their position (in _insert_event and _matched): the first four, from seq to
+# data; idempotency_key, the sixth; and the last two, `matched`, which _insert_event fills in, and
+# `outbox`.
 _EMIT = """INSERT INTO main.webhook_accept
        (seq, type, tenant, data, key, idempotency_key, headers, created_at, due_at, expires_at,
         internal, matched, outbox)
@@ -9666,12 +9667,12 @@ def _matched(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> str:
 def _insert_event(
     db: Any, cursor: sqlite3.Cursor, row: tuple[Any, ...], keys: _Keys, now: float
 ) -> int:
-    """Insert an event; return its key, or that of the event which had its idempotency_key before.
+    """Insert an event; return its seq, or that of the event which had its idempotency_key before.
 
     The trigger may refuse the row with one of two texts that ask for a second try:
 
-        the key is not new   it was made before we had the write lock, and another process made a
-                             higher one since: make one that follows the newest
+        the key is not new   the seq was made before we had the write lock, and another process made
+                             a higher one since: make one that follows the newest
         filters decide       endpoints with a filter are concerned: say which of them get it
 
     No event may stay behind an emit that raised. SQLite undoes an INSERT that fails, but for two
@@ -9700,7 +9701,7 @@ def _insert_event(
             return int(cursor.fetchone()[0])
     except Exception as error:
         # Where the idempotency key was known, nothing was written though `inserted` is true, and
-        # our key was never compared: it may be another event's. The count of changes tells.
+        # our seq was never compared: it may be another event's. The count of changes tells.
         done = inserted or "interrupted" in str(error)
         if done and db.in_transaction and getattr(db, "total_changes", None) != written:
             cursor.execute(_UNDO, row[:1])
@@ -9914,8 +9915,8 @@ def _row_ids(ids: Any) -> str:
 
 
 def _event_keys(ids: Iterable[str]) -> str:
-    """Return the keys of events as a JSON list; null, which finds nothing, for an id that is no
-    event's."""
+    """Return the seq of each of some events as a JSON list; null, which finds nothing, for an id
+    that is no event's."""
     return _dumps([_event_seq(id) for id in ids])
 
 
@@ -9926,7 +9927,7 @@ _STATUSES = ("pending", "held", "delivered", "failed", "cancelled")
 _FILTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "ids": ("{} IN (SELECT value FROM json_each(?))", _row_ids),
     "events": ("{} IN (SELECT value FROM json_each(?))", _event_keys),
-    # No event has the key -1.
+    # No event has the seq -1.
     "event_id": ("{} = ?", lambda id: -1 if (seq := _event_seq(id)) is None else seq),
     "endpoint": ("{} = ?", str),
     "tenant": ("{} = ?", _checked_tenant),
@@ -9951,7 +9952,7 @@ _OF_FAILED = {name: name for name in ("type", "reason")} | {
     "_of": "endpoint_id",
     "_but": "type",
 }
-# Whether an event was erased; {} is its key.
+# Whether an event was erased; {} is SQL of its seq.
 _WAS_ERASED = "EXISTS (SELECT 1 FROM main.webhook_erased WHERE event = {})"
 # The failed table for batches by id: without the hint SQLite may take the index by endpoint where
 # an endpoint is chosen, and read it from its beginning for each batch.
@@ -10200,7 +10201,7 @@ class Outbox:
                       file, although apsw, pysqlite3 or the like is loaded
     proxy             http://host:port that connects for us; to refuse private addresses is its
                       duty then, and not ours
-    app_name          ASCII text that is put into User-Agent
+    app_name          ASCII text that is put into User-Agent, and is the source of CloudEvents
     transforms        name -> callable(Event) that returns bytes, or (bytes, content type): a pure
                       function, for endpoints whose `body` names it, called for each attempt
     senders           name -> callable(Event), for endpoints whose url is call:NAME: to return is
@@ -11582,7 +11583,7 @@ class Outbox:
     # The record.
 
     def _seq_on(self, cursor: sqlite3.Cursor, event_id: str, whole: bool = False) -> int:
-        """Return the key of an event that is there; raise NotFound. whole: it must not have been
+        """Return the seq of an event that is there; raise NotFound. whole: it must not have been
         erased either."""
         seq = _event_seq(event_id)
         erased = _WAS_ERASED.format("seq")
@@ -11628,7 +11629,7 @@ class Outbox:
         return self._events(chosen, limit, after)
 
     def _events(self, chosen: Mapping[str, Any], limit: int, after: str | None) -> list[Event]:
-        """Read the events that filters choose, newest first: their keys follow the time."""
+        """Read the events that filters choose, newest first: seq follows the time."""
         where, values = _chosen(_OF_EVENT, chosen)
         if after is not None:
             where, values = f"{where} AND e.seq < ?", [*values, self._after(after)]
@@ -11642,8 +11643,8 @@ class Outbox:
         ]
 
     def _after(self, event_id: Any) -> int:
-        """Return the key that a page goes on behind. The event itself may be pruned by now: only
-        its id is looked at."""
+        """Return the seq of the last event of the page before. The event itself may be pruned by
+        now: only its id is looked at."""
         if (seq := _event_seq(event_id)) is None:
             raise PayloadError("after must be the id of the last event of the page before")
         return seq
@@ -11851,7 +11852,7 @@ class Outbox:
             self.discard(until=self.clock() - self.failed_retention)
 
         def ranges() -> Iterator[tuple[int, int]]:
-            # From the oldest key on, as long as a range has an old event in it.
+            # From the oldest event on, as long as a range has an old event in it.
             found: tuple[int, int] | None = (0, 0)
             while found is not None:
                 with self._reading() as cursor:
@@ -12105,8 +12106,8 @@ class Tenant:
 
     def _scope(self, filters: Mapping[str, Any], conn: Any = None) -> dict[str, Any]:
         """Return filters in the scope of this tenant: without internal types; an id in them that is
-        not the customer's is NotFound. The tenant itself the callers add, each as its query needs
-        it; who names another one as a filter is refused."""
+        not the customer's is NotFound, and another tenant is PayloadError. That the rows are this
+        tenant's is not among them: each caller adds that, in the way that its query needs."""
         if filters.get("tenant", self.id) != self.id:
             raise PayloadError(f"this is the door of {self.id}; leave the tenant out")
         if filters.get("endpoint") is not None:
@@ -12249,6 +12250,7 @@ class Tenant:
         """Raise what is wrong with one option that a customer chose. For a form, which says at each
         field what is wrong there."""
         options = self._checked(value, {}) if name == "url" else self._checked(None, {name: value})
+        # _checked returns options only, and the url is none: it is taken as it was given.
         with self._customers_words():
             self._outbox._columns(options or {name: value})
 

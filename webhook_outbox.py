@@ -62,7 +62,7 @@ Words
                 text is about homes, a place is a machine or a deployment.)
     drain       to send what is due; one process per file drains, others stand by
 
-Contents, each section using only what stands above it, but for annotations: defaults and schema,
+Contents, each section using only what stands above it, except in annotations: defaults and schema,
 errors, types (values); signing, retry policy, network guard (pure functions); transport, exchange
 (one attempt); catalogue, endpoint options; storage; drain, its rooms, then its loop; outbox, tenant
 (the verbs); receiving; doctor, pages, command line (what people look at); licence, at the end.
@@ -352,7 +352,7 @@ _LAST_SECOND = 1e12
 
 
 def _refuse(why: str, when: str) -> str:
-    """Return a statement of a trigger that refuses a row, with a message for who wrote it.
+    """Return a statement of a trigger that refuses a row, with a message for whoever wrote it.
 
     One statement a rule: a chain of conditions in one expression would be too deep for hosts that
     set SQLITE_LIMIT_EXPR_DEPTH as SQLite recommends. A condition that is NULL refuses nothing.
@@ -888,7 +888,7 @@ END""",
   UPDATE webhook_deliveries SET status = 'discarded'
    WHERE event = OLD.event AND endpoint_id = OLD.endpoint_id AND status = 'failed';
 END""",
-    # All of an event goes with it, but for its failed rows. Where the newest event is deleted, the
+    # All of an event goes with it, except its failed rows. Where the newest event is deleted, the
     # next one may get a lower seq, which a drain would not find behind the newest that it has seen:
     # so `work` has it look over all that wait.
     f"""CREATE TRIGGER webhook_events_delete AFTER DELETE ON webhook_events BEGIN
@@ -1213,7 +1213,7 @@ class TenantOptions(TypedDict, total=False):
 
 
 class EndpointOptions(TypedDict, total=False):
-    """What add_endpoint and, but for tenant, update_endpoint take; the defaults are those of
+    """What add_endpoint takes, and update_endpoint except for tenant; the defaults are those of
     Endpoint."""
 
     events: Sequence[str]
@@ -1616,10 +1616,10 @@ def _is_stripe_event(data: Mapping[str, Any]) -> bool:
 def _signed_id(data: Any, body: bytes) -> str:
     """Return an event's id where the scheme does not sign the header webhook-id: all but standard.
 
-    Who overheard a request could change that header, send it again, and the Inbox would let it in
-    each time. So the id is taken from what is signed. A Stripe event and a CloudEvent say theirs in
-    the body. Of other bodies it is the hash: a retry has the same one, but so have two events whose
-    bodies are equal to the byte, and the second of them counts as a duplicate.
+    Whoever overheard a request could change that header and send it again, and the Inbox would let
+    it in each time. So the id is taken from what is signed. A Stripe event and a CloudEvent say
+    theirs in the body. Of other bodies it is the hash: a retry has the same one, but so have two
+    events whose bodies are equal to the byte, and the second of them counts as a duplicate.
     """
     if isinstance(data, dict) and (_is_stripe_event(data) or "specversion" in data):
         id = data.get("id")
@@ -2160,7 +2160,7 @@ class _Settings:
 # here.
 
 _MAX_LOOKUPS = 32  # under way at once; each that is stuck keeps a thread
-_LOOKUP_TIMEOUT = 5.0  # seconds that who asks waits
+_LOOKUP_TIMEOUT = 5.0  # seconds that an asker waits
 
 _Resolver = Callable[[str, int], list[str]]
 
@@ -2231,7 +2231,7 @@ class _Lookups:
     """Name lookups with a time limit, shared by the threads that open connections.
 
     A lookup cannot be interrupted, so each runs in a thread of its own, which sets a Future that
-    the askers wait for. There is at most one lookup a host (who else asks for it waits for the same
+    the askers wait for. There is at most one lookup a host (all who ask for it wait for the same
     answer) and 32 in all, of which half are for hosts that resolved before: strangers whose names
     hang cannot use them up. A host whose lookup hung rests for a minute, in which asking for it
     costs nothing.
@@ -2573,7 +2573,7 @@ class _Tls:
         self._sock, self._in, self._out = sock, ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._in, self._out, server_hostname=host)
         self.unsent = b""  # encrypted
-        self.beside = 0  # bytes; who counts them sets it back to 0
+        self.beside = 0  # bytes; whoever counts them sets it back to 0
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -2861,8 +2861,8 @@ def _standard_body(picked: _Picked, sees_all: bool) -> bytes:
 
 def _cloudevents_body(picked: _Picked, source: str, sees_all: bool) -> bytes:
     """Return a CloudEvent 1.0 in JSON (structured mode); sees_all adds the extension attribute
-    tenant. source: who sends, which together with the id tells one event from all others. It must
-    not be empty, so an empty one becomes webhook-outbox."""
+    tenant. source: names the sender, and with the id tells an event from all others. It must not be
+    empty, so an empty one becomes webhook-outbox."""
     context = {
         "specversion": "1.0",
         "id": picked.id,
@@ -2925,8 +2925,9 @@ class _MasterKey:
     a copy holds nothing that could sign.
 
     A secret is HMAC-SHA256 of the key over the outbox's identity, the endpoint's id and a number.
-    The file holds `master:NUMBER`, and a check value of the key; who loads an endpoint completes it
-    to `master:NUMBER:IDENTITY:CHECK`. The check value tells a wrong key before it signs anything.
+    The file holds `master:NUMBER`, and a check value of the key; whoever loads an endpoint makes of
+    these `master:NUMBER:IDENTITY:CHECK`. The check value tells a wrong key before it signs
+    anything.
 
     The key is read when it is first needed and kept, unless it turns out to be a wrong one: then it
     is read again each time, so that mending a file is enough. Threads share it without a lock: they
@@ -3115,7 +3116,7 @@ class _Wire:
     hidden: list[str]  # of the URL and the secrets: what an echo must not carry into the tables
     slow: bool  # building a request may block or run the host's code: the loop hands it to a thread
     call: Callable[[Event], Any] | None = None  # the sender that is called instead of a request
-    origin: _Origin | None = None  # kept here by who sends, so that it is looked up once
+    origin: _Origin | None = None  # kept here by the carrier, so that it is looked up once
     master: _MasterKey | None = None  # None: a sender, which signs nothing
     derived: dict[str, str] = dataclasses.field(default_factory=dict)  # secrets made of it so far
     only: list[str] | None = None  # the one secret that always signs; None: keys() looks each time
@@ -3477,7 +3478,7 @@ class _Answer:
 
     def _read_head(self) -> bool:
         """Say whether the head of a final answer is there. Interim answers (RFC 9110, 15.2) are
-        dropped, but for 101: what follows that is of a protocol that we do not speak."""
+        dropped, except 101: what follows that is of a protocol that we do not speak."""
         while True:
             end = _HEAD_END.search(self.buffer, max(0, self._at - 2))
             if end is None:
@@ -4376,7 +4377,7 @@ def _endpoint(row: Sequence[Any], lenient: bool = False) -> Endpoint:
 
 
 # ── storage ───────────────────────────────────────────────────────────────────────────────────────
-# Promises: our own connections are autocommit, and short-lived but for the drain's one. The drain
+# Promises: our own connections are autocommit, and all but the drain's are short-lived. The drain
 # writes in single statements; verbs write in transactions that take the write lock first. On the
 # host's connection only our own statements run: no pragma that sets anything, no commit, and no
 # rollback but of a transaction that the driver began for our statement alone. Never opens the
@@ -4653,7 +4654,7 @@ def _plain_text(db: sqlite3.Connection) -> Iterator[None]:
 _OUR_OBJECTS = "SELECT type, name, sql FROM sqlite_master WHERE name GLOB 'webhook_*'"
 
 
-# SQLite's numbers of the limits that its page on security advises to lower, but for lengths.
+# SQLite's numbers of the limits that its page on security advises to lower, those of lengths aside.
 _LIMITED = (3, 4, 5, 6, 8, 9)  # expression, compound, opcodes, arguments, pattern, variables
 # What SQLite says when a statement is beyond one of them.
 _BEYOND_LIMIT = re.compile("Expression tree is too large|too many|pattern too complex")
@@ -5216,7 +5217,7 @@ def _adopt_mode(path: str, fd: int) -> None:
 
     Else one `drain --once` by root would lock the app's user out, and a user who may not read the
     database could lock the file and so keep every drain away. What is not permitted is left as it
-    is: who cannot open the file then is told so by _lock_error.
+    is: whoever cannot open the file then is told so by _lock_error.
     """
     if sys.platform == "win32":
         return
@@ -7265,7 +7266,7 @@ class _Exchanges:
                        more, on another one. This comes once for an attempt at most
 
     The connection is still open then, and in nobody's hands: the caller keeps it or shuts it.
-    Knows no deadlines; who calls it looks at those.
+    Knows no deadlines; its caller looks at those.
     """
 
     __slots__ = ("_ended", "_hints", "_unsent", "idle", "selector")
@@ -8300,8 +8301,8 @@ class _Schedule:
         return max(0.0, min(self.due.next() - now, self.slots.next() - mono))
 
 
-# One in so many places is kept for steady endpoints that have nothing under way. Who holds as much
-# already comes after those that hold less.
+# One in so many places is kept for steady endpoints that have nothing under way. An endpoint that
+# holds as large a share of the places already comes after those that hold less.
 _KEPT = 8
 # By rank (see _Lane.rank): the part of places and openers that endpoints of it may fill, all
 # together. 1 and 2 are counted together: the part of rank 2 is within that of rank 1.
@@ -8349,7 +8350,7 @@ class _Places:
     2. The last eighth is kept for endpoints that have nothing under way and are steady: quick
        several times in a row, and just now. When many that were quick begin to hang at the same
        moment, the others still get through.
-    3. Who has an eighth of the places already comes after those who have less.
+    3. An endpoint that has an eighth of the places already comes after those that have less.
     4. An endpoint that is alone, because no other began an attempt within a minute, gets all that
        its rank may have, the last eighth too.
 
@@ -8694,7 +8695,7 @@ class _Finder:
                 bad=row.bad,
             )
             lane.health = _WELL if health == _WELL else health
-            lane.told |= health.failures >= _FAILING[0]  # by who drained before
+            lane.told |= health.failures >= _FAILING[0]  # by an earlier drain
         self.lanes[lane.id] = lane
 
     def _shed(self, mono: float) -> None:
@@ -9084,7 +9085,7 @@ class _Outcomes:
         self, kinds: list[str | None], lane: _Lane, picked: _Picked, outcome: _Outcome, now: float
     ) -> None:
         """Log what happened; note it for the observer, who is told when it is recorded, and as a
-        row for who subscribes to webhook.* events."""
+        row for endpoints that subscribe to webhook.* events."""
         _log_outcome(lane, picked, outcome, "gave_up" in kinds, "disabled" in kinds)
         for kind in filter(None, kinds):
             notice = Notice(
@@ -9675,7 +9676,7 @@ def _insert_event(
                              a higher one since: make one that follows the newest
         filters decide       endpoints with a filter are concerned: say which of them get it
 
-    No event may stay behind an emit that raised. SQLite undoes an INSERT that fails, but for two
+    No event may stay behind an emit that raised. SQLite undoes an INSERT that fails, except in two
     cases, in which we delete the event ourselves. Both are interruptions (Connection.interrupt, or
     a progress handler of the host's): of the read after the INSERT, and of the INSERT itself when
     all of it was done, since SQLite asks the handler once more when a statement ends. Where the
@@ -10400,7 +10401,7 @@ class Outbox:
         internal = 1 if tenant is not None and type in self._catalogue.internal else None
         times = _emit_times(now, delay, expires, self.retry.delays[0])
         kept = (key, idempotency_key, header_text, *times, internal, None)
-        row = (self._keys.new(now), type, tenant, text, *kept)  # _EMIT's, but for the identity
+        row = (self._keys.new(now), type, tenant, text, *kept)  # _EMIT's, without the identity
         if _is_sqlite3(conn):
             return self._insert(row, now, conn)
         return str(_in_its_thread(conn, functools.partial(self._insert, row, now)))
@@ -11340,8 +11341,8 @@ class Outbox:
 
         By the event or its key they are found from the event, else from each endpoint in question,
         through the indexes of what waits: however much was delivered, it is not read. Rows are read
-        outside any write lock, so who changes them looks at their status once more. Of events that
-        are emitted while it runs none is found: else a busy app would keep it going.
+        outside any write lock, so the caller looks at their status once more when it changes them.
+        Of events that are emitted while it runs none is found: else a busy app would keep it going.
         """
         where, values = _chosen(_OF_WAITING, filters)
         tables = (
@@ -12492,7 +12493,7 @@ def _look_at_file(path: str, db: sqlite3.Connection) -> Iterator[_Finding]:
 
 def _look_at_schema(db: sqlite3.Connection) -> Iterator[_Finding]:
     """Compare the tables, views, indexes and triggers that there are with those that there should
-    be, but for white space and comments: other tools may have rebuilt or lost one."""
+    be, white space and comments aside: other tools may have rebuilt or lost one."""
     sql = dict(((type, name), sql) for type, name, sql in db.execute(_OUR_OBJECTS))
     for (kind, name), expected in _plan(_SCHEMA).objects.items():
         there, wanted = (
@@ -12814,7 +12815,7 @@ def _shown(value: object) -> str:
 def _fill(template: str, *values: object) -> _Html:
     """Put values into the {} of a template of ours.
 
-    What is no _Html is escaped, also between the quotes of an attribute: who forgets to mark a
+    What is no _Html is escaped, also between the quotes of an attribute: whoever forgets to mark a
     value sees tags on the page, and lets nothing through. The template itself is not escaped, so it
     holds no value.
     """
@@ -12876,9 +12877,9 @@ def _status_pill(delivery: Delivery) -> _Html:
 
 
 def _state_pill(e: EndpointStats, now: float) -> _Html:
-    """Return an endpoint's state. One is called failing from its first failure on: who looks at the
-    page wants to know at once. Alarms (`check`, notices) wait for `e.failing`, the third in a row
-    or a minute of them."""
+    """Return an endpoint's state. One is called failing from its first failure on: people who look
+    at the page want to know at once. Alarms (`check`, notices) wait for `e.failing`, the third in a
+    row or a minute of them."""
     if not e.enabled:
         return _pill("disabled", "off")
     if e.failing_since is not None:
@@ -13916,7 +13917,7 @@ class _Portal(_PortalPages):
     manage = True
 
     def add_form(self) -> _Html:
-        """Show the empty form. `once` is of chance and comes back with it: a form that is sent
+        """Show the empty form. `once` is random and comes back with the form: a form that is sent
         twice, by a double click say, adds one endpoint, see `add`."""
         once = secrets.token_hex(8)
         return self.edit_page("Add an endpoint", "add", {"once": once}, {})
@@ -14043,7 +14044,7 @@ class _Portal(_PortalPages):
         Only changes are checked and saved. So a description can be mended although the URL would be
         refused today, and what the operator changed in the meantime stays. Patterns come in the
         order of the boxes, as a list, which never equals the endpoint's tuple: as sets they do. An
-        internal type, which the operator gave and no box shows, is lost only to who changes a box.
+        internal type, which the operator gave and no box shows, is lost only if a box is changed.
         """
         endpoint, typed = self.door.endpoint(id), self.typed(form)
         changes = {n: v for n, v in typed.items() if v != getattr(endpoint, n)}
@@ -14180,7 +14181,7 @@ _PLAIN = str.maketrans("·▁▂▃▄▅▆▇█…", ".12345678~")  # a termi
 def _print(text: str) -> None:
     """Print text that holds nothing to be obeyed but our own escapes.
 
-    It is flushed at once: who reads from a pipe follows a long command, and a reader that is gone
+    It is flushed at once: whoever reads a pipe follows a long command, and a reader that is gone
     is a BrokenPipeError here, inside main, not when the interpreter ends.
     """
     encoding = sys.stdout.encoding or "utf-8"
@@ -14214,10 +14215,9 @@ def _say(text: str = "") -> None:
 
 
 def _indented(value: Any) -> str:
-    """Return JSON, indented, but for data that is nested very deep.
+    """Return JSON, indented, or on one line where data is nested very deep.
 
     To indent is the work of an encoder written in Python, which gives up sooner than the one in C.
-    What is too deep for it is written on one line.
     """
     try:
         return json.dumps(value, indent=2)

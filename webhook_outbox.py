@@ -46,6 +46,7 @@ Words
     delivery    one event to one endpoint, the unit of state; its states stand above the schema
     attempt     one HTTP try of a delivery, or one call of a sender; its result is an outcome
     failed row  a delivery that was given up, in webhook_failed, until somebody replays or discards
+                it; the names gave_up and on_dead mean the same
     queue       deliveries of one endpoint that go out strictly one after the other, from its head:
                 those with one key, or all of an endpoint that is ordered
     held        a delivery is, while its endpoint is disabled. Two other things have a like name: an
@@ -2813,7 +2814,7 @@ class _Picked(NamedTuple):
     that look at the file again.
     """
 
-    event: int  # its key, webhook_events.seq
+    event: int  # webhook_events.seq
     due_at: float
     attempts: int  # before this one
     first_attempt_at: float | None  # None: there was none yet

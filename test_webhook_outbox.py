@@ -118,6 +118,7 @@ peewee = importlib.import_module("peewee")
 ROOT = pathlib.Path(__file__).resolve().parent
 LOOPBACK = ["127.0.0.0/8", "::1/128"]
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+SECRET_TWO = "whsec_" + base64.b64encode(bytes(range(32, 64))).decode()
 settings.register_profile("default", deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("default")
 
@@ -4147,39 +4148,28 @@ def test_without_the_right_master_key_nothing_is_signed_and_mending_it_is_enough
     quick = RetryPolicy((0, *[0.1] * 500))
     outbox = make_outbox(wal, master_key=f"file:{path}", retry=quick)
     id = emit(outbox)
-    for refused in (
-        lambda: outbox.add_endpoint(URL),
-        lambda: outbox.rotate_secret("e0"),
-        lambda: outbox._secret("e0"),
-    ):
-        refuses(PayloadError, refused, words=error)
+    refuses(PayloadError, outbox.add_endpoint, URL, words=error)
+    for verb in (outbox.rotate_secret, outbox._secret):
+        refuses(PayloadError, verb, "e0", words=error)
     assert len(outbox.endpoints()) == 4
     assert outbox.rotate_secret("own", secret=SECRET).secret == SECRET
     with outbox:
         eventually(lambda: len({a.endpoint_id for a in outbox.attempts(id)}) == 4)
-        assert {a.endpoint_id: a.reason for a in outbox.attempts(id)} == dict.fromkeys(
-            ("e0", "e1", "e2"), "internal"
-        ) | {"own": None}
+        reasons = {a.endpoint_id: a.reason for a in outbox.attempts(id)}
+        assert reasons == {**dict.fromkeys(("e0", "e1", "e2"), "internal"), "own": None}
         assert all(re.search(error, a.error or "") for a in outbox.attempts(id) if a.reason)
         assert len(receiver.requests) == 1 and outbox.ping("e0").reason == "internal"
         path.write_text(MASTER)
         eventually(lambda: set(statuses(outbox, id).values()) == {"delivered"})
-    assert (
-        "3 endpoints cannot be sent to from here: the secret is derived from a master key, which is not here"
-        in cli("doctor", code=1)
-    )
+    told = "3 endpoints cannot be sent to from here: the secret is derived from a master key, which is not here"
+    assert told in cli("doctor", code=1)
     assert "WEBHOOK_OUTBOX_MASTER_KEY" in cli("endpoint", "secret", "e0", code=1)
 
 
 @pytest.mark.parametrize("wrong", [MASTER, "env:", "env:a b", 5, "file:", ""])
 def test_a_master_key_is_named_and_never_given(tmp_path, wrong):
-    refuses(
-        PayloadError,
-        Outbox,
-        tmp_path / "app.db",
-        master_key=wrong,
-        words=r"^master_key must be env:NAME or file:PATH, where the key itself stands$",
-    )
+    words = r"^master_key must be env:NAME or file:PATH, where the key itself stands$"
+    refuses(PayloadError, Outbox, tmp_path / "app.db", master_key=wrong, words=words)
 
 
 def test_a_copy_that_is_adopted_has_other_derived_secrets_and_says_so(
@@ -4223,12 +4213,9 @@ def test_a_copied_file_sends_nothing_whichever_way_it_is_drained(
     monkeypatch.setenv("WEBHOOK_OUTBOX_HOME", home or "")
     outbox = make_outbox(copy)
     refusal = rf"^nothing is sent: the home of {re.escape(copy)} is 'production', and this .*`adopt"
-    for way in (
-        lambda: outbox.drain(once=True),
-        lambda: outbox.drain(until_empty=True),
-        lambda: outbox.ping("crm"),
-    ):
-        refuses(OutboxError, way, words=refusal)
+    refuses(OutboxError, outbox.drain, once=True, words=refusal)
+    refuses(OutboxError, outbox.drain, until_empty=True, words=refusal)
+    refuses(OutboxError, outbox.ping, "crm", words=refusal)
     caplog.clear()
     with outbox:  # the thread has the lock, says it once and waits
         eventually(lambda: [r for r in caplog.records if re.search(refusal, r.getMessage())])
@@ -4238,13 +4225,9 @@ def test_a_copied_file_sends_nothing_whichever_way_it_is_drained(
             outbox.drain(once=True)
     told = [r.levelname for r in caplog.records if "nothing is sent" in r.getMessage()]
     assert told == ["ERROR"] * 2  # each drain once
-    allow = ("--allow-network", "127.0.0.0/8")
-    with run_python("import webhook_outbox, sys; sys.exit(webhook_outbox.main(sys.argv[1:]))", "--db", copy,
-                    *allow, "drain") as process:  # fmt: skip
-        try:
-            next(line for line in process.stderr if "ERROR nothing is sent" in line)
-        finally:
-            process.terminate()
+    with drain_command(copy) as process:
+        next(line for line in process.stderr if "ERROR nothing is sent" in line)
+        process.terminate()
         assert process.wait(30) == 0
     for words in ("drain --once", "drain --until-empty", "endpoint ping crm", "check", "doctor"):
         assert "nothing is sent: " in cli(*words.split(), db=copy, code=1)
@@ -4270,28 +4253,24 @@ def test_adopt_makes_a_copy_harmless_and_its_own_and_neutralize_nobodys(
     monkeypatch.setenv("WEBHOOK_OUTBOX_HOME", "staging")
     said = cli(word, db=copy)
     assert "9 deliveries cancelled, all endpoints disabled" in said
-    assert query(copy, "SELECT value FROM webhook_meta WHERE key = 'home'") == [("staging",)] * (
-        word == "adopt"
-    )
+    home = "SELECT value FROM webhook_meta WHERE key = 'home'"
+    assert query(copy, home) == [("staging",)] * (word == "adopt")
     assert query(copy, "SELECT DISTINCT status FROM webhook_deliveries") == [("cancelled",)]
-    assert {(e.enabled, e.disabled_reason) for e in elsewhere.endpoints()} == {
-        (False, "copied from production")
-    }
+    ended = {(e.enabled, e.disabled_reason) for e in elsewhere.endpoints()}
+    assert ended == {(False, "copied from production")}
     for conn in (sqlite3.connect(copy), sqlite3.connect(copy)):
         with contextlib.closing(conn), conn:
             assert elsewhere.emit(conn, "order.created", {}) and inbox.accept(conn, str(id(conn)))
             elsewhere.enable_endpoint("crm", conn=conn)
     with contextlib.closing(sqlite3.connect(copy)) as conn, conn:
-        for refused in (
-            lambda: production.emit(conn, "order.created", {}),
-            lambda: production.disable_endpoint("crm", conn=conn),
-            lambda: Inbox(wal).accept(conn, "x"),
-        ):
-            refuses(SchemaError, refused, words="another file")
+        another = functools.partial(refuses, SchemaError, words="another file")
+        another(production.emit, conn, "order.created", {})
+        another(production.disable_endpoint, "crm", conn=conn)
+        another(Inbox(wal).accept, conn, "x")
     id_ = emit(elsewhere)
     assert elsewhere.drain(until_empty=True).delivered == 2 == len(receiver.requests)
     assert statuses(elsewhere, id_) == {"crm": "delivered"} and elsewhere.stats().refusal is None
-    assert query(copy, "SELECT value FROM webhook_meta WHERE key = 'home'") == [("staging",)]
+    assert query(copy, home) == [("staging",)]
     assert "'staging' already: nothing was changed" in cli("adopt", db=copy)
     assert elsewhere.adopt() == 0 and elsewhere.endpoint("crm").enabled
 
@@ -4310,9 +4289,8 @@ def test_a_drain_that_waits_goes_on_by_itself_after_adopt_keep(wal, tmp_path, se
         id = emit(outbox)
         outbox.adopt(keep=True)
         eventually(lambda: statuses(outbox, id)["crm"] == "delivered")
-    assert {e.id: e.enabled for e in outbox.endpoints()} == {
-        "crm": True, "line": True, "off": False,
-    }  # fmt: skip
+    enabled = {e.id: e.enabled for e in outbox.endpoints()}
+    assert enabled == {"crm": True, "line": True, "off": False}
 
 
 def test_a_file_without_a_home_is_everybodys_until_the_first_drain_that_has_one(wal, monkeypatch):
@@ -4351,12 +4329,6 @@ def two_customers(path: str, **options: Any) -> tuple[Outbox, Any, Any, list[str
     return outbox, outbox.tenant("c42"), outbox.tenant("c43"), ids
 
 
-def dump(path: str) -> list[str]:
-    """Return all that is in a file."""
-    with contextlib.closing(sqlite3.connect(path)) as conn:
-        return list(conn.iterdump())
-
-
 # Each verb of the door that is given an id, with the endpoint or event that stands in {}.
 DOOR_VERBS: dict[str, Callable[[Any, str, str], Any]] = {
     "endpoint": lambda door, endpoint, event: door.endpoint(endpoint),
@@ -4385,7 +4357,7 @@ DOOR_VERBS: dict[str, Callable[[Any, str, str], Any]] = {
 
 def test_through_a_tenants_door_what_is_somebody_elses_is_not_found_like_what_is_not_there(wal):
     outbox, door, _, (theirs, foreign, nobodys) = two_customers(wal)
-    before = dump(wal)
+    before = emit_dump(wal)
     for verb, act in DOOR_VERBS.items():
         told = set()
         for endpoint, event in (
@@ -4394,7 +4366,7 @@ def test_through_a_tenants_door_what_is_somebody_elses_is_not_found_like_what_is
             with pytest.raises(NotFound) as error:
                 act(door, endpoint, event)
             told.add(str(error.value).replace(endpoint, "?").replace(event, "?"))
-        assert len(told) == 1 and dump(wal) == before, verb
+        assert len(told) == 1 and emit_dump(wal) == before, verb
     for act in DOOR_VERBS.values():  # what is the customer's own works
         act(door, "c42", theirs)
     assert {outbox.endpoint(id).description for id in ("c43", "all", "own")} == {""}
@@ -4432,8 +4404,8 @@ def test_a_tenants_door_shows_and_resends_only_what_its_own_endpoints_got(wal):
     with pytest.raises(PayloadError, match="there is an endpoint c43 already"):
         door.ensure_endpoint(URL, id="c43")
     assert door.ensure_endpoint(URL, id="c42", events=["order.*"]).events == ("order.*",)
-    before = dump(wal)
-    assert door.ensure_endpoint(URL, id="c42").url == URL and dump(wal) == before
+    before = emit_dump(wal)
+    assert door.ensure_endpoint(URL, id="c42").url == URL and emit_dump(wal) == before
     assert door.ensure_endpoint(URL, id="new").tenant == "c42"
 
 
@@ -4496,21 +4468,17 @@ def test_a_customer_may_add_as_many_endpoints_as_the_host_says(wal):
 
 
 def test_a_customer_cannot_have_the_operators_credentials_sent_to_another_url(wal):
-    outbox = make_outbox(wal)
     headers = {"Authorization": "env:ERP_TOKEN"}
-    outbox.add_endpoint(URL, id="erp", tenant="c42", headers=headers)
+    outbox = make_outbox(wal, URL, id="erp", tenant="c42", headers=headers)
     door = outbox.tenant("c42")
     with pytest.raises(PayloadError, match="credentials were set for it"):
         door.update_endpoint("erp", url="https://evil.example/")
     with pytest.raises(PayloadError, match="credentials were set for it"):
         door.ensure_endpoint("https://evil.example/", id="erp")
     assert door.update_endpoint("erp", url=URL, description="ERP").url == URL
-    told = [*door.endpoints(), door.endpoint("erp"), door.enable_endpoint("erp")]
-    told += [
-        door.disable_endpoint("erp"),
-        door.ensure_endpoint(URL, id="erp"),
-        door.rotate_secret("erp"),
-    ]
+    told = [*door.endpoints(), door.ensure_endpoint(URL, id="erp")]
+    told += [door.endpoint("erp"), door.enable_endpoint("erp")]
+    told += [door.disable_endpoint("erp"), door.rotate_secret("erp")]
     assert [dict(endpoint.headers) for endpoint in told] == [{"Authorization": "..."}] * 6
     assert outbox.endpoint("erp").headers == headers
     outbox.add_endpoint(URL, id="tls", tenant="c42", cert=__file__, ca=__file__)
@@ -4595,13 +4563,8 @@ def test_forget_leaves_nothing_of_a_customer_and_all_of_the_others(database):
 @pytest.mark.parametrize("status", [200, 500])
 def test_what_comes_back_after_forget_is_not_kept(wal, serve, status):
     go = threading.Event()
-
-    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        go.wait(10)
-        sock.sendall(answer(status, b"canary77"))
-        return True
-
-    receiver = serve(play)
+    late = answer(status, b"canary77")
+    receiver = serve(lambda receiver, sock, r: go.wait(10) and not sock.sendall(late))
     outbox = make_outbox(wal, retry=ONCE)
     for tenant in ("c42", "*"):
         outbox.add_endpoint(receiver.url(), tenant=tenant)
@@ -4732,11 +4695,10 @@ def test_a_pattern_must_match_a_type_of_the_catalogue(wal):
         assert outbox.add_endpoint(URL, events=[good]).events == (good,)
     id = outbox.endpoints()[0].id
     for bad in ("order.payd", "orders.*", "order", "order.paid.*"):
-        for act in (
-            lambda bad=bad: outbox.add_endpoint(URL, events=["order.paid", bad]),
-            lambda bad=bad: outbox.update_endpoint(id, events=[bad]),
-        ):
-            refuses(PayloadError, act, words="event type")
+        refuses(
+            PayloadError, outbox.add_endpoint, URL, events=["order.paid", bad], words="event type"
+        )
+        refuses(PayloadError, outbox.update_endpoint, id, events=[bad], words="event type")
     assert len(outbox.endpoints()) == 6 and outbox.endpoint(id).events == ("*",)
 
 
@@ -4774,7 +4736,6 @@ def test_ping_sends_the_catalogues_example_of_a_type(wal, shop):
 
 SIGNED_BODY = '{"type":"order.created","data":{"name":"Žofie ✓"}}'.encode()
 SIGNED_AT = 1_614_265_330
-SECRET_TWO = "whsec_" + base64.b64encode(bytes(range(32, 64))).decode()
 SCHEMES = ["standard", "stripe", "github"]
 Serve = Callable[..., Receiver]
 
@@ -4789,29 +4750,35 @@ def hmac_by_hand(key: bytes, message: bytes) -> bytes:
 
 
 def signed_by_hand(
-    scheme: str,
-    body: bytes = SIGNED_BODY,
-    *,
-    id: str = "msg_1",
-    at: Any = SIGNED_AT,
-    secret: str = SECRET,
-) -> dict[str, str]:
+    scheme: str, body: bytes = SIGNED_BODY, *, id: str = "msg_1", at: Any = SIGNED_AT, secret: str = SECRET
+) -> dict[str, str]:  # fmt: skip
     """Return the headers of another sender, made from the schemes' own documents without code of
     ours."""
     if scheme == "stripe":
-        return {
-            "Stripe-Signature": f"t={at},v1={hmac_by_hand(secret.encode(), f'{at}.'.encode() + body).hex()}"
-        }
+        mac = hmac_by_hand(secret.encode(), f"{at}.".encode() + body)
+        return {"Stripe-Signature": f"t={at},v1={mac.hex()}"}
     if scheme == "github":
         return {"X-Hub-Signature-256": "sha256=" + hmac_by_hand(secret.encode(), body).hex()}
-    mac = hmac_by_hand(
-        base64.b64decode(secret.removeprefix("whsec_")), f"{id}.{at}.".encode() + body
-    )
-    return {
-        "webhook-id": id,
-        "webhook-timestamp": str(at),
-        "webhook-signature": "v1," + base64.b64encode(mac).decode(),
-    }
+    key = base64.b64decode(secret.removeprefix("whsec_"))
+    mac = base64.b64encode(hmac_by_hand(key, f"{id}.{at}.".encode() + body))
+    names = ("webhook-id", "webhook-timestamp", "webhook-signature")
+    return dict(zip(names, (id, str(at), f"v1,{mac.decode()}"), strict=True))
+
+
+def verified(headers: Any, secret: Any = SECRET, body: Any = SIGNED_BODY, **options: Any) -> Any:
+    """Return what verify makes of a request at the time of its signature; it must take it."""
+    event = verify(body, headers, secret, **{"now": SIGNED_AT, **options})
+    assert event.body == body and type(event.body) is bytes
+    return event
+
+
+def refusal(
+    headers: Any, secret: Any = SECRET, body: Any = SIGNED_BODY, **options: Any
+) -> SignatureError:
+    """Return the error that verify must raise."""
+    with pytest.raises(SignatureError) as error:
+        print(verify(body, headers, secret, **{"now": SIGNED_AT, **options}), headers, secret, body)
+    return error.value
 
 
 @pytest.mark.parametrize(
@@ -4836,13 +4803,10 @@ def test_sign_gives_the_published_signatures_for_every_form_of_the_key(
 
 def test_githubs_published_signature_verifies():
     signature = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
-    secret = "It's a Secret to Everybody"
-    event = verify(b"Hello, World!", {"X-Hub-Signature-256": signature}, secret, scheme="github")
-    assert (event.timestamp, event.type, event.data, event.body) == (
-        None, "", None, b"Hello, World!",
-    )  # fmt: skip
-    with pytest.raises(SignatureError):
-        verify(b"Hello, World?", {"X-Hub-Signature-256": signature}, secret, scheme="github")
+    headers, secret = {"X-Hub-Signature-256": signature}, "It's a Secret to Everybody"
+    event = verified(headers, secret, b"Hello, World!", scheme="github")
+    assert fields(event, "timestamp type data") == (None, "", None)
+    refusal(headers, secret, b"Hello, World?", scheme="github")
 
 
 CANARY = "canarycanarycanarycanary"
@@ -4850,14 +4814,10 @@ CANARY = "canarycanarycanarycanary"
 
 def test_sign_refuses_a_key_that_is_short_or_no_base64_without_showing_it():
     short = base64.b64encode(b"c" * 15).decode()
-    texts = [
-        "", "whsec_", "whsec_" + short, short, f"{CANARY}é", f"{CANARY}\udc80",
-        f"whsec_whsec_{CANARY}",
-    ]  # fmt: skip
-    texts += [
-        f"whsec_{text}"
-        for text in (f"{CANARY}!", f" {CANARY}", f"{CANARY}\n", f"{CANARY}-_", f"{CANARY}A")
-    ]
+    texts = ["", "whsec_", "whsec_" + short, short, f"{CANARY}é", f"{CANARY}\udc80"]
+    texts.append(f"whsec_whsec_{CANARY}")
+    bad = (f"{CANARY}!", f" {CANARY}", f"{CANARY}\n", f"{CANARY}-_", f"{CANARY}A")
+    texts += [f"whsec_{text}" for text in bad]
     for size in (16, 65_536):
         assert sign(b"c" * size, "msg_1", SIGNED_AT, b"{}").startswith("v1,")
     for secret in [*texts, b"", b"c" * 15, b"c" * 65_537, None, object(), 0, 32, [32, 32]]:
@@ -4986,10 +4946,8 @@ def test_what_is_sent_verifies_with_the_libraries_of_others(tmp_path, serve):
                 for secret in caught.good:
                     assert accepts(body, headers, secret), (caught.story, scheme, accepts)
                 assert not accepts(body, headers, caught.bad), (caught.story, scheme, accepts)
-                assert not accepts(body.replace(b":", b": ", 1), headers, caught.good[0]), (
-                    caught.story,
-                    scheme,
-                )
+                changed = body.replace(b":", b": ", 1)
+                assert not accepts(changed, headers, caught.good[0]), (caught.story, scheme)
                 judged += 1
     assert judged == 2 * (4 + 4 + 4 + 8 + 12)
 
@@ -5183,13 +5141,8 @@ def test_a_secret_outside_the_database_is_read_at_each_attempt(
         assert verify(request.body, request.headers, secret, now=attempt.at).id == id
         for scheme in SCHEMES[1:]:
             assert verify(request.body, request.headers, secret, scheme=scheme, now=attempt.at)
-    written = "".join(
-        map(
-            str,
-            query(wal, "SELECT * FROM webhook_attempts")
-            + query(wal, "SELECT * FROM webhook_endpoints"),
-        )
-    )
+    tables = ("webhook_attempts", "webhook_endpoints")
+    written = str([query(wal, f"SELECT * FROM {table}") for table in tables])
     for text in (CANARY, SECRET[6:], SECRET_TWO[6:]):
         assert text not in caplog.text and text not in written
 
@@ -5258,21 +5211,6 @@ def test_an_empty_secret_signs_nothing(wal, serve, tmp_path, monkeypatch):
 # What arrives.
 
 
-def refusal(
-    headers: Any, secret: Any = SECRET, body: Any = SIGNED_BODY, **options: Any
-) -> SignatureError:
-    """Return the error that verify must raise."""
-    with pytest.raises(SignatureError) as error:
-        print(
-            verify(body, headers, secret, **{"now": SIGNED_AT, **options}),
-            "came out of",
-            headers,
-            secret,
-            body,
-        )
-    return error.value
-
-
 def header_message(headers: dict[str, str]) -> Any:
     import email.message
 
@@ -5302,36 +5240,36 @@ HEADER_FORMS: dict[str, Callable[[dict[str, str]], Any]] = {
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_verify_takes_headers_and_body_from_any_framework(scheme):
+    good = signed_by_hand(scheme)
     for form, make in HEADER_FORMS.items():
-        event = verify(
-            SIGNED_BODY, make(signed_by_hand(scheme)), SECRET, scheme=scheme, now=SIGNED_AT
-        )
-        assert (event.type, event.data, event.body) == (
-            "order.created", {"name": "Žofie ✓"}, SIGNED_BODY,
-        ), form  # fmt: skip
+        event = verified(make(good), scheme=scheme)
+        assert (event.type, event.data) == ("order.created", {"name": "Žofie ✓"}), form
         assert event.id == ("msg_1" if scheme == "standard" else hash_of(SIGNED_BODY))
         assert event.timestamp == (None if scheme == "github" else SIGNED_AT)
     for buffer in (bytearray, memoryview):
-        event = verify(
-            buffer(SIGNED_BODY), signed_by_hand(scheme), SECRET, scheme=scheme, now=SIGNED_AT
-        )
-        assert type(event.body) is bytes and event.body == SIGNED_BODY
+        verified(good, body=buffer(SIGNED_BODY), scheme=scheme)
     for text in ("{}", None, {"type": "a"}, 5, ["{}"]):
         assert "raw bytes" in str(refusal(signed_by_hand(scheme, b"{}"), body=text, scheme=scheme))
     for wrong in (None, 5, "abc", [("a",)], [1, 2], object(), [("webhook-id", "a", "b")], {1: 2}):
         refusal(wrong, scheme=scheme)
+    # Two proxies on the way leave two Via or X-Forwarded-For headers, and frameworks hand on both.
+    verified([("Via", "1.1 a"), *good.items(), ("via", "1.1 b")], scheme=scheme)
+
+
+def test_errors_of_a_frameworks_headers_are_named_without_what_they_say():
+    class Headers:
+        def items(self) -> Any:
+            raise RuntimeError(CANARY)
+
+    assert str(refusal(Headers())).endswith("RuntimeError")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_one_of_several_secrets_is_enough(scheme):
-    headers = signed_by_hand(scheme)
-    for secrets in (
-        [SECRET], (SECRET_TWO, SECRET), [SECRET, SECRET_TWO], iter([SECRET_TWO, SECRET]),
-    ):  # fmt: skip
-        assert (
-            verify(SIGNED_BODY, headers, secrets, scheme=scheme, now=SIGNED_AT).body == SIGNED_BODY
-        )
-    refusal(headers, [SECRET_TWO, "whsec_" + "A" * 32], scheme=scheme)
+    two = [SECRET_TWO, SECRET]
+    for secrets in ([SECRET], tuple(two), two[::-1], iter(two)):
+        verified(signed_by_hand(scheme), secrets, scheme=scheme)
+    refusal(signed_by_hand(scheme), [SECRET_TWO, "whsec_" + "A" * 32], scheme=scheme)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -5345,8 +5283,7 @@ def test_a_secret_is_taken_with_white_space_around_it_and_without_its_padding(sc
         spellings += [padded[:-1], padded[:-2], f"{bare[:-2]}\n", f"  {bare}"]
     headers = signed_by_hand(scheme, secret=padded)
     for secret in (*spellings, [SECRET_TWO, spellings[0]]):
-        event = verify(SIGNED_BODY, headers, secret, scheme=scheme, now=SIGNED_AT)
-        assert event.body == SIGNED_BODY
+        verified(headers, secret, scheme=scheme)
     for secret in (" ", "\n", "\t \n", [SECRET_TWO, " "]):  # what an unset variable gives
         assert "needs a secret" in str(refusal(headers, secret, scheme=scheme))
     if scheme == "standard":
@@ -5354,8 +5291,7 @@ def test_a_secret_is_taken_with_white_space_around_it_and_without_its_padding(sc
             refusal(headers, secret)
     else:  # where the key is the text itself, white space may be a part of it
         headers = signed_by_hand(scheme, secret=f" {padded} ")
-        event = verify(SIGNED_BODY, headers, f" {padded} ", scheme=scheme, now=SIGNED_AT)
-        assert event.body == SIGNED_BODY
+        verified(headers, f" {padded} ", scheme=scheme)
 
 
 def test_svixs_names_of_the_headers_are_read_where_none_of_todays_is_there():
@@ -5363,9 +5299,9 @@ def test_svixs_names_of_the_headers_are_read_where_none_of_todays_is_there():
     old = {name.replace("webhook-", "svix-"): value for name, value in headers.items()}
     other = signed_by_hand("standard", id="msg_2", secret=SECRET_TWO)
     for form in (old, {name.upper(): value for name, value in old.items()}, {**old, **headers}):
-        assert verify(SIGNED_BODY, form, SECRET, now=SIGNED_AT).id == "msg_1"
+        assert verified(form).id == "msg_1"
     hop = {name.replace("webhook-", "svix-"): value for name, value in other.items()}
-    assert verify(SIGNED_BODY, {**hop, **headers}, SECRET, now=SIGNED_AT).id == "msg_1"
+    assert verified({**hop, **headers}).id == "msg_1"
     for name, value in headers.items():  # never one of each
         mixed = {key: text for key, text in old.items() if not key.endswith(name[-5:])}
         assert "missing" in str(refusal({**mixed, name: value}))
@@ -5376,45 +5312,34 @@ def test_svixs_names_of_the_headers_are_read_where_none_of_todays_is_there():
 def test_a_secret_of_the_wrong_type_opens_no_door(scheme):
     """bytes(32) is a key of 32 zeros, and a bytearray a list of numbers: whoever guesses that signs
     with zeros."""
-    wrong = [
-        None, "", b"", 5, 32, 1.5, [], (), {}, object(), [""], [None], [b""], [SECRET_TWO, None],
-        [[SECRET]],
-    ]  # fmt: skip
-    for secret in wrong:
+    for secret in (
+        None, "", b"", 5, 32, 1.5, [], (), {}, object(), [""], [None], [b""], [SECRET_TWO, None], [[SECRET]],
+    ):  # fmt: skip
         refusal(signed_by_hand(scheme), secret, scheme=scheme)
-    # What an unset variable gives.
-    for secret in ("", b"", [""], [SECRET_TWO, ""], [b"", SECRET_TWO], []):
-        assert "needs a secret" in str(
-            refusal(signed_by_hand(scheme, secret=""), secret, scheme=scheme)
-        )
-    null = base64.b64encode(bytes(24)).decode()
+    unsigned = signed_by_hand(scheme, secret="")
+    for secret in ("", b"", [""], [SECRET_TWO, ""], [b"", SECRET_TWO], []):  # of an unset variable
+        assert "needs a secret" in str(refusal(unsigned, secret, scheme=scheme))
+    null = signed_by_hand(scheme, secret=base64.b64encode(bytes(24)).decode())
     text = b"a secret that somebody keeps in a mutable buffer"
     for secret in (
         32, [32], (24, 32), bytearray(text), memoryview(text), [SECRET_TWO, 32], {32: SECRET},
     ):  # fmt: skip
-        refusal(signed_by_hand(scheme, secret=null), secret, scheme=scheme)
+        refusal(null, secret, scheme=scheme)
 
 
 @pytest.mark.parametrize("scheme", ["standard", "stripe"])
 def test_the_tolerance_holds_both_ways_to_the_second(scheme):
-    headers = signed_by_hand(scheme)
+    headers, far = signed_by_hand(scheme), (math.inf, -math.inf, math.nan)
+
+    def late(**options: Any) -> bool:
+        return type(refusal(headers, scheme=scheme, **options)) is TimestampError
+
     for away in (0, 300, -300):
-        assert (
-            verify(SIGNED_BODY, headers, SECRET, scheme=scheme, now=SIGNED_AT + away).timestamp
-            == SIGNED_AT
-        )
-    for away in (300.5, -300.5, 301, -301, 1e12, math.inf, -math.inf, math.nan):
-        assert type(refusal(headers, scheme=scheme, now=SIGNED_AT + away)) is TimestampError
-    assert (
-        verify(SIGNED_BODY, headers, SECRET, scheme=scheme, now=SIGNED_AT + 10, tolerance=10).body
-        == SIGNED_BODY
-    )
-    assert type(refusal(headers, scheme=scheme, now=SIGNED_AT + 11, tolerance=10)) is TimestampError
-    assert type(refusal(headers, scheme=scheme, now=None)) is TimestampError  # the real time
-    assert (
-        verify(SIGNED_BODY, signed_by_hand(scheme, at=int(time.time())), SECRET, scheme=scheme).body
-        == SIGNED_BODY
-    )
+        assert verified(headers, scheme=scheme, now=SIGNED_AT + away).timestamp == SIGNED_AT
+    assert all(late(now=SIGNED_AT + away) for away in (300.5, -300.5, 301, -301, 1e12, *far))
+    verified(headers, scheme=scheme, now=SIGNED_AT + 10, tolerance=10)
+    assert late(now=SIGNED_AT + 11, tolerance=10) and late(now=None)  # by the real time
+    verified(signed_by_hand(scheme, at=int(time.time())), scheme=scheme, now=None)
 
 
 @pytest.mark.parametrize("scheme", ["standard", "stripe"])
@@ -5432,15 +5357,12 @@ def test_only_a_canonical_timestamp_is_read(scheme):
             headers["webhook-signature"] += " " + lenient["webhook-signature"]
         else:
             headers["Stripe-Signature"] += "," + lenient["Stripe-Signature"].partition(",")[2]
-        assert (
-            type(refusal(headers, scheme=scheme, now=12, tolerance=math.inf)) is SignatureError
-        ), text
+        error = refusal(headers, scheme=scheme, now=12, tolerance=math.inf)
+        assert type(error) is SignatureError, text
     for text in ("0", "5", "9" * 15):
         headers = signed_by_hand(scheme, at=text)
         assert type(refusal(headers, scheme=scheme)) is TimestampError
-        assert verify(SIGNED_BODY, headers, SECRET, scheme=scheme, now=int(text)).timestamp == int(
-            text
-        )
+        assert verified(headers, scheme=scheme, now=int(text)).timestamp == int(text)
 
 
 def test_a_signature_has_one_spelling():
@@ -5477,22 +5399,14 @@ def test_unknown_versions_are_passed_over_and_seventeen_signatures_refused():
         f"v1a,abc v2,def {signature}", f"{signature} v9", f" \udcff {signature}",
         "v1,AAAA " * 15 + signature,
     ):  # fmt: skip
-        assert (
-            verify(SIGNED_BODY, {**good, "webhook-signature": text}, SECRET, now=SIGNED_AT).id
-            == "msg_1"
-        )
+        assert verified({**good, "webhook-signature": text}).id == "msg_1"
     assert "16" in str(refusal({**good, "webhook-signature": "v1,AAAA " * 16 + signature}))
     assert "16" in str(refusal({**good, "webhook-signature": signature + " v1,AAAA" * 16}))
     at, _, last = signed_by_hand("stripe")["Stripe-Signature"].partition(",")
     for text in (
         f"{at},v0=abc,x,{last},v2=00", f"{last},{at}", f"{at},{'v0=0,' * 16}{'v1=0,' * 15}{last}",
     ):  # fmt: skip
-        assert (
-            verify(
-                SIGNED_BODY, {"Stripe-Signature": text}, SECRET, scheme="stripe", now=SIGNED_AT
-            ).body
-            == SIGNED_BODY
-        )
+        verified({"Stripe-Signature": text}, scheme="stripe")
     for text in (
         f"{at},{last}".replace("v1", "v0"), f"{at},{at},{last}", last, at,
         f"{at},{'v1=00,' * 16}{last}", f"{at},{'v0=00,' * 32}{last}", f"{at} {last}",
@@ -5516,35 +5430,17 @@ def test_each_header_is_needed_and_must_not_come_twice_with_two_values(scheme):
             assert "twice" in str(refusal(pairs, scheme=scheme))
 
 
-def test_headers_of_others_may_come_twice():
-    """Two proxies on the way leave two Via or X-Forwarded-For headers, and frameworks hand on
-    both."""
-    for scheme in SCHEMES:
-        headers = [("Via", "1.1 a"), *signed_by_hand(scheme).items(), ("via", "1.1 b")]
-        assert (
-            verify(SIGNED_BODY, headers, SECRET, scheme=scheme, now=SIGNED_AT).body == SIGNED_BODY
-        )
-
-
 def test_odd_ids_and_wrong_options_are_refused():
     for id in ("", "a.b", "a\nb", "é", "a" * 257, "a\x00"):
         refusal(signed_by_hand("standard", id=id))
     longest = signed_by_hand("standard", id="a" * 256)
-    assert verify(SIGNED_BODY, longest, SECRET, now=SIGNED_AT).id == "a" * 256
+    assert verified(longest).id == "a" * 256
     for options in (
         {"scheme": "svix"}, {"scheme": None}, {"scheme": []}, {"tolerance": "5"}, {"now": "x"},
     ):  # fmt: skip
         refusal(signed_by_hand("standard"), **options)
     assert "standard, stripe, github" in str(refusal(signed_by_hand("standard"), scheme="svix"))
     assert "base64" in str(refusal(signed_by_hand("standard"), f"whsec_{CANARY}!"))
-
-
-def test_errors_of_a_frameworks_headers_are_named_without_what_they_say():
-    class Headers:
-        def items(self) -> Any:
-            raise RuntimeError(CANARY)
-
-    assert str(refusal(Headers())).endswith("RuntimeError")
 
 
 STRIPE_THIN = (
@@ -5559,8 +5455,8 @@ def test_an_authentic_body_need_not_be_an_envelope_or_json(scheme):
         b'{"type":"a","data":' + b"9" * 5000 + b"}",
     ):  # fmt: skip
         refusal(signed_by_hand(scheme, body), body=body + b" ", scheme=scheme)
-        event = verify(body, signed_by_hand(scheme, body), SECRET, scheme=scheme, now=SIGNED_AT)
-        assert (event.type, event.data, event.body) == ("", None, body)
+        event = verified(signed_by_hand(scheme, body), body=body, scheme=scheme)
+        assert (event.type, event.data) == ("", None)
     for body, type, data in (
         (b"[1]", "", [1]),
         (b'{"type":5,"data":1}', "", {"type": 5, "data": 1}),
@@ -5572,8 +5468,8 @@ def test_an_authentic_body_need_not_be_an_envelope_or_json(scheme):
         (STRIPE_THIN, "v1.a", json.loads(STRIPE_THIN)),
         (b'{"id":5,"object":"event","type":"a"}', "", {"id": 5, "object": "event", "type": "a"}),
     ):
-        event = verify(body, signed_by_hand(scheme, body), SECRET, scheme=scheme, now=SIGNED_AT)
-        assert (event.type, event.data, event.body) == (type, data, body)
+        event = verified(signed_by_hand(scheme, body), body=body, scheme=scheme)
+        assert (event.type, event.data) == (type, data)
 
 
 SIGNED_IDS: list[tuple[str, bytes, str]] = [  # scheme, body, what the id is
@@ -5595,8 +5491,7 @@ def test_an_events_id_comes_from_what_is_signed(scheme, body, id):
     signed = signed_by_hand(scheme, body)
     names = ("webhook-id", "X-GitHub-Delivery", "svix-id")
     for invented in [{}] if scheme == "standard" else [{}, *({name: "msg_x"} for name in names)]:
-        event = verify(body, {**signed, **invented}, SECRET, scheme=scheme, now=SIGNED_AT)
-        assert event.id == id
+        assert verified({**signed, **invented}, body=body, scheme=scheme).id == id
     for odd in ("a" * 257, "a.b", "é", "a\x07"):  # its form is checked all the same
         refusal({**signed, "webhook-id": odd}, body=body, scheme=scheme)
 
@@ -5605,43 +5500,30 @@ def test_signatures_are_compared_in_constant_time():
     """No test on a noisy machine can measure it, so read the source: every scheme goes through
     compare_digest."""
     tree = ast.parse((ROOT / "webhook_outbox.py").read_text(encoding="utf-8"))
-    functions = {
-        node.name: list(ast.walk(node)) for node in tree.body if isinstance(node, ast.FunctionDef)
-    }
+    defs = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+    functions = {node.name: list(ast.walk(node)) for node in defs}
 
     def calls(name: str) -> set[str]:
         return {ast.unparse(node.func) for node in functions[name] if isinstance(node, ast.Call)}
 
     assert "hmac.compare_digest" in calls("_any_equal")
-    assert not [
-        node for node in functions["_any_equal"] if isinstance(node, (ast.Eq, ast.In, ast.Break))
-    ]
+    early = (ast.Eq, ast.In, ast.Break)
+    assert not [node for node in functions["_any_equal"] if isinstance(node, early)]
     assert "_any_equal" in calls("verify")
 
 
 def test_a_megabyte_of_header_is_refused_soon():
     began = time.process_time()
-    for scheme, filler in itertools.product(
-        SCHEMES, (" ", ",", "v1,", "t=1,", "v1=a,", "9", "v1, ", "=")
-    ):
+    fillers = (" ", ",", "v1,", "t=1,", "v1=a,", "9", "v1, ", "=")
+    for scheme, filler in itertools.product(SCHEMES, fillers):
         good = signed_by_hand(scheme)
         for name in good:
             refusal({**good, name: filler * (1_000_000 // len(filler))}, scheme=scheme)
             refusal([*good.items(), *[(name, filler)] * 20_000], scheme=scheme)
-            # What follows the right signature of Stripe may be anything.
-            with contextlib.suppress(SignatureError):
-                verify(
-                    SIGNED_BODY,
-                    {**good, name: good[name] + filler * 100_000},
-                    SECRET,
-                    scheme=scheme,
-                    now=SIGNED_AT,
-                )
+            with contextlib.suppress(SignatureError):  # behind Stripe's right one stands anything
+                verified({**good, name: good[name] + filler * 100_000}, scheme=scheme)
         others = [(f"webhook-{number}", filler) for number in range(20_000)]
-        assert (
-            verify(SIGNED_BODY, [*others, *good.items()], SECRET, scheme=scheme, now=SIGNED_AT).body
-            == SIGNED_BODY
-        )
+        verified([*others, *good.items()], scheme=scheme)
     assert time.process_time() - began < 30
 
 
@@ -5655,44 +5537,36 @@ def test_a_large_body_is_read_once_and_parsed_only_if_it_is_genuine(scheme):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 5 * len(body)
-    assert len(verify(body, good, SECRET, scheme=scheme, now=SIGNED_AT).data) == 300_001
+    assert len(verified(good, body=body, scheme=scheme).data) == 300_001
 
 
-hostile_text = st.one_of(
-    st.text(max_size=40),
-    st.sampled_from(
-        [
-            "v1,AAAA", "v1,", "t=1,v1=00", f"t={SIGNED_AT},v1=", "sha256=", "sha256=00",
-            str(SIGNED_AT), "msg_1",
-        ]
-    ),
-    st.lists(
-        st.sampled_from(["v1", ",", "=", "t", " ", "0", "9", "sha256", "é", "\udc80", "\0"]),
-        max_size=60,
-    ).map("".join),
-)  # fmt: skip
-hostile_value = st.one_of(
-    hostile_text, st.binary(max_size=40), st.none(), st.integers(), st.lists(st.text(max_size=3))
+HOSTILE_TEXTS = (
+    f"v1,AAAA v1, t=1,v1=00 t={SIGNED_AT},v1= sha256= sha256=00 {SIGNED_AT} msg_1".split()
 )
-hostile_name = st.one_of(
-    st.sampled_from(
-        [
-            "webhook-id", "Webhook-Timestamp", "WEBHOOK-SIGNATURE", "stripe-signature",
-            b"x-hub-signature-256",
-        ]
-    ),
-    st.text(max_size=5),
-    st.binary(max_size=5),
-    st.integers(),
+HOSTILE_PARTS = ["v1", ",", "=", "t", " ", "0", "9", "sha256", "é", "\udc80", "\0"]
+HOSTILE_NAMES = "webhook-id Webhook-Timestamp WEBHOOK-SIGNATURE stripe-signature".split()
+hostile_text = (
+    st.text(max_size=40) | st.sampled_from(HOSTILE_TEXTS)
+    | st.lists(st.sampled_from(HOSTILE_PARTS), max_size=60).map("".join)
 )  # fmt: skip
-hostile_headers = st.one_of(
-    st.dictionaries(hostile_name, hostile_value, max_size=8),
-    st.lists(st.tuples(hostile_name, hostile_value), max_size=8),
-    st.lists(hostile_value, max_size=3),
-    hostile_value,
+hostile_value = (
+    hostile_text
+    | st.binary(max_size=40)
+    | st.none()
+    | st.integers()
+    | st.lists(st.text(max_size=3))
 )
-hostile_secret = st.one_of(
-    st.just(SECRET), hostile_value, st.lists(hostile_value, max_size=3), st.binary(min_size=16)
+hostile_name = (
+    st.sampled_from([*HOSTILE_NAMES, b"x-hub-signature-256"]) | st.text(max_size=5) | st.binary(max_size=5)
+    | st.integers()
+)  # fmt: skip
+hostile_headers = (
+    st.dictionaries(hostile_name, hostile_value, max_size=8)
+    | st.lists(st.tuples(hostile_name, hostile_value), max_size=8)
+    | st.lists(hostile_value, max_size=3) | hostile_value
+)  # fmt: skip
+hostile_secret = (
+    st.just(SECRET) | hostile_value | st.lists(hostile_value, max_size=3) | st.binary(min_size=16)
 )
 
 
@@ -5722,101 +5596,53 @@ def test_whatever_arrives_verify_raises_one_family_of_errors(
 def test_a_genuine_request_is_taken_in_any_form_with_any_of_the_secrets_and_to_the_edge_of_the_tolerance(
     data, scheme, body, at, tolerance
 ):
-    keys = data.draw(
-        st.lists(st.binary(min_size=24, max_size=64), min_size=1, max_size=4, unique=True)
-    )
+    sizes = st.binary(min_size=24, max_size=64)
+    keys = data.draw(st.lists(sizes, min_size=1, max_size=4, unique=True))
     secrets = ["whsec_" + base64.b64encode(key).decode() for key in keys]
-    id, mine, away = (
-        data.draw(st.from_regex(r"[!-\-/-~]{1,256}", fullmatch=True)), secrets[-1], tolerance,
-    )  # fmt: skip
-    secrets = data.draw(
-        st.permutations([*secrets, keys[0] if scheme == "standard" else secrets[0].encode()])
-    )
+    id, mine = data.draw(st.from_regex(r"[!-\-/-~]{1,256}", fullmatch=True)), secrets[-1]
+    own = [*secrets, keys[0] if scheme == "standard" else secrets[0].encode()]
+    secrets = data.draw(st.permutations(own))
+    good = signed_by_hand(scheme, body, id=id, at=at, secret=mine)
+    for form in (mine, mine.removeprefix("whsec_"), keys[-1]) if scheme == "standard" else ():
+        assert sign(form, id, at, body) == good["webhook-signature"]
 
     def spelled(pair: tuple[str, str]) -> tuple[Any, Any]:
         upper = data.draw(st.integers(0, 1 << len(pair[0])))
-        name = "".join(
-            c.upper() if upper >> place & 1 else c.lower() for place, c in enumerate(pair[0])
-        )
-        return data.draw(
-            st.tuples(*(st.sampled_from([text, text.encode()]) for text in (name, pair[1])))
-        )
+        letters = (c.upper() if upper >> n & 1 else c.lower() for n, c in enumerate(pair[0]))
+        both = ("".join(letters), pair[1])
+        return data.draw(st.tuples(*(st.sampled_from([text, text.encode()]) for text in both)))
 
-    right = [
-        spelled(pair) for pair in signed_by_hand(scheme, body, id=id, at=at, secret=mine).items()
-    ]
-    pairs = data.draw(
-        st.permutations([*right, ("Via", "a"), ("via", b"b"), (5, None), ("webhook-x", ["v1"])])
-    )
+    others = [("Via", "a"), ("via", b"b"), (5, None), ("webhook-x", ["v1"])]
+    pairs = data.draw(st.permutations([*map(spelled, good.items()), *others]))
     form = data.draw(st.sampled_from([dict, list, tuple, iter, types.MappingProxyType]))
     headers = form(dict(pairs)) if form is types.MappingProxyType else form(pairs)
-    now, beyond = (
-        (at + away, at + away + 1) if data.draw(st.booleans()) else (at - away, at - away - 1)
-    )
-    event = verify(body, headers, secrets, scheme=scheme, now=now, tolerance=tolerance)
-    assert event.body == body and event.timestamp == (None if scheme == "github" else at)
+    way = data.draw(st.sampled_from([1, -1]))
+    now, beyond = at + way * tolerance, at + way * (tolerance + 1)
+    event = verified(headers, secrets, body, scheme=scheme, now=now, tolerance=tolerance)
+    assert event.timestamp == (None if scheme == "github" else at)
     assert scheme != "standard" or event.id == id
     if scheme != "github":
-        assert (
-            type(refusal(dict(pairs), secrets, body, scheme=scheme, now=beyond, tolerance=away))
-            is TimestampError
-        )
-    refusal(
-        pairs,
-        [secret for secret in secrets if secret not in (mine, mine.encode(), keys[-1])],
-        body,
-        scheme=scheme,
-    )
-
-
-@given(
-    st.binary(min_size=16, max_size=80),
-    st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True),
-    st.integers(0, 10**15 - 1),
-    st.binary(max_size=300),
-    st.sampled_from(
-        [
-            bytes,
-            lambda key: base64.b64encode(key).decode(),
-            lambda key: f"whsec_{base64.b64encode(key).decode()}",
-        ]
-    ),
-)
-def test_what_sign_signs_verify_verifies(key, id, at, body, form):
-    headers = {
-        "webhook-id": id,
-        "webhook-timestamp": str(at),
-        "webhook-signature": sign(form(key), id, at, body),
-    }
-    event = verify(body, headers, key, now=at)
-    assert (event.id, event.timestamp, event.body) == (id, at, body)
+        late = {"scheme": scheme, "now": beyond, "tolerance": tolerance}
+        assert type(refusal(dict(pairs), secrets, body, **late)) is TimestampError
+    rest = [secret for secret in secrets if secret not in (mine, mine.encode(), keys[-1])]
+    refusal(pairs, rest, body, scheme=scheme)
 
 
 def flipped(value: bytes, bit: int) -> bytes:
-    return bytes(
-        byte ^ (1 << bit % 8 if place == bit // 8 else 0) for place, byte in enumerate(value)
-    )
+    place, mask = bit // 8, 1 << bit % 8
+    return value[:place] + bytes([value[place] ^ mask]) + value[place + 1 :]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_one_bit_more_or_less_anywhere_is_refused(scheme):
     good = signed_by_hand(scheme)
-    assert (
-        verify(SIGNED_BODY, good, SECRET, scheme=scheme, now=0, tolerance=math.inf).body
-        == SIGNED_BODY
-    )
+    verified(good, scheme=scheme, now=0, tolerance=math.inf)
     for bit in range(8 * len(SIGNED_BODY)):
         refusal(good, body=flipped(SIGNED_BODY, bit), scheme=scheme, tolerance=math.inf)
     for name, value in good.items():
         for bit in range(8 * len(value)):
             changed = {**good, name: flipped(value.encode(), bit).decode("latin-1")}
             refusal(changed, scheme=scheme, tolerance=math.inf)
-
-
-@given(st.binary(min_size=1, max_size=200), st.sampled_from(SCHEMES), st.data())
-def test_one_bit_more_or_less_in_any_body_is_refused(body, scheme, data):
-    good = signed_by_hand(scheme, body)
-    refusal(good, body=flipped(body, data.draw(st.integers(0, 8 * len(body) - 1))), scheme=scheme)
 
 
 FUZZ_TOKENS = b'v1, v1= t= sha256= , = . 0 9 - \0 \n \xff { } [ " : 1e999 type data id object event \\ud800'.split(
@@ -18637,7 +18463,7 @@ def test_each_route_of_the_portal_with_an_id_of_somebody_else_is_404_and_changes
         _, fields = visitor.form("add", path="/add")
         own = {"url": URL, "events": "order.paid", "grace": "0", "description": "", "once": "a"}
         fields = {**fields, **own}
-        before, told = dump(wal), set()
+        before, told = emit_dump(wal), set()
         for endpoint, event in itertools.product(
             ("c42", "c43", "own", "all", "none", "%00", "c42%2F..%2Fc43"),
             (theirs, foreign, nobodys, "msg_" + "0" * 16, "x"),
@@ -18657,7 +18483,7 @@ def test_each_route_of_the_portal_with_an_id_of_somebody_else_is_404_and_changes
                 assert got.status_code == 404, (path, post, got.status_code)
                 assert "canary99" not in got.text
                 told.add(got.text)
-        assert len(told) == 1 and dump(wal) == before and len(receiver.requests) == count
+        assert len(told) == 1 and emit_dump(wal) == before and len(receiver.requests) == count
         assert (
             visitor.get("/endpoint/c42").text and visitor.get(f"/endpoint/c42/event/{theirs}").text
         )
@@ -18678,14 +18504,14 @@ def test_a_portal_that_only_shows_has_no_form_that_changes_anything(wal):
             shown = visitor.get(path)
             assert shown.forms == [] and "mine" in shown.text + str(shown.links)
         token = dict(managing.form("endpoint/mine/enable", path="/endpoint/mine")[1])
-        before = dump(wal)
+        before = emit_dump(wal)
         for route in (*webhook_outbox._Portal.posts, "add", "endpoint/*/edit"):
             path = "/" + route.replace("*", "mine", 1).replace("*", id, 1)
             url = visitor.base + visitor.mount + path
             visitor.session.cookies.set("webhook_outbox", token["token"])
             assert visitor.session.post(url, data=token, timeout=10).status_code in (404, 405)
             assert visitor.session.get(url, timeout=10).status_code in (404, 405)
-        assert dump(wal) == before
+        assert emit_dump(wal) == before
 
 
 def test_the_portal_is_for_who_is_logged_in_and_its_forms_are_its_own(wal, caplog):

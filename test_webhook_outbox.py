@@ -3638,12 +3638,9 @@ def test_a_large_cancel_goes_in_batches_and_leaves_what_is_emitted_meanwhile(wal
 def test_retry_now_makes_due_what_waits_for_its_next_try_and_ends_the_hold(database, shop):
     """What waits for a delay is not in a hurry, unless somebody names it."""
     clock, receiver, outbox = shop.timed(
-        answer(429, b"", "Retry-After: 7200"),
-        path="/a",
-        id="a",
-        tenant="c42",
+        answer(429, b"", "Retry-After: 7200"), path="/a", id="a", tenant="c42",
         retry=(0, 3600, 3600),
-    )
+    )  # fmt: skip
     outbox.add_endpoint(receiver.url("/b"), id="b")
     tried = emit(outbox, "order.paid", tenant="c42")
     outbox.drain(once=True)
@@ -4001,13 +3998,9 @@ def test_every_statement_of_a_turn_finds_its_rows_through_an_index(wal, shop, se
     """Whatever the loop runs, and the triggers behind it; also where the host runs ANALYZE, which
     has SQLite plan by the numbers of rows. A scan of a list that we hand over is none."""
     clock, receiver, outbox = shop.timed(
-        [answer(400), answer(429, b"", "Retry-After: 60"), OK],
-        id="a",
-        max_in_flight=1,
-        retry=RetryPolicy((0, 0)),
-        retention=0.0,
-        rng=lambda: 0.0,
-    )
+        [answer(400), answer(429, b"", "Retry-After: 60"), OK], id="a", max_in_flight=1,
+        retry=RetryPolicy((0, 0)), retention=0.0, rng=lambda: 0.0,
+    )  # fmt: skip
     outbox.add_endpoint(
         receiver.url(), id="b", ordered=True, events=["order.*", "webhook.endpoint.failing"]
     )
@@ -4492,14 +4485,9 @@ def test_a_customer_is_not_told_what_went_wrong_on_the_hosts_side(wal):
         raise OSError("10.1.2.3 refused canary77")
 
     outbox = make_outbox(
-        wal,
-        URL,
-        id="env",
-        tenant="c42",
-        secret="env:CANARY77",
-        retry=ONCE,
+        wal, URL, id="env", tenant="c42", secret="env:CANARY77", retry=ONCE,
         senders={"canary77": broken},
-    )
+    )  # fmt: skip
     outbox.add_endpoint("call:canary77", id="call", tenant="c42")
     id = emit(outbox, tenant="c42")
     assert outbox.drain(once=True).failed == 2
@@ -5049,12 +5037,9 @@ def node_verifiers(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     ]  # fmt: skip
     try:
         done = subprocess.run(
-            [npm, "install", *options, *packages],
-            cwd=folder,
-            capture_output=True,
-            text=True,
+            [npm, "install", *options, *packages], cwd=folder, capture_output=True, text=True,
             timeout=180,
-        )
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         pytest.skip("the npm registry does not answer")
     if done.returncode:
@@ -5091,13 +5076,9 @@ def test_what_is_sent_verifies_with_the_libraries_of_others_in_node(
             expected.append("true" if age < most else "false")
             stories.append((form, scheme))
     done = subprocess.run(
-        ["node", "verify.mjs"],
-        input=json.dumps(cases),
-        cwd=node_verifiers,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+        ["node", "verify.mjs"], input=json.dumps(cases), cwd=node_verifiers, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert list(zip(stories, done.stdout.split(), strict=True)) == list(
         zip(stories, expected, strict=True)
@@ -5587,12 +5568,9 @@ def test_whatever_arrives_verify_raises_one_family_of_errors(
 
 
 @given(
-    st.data(),
-    st.sampled_from(SCHEMES),
-    st.binary(max_size=99),
-    st.integers(0, 10**15 - 1),
+    st.data(), st.sampled_from(SCHEMES), st.binary(max_size=99), st.integers(0, 10**15 - 1),
     st.integers(0, 10**6),
-)
+)  # fmt: skip
 def test_a_genuine_request_is_taken_in_any_form_with_any_of_the_secrets_and_to_the_edge_of_the_tolerance(
     data, scheme, body, at, tolerance
 ):
@@ -5789,13 +5767,11 @@ def test_the_wait_is_that_of_the_schedule_with_jitter_and_at_least_what_overload
     policy = RetryPolicy((0, 10, 100), jitter=0.5, overload_delay=30)
     assert [policy.wait(tries, False, lambda: 0.5) for tries in range(4)] == [0, 12.5, 125, None]
     assert [policy.wait(tries, True, lambda: 0.0) for tries in range(4)] == [30, 30, 100, None]
-    assert [
-        RetryPolicy((0, 0.5), 0.0).wait(1, overloaded, lambda: 1.0) for overloaded in (False, True)
-    ] == [0.5, 0.5]
+    short = RetryPolicy((0, 0.5), 0.0)
+    assert [short.wait(1, overloaded, lambda: 1.0) for overloaded in (False, True)] == [0.5, 0.5]
     assert (policy.window, RetryPolicy((0, 1), 0.0).window) == (165, 1)
-    assert [policy.probe_pause(n) for n in (0, 9, 10, 11, 13, 15, 16, 9999)] == [
-        0, 0, 1, 2, 8, 32, 60, 60,
-    ]  # fmt: skip
+    pauses = [policy.probe_pause(n) for n in (0, 9, 10, 11, 13, 15, 16, 9999)]
+    assert pauses == [0, 0, 1, 2, 8, 32, 60, 60]
     assert RetryPolicy((0, 3, 1)).probe_pause(13) == 3
 
 
@@ -5820,20 +5796,16 @@ VERDICTS: list[tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]] = [
 
 
 def test_a_delivery_becomes_what_its_outcome_its_schedule_and_its_endpoints_failures_say():
-    def verdict(
-        policy: RetryPolicy, state: Any, outcome: dict[str, Any]
-    ) -> tuple[str, float, str | None]:
-        return webhook_outbox._verdict(
-            *state, webhook_outbox._Outcome(**outcome), policy, 1000.0, lambda: 1.0
-        )
+    def verdict(policy: RetryPolicy, state: Any, outcome: dict[str, Any]) -> Any:
+        made = webhook_outbox._Outcome(**outcome)
+        return webhook_outbox._verdict(*state, made, policy, 1000.0, lambda: 1.0)
 
     policy = RetryPolicy((0, 10, 100), jitter=0, overload_delay=30)
     for state, outcome, (status, seconds, reason) in VERDICTS:
         assert verdict(policy, state, outcome) == (status, 1000 + seconds, reason), (state, outcome)
     assert verdict(RetryPolicy((0, 0, 0)), (1, 1000, 1000), FAILED) == ("pending", 1000, "status")
-    assert verdict(RetryPolicy((0, 0, 0.5), 0), (1, 999.5, 1), FAILED) == (
-        "failed", 1000, "expired",
-    )  # fmt: skip
+    short = verdict(RetryPolicy((0, 0, 0.5), 0), (1, 999.5, 1), FAILED)
+    assert short == ("failed", 1000, "expired")
 
 
 def test_a_retry_after_without_time_zone_is_gmt_wherever_we_are(monkeypatch):
@@ -5852,7 +5824,7 @@ def test_retry_after_is_read_as_the_rfc_says():
     def read(*values: str) -> float | None:
         return webhook_outbox._retry_after(values, now)
 
-    assert [read(v) for v in ("0", "1", "120", "0000000120", "86400")] == [0, 1, 120, 120, DAY]
+    assert [read(v) for v in ("0", "1", "120", "007", "86400")] == [0, 1, 120, 7, DAY]
     assert [read(v) for v in ("86401", "999999", "1" + "0" * 9, "9" * 400)] == [DAY] * 4
     for value in (
         "-1", "1e9", "nan", "inf", "120.5", "", "+5", "0x10", "5 6", "1_0", "١٢", "²", "soon",
@@ -5897,7 +5869,7 @@ def retry_times(outbox: Outbox, clock: Clock, event: str) -> list[float]:
     ],
     ids=["standard", "standard late", "own", "single"],
 )  # fmt: skip
-def test_attempts_follow_the_schedule_entry_by_entry(policy, dice, database, shop):
+def test_attempts_follow_the_schedule_entry_by_entry(policy, dice, either, shop):
     clock, receiver, outbox = shop.timed(answer(500), id="crm", rng=lambda: dice, retry=policy)
     begin, id = clock.now, emit(outbox)
     if policy.delays[0]:
@@ -5906,17 +5878,15 @@ def test_attempts_follow_the_schedule_entry_by_entry(policy, dice, database, sho
     times = retry_times(outbox, clock, id)
     assert times[0] - begin == policy.delays[0]
     waits = [later - earlier for earlier, later in itertools.pairwise(times)]
-    assert waits == pytest.approx(
-        [delay * (1 + policy.jitter * dice) for delay in policy.delays[1:]], abs=1e-3
-    )
+    jittered = [delay * (1 + policy.jitter * dice) for delay in policy.delays[1:]]
+    assert waits == pytest.approx(jittered, abs=1e-3)
     assert len(receiver.requests) == len(policy.delays) == len(times)
     (failed,) = outbox.failed()
     assert (failed.reason, failed.status_code, failed.attempts) == ("status", 500, len(times))
     assert (failed.event_id, failed.endpoint_id, failed.first_attempt_at) == (id, "crm", times[0])
     assert len({request.body for request in receiver.requests}) == 1
-    assert [int(r.headers["webhook-timestamp"]) for r in receiver.requests] == [
-        int(at) for at in times
-    ]
+    signed = [int(r.headers["webhook-timestamp"]) for r in receiver.requests]
+    assert signed == [int(at) for at in times]
 
 
 HINTS = {
@@ -5930,8 +5900,7 @@ HINTS = {
 }
 
 
-@pytest.mark.parametrize("status", [429, 503])
-@pytest.mark.parametrize("hint", HINTS)
+@pytest.mark.parametrize(("hint", "status"), [*((hint, 429) for hint in HINTS), ("a date", 503)])
 def test_retry_after_holds_the_whole_endpoint_and_no_other(hint, status, wal, serve):
     value, held, due = HINTS[hint]
     clock = Clock()
@@ -5940,9 +5909,7 @@ def test_retry_after_holds_the_whole_endpoint_and_no_other(hint, status, wal, se
     outbox.add_endpoint(well.url(), id="well")
     first = emit(outbox)
     assert outbox.drain(once=True) == DrainReport(delivered=1, retried=1, failed=0, pending=1)
-    assert {d.endpoint_id: d.due_at for d in outbox.event(first).deliveries}[
-        "busy"
-    ] == clock.now + due
+    assert outbox.deliveries(event_id=first, endpoint="busy")[0].due_at == clock.now + due
     begin, second = clock.now, emit(outbox)
     if held:
         outbox.drain(once=True)
@@ -5958,10 +5925,8 @@ def test_retry_after_holds_the_whole_endpoint_and_no_other(hint, status, wal, se
         assert statuses(outbox, first)["busy"] == "pending"
         clock.now = begin + due
         outbox.drain(once=True)
-    assert [(a.at, a.status_code) for a in outbox.attempts(first, "busy")] == [
-        (begin, status),
-        (begin + due, 200),
-    ]
+    tried = [(a.at, a.status_code) for a in outbox.attempts(first, "busy")]
+    assert tried == [(begin, status), (begin + due, 200)]
 
 
 def test_retry_after_is_not_lifted_by_an_answer_that_was_on_its_way(wal, serve):
@@ -5989,12 +5954,9 @@ def test_retry_after_is_not_lifted_by_an_answer_that_was_on_its_way(wal, serve):
     assert outbox.drain(once=True).delivered == 0 and len(receiver.requests) == 2
 
 
-def test_retry_after_outlives_the_drain_and_means_nothing_on_other_answers(wal, serve):
-    clock, busy = (
-        Clock(),
-        serve([answer(502, b"", "Retry-After: 900"), answer(503, b"", "Retry-After: 900"), OK]),
-    )
-    outbox = make_outbox(wal, busy.url(), clock=clock)
+def test_retry_after_outlives_the_drain_and_means_nothing_on_other_answers(wal, shop):
+    answers = [answer(status, b"", "Retry-After: 900") for status in (502, 503)]
+    clock, busy, outbox = shop.timed([*answers, OK])
     id = emit(outbox)
     outbox.drain(once=True)
     clock.advance(1)
@@ -6008,7 +5970,7 @@ def test_retry_after_outlives_the_drain_and_means_nothing_on_other_answers(wal, 
     assert later.drain(once=True).delivered == 1
 
 
-@pytest.mark.parametrize("cause", [429, 502, 504, "silence", 500, 503, 404])
+@pytest.mark.parametrize("cause", [429, "silence", 503])
 def test_overload_waits_at_least_the_overload_delay(cause, wal, serve):
     receiver = serve(hangs if cause == "silence" else answer(cause))
     for policy, waits in (
@@ -6017,79 +5979,47 @@ def test_overload_waits_at_least_the_overload_delay(cause, wal, serve):
         (dataclasses.replace(RetryPolicy(), jitter=0.0), (60, 300)),
     ):
         clock = Clock()
-        outbox = make_outbox(wal, clock=clock, retry=policy, timeout=0.3)
+        outbox = make_outbox(wal, clock=clock, retry=policy, timeout=0.2)
         endpoint = outbox.add_endpoint(receiver.url())
         id = emit(outbox)
         for wait, scheduled in zip(waits, policy.delays[1:], strict=False):
             outbox.drain(once=True)
-            due = {d.endpoint_id: d.due_at for d in outbox.event(id).deliveries}[endpoint.id]
-            assert due - clock.now == pytest.approx(
-                wait if cause in (429, 502, 504, "silence") else scheduled
-            )
+            due = outbox.deliveries(event_id=id)[0].due_at
+            expected = scheduled if cause == 503 else wait
+            assert due - clock.now == pytest.approx(expected)
             clock.now = due
         assert outbox.attempts(id)[0].reason == ("timeout" if cause == "silence" else "status")
         outbox.remove_endpoint(endpoint.id)
 
 
-def held_and_sent(
-    outbox: Outbox, clock: Clock, first: bytes, serve: Serve
-) -> tuple[str, str, Receiver]:
-    """Let one event get the answer `first` while another of the endpoint waits until ten seconds
-    later."""
-    receiver = serve([first, OK])
-    outbox.add_endpoint(receiver.url(), id="crm")
-    one, two = emit(outbox), emit(outbox, delay=10)
+ASKED = "the receiver asked for it (webhook-delivery: disable)"
+ENDS = [  # an answer; what its delivery and one due later become, why the endpoint was disabled, the failed row
+    (answer(410, b"bye"), "failed", "held", "410 Gone", ("gone", 410, "bye", 1)),
+    (answer(200, b"", "Webhook-Delivery: disable"), "delivered", "held", ASKED, None),
+    (answer(400, b"", "Webhook-Delivery: disable"), "held", "held", ASKED, None),
+    (answer(500, b"", "webhook-delivery: disable"), "held", "held", ASKED, None),
+    (answer(422, b"", "webhook-delivery: abort-message"), "failed", "delivered", "",
+     ("aborted", 422, None, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "one", "two", "why", "row"), ENDS)
+def test_an_answer_may_end_its_delivery_or_the_endpoint_and_the_rest_is_held(
+    shop, first, one, two, why, row
+):
+    clock, receiver, outbox = shop.timed([first, OK], id="crm")
+    ids = [emit(outbox), emit(outbox, delay=10)]
     outbox.drain(once=True)
     clock.advance(10)
     outbox.drain(once=True)
-    return one, two, receiver
-
-
-def test_410_gives_up_disables_and_holds_the_rest(database, serve):
-    clock = Clock()
-    outbox = make_outbox(database, clock=clock)
-    one, two, receiver = held_and_sent(outbox, clock, answer(410, b"bye"), serve)
-    (failed,) = outbox.failed()
-    assert (failed.event_id, failed.reason, failed.status_code, failed.response) == (
-        one, "gone", 410, "bye",
-    )  # fmt: skip
-    assert (statuses(outbox, one), statuses(outbox, two)) == ({"crm": "failed"}, {"crm": "held"})
-    endpoint = outbox.endpoint("crm")
-    assert not endpoint.enabled and endpoint.disabled_reason == "410 Gone"
-    assert len(receiver.requests) == 1
-    outbox.enable_endpoint("crm")
-    assert outbox.drain(once=True).delivered == 1
-    assert statuses(outbox, two) == {"crm": "delivered"}
-
-
-@pytest.mark.parametrize("status", [200, 400, 500])
-def test_a_receiver_may_ask_for_an_end_of_the_endpoint(status, wal, serve):
-    clock = Clock()
-    outbox = make_outbox(wal, clock=clock)
-    one, two, receiver = held_and_sent(
-        outbox, clock, answer(status, b"", "Webhook-Delivery: disable"), serve
-    )
-    assert statuses(outbox, one) == {"crm": "delivered" if status == 200 else "held"}
-    assert statuses(outbox, two) == {"crm": "held"}
-    endpoint = outbox.endpoint("crm")
-    assert not endpoint.enabled and not outbox.failed()
-    assert endpoint.disabled_reason == "the receiver asked for it (webhook-delivery: disable)"
-    outbox.enable_endpoint("crm")
-    assert outbox.drain(once=True).delivered == (1 if status == 200 else 2)
-    assert len(receiver.requests) == (2 if status == 200 else 3)
-
-
-def test_a_receiver_may_ask_for_an_end_of_the_delivery(wal, serve):
-    clock = Clock()
-    outbox = make_outbox(wal, clock=clock)
-    one, two, _ = held_and_sent(
-        outbox, clock, answer(422, b"", "webhook-delivery: abort-message"), serve
-    )
-    (failed,) = outbox.failed()
-    assert (failed.event_id, failed.reason, failed.status_code, failed.attempts) == (
-        one, "aborted", 422, 1,
-    )  # fmt: skip
-    assert statuses(outbox, two) == {"crm": "delivered"} and outbox.endpoint("crm").enabled
+    assert [statuses(outbox, id)["crm"] for id in ids] == [one, two]
+    assert fields(outbox.endpoint("crm"), "enabled disabled_reason") == (not why, why)
+    rows = [fields(f, "reason status_code response attempts") for f in outbox.failed()]
+    assert rows == ([row] if row else []) and len(receiver.requests) == 1 + (two == "delivered")
+    if why:
+        outbox.enable_endpoint("crm")
+        assert outbox.drain(once=True).delivered == [one, two].count("held")
+        assert statuses(outbox, ids[1]) == {"crm": "delivered"}
 
 
 @pytest.mark.parametrize("break_", [False, True], ids=["without a break", "with a success between"])
@@ -6111,9 +6041,8 @@ def test_a_delivery_expires_when_its_endpoint_failed_for_its_whole_window(shop, 
     assert outbox.drain(once=True).retried == 1 and not outbox.failed()
     clock.advance(10)
     outbox.drain(once=True)
-    assert [(f.event_id, f.attempts, f.reason, f.status_code) for f in outbox.failed()] == (
-        [] if break_ else [(id, 3, "expired", 500)]
-    )
+    rows = [fields(f, "event_id attempts reason status_code") for f in outbox.failed()]
+    assert rows == ([] if break_ else [(id, 3, "expired", 500)])
     assert len(receiver.requests) == 3 + break_
 
 
@@ -6129,18 +6058,18 @@ def emit_expiring(path: str, outbox: Outbox, way: str, **options: Any) -> str:
 
 @pytest.mark.parametrize("way", ["library", "plain SQL"])
 def test_what_is_not_delivered_when_it_expires_ends_in_the_failed_table_without_an_attempt(
-    database, shop, way
+    either, shop, way
 ):
     """By emission, whatever the delay was; what is delivered before is not concerned."""
     notices = list[Notice]()
     clock, receiver, outbox = shop.timed(
         [answer(500), OK], id="crm", max_in_flight=1, retry=(0, 100, 100), observer=notices.append
     )
-    tried = emit_expiring(database, outbox, way, expires=50)
+    tried = emit_expiring(either, outbox, way, expires=50)
     outbox.drain(once=True)
-    good = emit_expiring(database, outbox, way, expires=50)
-    never = emit_expiring(database, outbox, way, expires=50, delay=70)
-    held = emit_expiring(database, outbox, way, expires=60)
+    good = emit_expiring(either, outbox, way, expires=50)
+    never = emit_expiring(either, outbox, way, expires=50, delay=70)
+    held = emit_expiring(either, outbox, way, expires=60)
     outbox.disable_endpoint("crm")
     clock.advance(49)
     assert outbox.drain(once=True) == DrainReport(0, 0, 0, 0)
@@ -6150,10 +6079,10 @@ def test_what_is_not_delivered_when_it_expires_ends_in_the_failed_table_without_
     clock.advance(1)
     report = outbox.drain(once=True)
     assert (report.failed, report.pending, len(receiver.requests)) == (2, 0, 3)
-    assert {
-        (f.event_id, f.attempts, f.reason, f.status_code, f.response, f.failed_at)
-        for f in outbox.failed()
-    } == {(tried, 1, "expired", None, None, clock()), (never, 0, "expired", None, None, clock())}
+    same = "reason status_code response failed_at"
+    assert {fields(f, f"event_id attempts {same}") for f in outbox.failed()} == {
+        (id, tries, "expired", None, None, clock()) for id, tries in ((tried, 1), (never, 0))
+    }
     assert all("2023-11-14" in f.error for f in outbox.failed())
     assert len(outbox.attempts(tried)) == 1 and not outbox.attempts(never)
     assert collections.Counter(notice.kind for notice in notices)["gave_up"] == 2
@@ -6164,8 +6093,8 @@ def test_what_is_not_delivered_when_it_expires_ends_in_the_failed_table_without_
     clock.advance(1000)
     assert outbox.drain(once=True).delivered == 2  # somebody's word overrules it
     outbox.add_endpoint(receiver.url(), id="late")
-    fresh = emit_expiring(database, outbox, way, expires=5000)
-    query(database, "DELETE FROM webhook_deliveries WHERE endpoint_id = 'late'")
+    fresh = emit_expiring(either, outbox, way, expires=5000)
+    query(either, "DELETE FROM webhook_deliveries WHERE endpoint_id = 'late'")
     assert outbox.backfill("late", since=0.0) == 1 and statuses(outbox, fresh)["late"] == "pending"
     clock.advance(5000)
     assert outbox.drain(once=True).failed == 2
@@ -6174,25 +6103,20 @@ def test_what_is_not_delivered_when_it_expires_ends_in_the_failed_table_without_
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("on_dead", ["skip", "hold"])
 def test_what_expires_in_a_queue_lets_those_behind_it_go_unless_the_endpoint_holds_queues(
-    database, shop, ordered, on_dead
+    either, shop, ordered, on_dead
 ):
     clock, receiver, outbox = shop.timed(
         [answer(500), OK], id="a", ordered=ordered, on_dead=on_dead, retry=(0, 1000)
     )
 
-    def say(*numbers: int, **options: Any) -> None:
-        with outbox.transaction() as conn:
-            for n in numbers:
-                outbox.emit(conn, "order.created", {"n": n}, key="k", **options)
-
-    say(0, expires=100)
+    say = functools.partial(emit_numbers, outbox, key="k")
+    say([0], expires=100)
     outbox.drain(once=True)  # it waits 1,000 s for its next try, and is worth something for 100
-    say(*range(1, 300), expires=100)
-    say(300, 301)
+    say(range(1, 300), expires=100)
+    say([300, 301])
     clock.advance(100)
     outbox.drain(once=True)
-    sent = [json.loads(request.body)["data"]["n"] for request in receiver.requests]
-    assert sent == ([0, 300, 301] if on_dead == "skip" else [0])
+    assert numbers_of(receiver) == ([0, 300, 301] if on_dead == "skip" else [0])
     assert len(outbox.failed(limit=999)) == (300 if on_dead == "skip" else 1)
     if on_dead == "hold":
         assert outbox.discard(all=True) == 1
@@ -6260,9 +6184,8 @@ def test_a_clock_that_was_ahead_for_a_minute_delays_nothing_for_years(ahead, run
         clock.advance(-ahead)
         runs or outbox.drain(once=True)
         eventually(lambda: outbox.stats().pending == 1)
-    assert [(e.id, e.failing_since, e.pending) for e in outbox.stats().endpoints if e.pending] == [
-        ("later", None, 1)
-    ]
+    waits = [e for e in outbox.stats().endpoints if e.pending]
+    assert [fields(e, "id failing_since pending") for e in waits] == [("later", None, 1)]
     assert len(down.requests) == len(busy.requests) == 3
 
 
@@ -6313,39 +6236,29 @@ def test_a_clock_that_stands_still_moves_nothing(wal, serve):
     assert outbox.drain(once=True).failed == 1
 
 
-def test_redirects_are_not_followed_and_named(wal, serve):
-    secret_place = serve()
-    outbox = make_outbox(wal, resolver=lambda host, port: pytest.fail("a lookup"))
-    place = secret_place.url("/inside")
-    for status in (301, 302, 303, 307, 308):
-        outbox.add_endpoint(
-            serve(answer(status, b"", f"Location: {place}?token=canary")).url(), id=f"r{status}"
-        )
-    outbox.add_endpoint(serve(answer(304)).url(), id="r304")
+def test_every_other_status_is_retried_and_redirects_are_named_and_not_followed(wal, serve):
+    secret_place, clock = serve(), Clock()
+    outbox = make_outbox(wal, clock=clock, resolver=lambda host, port: pytest.fail("a lookup"))
+    place, redirects = secret_place.url("/inside"), (301, 302, 303, 307, 308)
+    first = {
+        status: answer(status, b"why", f"Location: {place}?token=canary") for status in redirects
+    }
+    for status in (400, 401, 403, 404, 405, 409, 413, 418, 422, 451):
+        first[status] = answer(status, b"why")
+    first[304] = answer(304)
+    for status, play in first.items():
+        outbox.add_endpoint(serve([play, OK]).url(), id=f"r{status}")
     id = emit(outbox)
-    assert outbox.drain(once=True).retried == 6
+    assert outbox.drain(once=True).retried == len(first)
     for attempt in outbox.attempts(id):
-        assert (attempt.reason, f"r{attempt.status_code}") == ("status", attempt.endpoint_id)
-        assert attempt.error and (
-            "Location" in attempt.error and place in attempt.error or attempt.status_code == 304
-        )
-        assert "canary" not in attempt.error
+        status, error = attempt.status_code, attempt.error
+        assert (attempt.reason, f"r{status}") == ("status", attempt.endpoint_id)
+        assert attempt.response == (None if status == 304 else "why") and str(status) in error
+        assert ("Location" in error and place in error) == (status in redirects)
+        assert "canary" not in error
     assert secret_place.connections == 0
-
-
-def test_client_errors_are_retried(wal, serve):
-    clock, codes = Clock(), (400, 401, 403, 404, 405, 409, 413, 418, 422, 451)
-    outbox = make_outbox(wal, clock=clock)
-    for status in codes:
-        outbox.add_endpoint(serve([answer(status, b"why"), OK]).url(), id=f"r{status}")
-    id = emit(outbox)
-    assert outbox.drain(once=True).retried == len(codes)
-    for attempt in outbox.attempts(id):
-        assert (attempt.reason, attempt.response) == ("status", "why")
-        assert attempt.endpoint_id == f"r{attempt.status_code}"
-        assert attempt.error and str(attempt.status_code) in attempt.error
     clock.advance(1)
-    assert outbox.drain(once=True).delivered == len(codes)
+    assert outbox.drain(once=True).delivered == len(first)
 
 
 # ── receiving ─────────────────────────────────────────────────────────────────────────────────────
@@ -6373,9 +6286,8 @@ def test_an_event_is_accepted_once(inbox, database):
     with receiving(database) as conn:
         conn.row_factory = sqlite3.Row
         conn.text_factory = bytes
-        assert [inbox.accept(conn, id) for id in ("msg_1", "msg_2", "msg_3", "MSG_1", "'; --")] == [
-            False, False, *[True] * 3,
-        ]  # fmt: skip
+        new = [inbox.accept(conn, id) for id in ("msg_1", "msg_2", "msg_3", "MSG_1", "'; --")]
+        assert new == [False, False, True, True, True]
         assert [Inbox(database).accept(conn, id) for id in ("msg_3", "msg_1")] == [False, False]
 
 
@@ -6401,11 +6313,8 @@ def test_a_handler_that_fails_leaves_no_trace(inbox, database):
         assert inbox.accept(conn, "msg_1")
         conn.execute("INSERT INTO invoices (event) VALUES ('msg_1')")
         raise ZeroDivisionError
-    assert (
-        query(database, "SELECT * FROM webhook_inbox")
-        == query(database, "SELECT * FROM invoices")
-        == []
-    )
+    for table in ("webhook_inbox", "invoices"):
+        assert query(database, f"SELECT * FROM {table}") == []
     with receiving(database) as conn:
         conn.execute("SAVEPOINT handler")
         assert inbox.accept(conn, "msg_1")
@@ -6455,24 +6364,19 @@ def test_of_two_that_accept_at_once_one_wins(inbox, database):
                     raise ZeroDivisionError
                 won[turn].append(number)
 
-    threads = [threading.Thread(target=receive, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(receive, range(2)))
     assert [len(each) for each in won] == [1] * rounds
     assert [len(each) for each in lost] == [1, 0, 0] * (rounds // 3)
-    assert query(database, "SELECT count(*), count(DISTINCT event) FROM invoices") == [
-        (rounds, rounds)
-    ]
+    count = "SELECT count(*), count(DISTINCT event) FROM invoices"
+    assert query(database, count) == [(rounds, rounds)]
 
 
 # How a receiver's transaction begins: options of connect, and what it executes first.
-BEGINNINGS: list[tuple[dict[str, Any], str]] = [({}, ""), ({"isolation_level": None}, "BEGIN")]
-BEGINNINGS += [
-    ({"isolation_level": None}, "BEGIN IMMEDIATE"),
+BEGINNINGS: list[tuple[dict[str, Any], str]] = [
+    ({}, ""), ({"isolation_level": None}, "BEGIN"), ({"isolation_level": None}, "BEGIN IMMEDIATE"),
     ({"isolation_level": "EXCLUSIVE"}, ""),
-]
+]  # fmt: skip
 BEGINNINGS += [({"autocommit": False}, "")] if sys.version_info >= (3, 12) else []
 
 
@@ -6521,33 +6425,28 @@ def test_receivers_in_several_processes_make_one_invoice_an_event(inbox, databas
         except ZeroDivisionError:
             pass
     """
-    processes = [run_python(code, "-1", database, json.dumps(BEGINNINGS[1]), stdin=subprocess.PIPE)]
-    assert processes[0].stdout.readline() == "msg_0\n"  # type: ignore[union-attr]
-    for number, beginning in enumerate(BEGINNINGS):
-        processes.append(run_python(code, str(number), database, json.dumps(beginning)))
-    processes[0].kill()
-    for process in processes:
-        output = process.communicate(timeout=120)
-        assert process.returncode == (-signal.SIGKILL if process is processes[0] else 0), output
+    with run_python(code, "-1", database, json.dumps(BEGINNINGS[1]), stdin=subprocess.PIPE) as dies:
+        dies.says("msg_0")
+        herd = [run_python(code, str(n), database, json.dumps(b)) for n, b in enumerate(BEGINNINGS)]
+        dies.strike()
+        for process in herd:
+            process.ends(within=120)
     assert query(database, "SELECT count(*), count(DISTINCT event) FROM invoices") == [(24, 24)]
 
 
 def test_an_inbox_that_power_loss_could_empty_says_so_once(inbox, database, caplog):
-    def accept(id: str, level: str) -> int:
+    told = []
+    for id, level, number in (
+        ("a", "FULL", 2), ("b", "EXTRA", 3), ("c", "NORMAL", 1), ("d", "NORMAL", 1), ("e", "OFF", 0),
+        ("f", "FULL", 2),
+    ):  # fmt: skip
         with receiving(database) as conn:
             conn.execute(f"PRAGMA synchronous = {level}")
             inbox.accept(conn, id)
-            assert conn.execute("PRAGMA synchronous").fetchone() == (
-                {"OFF": 0, "NORMAL": 1, "FULL": 2, "EXTRA": 3}[level],
-            )
-        return len(
-            [r for r in caplog.records if r.levelno == logging.WARNING and "FULL" in r.getMessage()]
-        )
-
-    assert [accept("a", "FULL"), accept("b", "EXTRA")] == [0, 0]
-    assert [
-        accept("c", "NORMAL"), accept("d", "NORMAL"), accept("e", "OFF"), accept("f", "FULL"),
-    ] == [1, 1, 1, 1]  # fmt: skip
+            assert conn.execute("PRAGMA synchronous").fetchone() == (number,)
+        warned = [r for r in caplog.records if r.levelno == logging.WARNING]
+        told.append(len([r for r in warned if "FULL" in r.getMessage()]))
+    assert told == [0, 0, 1, 1, 1, 1]
 
 
 def test_the_inbox_forgets_what_is_older_than_told(inbox, database):
@@ -6600,11 +6499,8 @@ def test_an_order_makes_one_invoice_however_often_its_webhook_comes(
     assert results == ["failed", "invoice", "duplicate", "duplicate"]
     assert query(database, "SELECT event FROM invoices") == [(id,)]
     url, body = receiver.url(), receiver.requests[0].body
-    forged = {
-        "webhook-id": "msg_x",
-        "webhook-timestamp": str(int(time.time())),
-        "webhook-signature": "v1,AAAA",
-    }
+    forged = {"webhook-id": "msg_x", "webhook-timestamp": str(int(time.time()))}
+    forged["webhook-signature"] = "v1,AAAA"
     assert requests.post(url, data=body, headers=forged, timeout=10).status_code == 400
     assert query(database, "SELECT event FROM invoices") == [(id,)]
 
@@ -6674,9 +6570,8 @@ def guard_dial(url: str, addresses: str, guard: webhook_outbox._Guard) -> None:
     target, until = webhook_outbox._prepare_url(url, guard), time.monotonic()
     key = webhook_outbox._OriginKey(target.scheme, target.host, target.port, None, ())
     lookups = webhook_outbox._Lookups(resolver)
-    patient = types.SimpleNamespace(
-        find=lambda host, port, until: lookups.find(host, port, until + 60)
-    )
+    find = lambda host, port, until: lookups.find(host, port, until + 60)  # noqa: E731
+    patient = types.SimpleNamespace(find=find)
     webhook_outbox._dial(guard, patient, key, until)
 
 
@@ -6735,12 +6630,10 @@ def test_a_wrapped_address_is_judged_by_what_is_inside(number):
 
 
 def test_networks_that_are_allowed_open_themselves_only_and_also_over_http():
-    guard = webhook_outbox._Guard(
-        (ipaddress.ip_network("10.1.0.0/16"), ipaddress.ip_network("fd00::/8"))
-    )
+    networks = (ipaddress.ip_network("10.1.0.0/16"), ipaddress.ip_network("fd00::/8"))
+    guard = webhook_outbox._Guard(networks)
     for address in "10.1.2.3 ::ffff:10.1.2.3 64:ff9b::10.1.255.255 fd00::1".split():
-        assert guard.refusal(address, "https") is None, address
-        assert guard.refusal(address, "http") is None, address
+        assert guard.refusal(address, "https") is guard.refusal(address, "http") is None, address
     for address in "8.8.8.8 2606:4700::1 ::ffff:8.8.8.8".split():
         assert guard.refusal(address, "https") is None and guard.refusal(address, "http"), address
         assert webhook_outbox._Guard((), allow_http=True).refusal(address, "http") is None
@@ -6783,18 +6676,20 @@ URL_FAULTS: dict[str, list[Any]] = {  # what the refusal says; "" for none
 }  # fmt: skip
 
 
+def prepares(url: Any, why: str = "", guard: Any = None) -> None:
+    """A URL may be reached, or the refusal says why not."""
+    with pytest.raises(UnsafeURL, match=why) if why else contextlib.nullcontext():
+        assert webhook_outbox._prepare_url(url, guard or webhook_outbox._Guard()).url
+
+
 def test_each_fault_of_a_url_is_named():
     inside = webhook_outbox._Guard((ipaddress.ip_network("10.0.0.0/8"),))
     for why, url in [(why, url) for why, urls in URL_FAULTS.items() for url in urls]:
-        with pytest.raises(UnsafeURL, match=why) if why else contextlib.nullcontext():
-            assert webhook_outbox._prepare_url(url, webhook_outbox._Guard()).url
-    for url, guard in (
-        ("http://a.b/", inside),
-        ("http://a.b/", webhook_outbox._Guard((), True)),
-        ("http://10.0.0.1/", inside),
-    ):
-        assert webhook_outbox._prepare_url(url, guard).url == url
-    refuses(UnsafeURL, webhook_outbox._prepare_url, "http://8.8.8.8/", inside, words="plain http")
+        prepares(url, why)
+    for guard in (inside, webhook_outbox._Guard((), True)):
+        assert webhook_outbox._prepare_url("http://a.b/", guard).url == "http://a.b/"
+    assert webhook_outbox._prepare_url("http://10.0.0.1/", inside).url == "http://10.0.0.1/"
+    prepares("http://8.8.8.8/", "plain http", inside)
 
 
 def test_a_url_that_is_malformed_or_odd_is_refused_at_registration(wal):
@@ -6812,13 +6707,9 @@ def test_a_url_that_is_malformed_or_odd_is_refused_at_registration(wal):
 def test_an_address_is_known_in_every_spelling_that_needs_no_lookup():
     private = "127.1 127.0.1 127.0.0.1. 0x7f.1 0X7F.0x0.0X0.0xA 0x7f000001 0xA9FEA9FE 017700000001 0177.0.0.01 2130706433"
     for host in f"{private} [::1] [::FFFF:7f00:1] 10 0 1.0xAbCdEf 172.16.1".split():
-        refused = host != "1.0xAbCdEf"
-        with (
-            pytest.raises(UnsafeURL, match="not a public") if refused else contextlib.nullcontext()
-        ):
-            webhook_outbox._prepare_url(f"https://{host}/", webhook_outbox._Guard())
+        prepares(f"https://{host}/", "" if host == "1.0xAbCdEf" else "not a public")
     for host in "134744072 0x8.8.0x8.010 1.2.3.4.5 0x7f.example 127.0.0.1.example 0xg a0 1-2 8.8.8.8.".split():
-        webhook_outbox._prepare_url(f"https://{host}/", webhook_outbox._Guard())
+        prepares(f"https://{host}/")
     assert "127.0.0.1 is" in str(webhook_outbox._Guard().refusal("64:ff9b::127.0.0.1", "https"))
 
 
@@ -6829,18 +6720,10 @@ GUARD_PORTS = {
 
 
 def test_ports_of_other_protocols_are_refused_and_their_neighbours_are_not():
-    for port in {
-        *range(78, 83), *range(442, 445), 1023, 1024, 65535,
-        *(p + d for p in GUARD_PORTS for d in (-1, 0, 1)),
-    }:  # fmt: skip
-        url, refused = (
-            f"https://example.com:{port}/",
-            port in GUARD_PORTS or port < 1024 and port not in (80, 443),
-        )
-        with (
-            pytest.raises(UnsafeURL, match=f"port {port} ") if refused else contextlib.nullcontext()
-        ):
-            webhook_outbox._prepare_url(url, webhook_outbox._Guard())
+    near = {port + by for port in GUARD_PORTS for by in (-1, 0, 1)}
+    for port in {*range(78, 83), *range(442, 445), 1023, 1024, 65535, *near}:
+        refused = port in GUARD_PORTS or port < 1024 and port not in (80, 443)
+        prepares(f"https://example.com:{port}/", f"port {port} " if refused else "")
 
 
 def test_a_url_that_may_be_reached_is_registered_as_written(wal):
@@ -6927,9 +6810,7 @@ def test_only_a_url_that_is_spelled_beyond_doubt_is_plain(url, plain):
     assert bool(webhook_outbox._PLAIN_URL.fullmatch(url)) is plain
 
 
-HOST_NAMES: list[
-    tuple[str, str, str, str | None]
-] = [  # host, scheme, what is admitted; the refusal
+HOST_NAMES: list[Any] = [  # host, scheme, what is admitted; the refusal
     ("example.com", "https", "", None),
     ("example.com.", "https", "", None),
     ("a" * 63 + ".b", "https", "", None),
@@ -6940,12 +6821,8 @@ HOST_NAMES: list[
     ("a." * 126 + "a", "https", "", None),
     ("a." * 126 + "aa", "https", "", "label"),
     ("example.com", "http", "", "plain http"),
-    (
-        "example.com",
-        "http",
-        "networks",
-        None,
-    ),  # its address may be one of them: that is seen when it is dialled
+    # Its address may be one of them: that is seen when it is dialled.
+    ("example.com", "http", "networks", None),
     ("example.com", "http", "http", None),
     ("10.0.0.1", "https", "", "not a public"),
     ("10.0.0.1", "http", "networks", None),
@@ -6990,15 +6867,9 @@ def test_an_error_names_no_inside_address_the_log_does(wal, caplog, address):
     """A customer reads the error, and could ask for any name of the host's network."""
     addresses = ["93.184.216.34", address]
     outbox = make_outbox(
-        wal,
-        "https://inside.test/",
-        id="a",
-        tenant="c42",
-        resolver=lambda host, port: addresses,
-        retry=ONCE,
-        allow_networks=(),
-        observer=(told := list[Any]()).append,
-    )
+        wal, "https://inside.test/", id="a", tenant="c42", resolver=lambda host, port: addresses,
+        retry=ONCE, allow_networks=(), observer=(told := list[Any]()).append,
+    )  # fmt: skip
     id = emit(outbox, tenant="c42")
     assert outbox.drain(once=True).failed == 1
     pinged = outbox.ping("a")
@@ -7031,12 +6902,9 @@ def test_each_connection_is_judged_on_its_own_lookup_so_that_dns_cannot_rebind(w
         ]  # fmt: skip
         clock = Clock()
         outbox = make_outbox(
-            wal,
-            allow_networks=["127.0.0.0/24"],
-            retry=(0, 1, 1, 1),
-            clock=clock,
+            wal, allow_networks=["127.0.0.0/24"], retry=(0, 1, 1, 1), clock=clock,
             resolver=transport_resolver({"rebind.test": lookups}),
-        )
+        )  # fmt: skip
         outbox.add_endpoint(receiver.url(host="rebind.test"))
         event_id = emit(outbox)
         for _ in range(4):
@@ -7223,9 +7091,7 @@ def test_names_that_cannot_be_encoded_do_not_resolve():
             webhook_outbox._Lookups(None).find(host, 443, time.monotonic() + 9)
 
 
-DIALS: list[
-    tuple[list[str], str]
-] = [  # what the resolver answers; where the connection goes, or the error
+DIALS: list[Any] = [  # what the resolver answers; where the connection goes, or the error
     (["127.0.0.1"], "127.0.0.1"),
     (["127.0.0.9", "127.0.0.1"], "127.0.0.1"),  # nobody listens at the first
     (["127.0.0.1", "127.0.0.9"], "127.0.0.1"),
@@ -7336,49 +7202,45 @@ def test_localhost_may_be_reached_where_loopback_is_allowed(wal, serve, authorit
     emit(outbox)
     assert outbox.drain(once=True).delivered == 1
     assert {r.headers["host"] for r in receiver.requests} == {f"localhost:{receiver.port}"}
-    outbox = make_outbox(
-        wal, resolver=transport_resolver({"localhost": ["127.1.1.1", "::1", "127.0.0.1"]})
-    )
+    addresses = {"localhost": ["127.1.1.1", "::1", "127.0.0.1"]}
+    outbox = make_outbox(wal, resolver=transport_resolver(addresses))
     assert outbox.ping(endpoint.id).reason is None, "it goes on to the next address of a name"
 
 
 def test_every_certificate_that_is_not_the_hosts_own_and_trusted_is_refused_before_a_byte_is_sent(
     wal, serve, authority, tmp_path
 ):
-    stranger = trustme.CA()
-    alone = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    (tmp_path / "alone.pem").write_bytes(
-        stranger.private_key_pem.bytes() + stranger.cert_pem.bytes()
+    stranger, alone, unknown = (
+        trustme.CA(),
+        *(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) for _ in "ab"),
     )
+    own = stranger.private_key_pem.bytes() + stranger.cert_pem.bytes()
+    (tmp_path / "alone.pem").write_bytes(own)
     alone.load_cert_chain(tmp_path / "alone.pem")
-    unknown = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     stranger.issue_cert("127.0.0.1").configure_cert(unknown)
-    now = datetime.datetime.now(datetime.timezone.utc)
-    old = [now - datetime.timedelta(days=days) for days in (9, 1)]
-    servers = {
-        "host": serve(tls=authority.server("other.example")),
-        "expired": serve(tls=authority.server("127.0.0.1", not_before=old[0], not_after=old[1])),
-        "early": serve(
-            tls=authority.server("127.0.0.1", not_before=now + datetime.timedelta(days=9))
-        ),
-        "alone": serve(tls=alone),
-        "unknown": serve(tls=unknown),
-        "default": serve(tls=authority.server()),
+    now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
+    contexts = {
+        "host": authority.server("other.example"),
+        "expired": authority.server("127.0.0.1", not_before=now - 9 * day, not_after=now - day),
+        "early": authority.server("127.0.0.1", not_before=now + 9 * day),
+        "alone": alone,
+        "unknown": unknown,
+        "default": authority.server(),
     }
+    servers = {name: serve(tls=context) for name, context in contexts.items()}
     good = serve(tls=authority.server())
     outbox = make_outbox(wal, clock=Clock())
     for name, receiver in servers.items():
-        outbox.add_endpoint(
-            receiver.url(), id=name, ca=None if name == "default" else authority.path
-        )
+        ca = None if name == "default" else authority.path
+        outbox.add_endpoint(receiver.url(), id=name, ca=ca)
     outbox.add_endpoint(good.url(), ca=authority.path)
     event_id = emit(outbox)
     report = outbox.drain(once=True)
     assert (report.delivered, report.retried) == (1, len(servers))
     for name, receiver in servers.items():
         (attempt,) = outbox.attempts(event_id, name)
-        assert attempt.reason == "tls" and attempt.error.isprintable(), attempt
-        assert len(attempt.error) > 9, attempt
+        assert attempt.reason == "tls" and len(attempt.error) > 9, attempt
+        assert attempt.error.isprintable(), attempt
         assert receiver.requests == [] and outbox.ping(name).reason == "tls"
 
 
@@ -7392,15 +7254,11 @@ def test_a_ca_may_be_any_certificate_of_the_receivers_chain(wal, serve, tmp_path
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     leaf.configure_cert(context)
     receiver, path = serve(tls=context), tmp_path / "ca.pem"
-    path.write_bytes(
-        {
-            "root": root.cert_pem,
-            "intermediate": middle.cert_pem,
-            "own": leaf.cert_chain_pems[0],
-            "other": root.create_child_ca().cert_pem,
-            "other own": other.cert_chain_pems[0],
-        }[form].bytes()
-    )
+    given = {
+        "root": root.cert_pem, "intermediate": middle.cert_pem, "own": leaf.cert_chain_pems[0],
+        "other": root.create_child_ca().cert_pem, "other own": other.cert_chain_pems[0],
+    }  # fmt: skip
+    path.write_bytes(given[form].bytes())
     outbox = make_outbox(wal)
     outbox.add_endpoint(receiver.url(), id="a", ca=str(path))
     assert outbox.ping("a").reason == ("tls" if form.startswith("other") else None)
@@ -7542,76 +7400,46 @@ def test_an_explicit_proxy_carries_https_and_http_and_judges_in_the_guards_place
     wal, serve, authority, credentials
 ):
     receiver = serve(tls=authority.server("hooks.test"))
-    proxy = serve(
-        transport_proxy({"hooks.test:8443": receiver.port, "hooks.test:443": receiver.port})
-    )
+    ports = {"hooks.test:8443": receiver.port, "hooks.test:443": receiver.port}
+    proxy = serve(transport_proxy(ports))
 
     def resolver(host: str, port: int) -> list[str]:
         raise AssertionError("looked up")
 
     address = f"http://{credentials}127.0.0.1:{proxy.port}"
     outbox = make_outbox(
-        wal,
-        "https://hooks.test:8443/a?b=c",
-        id="https",
-        ca=authority.path,
-        allow_networks=(),
-        allow_http=True,
-        proxy=address,
-        resolver=resolver,
-    )
+        wal, "https://hooks.test:8443/a?b=c", id="https", ca=authority.path, allow_networks=(),
+        allow_http=True, proxy=address, resolver=resolver,
+    )  # fmt: skip
     outbox.add_endpoint("http://plain.test:8080/a?b=c", id="http")
     assert outbox.ping("https").reason is None and outbox.ping("http").response == "from the proxy"
     emit(outbox)
     assert outbox.drain(once=True).delivered == 2
     assert {r.headers["host"] for r in receiver.requests} == {"hooks.test:8443"}
-    assert {r.line for r in receiver.requests} == {"POST /a?b=c HTTP/1.1"}
-    assert len(receiver.requests) == 2
-    lines = sorted({r.line for r in proxy.requests})
-    assert lines == [
-        "CONNECT hooks.test:8443 HTTP/1.1",
-        "POST http://plain.test:8080/a?b=c HTTP/1.1",
-    ] or lines == ["CONNECT hooks.test:8443 HTTP/1.0", "POST http://plain.test:8080/a?b=c HTTP/1.1"]
-    expected = (
-        "Basic " + base64.b64encode(credentials[:-1].encode()).decode() if credentials else None
-    )
+    assert [r.line for r in receiver.requests] == ["POST /a?b=c HTTP/1.1"] * 2
+    connect, post = sorted({r.line for r in proxy.requests})
+    assert re.fullmatch(r"CONNECT hooks\.test:8443 HTTP/1\.[01]", connect)
+    assert post == "POST http://plain.test:8080/a?b=c HTTP/1.1"
+    expected = None
+    if credentials:
+        expected = "Basic " + base64.b64encode(credentials[:-1].encode()).decode()
     assert {r.headers.get("proxy-authorization") for r in proxy.requests} == {expected}
     assert not any("proxy-authorization" in r.headers for r in receiver.requests)
 
 
-def test_a_proxy_that_drips_its_answer_does_not_outlast_the_timeout(wal, serve):
-    def drip(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        sock.sendall(b"HTTP/1.1 200 OK\r\n")
-        for _ in range(100):
-            sock.sendall(b"x-more: 1\r\n")
-            time.sleep(0.1)
-        return False
-
-    proxy = serve(drip)
-    outbox = make_outbox(
-        wal,
-        "https://hooks.test/",
-        id="a",
-        allow_networks=(),
-        proxy=f"http://127.0.0.1:{proxy.port}",
-        timeout=0.6,
-    )
-    attempt = outbox.ping("a")
-    assert attempt.reason == "timeout" and attempt.duration < 3
-
-
-def test_a_proxy_that_refuses_or_is_down_is_a_failed_attempt_without_its_password(
-    wal, serve, authority
-):
-    proxy = serve(transport_proxy({}, status=407))
-    outbox = make_outbox(
-        wal, "https://hooks.test/", id="refused", proxy=f"http://user:canary@127.0.0.1:{proxy.port}"
-    )
-    attempt = outbox.ping("refused")
-    assert attempt.reason == "connect" and "407" in attempt.error and "canary" not in repr(attempt)
-    proxy.close()
-    attempt = outbox.ping("refused")
-    assert attempt.reason == "connect" and "canary" not in repr(attempt)
+def test_a_proxy_that_refuses_drips_or_is_down_is_a_failed_attempt_without_its_password(wal, serve):
+    head = b"HTTP/1.1 200 OK\r\n"
+    drips = endless(head, b"x: 1\r\n", 0.1)
+    for play, reason in ((transport_proxy({}, status=407), "connect"), (drips, "timeout")):
+        proxy = serve(play)
+        outbox = make_outbox(wal, proxy=f"http://user:canary@127.0.0.1:{proxy.port}", timeout=0.6)
+        id = outbox.add_endpoint("https://hooks.test/").id
+        attempt = outbox.ping(id)
+        assert (attempt.reason, "canary" in repr(attempt)) == (reason, False)
+        assert attempt.duration < 3 and ("407" in attempt.error) == (reason == "connect")
+        proxy.close()
+        attempt = outbox.ping(id)
+        assert attempt.reason == "connect" and "canary" not in repr(attempt)
 
 
 def test_the_environment_does_not_touch_a_delivery(wal, serve, authority, tmp_path, monkeypatch):
@@ -7803,15 +7631,12 @@ def test_in_a_network_where_every_address_answers_connections_land_only_where_th
     outside = ["public.test", "public6.test", "alias.test", "mapped-outside.test", "93.184.216.34"]
     assert set(seen["landed"]) == {"93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946"}
     assert len(seen["landed"]) == 2 * len(outside) + 1 + 1
-    expect = {host: ["blocked", "blocked"] for host in seen["told"]} | {
-        host: [None, None] for host in outside
-    }
+    expect = {key: ["blocked", "blocked"] for key in seen["told"]}
+    expect |= {key: [None, None] for key in outside}
     expect |= {"rebind.test": [None, "blocked"], "flipping.test": ["blocked", None]}
     expect |= {"nothing.test": ["dns", "dns"], "silent.test": ["dns"]}
     assert {host: [reason for reason, _ in told] for host, told in seen["told"].items()} == expect
-    assert seen["told"]["silent.test"][0][1] < 5, (
-        "a lookup without an end ends with the endpoint's timeout"
-    )
+    assert seen["told"]["silent.test"][0][1] < 5, "the endpoint's timeout ends a lookup without end"
     assert set(seen["refused"]) == set(NETWORK_LITERALS) - {"93.184.216.34", "localhost"}
     for (url, _), (reason, places), where in zip(cases, seen["verdicts"], expected, strict=True):
         assert places == where, url
@@ -7958,9 +7783,8 @@ EXCHANGE_KEPT = ("1 ", "8 hints", "8 many hints", "11", "13", "14", "19", "20", 
 
 def exchange_lasts(name: str) -> bool:
     """Say whether an attempt against a fault lasts until its time is over."""
-    return EXCHANGE_FAULTS.get(name, (0, None))[1] == "timeout" or name.startswith(
-        ("6 ", "25 partition")
-    )
+    endless = name.startswith(("6 ", "25 partition"))
+    return endless or EXCHANGE_FAULTS.get(name, (0, None))[1] == "timeout"
 
 
 def exchange_once(name: str, fault: Any) -> Callable[..., bool]:
@@ -7969,15 +7793,11 @@ def exchange_once(name: str, fault: Any) -> Callable[..., bool]:
     before."""
 
     def play(receiver: Receiver, sock: socket.socket, request: Request | None) -> bool:
-        if fault is not None and (
-            request is None or len(receiver.requests) == request.connection == 1
-        ):
+        first = request is None or len(receiver.requests) == request.connection == 1
+        if fault is not None and first:
             return fault(receiver, sock, request) if callable(fault) else not sock.sendall(fault)
-        late = (
-            b""
-            if request.connection > 1 or name.startswith(EXCHANGE_KEPT)
-            else answer(200, b"late")
-        )
+        odd = request.connection == 1 and not name.startswith(EXCHANGE_KEPT)
+        late = answer(200, b"late") if odd else b""
         sock.sendall(late + answer(200, request.headers["webhook-id"].encode()))
         return True
 
@@ -8001,7 +7821,7 @@ def exchange_check(
         assert "redirects are not followed" in attempt.error, attempt
 
 
-@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("tls", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_no_fault_of_a_receiver_costs_time_or_memory_or_reaches_the_next_event_or_the_others(
     wal, serve, authority, tls, request
 ):
@@ -8096,15 +7916,9 @@ def test_a_ping_ends_like_an_attempt_whatever_the_receiver_does(wal, serve):
         timeout = EXCHANGE_TIMEOUT if exchange_lasts(name) else None
         outbox.add_endpoint(receiver.url(), id=name.replace(" ", "-"), timeout=timeout)
     with exchange_lateness() as worst, concurrent.futures.ThreadPoolExecutor(len(faults)) as pool:
-        attempts = dict(
-            zip(
-                faults,
-                pool.map(lambda name: outbox.ping(name.replace(" ", "-")), faults),
-                strict=True,
-            )
-        )
+        pings = {name: pool.submit(outbox.ping, name.replace(" ", "-")) for name in faults}
     for name, (_, *end) in faults.items():
-        exchange_check(attempts[name], servers[name], *end, worst[0], exchange_lasts(name))
+        exchange_check(pings[name].result(), servers[name], *end, worst[0], exchange_lasts(name))
 
 
 EXCHANGE_ENDLESS = [  # status and header of an answer whose body never ends; what follows
@@ -8123,7 +7937,9 @@ def test_where_the_deadline_passes_after_a_status_was_read_the_status_decides(wa
     for number, (status, header, *_) in enumerate(EXCHANGE_ENDLESS):
         head = f"HTTP/1.1 {status} X\r\n{framing}\r\n{header}\r\n\r\n"
         outbox.add_endpoint(serve(head.encode() + b"5\r\nabcde\r\n").url(), id=str(number))
-    pings = [outbox.ping(str(number)) for number in range(len(EXCHANGE_ENDLESS))]
+    names = [str(number) for number in range(len(EXCHANGE_ENDLESS))]
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        pings = list(pool.map(outbox.ping, names))
     event_id = emit(outbox)
     outbox.drain(once=True)
     for delivery in outbox.event(event_id).deliveries:
@@ -8137,30 +7953,6 @@ def test_where_the_deadline_passes_after_a_status_was_read_the_status_decides(wa
         assert (waits if delivery.status == "pending" else delivery.status) == pytest.approx(then)
         enabled = status != 410 and "disable" not in header
         assert outbox.endpoint(str(number)).enabled is enabled
-
-
-def test_retry_after_moves_the_next_attempt_back_and_never_forward(wal, serve):
-    clock = Clock()
-    date = "Tue, 14 Nov 2023 22:14:20 GMT"  # a minute after the clock's start
-    hints = {
-        (): 1.0, ("0",): 1.0, ("-1",): 1.0, ("1e9",): 1.0, ("9" * 400,): 86_400.0, ("nan",): 1.0,
-        ("120.5",): 1.0, ("120",): 120.0, ("007",): 7.0, (date,): 60.0,
-        ("Mon, 13 Nov 2023 22:13:20 GMT",): 1.0, ("Fri, 31 Dec 9999 23:59:59 GMT",): 86_400.0,
-        ("Fri, 99 Dec 2023 99:99:99 GMT",): 1.0, ("٧",): 1.0, ("5", "90"): 90.0,
-        ("nonsense", "90"): 90.0, ("",): 1.0,
-    }  # fmt: skip
-    outbox, ids = make_outbox(wal, clock=clock), {}
-    for (values, wait), status in itertools.product(hints.items(), (429, 503, 500)):
-        head = f"HTTP/1.1 {status} X\r\n" + "".join(f"Retry-After: {value}\r\n" for value in values)
-        receiver = serve(head.encode() + b"Content-Length: 0\r\n\r\n")
-        ids[outbox.add_endpoint(receiver.url()).id] = (
-            values, status, wait if status != 500 else 1.0,
-        )  # fmt: skip
-    event_id = emit(outbox)
-    assert outbox.drain(once=True).retried == len(ids)
-    for delivery in outbox.event(event_id).deliveries:
-        values, status, wait = ids[delivery.endpoint_id]
-        assert delivery.due_at - clock.now == pytest.approx(wait), (values, status)
 
 
 EXCHANGE_REUSE: list[tuple[Any, int | None]] = [  # with the connections that 8 requests take
@@ -8242,13 +8034,9 @@ def test_a_large_request_that_is_refused_on_a_kept_connection_goes_out_once(
     shop, authority, tls, size
 ):
     receiver, outbox = shop.open(
-        ca=authority.path,
-        max_in_flight=1,
-        kind=ExchangeHasty,
-        tls=authority.server() if tls else None,
-        max_body=1 << 24,
-        retry=ONCE,
-    )
+        ca=authority.path, max_in_flight=1, kind=ExchangeHasty,
+        tls=authority.server() if tls else None, max_body=1 << 24, retry=ONCE,
+    )  # fmt: skip
     for _ in range(5):
         ids = [emit(outbox), emit(outbox, data="x" * size)]
         assert outbox.drain(once=True).failed == 1
@@ -8268,15 +8056,14 @@ class ExchangeSlow(Receiver):
         super().serve(sock, number)
 
 
-@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("tls", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_large_body_reaches_a_slow_reader_whole_and_one_that_never_reads_ends_in_time(
     wal, serve, authority, tls
 ):
     context = authority.server() if tls else None
     slow, never = serve(kind=ExchangeSlow, tls=context), serve(kind=ExchangeSlow, tls=context)
-    early = serve(
-        lambda r, sock, q: not sock.sendall(answer(413, b"too large")), ExchangeDeaf, tls=context
-    )
+    refuse = lambda r, sock, q: not sock.sendall(answer(413, b"too large"))  # noqa: E731
+    early = serve(refuse, ExchangeDeaf, tls=context)
     never.pace = 0
     outbox = make_outbox(wal, max_body=1 << 24, clock=Clock())
     for receiver, name, timeout in (
@@ -8314,27 +8101,19 @@ def exchange_split(data: bytes, cuts: list[int]) -> list[bytes]:
 def exchange_answers(draw: Any) -> bytes:
     body, eol = draw(st.binary(max_size=200)), draw(st.sampled_from([b"\r\n", b"\n"]))
     status = draw(st.sampled_from([200, 201, 204, 302, 304, 400, 410, 429, 503, 599]))
-    head = [
-        b"HTTP/1.%d %d%s"
-        % (draw(st.integers(0, 1)), status, draw(st.sampled_from([b"", b" ", b" OK then"])))
-    ]
+    minor, rest = draw(st.integers(0, 1)), draw(st.sampled_from([b"", b" ", b" OK then"]))
+    head = [b"HTTP/1.%d %d%s" % (minor, status, rest)]
     names = ["X-Other", "Retry-After", "Location", "Connection", "WEBHOOK-Delivery"]
-    head += [
-        f"{name}: {draw(st.sampled_from(['', 'close', 'keep-alive', '7']))}".encode()
-        for name in draw(st.lists(st.sampled_from(names)))
-    ]
+    for name in draw(st.lists(st.sampled_from(names))):
+        value = draw(st.sampled_from(["", "close", "keep-alive", "7"]))
+        head.append(f"{name}: {value}".encode())
     kind = draw(st.sampled_from(["length", "chunked", "close"])) if status not in (204, 304) else ""
     if kind == "chunked":
-        size, parts = draw(st.integers(1, 64)), []
+        size, payload = draw(st.integers(1, 64)), b""
         for at in range(0, len(body), size):
-            parts.append(
-                b"%x" % len(body[at : at + size])
-                + draw(st.sampled_from([b"", b" ", b";a=b"]))
-                + eol
-                + body[at : at + size]
-                + eol
-            )
-        payload = b"".join(parts) + b"0" + eol + eol
+            part, extension = body[at : at + size], draw(st.sampled_from([b"", b" ", b";a=b"]))
+            payload += b"%x" % len(part) + extension + eol + part + eol
+        payload += b"0" + eol + eol
         head.append(b"Transfer-Encoding: chunked")
     else:
         payload = body if kind else b""
@@ -8349,29 +8128,22 @@ def test_an_answer_reads_the_same_however_it_is_cut(data, cuts):
     assert whole.status is not None and not whole.error
     for pieces in (exchange_split(data, cuts), exchange_split(data, list(range(len(data))))):
         parts = exchange_read(pieces)
-        assert (parts.status, parts.headers, parts.error, parts.reusable) == (
-            whole.status, whole.headers, whole.error, whole.reusable,
-        )  # fmt: skip
+        told = "status headers error reusable"
+        assert fields(parts, told) == fields(whole, told)
         # A success without framing is known once its head is there; of its body we take what came
         # along.
         assert parts.body == whole.body or 200 <= whole.status < 300 and not whole.reusable
 
 
-@given(
-    st.sampled_from(
-        [
-            b"", b"HTTP/1.1 ", b"HTTP/1.1 200 OK\r\n", EXCHANGE_CHUNKED % 500, EXCHANGE_LONG % 404,
-            answer(302),
-        ]
-    ),
-    st.lists(
-        st.one_of(
-            st.binary(), st.sampled_from([b"\r\n", b"\n", b"0", b":", b"HTTP/1.1 100 C\r\n\r\n"])
-        ),
-        max_size=20,
-    ),
-    st.booleans(),
-)  # fmt: skip
+ANSWER_STARTS = [
+    b"", b"HTTP/1.1 ", b"HTTP/1.1 200 OK\r\n", EXCHANGE_CHUNKED % 500, EXCHANGE_LONG % 404, answer(302),
+]  # fmt: skip
+ANSWER_PARTS = st.binary() | st.sampled_from(
+    [b"\r\n", b"\n", b"0", b":", b"HTTP/1.1 100 C\r\n\r\n"]
+)
+
+
+@given(st.sampled_from(ANSWER_STARTS), st.lists(ANSWER_PARTS, max_size=20), st.booleans())
 def test_no_bytes_make_the_reader_raise_and_every_answer_has_a_status_or_an_error(
     start, pieces, end
 ):
@@ -8384,6 +8156,7 @@ def test_no_bytes_make_the_reader_raise_and_every_answer_has_a_status_or_an_erro
     json.dumps(outcome.response).encode()
 
 
+HINT = b"HTTP/1.1 100 %b\r\n\r\n"
 EXCHANGE_READ = [  # bytes, status, reusable
     (OK, 200, True),
     (OK + b"x", 200, False),
@@ -8430,66 +8203,42 @@ EXCHANGE_READ = [  # bytes, status, reusable
     (b"HTTP/1.1 200 OK\r\nTransfer-Encoding:\r\nContent-Length: 0\r\n\r\n", 200, False),
     (b"HTTP/1.1 204 X\r\nConnection: upgrade\r\n\r\n", 204, True),
     (b"HTTP/1.1 100 X\r\nX: yyyyyyyyyyyyyyyyyyyyy\r\n\r\nHTTP/1.1 204\n\n", 204, True),
-    ((b"HTTP/1.1 100 " + b"y" * 1007 + b"\r\n\r\n") * 16 + OK, 200, True),
-    (
-        (b"HTTP/1.1 100 " + b"y" * 1007 + b"\r\n\r\n") * 15
-        + b"HTTP/1.1 100 "
-        + b"y" * 1008
-        + b"\r\n\r\n"
-        + OK,
-        None,
-        False,
-    ),
+    (HINT % (b"y" * 1007) * 16 + OK, 200, True),
+    (HINT % (b"y" * 1007) * 15 + HINT % (b"y" * 1008) + OK, None, False),
     (EXCHANGE_LONG % 500 + b"y" * 65_536, 500, False),
     (answer(200).replace(b"200", b"2x0"), None, False),
     (answer(200).replace(b"200", b"20x"), None, False),
     (b"HTTP/1.1 200 O\rK\r\n\r\n", None, False),
     (b"HTTP/1.1 204\n\n", 204, True),
     (b"HTTP/1.1 304 X\r\nX-1~.A: \t\r\nContent-Length: 5\r\n\r\n", 304, True),
-    *(
-        (b"HTTP/1.1 204 X\r\n%b: y\r\n\r\n" % name, 204, False)
-        for name in (b"X Y", b"", b"X\xe9", b" X", b"X\t", b"(")
-    ),
-    *(
-        (b"HTTP/1.1 204 X\r\nX: %b\r\n\r\n" % value, 204, value == b"y\x7f\xe9")
-        for value in (b"y\0", b"y\rz", b"y\x7f\xe9")
-    ),
+    *((b"HTTP/1.1 204 X\r\n%b: y\r\n\r\n" % name, 204, False)
+      for name in (b"X Y", b"", b"X\xe9", b" X", b"X\t", b"(")),
+    (b"HTTP/1.1 204 X\r\nX: y\0\r\n\r\n", 204, False), (b"HTTP/1.1 204 X\r\nX: y\rz\r\n\r\n", 204, False),
+    (b"HTTP/1.1 204 X\r\nX: y\x7f\xe9\r\n\r\n", 204, True),
     (b"HTTP/1.1 204 X\r\nX: y\r\n z\r\n\r\n", 204, False),
-    *(
-        (b"HTTP/1.1 204 X\r\nConnection: %b\r\n\r\n" % word, 204, word != b"a, CLOSE")
-        for word in (b"a, CLOSE", b"keep-alive")
-    ),
-    *(
-        (b"HTTP/1.0 204 X\r\nConnection: %b\r\n\r\n" % word, 204, word == b"Keep-Alive")
-        for word in (b"", b"Keep-Alive")
-    ),
+    (b"HTTP/1.1 204 X\r\nConnection: a, CLOSE\r\n\r\n", 204, False),
+    (b"HTTP/1.1 204 X\r\nConnection: keep-alive\r\n\r\n", 204, True),
+    (b"HTTP/1.0 204 X\r\nConnection: \r\n\r\n", 204, False),
+    (b"HTTP/1.0 204 X\r\nConnection: Keep-Alive\r\n\r\n", 204, True),
     (b"HTTP/1.0 204 X\r\n\r\n", 204, False),
     (b"HTTP/1.1 204 X\r\nConnection: a\r\nconnection:close\r\n\r\n", 204, False),
     (b"HTTP/1.1 200 OK\r\nContent-Length:\t" + b"2".zfill(18) + b" \t\r\n\r\nok", 200, True),
     (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"2".zfill(19) + b"\r\n\r\nok", 200, False),
     (b"HTTP/1.1 500 OK\r\nContent-Length: \r\n\r\n", 500, False),
     (b"HTTP/1.1 500 X\r\nTransfer-Encoding: Chunked\r\n\r\n1\na\n0\n\n", 500, True),
-    (
-        b"HTTP/1.1 500 X\r\nTransfer-Encoding: chunked\r\nContent-Length: 0\r\n\r\n0\r\n\r\n",
-        500,
-        False,
-    ),
+    (EXCHANGE_CHUNKED[:-2] % 500 + b"Content-Length: 0\r\n\r\n0\r\n\r\n", 500, False),
     (b"HTTP/1.1 500 X\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 500, False),
-    *(
-        (EXCHANGE_CHUNKED % 500 + size + b"\r\na\r\n0\r\n\r\n", 500, True)
-        for size in (b"00000001", b"1;", b"1 \t;a=b")
-    ),
-    *(
-        (EXCHANGE_CHUNKED % 500 + size + b"\r\na\r\n0\r\n\r\n", 500, False)
-        for size in (b"000000001", b"1x", b"1;a\rb", b"", b"3")
-    ),
+    *((EXCHANGE_CHUNKED % 500 + size + b"\r\na\r\n0\r\n\r\n", 500, True)
+      for size in (b"00000001", b"1;", b"1 \t;a=b")),
+    *((EXCHANGE_CHUNKED % 500 + size + b"\r\na\r\n0\r\n\r\n", 500, False)
+      for size in (b"000000001", b"1x", b"1;a\rb", b"", b"3")),
     (EXCHANGE_CHUNKED % 500 + b"A\r\n0123456789\r\nf\r\n0123456789abcde\r\n0\r\n\r\n", 500, True),
     (EXCHANGE_CHUNKED % 500 + b"0\r\n\r\nx", 500, False),
     (b"HTTP/1.1 100 Continue\r\n\r\n" * 655 + OK, 200, True),
     (b"HTTP/1.1 100 Continue\r\n\r\n" * 656 + OK, None, False),
     (b"HTTP/1.1 204 X\r\nX: " + b"y" * 16_361 + b"\r\n\r\n", 204, True),
     (b"HTTP/1.1 204 X\r\nX: " + b"y" * 16_362 + b"\r\n\r\n", None, False),
-]
+]  # fmt: skip
 EXCHANGE_KNOWN = [  # bytes, whether the outcome is known before the end of the connection, body
     (b"HTTP/1.1", False, b""),
     (b"HTTP/2", True, b""),
@@ -8557,9 +8306,8 @@ def test_an_answer_is_known_as_soon_as_it_can_be_and_no_sooner():
             assert reader.error == "the connection was closed before an answer was complete"
     assert exchange_read([]).error == "the connection was closed before an answer"
     reader = webhook_outbox._Answer()
-    # The last line comes alone.
-    pieces = (EXCHANGE_CHUNKED % 200, b"2\r\nok\r\n", b"0\r\n", b"\r\n")
-    assert [reader.feed(piece) for piece in pieces] == [False, False, False, True]
+    pieces = (EXCHANGE_CHUNKED % 200, b"2\r\nok\r\n", b"0\r\n", b"\r\n")  # the last line alone
+    assert [reader.feed(piece) for piece in pieces] == [False] * 3 + [True]
     assert reader.reusable
 
 
@@ -8604,11 +8352,9 @@ EXCHANGE_DRIPPER = """if True:
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["status line", "head", "chunks", "hints", "no text"])
 def test_sixty_four_answers_that_are_dear_to_read_end_in_time_and_cost_little(wal, serve, name):
-    dripper, well = run_python(EXCHANGE_DRIPPER, stdin=subprocess.PIPE), serve()
-    try:
-        dripper.stdin.write(repr(EXCHANGE_COSTLY[name]) + "\n")
-        dripper.stdin.flush()
-        url = f"http://127.0.0.1:{int(dripper.stdout.readline())}/"
+    well = serve()
+    with run_python(EXCHANGE_DRIPPER, stdin=subprocess.PIPE) as dripper:
+        url = f"http://127.0.0.1:{int(dripper.do(repr(EXCHANGE_COSTLY[name])))}/"
         outbox = make_outbox(wal, timeout=3.0, clock=Clock())
         for number in range(64):
             outbox.add_endpoint(f"{url}{number}?{EXCHANGE_URL.partition('?')[2]}")
@@ -8620,9 +8366,6 @@ def test_sixty_four_answers_that_are_dear_to_read_end_in_time_and_cost_little(wa
         attempts = outbox.attempts(event_id)
         assert len(attempts) == 65 and {a.endpoint_id for a in attempts if not a.reason} == {"well"}
         assert max(attempt.duration for attempt in attempts) < 3.0 + 0.5 + 3 * worst[0]
-    finally:
-        dripper.kill()
-        dripper.communicate()
 
 
 @pytest.mark.parametrize("step", [1, 70_000])
@@ -8705,20 +8448,17 @@ def test_an_answer_means_what_its_status_and_headers_say():
     for data, expected in EXCHANGE_JUDGED:
         reader = exchange_read([data])
         outcome = webhook_outbox._judge(reader, ["s3cr3t", "5hort"], 0.0)
-        assert (
-            outcome.reason, outcome.error, outcome.response, outcome.hint, outcome.disable,
-        ) == expected, data[:99]  # fmt: skip
+        assert fields(outcome, "reason error response hint disable") == expected, data[:99]
         assert outcome.status_code == reader.status
         assert outcome.overloaded is (reader.status in (429, 502, 504))
+    assert webhook_outbox._Outcome(reason="timeout").overloaded
     assert webhook_outbox._Outcome(reason="timeout").overloaded
     assert not webhook_outbox._Outcome(reason="dns").overloaded
 
 
 def test_the_kept_response_is_four_kib_of_printable_text(wal, serve):
-    bodies = [
-        b"x" * 9999, "\N{SNOWMAN}".encode() * 9999, b"\xff\xfe\x00\x1b[31m" * 999, bytes(9999),
-        b"\xed\xa0\x80",
-    ]  # fmt: skip
+    bodies = [b"x" * 9999, "\N{SNOWMAN}".encode() * 9999, b"\xff\xfe\x00\x1b[31m" * 999]
+    bodies += [bytes(9999), b"\xed\xa0\x80"]
     outbox = make_outbox(wal, retry=ONCE)
     for number, body in enumerate(bodies):
         outbox.add_endpoint(serve(answer(500, body)).url(), id=str(number))
@@ -8848,9 +8588,7 @@ EXCHANGE_CANARIES = {
     "event": "canary/event",
     "header": "canary-from-environment",
 }
-EXCHANGE_SPELLINGS: dict[
-    int, Callable[[str], str]
-] = {  # how receivers write down what they got, by what they answer
+EXCHANGE_SPELLINGS: dict[int, Any] = {  # how receivers write down what they got, by their answer
     200: str, 302: repr, 400: json.dumps, 403: lambda text: json.dumps(text).replace("/", "\\/"),
     404: urllib.parse.quote, 422: urllib.parse.quote_plus, 500: str,
 }  # fmt: skip
@@ -8863,15 +8601,11 @@ def exchange_echo(status: int) -> Callable[..., bool]:
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
         target = request.line.split(" ")[1]
         known = [text for name, text in EXCHANGE_CANARIES.items() if name != "event"]
-        known += [
-            target, urllib.parse.unquote(target), *(text.removeprefix("whsec_") for text in known),
-        ]  # fmt: skip
-        echo = EXCHANGE_SPELLINGS[status](
-            "\n".join([request.raw.decode("latin-1"), *known])
-        ).encode()
-        long = receiver.url(
-            "/" * (200 - 8 - len(receiver.url(""))) + request.headers.get("x-key", "")
-        )
+        bare = [text.removeprefix("whsec_") for text in known]
+        lines = [request.raw.decode("latin-1"), *known, target, urllib.parse.unquote(target), *bare]
+        echo = EXCHANGE_SPELLINGS[status]("\n".join(lines)).encode()
+        slashes = "/" * (200 - 8 - len(receiver.url("")))
+        long = receiver.url(slashes + request.headers.get("x-key", ""))
         sock.sendall(answer(status, echo, f"Location: {long}", f"X-Echo: {target}"))
         return True
 
@@ -8898,36 +8632,22 @@ def test_no_secret_leaves_by_a_log_a_repr_an_error_a_table_or_an_echo(
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as closed:
         refused = f"http://127.0.0.1:{closed.getsockname()[1]}/"
     echoing = [serve(exchange_echo(status)) for status in EXCHANGE_SPELLINGS]
-    bases = [receiver.url() for receiver in echoing]
-    bases += [
-        serve(tls=authority.server()).url(), refused, "https://inside.test/",
-        "https://nowhere.test/",
-    ]  # fmt: skip
-    bases += [
-        serve(
-            b"HTTP/1.1 302 X\r\nLocation: /?"
-            + canaries["flag"].encode()
-            + b"\r\nContent-Length: 0\r\n\r\n"
-        ).url()
-    ]
-    lookups = transport_resolver(
-        {"inside.test": ["10.0.0.1"], "nowhere.test": OSError("no such name")}
-    )
+    flag = f"Location: /?{canaries['flag']}"
+    others = [serve(tls=authority.server()), serve(answer(302, b"", flag))]
+    bases = [receiver.url() for receiver in (*echoing, *others)]
+    bases += [refused, "https://inside.test/", "https://nowhere.test/"]
+    lookups = {"inside.test": ["10.0.0.1"], "nowhere.test": OSError("no such name")}
+    lookups = transport_resolver(lookups)
     outbox = make_outbox(wal, retry=ONCE, observer=notices.append, resolver=lookups, clock=Clock())
     endpoints = []
     for base in bases:
-        endpoint = outbox.add_endpoint(
-            f"{base}?token={canaries['query']}&{canaries['flag']}",
-            secret=canaries["secret"],
+        made = outbox.add_endpoint(
+            f"{base}?token={canaries['query']}&{canaries['flag']}", secret=canaries["secret"],
             headers={"Authorization": f"Bearer {canaries['bearer']}", "X-Key": "env:CANARY_HEADER"},
-            signing="standard+stripe+github",
-            cert=authority.client(),
-        )
+            signing="standard+stripe+github", cert=authority.client(),
+        )  # fmt: skip
         outside = ("env:CANARY_SECRET", f"file:{tmp_path / 'secret'}")
-        endpoints += [
-            endpoint,
-            *(outbox.rotate_secret(endpoint.id, secret=text) for text in outside),
-        ]
+        endpoints += [made, *(outbox.rotate_secret(made.id, secret=text) for text in outside)]
     told = serve()
     outbox.add_endpoint(told.url(), events=["webhook.*"])
     event_id = emit(outbox, headers={"X-Event-Token": canaries["event"]})
@@ -8937,87 +8657,55 @@ def test_no_secret_leaves_by_a_log_a_repr_an_error_a_table_or_an_echo(
     pings = [outbox.ping(endpoint.id) for endpoint in endpoints[::3]]
     assert {a.reason for a in pings} == {None, "status", "tls", "connect", "blocked", "dns"}
     login = f"user:{canaries['flag']}"
-    echoing.append(
-        serve(lambda receiver, sock, request: not sock.sendall(answer(500, request.raw)))
-    )
-    proxied = make_outbox(
-        wal, allow_http=True, proxy=echoing[-1].url("").replace("//", f"//{login}@")
-    )
-    pings += [
-        proxied.ping(proxied.add_endpoint(f"{scheme}://x.test/").id) for scheme in ("http", "https")
-    ]
+    echoing.append(serve(lambda receiver, sock, r: not sock.sendall(answer(500, r.raw))))
+    proxy = echoing[-1].url("").replace("//", f"//{login}@")
+    proxied = make_outbox(wal, allow_http=True, proxy=proxy)
+    for scheme in ("http", "https"):
+        pings.append(proxied.ping(proxied.add_endpoint(f"{scheme}://x.test/").id))
     assert [a.reason for a in pings[-2:]] == ["status", "connect"]
     url, secret, header = endpoints[0].url, canaries["secret"], canaries["bearer"]
-    refused = [
-        exchange_refused(outbox.add_endpoint, url + "#"),
-        exchange_refused(outbox.add_endpoint, url.replace("http", "gopher")),
-        exchange_refused(outbox.add_endpoint, f"https://{login}@x.test/"),
-        exchange_refused(outbox.add_endpoint, url, id=endpoints[0].id, secret=secret),
-        exchange_refused(outbox.add_endpoint, url, secret=secret[:-1]),
-        exchange_refused(outbox.add_endpoint, url, headers={"X": header + "\n"}),
-        exchange_refused(outbox.add_endpoint, url, headers={"X": header, "x": header}),
-        exchange_refused(outbox.add_endpoint, url, headers={header: header}),
-        exchange_refused(outbox.add_endpoint, url, headers=header),
-        exchange_refused(
-            outbox.update_endpoint, endpoints[0].id, url=url + "\n", headers={"X": header}
-        ),
-        exchange_refused(outbox.rotate_secret, endpoints[0].id, secret=secret + "\n"),
-        exchange_refused(emit, outbox, headers={"X": canaries["event"] + "\0"}),
-        exchange_refused(Outbox, wal, proxy=f"https://{login}@x.test/"),
-        exchange_refused(sign, secret[:-1], "msg_1", 0, b""),
-        exchange_refused(verify, b"", {"webhook-signature": header}, secret),
-        exchange_refused(verify, b"", echoing[0].requests[0].headers, [secret, secret[:-1]]),
-    ]
-    tables = [
-        name
-        for (name,) in query(
-            wal, "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'webhook%'"
-        )
-        if name not in ("webhook_endpoints", "webhook_events")
-    ]
-    assert {"webhook_attempts", "webhook_failed", "webhook_deliveries"} <= set(tables)
+    add, id = outbox.add_endpoint, endpoints[0].id
+    calls: list[tuple[Any, ...]] = [
+        (add, url + "#"), (add, url.replace("http", "gopher")), (add, f"https://{login}@x.test/"),
+        (sign, secret[:-1], "msg_1", 0, b""), (verify, b"", {"webhook-signature": header}, secret),
+        (verify, b"", echoing[0].requests[0].headers, [secret, secret[:-1]]),
+    ]  # fmt: skip
+    refused = [exchange_refused(*call) for call in calls]
+    given: list[dict[str, Any]] = [{"id": id, "secret": secret}, {"secret": secret[:-1]}]
+    headers = ({"X": header + "\n"}, {"X": header, "x": header}, {header: header}, header)
+    for options in (*given, *({"headers": each} for each in headers)):
+        refused.append(exchange_refused(add, url, **options))
+    change = {"url": url + "\n", "headers": {"X": header}}
+    refused.append(exchange_refused(outbox.update_endpoint, id, **change))
+    refused.append(exchange_refused(outbox.rotate_secret, id, secret=secret + "\n"))
+    refused.append(exchange_refused(emit, outbox, headers={"X": canaries["event"] + "\0"}))
+    refused.append(exchange_refused(Outbox, wal, proxy=f"https://{login}@x.test/"))
+    named = "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE 'webhook%'"
+    tables = {name for (name,) in query(wal, named)} - {"webhook_endpoints", "webhook_events"}
+    assert {"webhook_attempts", "webhook_failed", "webhook_deliveries"} <= tables
     places = {
         "log": caplog.text + repr([record.__dict__ for record in caplog.records]),
         "tables": repr([query(wal, f"SELECT * FROM {name}") for name in tables]),
         "records": repr(
-            [
-                outbox.failed(),
-                outbox.attempts(event_id),
-                pings,
-                outbox.event(event_id),
-                outbox.deliveries(),
-            ]
+            [outbox.failed(), outbox.attempts(event_id), pings, outbox.event(event_id)]
         ),
-        "reprs": repr(
-            [
-                endpoints,
-                outbox.endpoints(),
-                outbox,
-                outbox.stats(),
-                notices,
-                proxied,
-                proxied.endpoints(),
-            ]
-        ),
+        "deliveries": repr(outbox.deliveries()),
+        "reprs": repr([endpoints, outbox.endpoints(), outbox, outbox.stats(), notices]),
+        "proxied": repr([proxied, proxied.endpoints()]),
         "metrics": outbox.metrics(),
         "notices": repr([r.body for r in told.requests]),
         "tracebacks": "\n".join(refused),
     }
-    assert len(outbox.failed()) == report.failed and "redacted" in places["tables"]
-    assert caplog.records
-    hidden = [text.removeprefix("whsec_") for text in canaries.values()] + [
-        "canary",
-        EXCHANGE_CANARY,
-    ]
-    hidden += [
-        base64.b64encode(login.encode()).decode(),
-        pathlib.Path(authority.client()).read_text().split("\n")[1],
-    ]
-    for request in echoing[0].requests:
-        hidden += [
-            request.headers[name]
-            for name in ("webhook-signature", "stripe-signature", "x-hub-signature-256")
-        ]
+    assert len(outbox.failed()) == report.failed and caplog.records
+    assert "redacted" in places["tables"]
+    hidden = [
+        *(text.removeprefix("whsec_") for text in canaries.values()), "canary", EXCHANGE_CANARY,
+    ]  # fmt: skip
+    hidden.append(base64.b64encode(login.encode()).decode())
+    hidden.append(pathlib.Path(authority.client()).read_text().split("\n")[1])
+    for request, scheme in itertools.product(echoing[0].requests, ("webhook", "stripe", "x-hub")):
+        name = f"{scheme}-signature" + "-256" * (scheme == "x-hub")
+        hidden.append(request.headers[name])
     for (place, text), canary in itertools.product(places.items(), hidden):
         at = text.find(canary)
         assert at < 0, (place, canary, text[max(0, at - 200) : at + 99])
@@ -9028,18 +8716,16 @@ def test_a_ping_is_signed_sent_at_once_and_says_what_happened(wal, serve, author
     secure, goodbye = serve(tls=authority.server()), serve(answer(410))
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as closed:
         port = closed.getsockname()[1]
-    outbox = make_outbox(
-        wal, resolver=transport_resolver({"inside.test": ["10.0.0.1"], "none.test": []})
-    )
+    found = {"inside.test": ["10.0.0.1"], "none.test": []}
+    outbox = make_outbox(wal, resolver=transport_resolver(found))
     urls = {
         "fine": fine.url(), "bad": bad.url(), "silent": silent.url(), "secure": secure.url(),
         "gone": goodbye.url(), "refused": f"http://127.0.0.1:{port}/",
         "blocked": "https://inside.test/", "dns": "https://none.test/", "off": fine.url("/off"),
     }  # fmt: skip
-    made = {
-        id: outbox.add_endpoint(url, id=id, timeout=0.6, ca=authority.path)
-        for id, url in urls.items()
-    }
+    made = {}
+    for id, url in urls.items():
+        made[id] = outbox.add_endpoint(url, id=id, timeout=0.6, ca=authority.path)
     outbox.disable_endpoint("off")
     attempts = {id: outbox.ping(id) for id in urls}
     assert {id: (a.reason, a.status_code) for id, a in attempts.items()} == {
@@ -9089,7 +8775,7 @@ def test_an_endpoint_of_every_tenant_is_told_whose_event_it_is_and_a_customers_o
         received[name].append(json.loads(both[0]))
     if body in ("standard", "cloudevents"):
         told = {
-            name: {each["type"]: each.get("tenant") for each in received[name]} for name in received
+            name: {one["type"]: one.get("tenant") for one in all} for name, all in received.items()
         }
         every = {"of.c1": "c1", "of.c2": "c2", "of.None": None}
         assert told == {"all": every, "c1": {"of.c1": None}, "ours": {"of.None": None}}

@@ -2253,7 +2253,8 @@ class _Lookups:
 
     def __init__(self, resolver: _Resolver | None) -> None:
         self._resolver = resolver or _getaddrinfo
-        # Guards the three below. Askers and lookups hold it for dictionary work only.
+        # Guards changes of the three below; _last is read without it too. Askers and lookups hold
+        # it for dictionary work only.
         self._lock = threading.Lock()
         self._running: dict[str, concurrent.futures.Future[list[str]]] = {}
         self._last: dict[str, list[str]] = {}  # addresses of hosts, the one found last at the end
@@ -3392,7 +3393,7 @@ class _Answer:
 
     room is what may still be read. All that arrives counts, heads, framing and interim answers too,
     and each read and each chunk counts as 64 bytes more. So a receiver that sends single bytes gets
-    a thousand reads, which take 0.03 s; counted by bytes alone, they were 65,536 reads.
+    a thousand reads, which take 0.03 s; if bytes alone counted, it would get 65,536.
     """
 
     __slots__ = (
@@ -5457,8 +5458,8 @@ _PICK_COLUMNS = f"""d.event, d.due_at, d.attempts, d.first_attempt_at, d.queue, 
 def _read_ahead(
     db: sqlite3.Connection, sql: str, values: Sequence[Any], now: float, most: int
 ) -> tuple[list[_Picked], float]:
-    """Return the deliveries that a query finds, those that are due and `most` characters of data;
-    and when the next one is due.
+    """Return the deliveries that a query finds, from the first one on, until one is not due or they
+    hold more than `most` characters of data; and when the next one is due.
 
     sql: with _PICK_COLUMNS, oldest first, _PICK_ROWS at most. It ends, in the order of the code:
 
@@ -5995,10 +5996,10 @@ class _Watch:
     """Notices what others commit, and says how long the loop may sleep without looking.
 
     PRAGMA data_version on our connection moves for everybody's commits but our own; to poll it
-    costs 3 us. A look after it may find nothing, but no commit is missed: what a poll told of is
-    read after that poll. Nothing wakes us when it moves. But there are hints: the bell after an
-    emit in this process, inotify after a write of any process. They come a little before the
-    commit shows, so the version is polled several times after one:
+    costs 3 us. Where it has moved the tables are read, after the poll, so that no commit is missed;
+    that they hold nothing new for us happens. Nothing wakes us when it moves. But there are hints:
+    the bell after an emit in this process, inotify after a write of any process. They come a little
+    before the commit shows, so the version is polled several times after one:
 
     situation                           polls come
     attempts are under way              every millisecond
@@ -6092,7 +6093,8 @@ class _Watch:
             self._nap = 0.0 if self._nap >= self._last_nap else 2 * self._nap
             self._poll_at = mono + (0.001 if sending else self._pause(mono))
             return None
-        # No hint was fresh when this commit was seen: hints work only if one comes just now.
+        # No hint told of this commit before it was seen. So hints do not work, unless inotify has
+        # news of it that were not read yet.
         if self._version != -1 and not self._nap:
             self.hints = self._inotify is not None and self._inotify.heard()
         first, self._version, self._seen_at = self._version == -1, version, mono
@@ -6124,7 +6126,8 @@ class _DrainFile:
     Neither waits for ever: the fork goes on after five seconds, and the child keeps a connection
     that it never uses; the loop goes on after a minute. Where the loop's own thread forks, in a
     callback of the host's, it does both sides itself. The connection belongs to the loop's thread.
-    `forks` and `_parked` change under the condition, and whoever changes one wakes all who wait.
+    `forks` and `_parked` change under the condition. The other side waits there for `_parked` to be
+    set, or for `forks` to be 0; whoever brings that about wakes it.
     """
 
     __slots__ = (
@@ -6757,8 +6760,10 @@ class _Lane:
             self.next_slot = 0.0
 
     def full(self) -> bool:
-        """Say whether the end of one of its attempts must come first. While it struggles (ten
-        failures in a row), one attempt at a time finds out whether it is well again."""
+        """Say whether something of its own must end before one more may begin: an attempt, where as
+        many are under way as `limit` says; or, where two threads make its requests, one of those.
+        While it struggles (ten failures in a row), one attempt at a time finds out whether it is
+        well again."""
         most = 1 if self.health.failures >= _STRUGGLING else self.limit
         return self.active + 1 > most or self.making >= _OPENERS_EACH
 
@@ -6887,8 +6892,8 @@ _NOTHING = memoryview(b"")
 # Of two connections opened so soon after each other nobody knows which one reached the receiver
 # first.
 _ORDER_KNOWN = 0.1
-# An attempt that waits so long for the first byte of its answer has others make room for it; and so
-# long again for what comes of that.
+# An attempt that has waited so long for the first byte of its answer has other connections make
+# room. When it has waited as long again, and room did not help, it counts as one that hangs.
 _CROWDED = 1.0
 _ROOM_HELPS = 0.25  # an answer so soon after room was made proves that room was lacking
 _CROWDED_FOR = 30.0  # the origin then gets no more connections than brought answers, for so long
@@ -6980,8 +6985,9 @@ class _Origin:
     for room:
 
         patient ──> pressing    press(): it is on a connection that brought no answer yet, and there
-                                are others. One of those is to be closed: all idle ones that brought
-                                no answer and one that did, at once; else the next to bring one
+                                are others. Of the idle ones those that brought no answer are closed
+                                at once, and one that did; where none is idle, the next connection
+                                that brings an answer is closed and not kept
         pressing ──> has room   closed(): one was closed, so a worker may be free
         has room ──> pressing   answered(): somebody who waited longer got that worker
         any ──> hangs           press(): its connection has a worker, is the only one, or room was
@@ -7714,8 +7720,8 @@ class _Teller:
     wakes it with a notice, or with None for the end. What an observer raises is logged.
 
     What is told is recorded already. What is recorded may stay untold: when the process dies,
-    notices that wait here are lost, and an observer that falls a thousand behind misses some, which
-    is logged.
+    notices that wait here are lost; an observer that falls a thousand behind misses some, which is
+    logged; and what is recorded only when the drain leaves (_Outcomes.leave) is never told.
     """
 
     __slots__ = ("_notices", "_observer", "_thread")
@@ -8006,7 +8012,7 @@ class _Carrier:
 
         Where a connection that had been idle was dead, the origin's other idle ones are most likely
         dead as well (the receiver was restarted, say): all are shut, and the attempt waits for
-        another one.
+        another one. While stopping it ends untried instead.
 
         A connection is kept if the answer ended where it said (reusable), the request was sent
         whole, and the origin has use for it. Kept or not, others who wait are served.
@@ -8754,7 +8760,7 @@ class _Finder:
 
     def retire(self, id: str) -> None:
         """Start nothing more for a disabled or removed endpoint. What was not tried stays in the
-        table as it is; what is under way goes on and is recorded, and the lane stays till then."""
+        table as it is. What is under way goes on and is recorded, and for that the lane stays."""
         self.schedule.due.drop(id)
         lane = self.lanes.get(id)
         if lane is not None:
@@ -8895,8 +8901,8 @@ class _Outcomes:
     until a statement that holds it has committed; record() writes when the budget allows.
 
     Where the file is locked, outcomes gather, and at two thousand nothing more may begin. Where
-    writing fails for another reason (a full disk: `storing` is False), nothing may begin at once:
-    every answer would be forgotten, and every delivery be sent again.
+    writing fails for another reason (a full disk: `storing` is False), nothing may begin from then
+    on: every answer would be forgotten, and every delivery be sent again.
     """
 
     __slots__ = (
@@ -9114,8 +9120,9 @@ class _Outcomes:
         2. the file is locked: try again soon
         3. it cannot be written: log that once, and try again in a second; a drain that is stopping
            or ends by itself raises instead, for it would never end
-        4. it is written: set the time of the next commit, take the rows out of the backlogs, find
-           what became due by this, and tell the observer
+        4. it is written: set the time of the next commit (in a millisecond, whatever the budget
+           says, where the drain only waits for this to end), take the rows out of the backlogs,
+           find what became due by this, and tell the observer
         """
         if not self._ledger or mono < self.record_at:
             return
@@ -9154,7 +9161,7 @@ class _Outcomes:
     def leave(self) -> None:
         """Write what is known and not written yet: the grace ran out, say, or the loop ended with
         an error. Here a second of waiting for the lock is fine. What cannot be written now is
-        delivered once more."""
+        delivered once more. The observer is told of none of it."""
         if self._ledger or self._ledger.counts:
             # Any error, MemoryError too: the lock must be released, whatever happens here.
             with contextlib.suppress(Exception):
@@ -9204,7 +9211,9 @@ class _Drain:
 
         forever      never (start(), `drain` at the command line)
         once         when nothing that could be sent is due now; retries are left to the next drain
-        until_empty  when nothing waits for any enabled endpoint, retries included
+        until_empty  when nothing is left that it could send, retries included. It does not wait for
+                     what is queued behind a failed row that holds its queue, nor for endpoints
+                     that are disabled
     """
 
     def __init__(
@@ -9407,7 +9416,7 @@ class _Drain:
         4. forever; or there may be work that was not found yet; or a lane waits for its turn, its
            rate or a connection; or the clock was set back, or may have been before the first
            chores, so that due times in the file may change: no
-        5. until_empty: if nothing is pending for an enabled endpoint
+        5. until_empty: if nothing is left to send, now or later
         6. once: if nothing is due now of what waits for a time
         """
         if self.stopping and _monotonic() >= self.leave_at:
@@ -9426,7 +9435,7 @@ class _Drain:
         return self._is_empty() if self.mode == "until_empty" else schedule.due.next() > now
 
     def _is_empty(self) -> bool:
-        """Say whether nothing waits for an enabled endpoint. What the agenda has for later is what
+        """Say whether nothing is left to send, now or later. What the agenda has for later is what
         waits; but after something was cancelled it may be gone, so the file is asked."""
         if not self.finder.schedule.due or not self.finder.recalled:
             return not self.finder.schedule.due
@@ -9512,9 +9521,10 @@ class _Drain:
         return not self.outcomes.full()
 
     def _take(self, lane: _Lane, now: float) -> _Picked | None:
-        """Return the endpoint's next delivery that is worth an attempt. What has expired by now
-        ends here, as many as may wait to be recorded. The lanes share how much data is read ahead,
-        so that two thousand of them do not fill the memory; 0, where nothing will be read."""
+        """Return the endpoint's next delivery that is worth an attempt. Those before it that have
+        expired end here, until too many outcomes wait to be recorded. most: characters of data to
+        read ahead; the lanes share them, so that two thousand do not fill the memory. It is 0 where
+        something was read before, so that nothing will be read now."""
         most = 0 if lane.backlog.read else max(_LARGE, _READ_AHEAD // len(self.finder.lanes))
         picked = lane.backlog.take(self.file.db, now, most)
         while picked is not None and picked.expires_at is not None and picked.expires_at <= now:
@@ -10300,9 +10310,10 @@ class Outbox:
     def _forget_drains(self) -> None:
         """Begin with no drain; also called in a child after a fork, where none runs.
 
-        `_lock` guards the three below it. start(), stop() and each drain at its begin and end hold
-        it for a moment, and never while they wait for a thread. It can be taken twice by one thread
-        because a signal handler may call stop() while start() of the same thread has it.
+        `_lock` guards changes of the three below it; _wake() and `running` read without it.
+        start(), stop() and each drain at its begin and end hold it for a moment, and never while
+        they wait for a thread. It can be taken twice by one thread because a signal handler may
+        call stop() while start() of the same thread has it.
         """
         self._keys = _Keys()  # a child makes other ones than its parent
         self._lock = threading.RLock()
@@ -11062,8 +11073,9 @@ class Outbox:
         """Drain in the calling thread, and return what came of it.
 
         Without a switch it drains for ever; `once`: until nothing is due now; `until_empty`: until
-        nothing is pending for enabled endpoints, retries included, which may take days. stop() from
-        another thread or a signal handler ends each of them. Where another process drains this file
+        nothing is left to send, retries included, which may take days; what a disabled endpoint or
+        a failed row (on_dead='hold') holds back is left. stop() from another thread or a signal
+        handler ends each of them. Where another process drains this file
         it waits: to take over, or, with a switch, until the work is done by whoever does it.
 
         progress: called in this thread about four times a second with a DrainReport; what it raises
@@ -13491,7 +13503,7 @@ class _Dashboard(_Site):
 
     def delivery(self, d: Delivery, now: float) -> tuple[object, ...]:
         """Return a delivery's row. What waits can be sent now, or cancelled; anything else can be
-        resent, also what was delivered. Both buttons are the verb `resend`."""
+        resent, also what was delivered. "Send now" and "Resend" are both the verb `resend`."""
         waits = d.status in ("pending", "held")
         again = "Send now" if waits else "Resend"
         of = {"event": d.event_id, "endpoint": d.endpoint_id}
@@ -13649,9 +13661,9 @@ class _PortalPages(_Site):
     deliveries, one delivery with its attempts.
 
     Everything that belongs to somebody is read through `door`, whose verbs raise NotFound for what
-    is another tenant's. `outbox` is asked only for the clock, the catalogue, and for events whose
-    ids the door has just returned. This class only shows: its `posts` is empty, so without `manage`
-    there is no form, and a forged one finds no path either.
+    is another tenant's. `outbox` is asked only for the clock, its options, the catalogue, and for
+    events whose ids the door has just returned. This class only shows: its `posts` is empty, so
+    without `manage` there is no form, and a forged one finds no path either.
     """
 
     outbox: Outbox
@@ -14254,10 +14266,11 @@ def _data_text(data: Any) -> str:
 
 
 def _cell(name: str, value: Any) -> str:
-    """Return a field of a record as a table shows it; how, its name says before its type does.
+    """Return a field of a record as a table shows it. By its name it may be a time, a duration or
+    an event's data; any other is shown by its type.
 
-    Nothing is "-"; so is 0 where the name is of a time. Times are UTC, durations have a unit, data
-    is JSON on one line, and what is long is cut to 80 characters.
+    Nothing is "-"; so is a time of 0. Times are UTC, durations have a unit, data is JSON on one
+    line, and what is long is cut to 80 characters.
     """
     if value is None or value == "" or value == {}:
         return "-"
@@ -14308,7 +14321,8 @@ def _show(rows: Sequence[Any], columns: str, as_json: bool, empty: str, without:
 
     empty: what to say where there are none; JSON is [] then. In a pipe the columns are always the
     same, for scripts that count them, but for the tenant's, which most apps have no use for: it is
-    left out where no row has one. On a terminal, which has little room, so is every other.
+    left out where no row has one. On a terminal, which has little room, each column is left out
+    in which no row has anything.
     """
     records = [
         {name: value for name, value in _record(row).items() if name != without} for row in rows
@@ -14605,8 +14619,9 @@ class _Progress:
 
     def line(self, report: DrainReport, mono: float, columns: int) -> str:
         """Return the live line as it fits a terminal. Each part has a rank, and where the line is
-        too long the parts of the highest rank go first, down to those of rank 0, which stay. Time
-        left is an estimate of three deliveries or more, of what this drain has to send."""
+        too long the parts of the highest rank go first, down to those of rank 0, which stay. The
+        time left is that of what this drain has to send; it is said only where three deliveries or
+        more came in the last seconds, from which it is reckoned."""
         rate, lately = self.rate(report.delivered, mono)
         whose, what = self.phase(report.pending, lately > 0, mono)
         known = lately >= 3 and not self.drain.stopping

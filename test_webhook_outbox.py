@@ -4797,21 +4797,27 @@ def test_githubs_published_signature_verifies():
     refusal(headers, secret, b"Hello, World?", scheme="github")
 
 
-CANARY = "canarycanarycanarycanary"
+KEY_CANARY = "canarycanarycanarycanary"
 
 
 def test_sign_refuses_a_key_that_is_short_or_no_base64_without_showing_it():
     short = base64.b64encode(b"c" * 15).decode()
-    texts = ["", "whsec_", "whsec_" + short, short, f"{CANARY}é", f"{CANARY}\udc80"]
-    texts.append(f"whsec_whsec_{CANARY}")
-    bad = (f"{CANARY}!", f" {CANARY}", f"{CANARY}\n", f"{CANARY}-_", f"{CANARY}A")
+    texts = ["", "whsec_", "whsec_" + short, short, f"{KEY_CANARY}é", f"{KEY_CANARY}\udc80"]
+    texts.append(f"whsec_whsec_{KEY_CANARY}")
+    bad = (
+        f"{KEY_CANARY}!",
+        f" {KEY_CANARY}",
+        f"{KEY_CANARY}\n",
+        f"{KEY_CANARY}-_",
+        f"{KEY_CANARY}A",
+    )
     texts += [f"whsec_{text}" for text in bad]
     for size in (16, 65_536):
         assert sign(b"c" * size, "msg_1", SIGNED_AT, b"{}").startswith("v1,")
     for secret in [*texts, b"", b"c" * 15, b"c" * 65_537, None, object(), 0, 32, [32, 32]]:
         with pytest.raises(PayloadError) as error:
             print(secret, "signed", sign(secret, "msg_1", SIGNED_AT, b"{}"))  # type: ignore[arg-type]
-        assert CANARY not in str(error.value) and error.value.__cause__ is None
+        assert KEY_CANARY not in str(error.value) and error.value.__cause__ is None
 
 
 # What follows takes bytes off the wire to verifiers that other people wrote.
@@ -5107,7 +5113,7 @@ def test_a_secret_outside_the_database_is_read_at_each_attempt(
         retry=(0, 1, 1, 1),
     )
     id = emit(outbox)
-    broken = f"whsec_{CANARY}!"
+    broken = f"whsec_{KEY_CANARY}!"
     for ready in (lambda: None, lambda: put(broken), lambda: put(SECRET), lambda: put(SECRET_TWO)):
         ready()
         outbox.drain(once=True)
@@ -5124,7 +5130,7 @@ def test_a_secret_outside_the_database_is_read_at_each_attempt(
             assert verify(request.body, request.headers, secret, scheme=scheme, now=attempt.at)
     tables = ("webhook_attempts", "webhook_endpoints")
     written = str([query(wal, f"SELECT * FROM {table}") for table in tables])
-    for text in (CANARY, SECRET[6:], SECRET_TWO[6:]):
+    for text in (KEY_CANARY, SECRET[6:], SECRET_TWO[6:]):
         assert text not in caplog.text and text not in written
 
 
@@ -5240,7 +5246,7 @@ def test_verify_takes_headers_and_body_from_any_framework(scheme):
 def test_errors_of_a_frameworks_headers_are_named_without_what_they_say():
     class Headers:
         def items(self) -> Any:
-            raise RuntimeError(CANARY)
+            raise RuntimeError(KEY_CANARY)
 
     assert str(refusal(Headers())).endswith("RuntimeError")
 
@@ -5421,7 +5427,7 @@ def test_odd_ids_and_wrong_options_are_refused():
     ):  # fmt: skip
         refusal(signed_by_hand("standard"), **options)
     assert "standard, stripe, github" in str(refusal(signed_by_hand("standard"), scheme="svix"))
-    assert "base64" in str(refusal(signed_by_hand("standard"), f"whsec_{CANARY}!"))
+    assert "base64" in str(refusal(signed_by_hand("standard"), f"whsec_{KEY_CANARY}!"))
 
 
 STRIPE_THIN = (
@@ -8472,9 +8478,9 @@ def test_the_kept_response_is_four_kib_of_printable_text(wal, serve):
         )
 
 
-LONG, OTHER = "".join(map(str, range(1_900)))[:4_000], "".join(map(str, range(2_000, 3_000)))
+ECHOED, OTHER = "".join(map(str, range(1_900)))[:4_000], "".join(map(str, range(2_000, 3_000)))
 ECHOES: list[tuple[int, list[str], str, str]] = [  # status, secrets; body, what is kept of it
-    (500, [LONG, OTHER], LONG + LONG + OTHER, ""),  # cut inside a secret: none of it is shown
+    (500, [ECHOED, OTHER], ECHOED + ECHOED + OTHER, ""),  # cut inside a secret: none of it is shown
     (500,
      [OTHER[:300]], "x" * 99 + OTHER[:300] + "y" * 9_000, "x" * 99 + "[redacted]" + "y" * 3_697),
     (200, [OTHER], "x" * 500 + OTHER, "x" * 500 + "[redacted]"[:12]),

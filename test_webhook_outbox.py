@@ -13665,6 +13665,32 @@ def test_what_is_learned_of_more_endpoints_than_a_statement_holds_is_recorded_an
     assert query(wal, counts) == [("given up", each, count), ("internal", each, count)]
 
 
+CHUNKS = b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 1_000
+COSTLY = [  # what a receiver answers, one after the other; whether its endpoint is quick after each
+    ([OK, answer(200, b"x" * 8_000), answer(500, b"x" * 8_000), OK], [True] * 4),
+    ([CHUNKS, OK, CHUNKS], [False, True, False]),
+    ([answer(200, b"x" * 70_000), OK, OK], [False, True, True]),
+]
+
+
+@pytest.mark.parametrize(("answers", "quick"), COSTLY, ids=["short", "chunks", "long"])
+def test_an_endpoint_whose_answers_are_expensive_to_read_is_slow_until_it_gave_a_short_one(
+    wal, serve, answers, quick
+):
+    """With a backlog it would else take the places and the openers that the quick ones share."""
+    outbox, found = make_outbox(wal, retry=ONCE), []
+    outbox.add_endpoint(serve(answers).url(), id="a")
+    with outbox:
+        for _ in answers:
+            id = emit(outbox)
+            eventually(lambda id=id: statuses(outbox, id)["a"] in ("delivered", "failed"))
+            (drain,) = outbox._drains
+            lane = drain.finder.lanes["a"]
+            found.append(lane.rank(time.monotonic()) == 0)
+            assert lane.steady(time.monotonic()) <= found[-1]
+    assert found == quick
+
+
 @pytest.mark.parametrize("known", ["nothing", "a failure"])
 def test_proven_endpoints_that_use_every_opener_leave_the_next_one_to_who_is_not_proven(
     wal, serve, known

@@ -205,6 +205,9 @@ _READ_TIME = 0.002  # seconds of CPU in one turn for answers that took more than
 _READ_RESPONSE = 65_536  # bytes that are read of an answer in all, with its heads and framing
 _READ_HEAD = 16_384  # bytes of status line and headers that are read
 _READ_COST = 64  # bytes
+# Bytes of an answer, counted like that, which are as bad for the others as one more second in which
+# its attempt holds its place: see _Places.
+_READ_SECOND = 16_384
 # Seconds until an idle connection is closed, so that DNS changes are followed.
 _IDLE_CONNECTION = 60.0
 # Why an attempt failed, or a delivery was given up: the column `reason`.
@@ -6811,9 +6814,10 @@ class _Lane:
         return 1 if untried else 2
 
     def held(self, seconds: float, ended: bool = True) -> None:
-        """Note how long an attempt has held its place; it may be still under way. The average rises
-        by a quarter and falls by half, so that a receiver that hangs at every second request
-        stays slow, and one that hung once is quick again after two or three answers."""
+        """Note how long an attempt has held its place, and what reading its answer counts for; it
+        may be still under way. The average rises by a quarter and falls by half, so that a receiver
+        that hangs at every second request stays slow, and one that hung once is quick again after
+        two or three answers."""
         if seconds > _QUICK:
             self.streak = 0
         if not ended:
@@ -6980,6 +6984,7 @@ class _Attempt:
     resent: bool = False  # its kept-alive connection turned out to be dead; this is the second try
     hangs: bool = False  # it takes long, and room that others made did not help
     look_at: float = 0.0  # monotonic: when the loop looks at it again, its deadline at the latest
+    reading: float = 0.0  # seconds that reading its answer counts for, beside those that it took
 
 
 class _Origin:
@@ -8039,6 +8044,7 @@ class _Carrier:
             return self._await_connection(attempt, mono)
         if isinstance(result, _Answer):
             origin.answered(connection, attempt, mono)
+            attempt.reading = (_READ_RESPONSE - result.room) / _READ_SECOND
         outcome = _result(result, attempt.hidden, self.settings.clock)
         busy = connection.out or connection.writing or connection.failed
         fits = not (self.stopping or busy) and origin.keeps(mono)
@@ -8362,6 +8368,12 @@ class _Places:
     A place is lost to the others for as long as an attempt holds it, whatever comes of it. So they
     are given by how long an endpoint holds them, and not by whether it succeeds: one that answers
     200 after fourteen seconds costs the others as much as one that hangs.
+
+    The loop's time is lost to them too. An answer of 64 KiB, or one in a thousand chunks, takes as
+    much of it as fifty short ones, and mostly a new connection after it. With a backlog, forty
+    endpoints that answer like that were quick, took all places and openers, and the others waited
+    for these 0.2 seconds. So each 16 KiB that are read count as a second more: one answer that is
+    read to the limit makes an endpoint slow, until it has given a short one.
 
     1. Endpoints that are not quick (see _Lane) share a part of the places: they start one only
        while all of them together hold less than half, where nothing is known about the endpoint
@@ -8941,7 +8953,7 @@ class _Outcomes:
     def end(self, attempt: _Attempt, outcome: _Outcome, now: float, mono: float) -> None:
         """Decide what an attempt's outcome means for its delivery and its endpoint.
 
-        1. the lane learns from it: health, limit, rank
+        1. the lane learns from it: how long it held its place, health, limit, rank
         2. the verdict: delivered, pending (again later) or failed. Three rules stand above it:
            a row that is damaged does not heal, so it fails at once; what was cancelled meanwhile is
            not given up (pending, in the words of the ledger, leaves its status as it is); and what
@@ -8954,7 +8966,7 @@ class _Outcomes:
         """
         lane, picked, policy = attempt.lane, attempt.picked, self._settings.retry
         was_enabled, health = lane.enabled, lane.health
-        lane.held(mono - attempt.started)
+        lane.held(mono - attempt.started + attempt.reading)
         change = lane.learn(outcome, now, mono, policy)
         first_at = attempt.wall if picked.first_attempt_at is None else picked.first_attempt_at
         status, due_at, reason = _verdict(

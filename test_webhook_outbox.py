@@ -27,7 +27,6 @@ import heapq
 import hmac
 import html
 import html.parser
-import http.server
 import importlib
 import importlib.machinery
 import io
@@ -46,6 +45,7 @@ import re
 import resource
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -333,11 +333,12 @@ def drips(data: bytes) -> Play:
 
 
 class Gate:
-    """Plays 200, but only once it is open. `most` is the highest number of requests that waited at
-    once."""
+    """Plays 200, or what it is given, but only once it is open. `most` is the highest number of
+    requests that waited at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, then: bytes = OK) -> None:
         self.opened, self.lock, self.inside, self.most = threading.Event(), threading.Lock(), 0, 0
+        self.then = then
 
     def __call__(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
         with self.lock:
@@ -346,7 +347,7 @@ class Gate:
         self.waits(request)
         with self.lock:
             self.inside -= 1
-        sock.sendall(OK)
+        sock.sendall(self.then)
         return True
 
     def waits(self, request: Request) -> None:
@@ -561,6 +562,9 @@ def query(path: str, sql: str, *values: Any) -> list[Any]:
         return rows
 
 
+DELIVERY = "INSERT INTO webhook_deliveries (event, endpoint_id, due_at)"
+
+
 def statuses(outbox: Outbox, event_id: str) -> dict[str, str]:
     return {d.endpoint_id: d.status for d in outbox.event(event_id).deliveries}
 
@@ -588,10 +592,12 @@ def begun(path: str, mode: str = "manual", **options: Any) -> Iterator[sqlite3.C
         yield conn
 
 
-def emit_numbers(outbox: Outbox, numbers: Any, **options: Any) -> dict[int, str]:
+def emit_numbers(
+    outbox: Outbox, numbers: Any, type: str = "order.created", **options: Any
+) -> dict[int, str]:
     """Emit events numbered in their data, in one transaction; return their ids by number."""
     with outbox.transaction() as conn:
-        return {n: outbox.emit(conn, "order.created", {"n": n}, **options) for n in numbers}
+        return {n: outbox.emit(conn, type, {"n": n}, **options) for n in numbers}
 
 
 def verdict(
@@ -682,13 +688,13 @@ def drain_command(path: str, *args: str) -> Child:
     return Child("-m", "webhook_outbox", *options, "drain", *args)
 
 
-def command(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does."""
+def command(line: str, *more: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command line as a user does: its words, quoted as in a shell, and more of them."""
     environment = {**os.environ, **options.pop("env", {})}
     defaults: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 60, "cwd": ROOT}
     if "input" not in options:
         defaults["stdin"] = subprocess.DEVNULL
-    arguments = [sys.executable, "-m", "webhook_outbox", *args]
+    arguments = [sys.executable, "-m", "webhook_outbox", *shlex.split(line), *more]
     return subprocess.run(arguments, env=environment, **{**defaults, **options})
 
 
@@ -8801,72 +8807,48 @@ def test_drain_once_sends_what_is_due_now_and_leaves_retries_and_delays_for_late
     outbox.add_endpoint(receiver.url())
     emit_numbers(outbox, (1, 2, 3))
     emit_numbers(outbox, [4], delay=60)
-    assert outbox.drain(once=True) == webhook_outbox.DrainReport(
-        delivered=1, retried=2, failed=0, pending=3
-    )
-    assert outbox.drain(once=True) == webhook_outbox.DrainReport(0, 0, 0, 3)
-    clock.advance(9.9)
-    assert outbox.drain(once=True) == webhook_outbox.DrainReport(0, 0, 0, 3)
-    clock.advance(0.2)
-    assert outbox.drain(once=True) == webhook_outbox.DrainReport(1, 1, 0, 2)
-    clock.advance(10.1)
-    assert outbox.drain(once=True) == webhook_outbox.DrainReport(0, 0, 1, 1)
-    clock.advance(39.5)  # 59.7 after the emit
-    assert outbox.drain(once=True) == webhook_outbox.DrainReport(0, 0, 0, 1)
-    clock.advance(0.5)
-    assert outbox.drain(once=True) == webhook_outbox.DrainReport(1, 0, 0, 0)
+    for after, *counts in (  # delivered, retried, failed, pending
+        *((0, 1, 2, 0, 3), (0, 0, 0, 0, 3), (9.9, 0, 0, 0, 3), (0.2, 1, 1, 0, 2)),
+        *((10.1, 0, 0, 1, 1), (39.5, 0, 0, 0, 1), (0.5, 1, 0, 0, 0)),
+    ):
+        clock.advance(after)
+        assert outbox.drain(once=True) == DrainReport(*counts)
     assert sorted(numbers_of(receiver)) == [1, 2, 2, 3, 3, 3, 4]
 
 
 def test_drain_until_empty_waits_for_retries_and_delays(wal, serve):
     receiver = serve(Fails(n1=2, n2=9))
-    outbox = make_outbox(wal, retry=RetryPolicy((0, 0.1, 0.1), jitter=0.0))
-    outbox.add_endpoint(receiver.url())
+    outbox = make_outbox(wal, receiver.url(), retry=RetryPolicy((0, 0.1, 0.1), jitter=0.0))
     emit_numbers(outbox, (1, 2))
     emit_numbers(outbox, [3], delay=0.5)
-    assert outbox.drain(until_empty=True) == webhook_outbox.DrainReport(
-        delivered=2, retried=4, failed=1, pending=0
-    )
+    assert outbox.drain(until_empty=True) == DrainReport(2, 4, 1, 0)
     assert [row.attempts for row in outbox.failed()] == [3]
 
 
-def test_held_deliveries_neither_count_as_pending_nor_keep_a_drain_waiting(wal, serve):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(serve().url(), id="off")
-    emit(outbox)
-    outbox.disable_endpoint("off")
-    assert outbox.drain(until_empty=True) == webhook_outbox.DrainReport(0, 0, 0, 0)
-    outbox.enable_endpoint("off")
-    assert outbox.drain(until_empty=True).delivered == 1
-
-
 def test_progress_is_told_what_was_done_and_what_is_left(wal, serve):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(serve(answers_after(0.25)).url(), max_in_flight=1)
+    outbox = make_outbox(wal, serve(answers_after(0.25)).url(), max_in_flight=1)
     emit_numbers(outbox, range(4))
     seen: list[Any] = []
     report = outbox.drain(until_empty=True, progress=seen.append)
     assert len(seen) >= 3
     assert [r.delivered for r in seen] == sorted(r.delivered for r in seen)
     assert all(4 - 1 <= r.delivered + r.pending <= 4 + 1 for r in seen)
-    assert report == webhook_outbox.DrainReport(4, 0, 0, 0)
+    assert report == DrainReport(4, 0, 0, 0)
 
 
-def test_drain_without_end_is_ended_by_stop_in_another_thread(database, serve):
-    receiver, outbox = serve(), make_outbox(database)
-    outbox.add_endpoint(receiver.url())
+def test_drain_without_end_is_ended_by_stop_in_another_thread(database, shop):
+    receiver, outbox = shop.open()
     with draining(outbox) as reports:
         for number in range(3):
             emit_numbers(outbox, [number])
             eventually(lambda number=number: number in numbers_of(receiver))
         assert not outbox.running  # that is the background thread
         assert not reports
-    assert reports == [webhook_outbox.DrainReport(3, 0, 0, 0)]
+    assert reports == [DrainReport(3, 0, 0, 0)]
 
 
-def test_start_and_stop_may_come_in_any_order_and_number(wal, serve):
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+def test_start_and_stop_may_come_in_any_order_and_number(shop):
+    _, outbox = shop.open()
     outbox.stop()
     assert not outbox.running
     before = threading.active_count()
@@ -8887,9 +8869,8 @@ def test_start_and_stop_may_come_in_any_order_and_number(wal, serve):
 
 
 @pytest.mark.parametrize("rounds", [25, pytest.param(200, marks=pytest.mark.long)])
-def test_many_starts_and_stops_leave_nothing_behind(wal, serve, rounds):
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+def test_many_starts_and_stops_leave_nothing_behind(shop, rounds):
+    receiver, outbox = shop.open()
     before = descriptors()
     for number in range(rounds):
         outbox.start()
@@ -8902,7 +8883,7 @@ def test_many_starts_and_stops_leave_nothing_behind(wal, serve, rounds):
     assert descriptors() <= before
 
 
-def test_an_endpoint_without_success_for_five_days_and_three_failed_rows_is_disabled(
+def test_five_days_without_success_and_three_failed_rows_disable_an_endpoint(
     database, serve, caplog
 ):
     clock, notices = Clock(), list[webhook_outbox.Notice]()
@@ -8958,7 +8939,7 @@ LEARNED: list[tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]] = [
 ]  # fmt: skip
 
 
-def test_an_endpoint_learns_from_an_outcome_what_its_next_attempts_may_be() -> None:
+def test_an_endpoint_learns_from_an_outcome_what_its_next_attempts_may_be():
     policy = RetryPolicy((0, 60, 60), jitter=0.0)
     for before, outcome, expected in LEARNED:
         lane, health = webhook_outbox._Lane("a"), webhook_outbox._Health(*before)
@@ -8967,28 +8948,21 @@ def test_an_endpoint_learns_from_an_outcome_what_its_next_attempts_may_be() -> N
         in_row = lane.health[:3] != health[:3]
         assert (*lane.health[:4], lane.limit, in_row, told) == expected, (before, outcome)
         assert (lane.health is webhook_outbox._WELL) is (lane.health == webhook_outbox._Health())
-        assert (
-            lane.proven_until == (0.0 if "reason" in outcome else 650.0)
-            and lane.enabled
-            and lane.disable is None
-        )
-    for limit, outcome, expected in (
-        (16, {"status_code": 200}, 16),
-        (1.5, {"reason": "timeout"}, 1),
-    ):
+        assert lane.proven_until == (0.0 if "reason" in outcome else 650.0)
+        assert lane.enabled
+        assert lane.disable is None
+    for limit, outcome, expected in ((16, {}, 16), (1.5, {"reason": "timeout"}, 1)):
         lane.limit = limit
         lane.learn(webhook_outbox._Outcome(**outcome), 1000.0, 50.0, policy)
         assert lane.limit == expected
-    for code, why in (
-        (410, "410 Gone"),
-        (200, "the receiver asked for it (webhook-delivery: disable)"),
-    ):
+    asked = "the receiver asked for it (webhook-delivery: disable)"
+    for code, why in ((410, "410 Gone"), (200, asked)):
         lane = webhook_outbox._Lane("a")
         lane.learn(webhook_outbox._Outcome(code, disable=True), 1000.0, 50.0, policy)
         assert (lane.enabled, lane.disable) == (False, why)
 
 
-def test_the_third_failed_row_disables_when_five_days_have_passed_and_not_a_second_before(
+def test_the_third_failed_row_in_five_days_disables_and_not_a_second_before(
     wal, serve, monkeypatch
 ):
     """Failed rows from before the last success, and those of other endpoints, do not count."""
@@ -9017,50 +8991,35 @@ def test_the_third_failed_row_disables_when_five_days_have_passed_and_not_a_seco
     assert {e.disabled_reason for e in outbox.endpoints()} == {"no success for 5 days", ""}
 
 
-def test_a_delivery_is_done_when_its_outcome_was_known(wal, serve):
-    receiver, outbox = serve(answers_after(0.05)), make_outbox(wal, retry=ONCE)
-    outbox.add_endpoint(receiver.url(), id="a")
+def test_a_delivery_is_done_when_its_outcome_was_known(shop):
+    receiver, outbox = shop.open(answers_after(0.05), retry=ONCE, id="a")
     done = emit(outbox)
     outbox.drain(once=True)
     receiver.play = answer(400)
     lost = emit(outbox)
     outbox.drain(once=True)
     (first,), (second,) = outbox.attempts(done), outbox.attempts(lost)
-    assert (
-        outbox.event(done).deliveries[0].delivered_at
-        == first.at + first.duration
-        >= first.at + 0.05
-    )
+    delivered_at = outbox.event(done).deliveries[0].delivered_at
+    assert delivered_at == first.at + first.duration >= first.at + 0.05
     assert outbox.failed()[0].failed_at == second.at + second.duration > second.at
     assert outbox.event(lost).deliveries[0].delivered_at is None
 
 
-def test_who_disabled_an_endpoint_first_says_why(wal, serve):
+def test_who_disabled_an_endpoint_first_says_why(shop):
     """The receiver's 410 comes while an operator has it disabled already."""
-    gate, receiver = threading.Event(), serve()
-
-    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        gate.wait(20)
-        sock.sendall(answer(410))
-        return True
-
-    receiver.play, outbox = play, make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), id="a")
+    receiver, outbox = shop.open(gate := Gate(answer(410)), id="a")
     event = emit(outbox)
     with outbox:
         eventually(lambda: receiver.requests)
         outbox.disable_endpoint("a", "moving house")
-        gate.set()
+        gate.opened.set()
         eventually(lambda: outbox.attempts(event))
     assert outbox.failed()[0].reason == "gone"
     assert outbox.endpoint("a").disabled_reason == "moving house"
 
 
-def test_an_endpoint_that_breaks_while_the_drain_runs_sends_nothing_more_in_its_old_form(
-    wal, serve
-):
-    receiver, outbox = serve(), make_outbox(wal, retry=ONCE)
-    outbox.add_endpoint(receiver.url(), id="a")
+def test_an_endpoint_that_breaks_while_the_drain_runs_sends_nothing_more_in_its_old_form(wal, shop):
+    receiver, outbox = shop.open(retry=ONCE, id="a")
     with outbox:
         emit(outbox)
         eventually(lambda: outbox.stats().pending == 0)
@@ -9070,18 +9029,7 @@ def test_an_endpoint_that_breaks_while_the_drain_runs_sends_nothing_more_in_its_
     assert outbox.failed()[0].reason == "internal" and len(receiver.requests) == 1
 
 
-def test_five_days_without_success_alone_disable_nothing(wal, serve):
-    clock = Clock()
-    outbox = make_outbox(wal, retry=ONCE, clock=clock)
-    outbox.add_endpoint(serve(answer(500)).url(), id="crm")
-    for days in (0, 30):
-        clock.advance(days * 86_400)
-        emit(outbox)
-        outbox.drain(once=True)
-    assert outbox.endpoint("crm").enabled
-
-
-def test_who_subscribes_by_name_is_told_of_failing_recovery_disabling_and_failed_deliveries(
+def test_who_subscribes_by_name_is_told_of_failing_recovery_disabling_and_failed_rows(
     database, serve
 ):
     monitor = serve()
@@ -9101,13 +9049,11 @@ def test_who_subscribes_by_name_is_told_of_failing_recovery_disabling_and_failed
         outbox.drain(until_empty=True)
     told = [json.loads(request.body) for request in monitor.requests]
     told[:2] = sorted(told[:2], key=operator.itemgetter("type"), reverse=True)
-    assert {(t["type"], t["data"]["event_id"]) for t in told} == {
-        ("webhook.endpoint.failing", ids[0]),
-        ("webhook.delivery.failed", ids[0]),
-        ("webhook.endpoint.recovered", ids[1]),
-        ("webhook.delivery.failed", ids[2]),
-        ("webhook.endpoint.disabled", ids[2]),
-    } and len(told) == 5
+    assert sorted((ids.index(t["data"]["event_id"]), t["type"]) for t in told) == [
+        *((0, "webhook.delivery.failed"), (0, "webhook.endpoint.failing")),
+        *((1, "webhook.endpoint.recovered"), (2, "webhook.delivery.failed")),
+        (2, "webhook.endpoint.disabled"),
+    ]
     what = {"endpoint_id": "crm", "event_id": ids[0], "reason": "status", "status_code": 500}
     for t, kind in zip(told[:2], ("failing", "gave_up"), strict=True):
         assert t["data"] == {**what, "kind": kind, "error": "HTTP 500"}
@@ -9129,16 +9075,12 @@ def test_two_monitors_that_fail_in_turn_do_not_talk_about_each_other_for_ever(wa
     assert types == ["order.created", "webhook.delivery.failed"]
 
 
-@pytest.mark.parametrize("app_name", ["", "Müller & Söhne/shop #1"])
-def test_cloudevents_are_read_by_the_library_of_their_project(wal, serve, app_name):
+@pytest.mark.parametrize("app_name", ["", "Mueller & Soehne/shop #1"])
+def test_cloudevents_are_read_by_the_library_of_their_project(shop, app_name):
     from cloudevents.core.bindings.http import HTTPMessage, from_http_event
     from cloudevents.v1.http import from_http
 
-    receiver, outbox = (
-        serve(),
-        make_outbox(wal, app_name=app_name.replace("ü", "ue").replace("ö", "oe")),
-    )
-    outbox.add_endpoint(receiver.url(), body="cloudevents", secret=SECRET)
+    receiver, outbox = shop.open(app_name=app_name, body="cloudevents", secret=SECRET)
     every = [{"note": "é😀", "n": [1.5, None, {}]}, [1], "text", 7, True, False]
     ids = [emit(outbox, data=data) for data in every]
     outbox.drain(once=True)
@@ -9150,19 +9092,13 @@ def test_cloudevents_are_read_by_the_library_of_their_project(wal, serve, app_na
         old = from_http(request.headers, request.body)
         found[new.get_id()] = new.get_data()
         event = outbox.event(new.get_id())
-        assert (new.get_specversion(), new.get_type(), old["type"]) == (
-            "1.0",
-            event.type,
-            event.type,
-        )
-        assert abs(
-            new.get_time().timestamp() - event.created_at
-        ) < 0.002 and new.get_time().utcoffset() == datetime.timedelta(0)
+        assert new.get_specversion() == "1.0" and new.get_type() == old["type"] == event.type
+        assert abs(new.get_time().timestamp() - event.created_at) < 0.002
+        assert new.get_time().utcoffset() == datetime.timedelta(0)
         assert request.headers["content-type"] == "application/cloudevents+json"
         assert new.get_datacontenttype() == "application/json" and old.data == new.get_data()
-        assert new.get_source() == old["source"] and re.fullmatch(
-            r"[\w%./-]+", new.get_source(), re.ASCII
-        )
+        assert new.get_source() == old["source"]
+        assert re.fullmatch(r"[\w%./-]+", new.get_source(), re.ASCII)
     assert found == dict(zip(ids, every, strict=True))
 
 
@@ -9181,18 +9117,14 @@ def as_slack(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
 
 
 def as_discord(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-    """The same for Discord: 2,000 characters, counted in the way that gives most; mentions only as
-    told."""
+    """The same for Discord: 2,000 characters, counted as gives most; mentions only as told."""
     message = json.loads(request.body)
     content = message.get("content", "")
     good = content.strip() and len(content.encode("utf-16-le")) <= 2 * 2_000
     good = good and set(message) == {"content", "allowed_mentions"}
     good = good and request.headers["content-type"] == "application/json"
-    sock.sendall(
-        answer(204)
-        if good
-        else answer(400, b'{"code": 50006, "message": "Cannot send an empty message"}')
-    )
+    refused = answer(400, b'{"code": 50006, "message": "Cannot send an empty message"}')
+    sock.sendall(answer(204) if good else refused)
     return True
 
 
@@ -9205,19 +9137,14 @@ def test_slack_and_discord_get_messages_that_they_take_and_that_can_mention_nobo
     ids = [emit(outbox, data={"note": note}) for note in notes]
     outbox.drain(once=True)
     assert {status for id in ids for status in statuses(outbox, id).values()} == {"delivered"}
-    messages = {
-        body: [json.loads(sent.body) for sent in receiver.requests]
-        for body, receiver in receivers.items()
-    }
-    texts = [message["text"] for message in messages["slack"]]
-    assert (
-        texts[0] == 'order.created {"note":"&lt;!channel&gt; &amp; @everyone"}'
-        and len(texts[1]) == 3000
-    )
+    slack, discord = ([json.loads(r.body) for r in each.requests] for each in receivers.values())
+    texts = [message["text"] for message in slack]
+    assert texts[0] == 'order.created {"note":"&lt;!channel&gt; &amp; @everyone"}'
+    assert len(texts[1]) == 3000
     assert not any(set(text) & set("<>") for text in texts)
-    texts = [message["content"] for message in messages["discord"]]
+    texts = [message["content"] for message in discord]
     assert texts[0] == 'order.created {"note":"<!channel> & @everyone"}' and len(texts[1]) == 2000
-    assert all(message["allowed_mentions"] == {"parse": []} for message in messages["discord"])
+    assert all(message["allowed_mentions"] == {"parse": []} for message in discord)
 
 
 def test_slack_may_be_the_monitor(wal, serve):
@@ -9227,32 +9154,24 @@ def test_slack_may_be_the_monitor(wal, serve):
     id = emit(outbox)
     assert outbox.drain(until_empty=True).delivered == 2
     texts = [json.loads(request.body)["text"] for request in slack.requests]
-    assert sorted(text.split()[0] for text in texts) == [
-        "webhook.delivery.failed",
-        "webhook.endpoint.failing",
-    ]
-    assert all(
-        id in text and '"endpoint_id":"crm"' in text and "HTTP 500" in text for text in texts
-    )
+    kinds = "webhook.delivery.failed webhook.endpoint.failing"
+    assert sorted(text.split()[0] for text in texts) == kinds.split()
+    for part in (id, '"endpoint_id":"crm"', "HTTP 500"):
+        assert all(part in text for text in texts)
 
 
-def test_each_attempt_is_a_log_record_that_says_what_it_was_about(database, serve, caplog):
+def test_each_attempt_is_a_log_record_that_says_what_it_was_about(database, shop, caplog):
     """Failures always; successes at DEBUG, so that a busy host does not pay for them."""
-    outbox = make_outbox(database, retry=RetryPolicy((0, 0)))
-    outbox.add_endpoint(
-        serve([answer(500), OK, OK, answer(500), answer(500), OK, OK]).url(), id="crm"
-    )
+    bad, retry = answer(500), RetryPolicy((0, 0))
+    _, outbox = shop.open([bad, OK, OK, bad, bad, OK, OK], retry=retry, id="crm")
 
     def logged(level: int) -> list[Any]:
         caplog.clear()
         with caplog.at_level(level, "webhook_outbox"):
-            emit(outbox)
+            id = emit(outbox)
             outbox.drain(until_empty=True)
         records = [record for record in caplog.records if hasattr(record, "event")]
-        assert all(
-            record.event == outbox.events(limit=1)[0].id in record.getMessage()
-            for record in records
-        )
+        assert all(r.event == id in r.getMessage() for r in records)
         return [(r.levelname, r.endpoint, r.attempt, r.reason) for r in records]
 
     assert logged(logging.DEBUG) == [("INFO", "crm", 1, "status"), ("DEBUG", "crm", 2, None)]
@@ -9293,74 +9212,55 @@ def test_a_transform_that_fails_in_any_way_costs_only_its_own_attempts(wal, tmp_
     (tmp_path / "shop.py").write_text(TRANSFORMS_APP, encoding="utf-8")
     names = re.findall(r'"(\w+)": (?:lambda|boom|leave|late)', TRANSFORMS_APP)
     receiver, outbox = serve(), make_outbox(wal, transforms=dict.fromkeys(names, repr))
-    for name in names:
-        timeout = 0.5 if name == "blocks" else None
-        outbox.add_endpoint(
-            receiver.url(f"/{name}"), id=name, body=name, timeout=timeout, secret=SECRET
-        )
-    outbox.add_endpoint(receiver.url("/standard"), id="standard")
+    for name in (*names, "standard"):
+        options = {"timeout": 0.5 if name == "blocks" else None, "secret": SECRET}
+        outbox.add_endpoint(receiver.url(f"/{name}"), id=name, body=name, **options)
     ids = [emit(outbox, data={"n": number}, key="k") for number in range(3)]
     environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    ended = command("--app", "shop:outbox", "drain", "--until-empty", cwd=tmp_path, env=environment)
+    ended = command("--app shop:outbox drain --until-empty", cwd=tmp_path, env=environment)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
-    assert (
-        ended.stdout == f"delivered 9, failed {3 * (len(names) - 2)}, retried 0, still pending 0\n"
-    )
+    failed = 3 * (len(names) - 2)
+    assert ended.stdout == f"delivered 9, failed {failed}, retried 0, still pending 0\n"
     for id in ids:
-        outcomes = {
-            attempt.endpoint_id: (attempt.reason, attempt.error) for attempt in outbox.attempts(id)
-        }
-        assert {name for name, (reason, _) in outcomes.items() if reason is None} == {
-            "standard",
-            "upper",
-            "plain",
-        }
-        assert {name for name, (reason, _) in outcomes.items() if reason == "timeout"} == {"blocks"}
-        assert {reason for reason, _ in outcomes.values()} == {None, "timeout", "internal"}
-        assert (
-            outcomes["raises"][1] == "ValueError: no luck"
-            and outcomes["leaves"][1] == "SystemExit: 3"
-        )
-        for name in ("none", "text", "triple", "single", "swapped", "split"):
-            said = "one line of printable ASCII" if name == "split" else "(bytes, content type)"
-            assert said in outcomes[name][1]
-    upper = [request for request in receiver.requests if request.line.split()[1] == "/upper"]
+        by_reason, errors = collections.defaultdict(set), {}
+        for attempt in outbox.attempts(id):
+            by_reason[attempt.reason].add(attempt.endpoint_id)
+            errors[attempt.endpoint_id] = attempt.error
+        assert by_reason[None] == {"standard", "upper", "plain"}
+        assert by_reason["timeout"] == {"blocks"}
+        assert set(by_reason) == {None, "timeout", "internal"}
+        assert errors["raises"] == "ValueError: no luck"
+        assert errors["leaves"] == "SystemExit: 3"
+        assert "one line of printable ASCII" in errors["split"]
+        for name in ("none", "text", "triple", "single", "swapped"):
+            assert "(bytes, content type)" in errors[name]
+    upper, (plain, *_) = (
+        [request for request in receiver.requests if request.line.split()[1] == path]
+        for path in ("/upper", "/plain")
+    )
     # In the order of their key.
     assert [json.loads(request.body)[0] for request in upper] == [id.upper() for id in ids]
-    assert verify(upper[0].body, upper[0].headers, SECRET).data == [
-        ids[0].upper(),
-        "ORDER.CREATED",
-        "K",
-        {"N": 0},
-    ]
-    plain = [request for request in receiver.requests if request.line.split()[1] == "/plain"]
-    assert (plain[0].body, plain[0].headers["content-type"]) == (
-        b"plain",
-        "text/plain; charset=utf-8",
-    )
+    made = verify(upper[0].body, upper[0].headers, SECRET).data
+    assert made == [ids[0].upper(), "ORDER.CREATED", "K", {"N": 0}]
+    assert plain.body == b"plain"
+    assert plain.headers["content-type"] == "text/plain; charset=utf-8"
 
 
 @pytest.mark.long
 def test_transforms_that_never_end_cost_the_others_no_opener_and_their_rows_fail(wal, serve):
     """Nobody can end a thread. Two of an endpoint are let go; its later attempts end at once."""
     held, receiver = threading.Event(), serve(answer(200, b"", "Connection: close"))
-    outbox = make_outbox(
-        wal,
-        transforms={"stuck": lambda event: held.wait(60)},
-        retry=RetryPolicy((0, 0), jitter=0.0),
-    )
+    transforms = {"stuck": lambda event: held.wait(60)}
+    outbox = make_outbox(wal, transforms=transforms, retry=RetryPolicy((0, 0)))
     for number in range(12):  # with two threads each more than there are openers
         outbox.add_endpoint(receiver.url("/stuck"), id=f"s{number}", body="stuck", timeout=0.2)
     outbox.add_endpoint(receiver.url("/good"), id="good", timeout=5)
     event, *_ = [emit(outbox) for _ in range(3)]
     try:
-        report = outbox.drain(until_empty=True)
-        assert (report.delivered, report.failed, report.pending) == (3, 36, 0)
+        assert outbox.drain(until_empty=True) == DrainReport(3, 36, 36, 0)
         assert {request.line.split()[1] for request in receiver.requests} == {"/good"}
-        assert [attempt.reason for attempt in outbox.attempts(event, "s0")] == [
-            "timeout",
-            "internal",
-        ]
+        reasons = [attempt.reason for attempt in outbox.attempts(event, "s0")]
+        assert reasons == ["timeout", "internal"]
         assert all("never ends" in str(row.error) for row in outbox.failed())
     finally:
         held.set()
@@ -9400,31 +9300,24 @@ SENDERS_FAIL: dict[str, tuple[Callable[[Any], Any], str, str]] = {
 def test_a_sender_that_fails_in_any_way_is_retried_and_ends_in_the_failed_table(wal, what):
     sender, reason, error = SENDERS_FAIL[what]
     name, mended = what.replace(" ", "-"), list[Any]()
-    outbox = make_outbox(
-        wal,
-        retry=RetryPolicy((0, 0), jitter=0.0),
-        senders={name: lambda event: mended.append(event) if mended else sender(event)},
-    )
+    senders = {name: lambda event: mended.append(event) if mended else sender(event)}
+    outbox = make_outbox(wal, retry=RetryPolicy((0, 0)), senders=senders)
     outbox.add_endpoint(f"call:{name}", id="audit", secret=SECRET)
     id = emit(outbox, data={"n": "x" * 100_000}, key="k")
     assert outbox.drain(until_empty=True).failed == 1
     (row,) = outbox.failed(endpoint="audit", reason=reason)
     assert row.attempts == 2 and re.search(error, row.error or ""), row.error
     assert [attempt.reason for attempt in outbox.attempts(id)] == [reason] * 2
-    assert (pinged := outbox.ping("audit")).reason == reason and re.search(
-        error, pinged.error or ""
-    )
+    assert (pinged := outbox.ping("audit")).reason == reason
+    assert re.search(error, pinged.error or "")
     assert f'attempts_total{{endpoint="audit",result="{reason}"}} 2' in outbox.metrics()
     mended.append(None)
     assert outbox.replay(all=True) == 1 and outbox.drain(once=True).delivered == 1
-    assert (
-        outbox.event(id).deliveries[0].status == "delivered" and outbox.ping("audit").reason is None
-    )
+    assert outbox.event(id).deliveries[0].status == "delivered"
+    assert outbox.ping("audit").reason is None
     _, event, ping = mended
-    assert (
-        event == dataclasses.replace(outbox.event(id), deliveries=())
-        and ping.type == "webhook.ping"
-    )
+    assert event == dataclasses.replace(outbox.event(id), deliveries=())
+    assert ping.type == "webhook.ping"
 
 
 def test_a_sender_gets_events_in_order_at_its_rate_and_no_more_at_once_than_it_may(wal):
@@ -9445,7 +9338,7 @@ def test_a_sender_gets_events_in_order_at_its_rate_and_no_more_at_once_than_it_m
         if event.data == 50 and seen.count((event.key, event.data)) == 1:
             raise ValueError("the first time")
 
-    outbox = make_outbox(wal, retry=RetryPolicy((0, 0), jitter=0.0), senders={"f": sender})
+    outbox = make_outbox(wal, retry=RetryPolicy((0, 0)), senders={"f": sender})
     outbox.add_endpoint("call:f", id="f", max_in_flight=3)
     with outbox.transaction() as conn:
         for n in range(200):
@@ -9466,7 +9359,7 @@ def test_a_sender_gets_events_in_order_at_its_rate_and_no_more_at_once_than_it_m
 def test_a_sender_that_never_returns_costs_the_others_nothing(wal, serve):
     held, good = threading.Event(), list[Any]()
     senders = {"stuck": lambda event: held.wait(60), "good": good.append}
-    outbox = make_outbox(wal, senders=senders, retry=RetryPolicy((0, 0), jitter=0.0))
+    outbox = make_outbox(wal, senders=senders, retry=RetryPolicy((0, 0)))
     for number in range(4):
         outbox.add_endpoint("call:stuck", id=f"s{number}", timeout=0.2)
     outbox.add_endpoint("call:good", id="good")
@@ -9478,67 +9371,42 @@ def test_a_sender_that_never_returns_costs_the_others_nothing(wal, serve):
         tried = [(a.reason, a.error) for id in ids for a in outbox.attempts(id, "s0")]
         assert {reason for reason, _ in tried} == {"timeout", "sender"}
         assert all(re.search("waiting for its sender|calls of it never end", e) for _, e in tried)
-        assert all(
-            max(a.duration for a in outbox.attempts(id, to)) < 0.2
-            for id in ids
-            for to in ("good", "url")
-        )
+        quick = [a for id in ids for to in ("good", "url") for a in outbox.attempts(id, to)]
+        assert max(a.duration for a in quick) < 0.2
         assert outbox.ping("s0").reason == "timeout"
     finally:
         held.set()
     eventually(lambda: not any("opener" in thread.name for thread in threading.enumerate()))
 
 
-def test_a_sender_unknown_here_is_no_endpoint_and_a_drain_without_it_leaves_its_rows_waiting(
-    wal, serve, cli, caplog, tmp_path
-):
+def test_a_drain_without_a_sender_leaves_its_rows_waiting(wal, serve, cli, caplog, tmp_path):
+    """Nor is what it does not know an endpoint there."""
     got = list[Any]()
     outbox, bare = make_outbox(wal, senders={"audit": got.append}), make_outbox(wal)
-    for refused in (
-        lambda: bare.add_endpoint("call:audit"),
-        lambda: outbox.add_endpoint("call:none"),
-    ):
-        with pytest.raises(
-            PayloadError, match=r"^no sender has the name in call:.*senders=.*--app$"
-        ):
-            refused()
-    assert "no sender has the name" in cli("endpoint", "add", "call:audit", code=1)
+    unknown = r"^no sender has the name in call:.*senders=.*--app$"
+    for shop, url in ((bare, "call:audit"), (outbox, "call:none")):
+        with pytest.raises(PayloadError, match=unknown):
+            shop.add_endpoint(url)
+    assert "no sender has the name" in cli("endpoint add call:audit", code=1)
     outbox.add_endpoint("call:audit", id="audit")
     outbox.add_endpoint(serve().url(), id="url")
     ids = [emit(outbox, data=n) for n in range(3)]
-    assert bare.drain(until_empty=True) == webhook_outbox.DrainReport(3, 0, 0, 3)
-    assert "still pending 3" in cli("drain", "--once")
+    assert bare.drain(until_empty=True) == DrainReport(3, 0, 0, 3)
+    assert "still pending 3" in cli("drain --once")
     with bare:
         ids.append(emit(bare))
         eventually(lambda: statuses(outbox, ids[-1])["url"] == "delivered")
         bare.drain(once=True)  # beside it: nothing to wait for
-    waits = [
-        r
-        for r in caplog.records
-        if "deliveries wait for a drain of the app's own" in r.getMessage()
-    ]
-    assert len(waits) == 3 and not [a for id in ids for a in outbox.attempts(id, "audit")]
+    assert caplog.text.count("deliveries wait for a drain of the app's own") == 3
+    assert not [a for id in ids for a in outbox.attempts(id, "audit")]
     assert "audit cannot be sent to from here: no sender is called 'audit'" in cli("doctor", code=1)
     assert outbox.drain(once=True).delivered == 4 == len(got)
-    (tmp_path / "shop.py").write_text(
-        "from webhook_outbox import Outbox\noutbox = Outbox('app.db', senders={'audit': print})\n"
-    )
-    environment = {"PYTHONPATH": str(ROOT)}
-    added = command(
-        "--app",
-        "shop:outbox",
-        "endpoint",
-        "add",
-        "call:audit",
-        "--id",
-        "more",
-        cwd=tmp_path,
-        env=environment,
-    )
+    app = "from webhook_outbox import Outbox\noutbox = Outbox('app.db', senders={'audit': print})\n"
+    (tmp_path / "shop.py").write_text(app)
+    options = {"cwd": tmp_path, "env": {"PYTHONPATH": str(ROOT)}}
+    added = command("--app shop:outbox endpoint add call:audit --id more", **options)
     assert added.stdout == "more\n"  # no receiver: no secret to hand over
-    ended = command(
-        "--app", "shop:outbox", "endpoint", "ping", "more", cwd=tmp_path, env=environment
-    )
+    ended = command("--app shop:outbox endpoint ping more", **options)
     assert ended.returncode == 0 and "webhook.ping" in ended.stdout and "delivered" in ended.stdout
 
 
@@ -9561,11 +9429,8 @@ def test_a_sender_that_cannot_be_called_is_refused_by_the_constructor(tmp_path, 
 
 @pytest.mark.parametrize("ordered", [False, True])
 def test_removing_and_backfilling_a_large_backlog_lets_the_host_commit_in_between(wal, ordered):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint("https://example.com/", id="crm", ordered=ordered)
-    with outbox.transaction() as conn:
-        for n in range(5_000):
-            outbox.emit(conn, "order.created", n)
+    outbox = make_outbox(wal, "https://example.com/", id="crm", ordered=ordered)
+    emit_numbers(outbox, range(5_000))
     held, done = list[float](), threading.Event()
 
     def host() -> None:
@@ -9617,39 +9482,22 @@ def test_metrics_are_what_prometheus_reads_and_survive_restarts_and_pruning(data
         clock.advance(30)
         outbox.drain(once=True)
     numbers = metrics_of(outbox)
-    assert (
-        numbers["attempts_total", "crm", "delivered"] == 1
-        and numbers["attempts_total", "crm", "status"] == 2
-    )
-    assert numbers["attempts_total", "crm", "gone"] == numbers["given_up_total", "crm"] == 1
-    buckets = [
-        value for key, value in numbers.items() if key[:2] == ("delivery_seconds_bucket", "crm")
-    ]
-    assert buckets == sorted(buckets) and len(buckets) == 13
-    assert [numbers["delivery_seconds_bucket", "crm", le] for le in ("5", "30", "+Inf")] == [
-        0,
-        1,
-        1,
-    ]
-    assert (
-        numbers["delivery_seconds_count", "crm"] == 1
-        and numbers["delivery_seconds_sum", "crm"] == 30
-    )
-    assert (numbers["enabled", "crm"], numbers["enabled", "idle"], numbers["failed", "crm"]) == (
-        0,
-        1,
-        1,
-    )
-    assert numbers["failing_since_seconds", "crm"] == 1_700_000_030.0
+    results = {"delivered": 1, "status": 2, "gone": 1}
+    assert {result: numbers["attempts_total", "crm", result] for result in results} == results
+    of_crm = [(key, n) for key, n in numbers.items() if key[1] == "crm"]
+    buckets = {key[2]: n for key, n in of_crm if key[0] == "delivery_seconds_bucket"}
+    assert [*buckets.values()] == sorted(buckets.values()) and len(buckets) == 13
+    assert [buckets[le] for le in ("5", "30", "+Inf")] == [0, 1, 1]
+    names = "given_up_total enabled failed failing_since_seconds delivery_seconds_count"
+    of_crm = [numbers[name, "crm"] for name in (*names.split(), "delivery_seconds_sum")]
+    assert of_crm == [1, 0, 1, 1_700_000_030.0, 1, 30] and numbers["enabled", "idle"] == 1
     outbox.discard(all=True)
     clock.advance(40 * 86_400)
     outbox.prune()
     assert outbox.events() == [] and metrics_of(outbox)["attempts_total", "crm", "status"] == 2
     outbox.remove_endpoint("crm")
     assert not any("crm" in key for key in metrics_of(outbox))
-    assert query(database, "SELECT count(*) FROM webhook_counts WHERE endpoint_id = 'crm'") == [
-        (0,)
-    ]
+    assert query(database, "SELECT * FROM webhook_counts WHERE endpoint_id = 'crm'") == []
 
 
 def test_metrics_of_an_empty_outbox_are_well_formed(wal, cli):
@@ -9660,8 +9508,7 @@ def test_metrics_of_an_empty_outbox_are_well_formed(wal, cli):
 @pytest.mark.long
 def test_the_observer_may_stop_the_drain_and_somebody_start_it_again(wal, serve):
     receiver = serve()
-    outbox = make_outbox(wal, observer=lambda notice: outbox.stop())
-    outbox.add_endpoint(receiver.url())
+    outbox = make_outbox(wal, receiver.url(), observer=lambda notice: outbox.stop())
     for number in range(2):
         outbox.start()
         event = emit_numbers(outbox, [number])[number]
@@ -9672,44 +9519,35 @@ def test_the_observer_may_stop_the_drain_and_somebody_start_it_again(wal, serve)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit])
-def test_an_observer_that_raises_is_logged_and_ignored(wal, serve, caplog, error):
+def test_an_observer_that_raises_is_logged_and_ignored(shop, caplog, error):
     def observe(notice: Any) -> None:
         seen.append(notice.kind)
         raise error("observer's own trouble")
 
-    seen: list[str] = []
-    receiver, outbox = (
-        serve([answer(500), answer(500), answer(500), OK]),
-        make_outbox(wal, observer=observe, retry=RetryPolicy((0, 0, 0, 0), jitter=0.0)),
-    )
-    outbox.add_endpoint(receiver.url())
+    seen, plays = list[str](), [answer(500), answer(500), answer(500), OK]
+    receiver, outbox = shop.open(plays, observer=observe, retry=RetryPolicy((0, 0, 0, 0)))
+    told = {"attempt_failed": 3, "failing": 1, "recovered": 1, "delivered": 3}
     with outbox:
         for number in range(3):
             emit_numbers(outbox, [number])
-            eventually(
-                lambda number=number: number in numbers_of(receiver) and len(seen) >= 4 + number
-            )
-        eventually(lambda: seen.count("delivered") == 3)
+            eventually(lambda number=number: number in numbers_of(receiver))
+        eventually(lambda: collections.Counter(seen) == told)
         assert outbox.running
-    assert collections.Counter(seen) == {
-        "attempt_failed": 3, "failing": 1, "recovered": 1, "delivered": 3
-    }  # fmt: skip
+    assert collections.Counter(seen) == told
     assert "observer's own trouble" in caplog.text
 
 
-def test_an_observer_that_blocks_holds_up_neither_deliveries_nor_stop(wal, serve, caplog):
+def test_an_observer_that_blocks_holds_up_neither_deliveries_nor_stop(shop, caplog):
     end, seen = threading.Event(), list[str]()
 
     def observe(notice: webhook_outbox.Notice) -> None:
         seen.append(notice.event_id or "")
         end.wait(30)
 
-    receiver, outbox = serve(), make_outbox(wal, observer=observe)
-    outbox.add_endpoint(receiver.url())
+    _, outbox = shop.open(observer=observe)
     try:
         outbox.start()
-        with outbox.transaction() as conn:
-            ids = [outbox.emit(conn, "order.created", n) for n in range(1100)]
+        ids = emit_numbers(outbox, range(1100)).values()
         eventually(lambda: outbox.stats().pending == 0, within=30)
         assert len(seen) == 1 and "the observer is 1000 behind" in caplog.text
         started = time.monotonic()
@@ -9721,14 +9559,11 @@ def test_an_observer_that_blocks_holds_up_neither_deliveries_nor_stop(wal, serve
     assert set(seen) < set(ids)
 
 
-def test_two_processes_that_drain_until_empty_share_the_work_without_duplicates(wal, serve):
-    receiver, outbox = serve(answers_after(0.005)), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+def test_two_processes_that_drain_until_empty_share_the_work_without_duplicates(wal, shop):
+    receiver, outbox = shop.open(answers_after(0.005))
     emit_numbers(outbox, range(200))
-    code = (
-        DRAIN_FOREVER.partition("outbox.start()")[0]
-        + "print(outbox.drain(until_empty=True).delivered)"
-    )
+    code = DRAIN_FOREVER.partition("outbox.start()")[0]
+    code += "print(outbox.drain(until_empty=True).delivered)"
     with drain_process(wal, "one", code) as one, drain_process(wal, "two", code) as two:
         delivered = [int(process.communicate(timeout=60)[0]) for process in (one, two)]
     assert sum(delivered) == 200
@@ -9751,31 +9586,24 @@ def test_two_outboxes_in_one_process_drain_by_turns(wal, serve):
     two.stop()
 
 
-def test_a_process_that_stands_by_and_emits_does_not_spin(wal, serve):
+def test_a_process_that_stands_by_and_emits_does_not_spin(wal, shop):
     """An emit wakes the drains of its own process, also one that only waits for the lock."""
-    receiver = serve()
-    outbox, standby = make_outbox(wal), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+    (receiver, outbox), standby = shop.open(), make_outbox(wal)
     with drain_process(wal, "there") as holder:
-        assert holder.stdout.readline() == "started\n"
+        holder.says("started")
         emit_numbers(outbox, [0])
         eventually(lambda: receiver.requests)
-        standby.start()
-        try:
+        with standby:
             time.sleep(0.3)
             emit_numbers(standby, range(1, 4))
             eventually(lambda: len(receiver.requests) == 4)
             before = time.process_time()
-            time.sleep(1.0)
-            assert time.process_time() - before < 0.3
-        finally:
-            standby.stop()
+            time.sleep(0.5)
+            assert time.process_time() - before < 0.15
 
 
-def test_drain_once_beside_a_running_drain_waits_for_the_work_to_be_done(wal, serve):
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+def test_drain_once_beside_a_running_drain_waits_for_the_work_to_be_done(wal, shop):
+    receiver, outbox = shop.open(gate := Gate())
     with drain_process(wal, "there") as holder:
         assert holder.stdout.readline() == "started\n"
         events = emit_numbers(outbox, [0, 1])
@@ -9787,17 +9615,13 @@ def test_drain_once_beside_a_running_drain_waits_for_the_work_to_be_done(wal, se
             gate.opened.set()
             eventually(lambda: reports)
             assert {statuses(outbox, id).popitem()[1] for id in events.values()} == {"delivered"}
-            assert reports == [
-                webhook_outbox.DrainReport(delivered=0, retried=0, failed=0, pending=1)
-            ]
+            assert reports == [DrainReport(0, 0, 0, 1)]
     assert set(drainers_of(receiver)) == {"there"}
 
 
-def test_drain_once_beside_a_running_drain_does_not_wait_out_a_pause(wal, serve):
-    """Alone it leaves what a Retry-After holds back for later; beside another drain it must not
-    hang until then."""
-    receiver, outbox = serve(answer(429, b"", "Retry-After: 3600")), make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), max_in_flight=1)
+def test_drain_once_beside_a_running_drain_does_not_wait_out_a_pause(wal, shop):
+    """What a Retry-After holds back is left for later, as it is when nobody else drains."""
+    receiver, outbox = shop.open(answer(429, b"", "Retry-After: 3600"), max_in_flight=1)
     emit_numbers(outbox, [0])
     outbox.drain(once=True)
     emit_numbers(outbox, [1])
@@ -9810,43 +9634,33 @@ def test_drain_once_beside_a_running_drain_does_not_wait_out_a_pause(wal, serve)
     assert len(receiver.requests) == 1
 
 
-def test_commits_of_anybody_wake_the_drain(database, serve):
-    receiver, outbox = serve(), make_outbox(database)
-    outbox.add_endpoint(receiver.url())
-    code = """
-    import sqlite3, sys
-    with sqlite3.connect(sys.argv[1]) as conn:
-        conn.execute("INSERT INTO webhook_emit(type, data) VALUES ('order.created', '{\\"n\\": 3}')")
-    """
+def test_commits_of_anybody_wake_the_drain(database, shop):
+    receiver, outbox = shop.open()
+    plain = "INSERT INTO webhook_emit(type, data) VALUES ('order.created', json_object('n', ?))"
+
+    def soon(number: int) -> Any:
+        return eventually(lambda: number in numbers_of(receiver), within=2)
+
     with outbox:
         emit_numbers(outbox, [0])
-        eventually(lambda: 0 in numbers_of(receiver), within=2)
-        other = make_outbox(database)
-        emit_numbers(other, [1])
-        eventually(lambda: 1 in numbers_of(receiver), within=2)
-        query(
-            database,
-            """INSERT INTO webhook_emit(type, data) VALUES ('order.created', '{"n": 2}')""",
-        )
-        eventually(lambda: 2 in numbers_of(receiver), within=2)
-        with drain_process(database, "", code) as process:
-            assert process.wait(30) == 0
-            eventually(lambda: 3 in numbers_of(receiver), within=2)
+        soon(0)
+        emit_numbers(make_outbox(database), [1])
+        soon(1)
+        query(database, plain, 2)
+        soon(2)
         with outbox.transaction() as conn:
-            outbox.emit(conn, "order.created", {"n": 4})
+            outbox.emit(conn, "order.created", {"n": 3})
             time.sleep(0.2)
-            assert len(receiver.requests) == 4
-        eventually(lambda: 4 in numbers_of(receiver), within=2)
+            assert len(receiver.requests) == 3
+        soon(3)
 
 
 @pytest.mark.parametrize("seconds", [0.7, pytest.param(8, marks=pytest.mark.long)])
-def test_outcomes_wait_for_a_lock_that_somebody_holds_and_nothing_is_sent_twice(
-    either, serve, caplog, seconds
+def test_outcomes_wait_for_a_lock_of_others_and_nothing_is_sent_twice(
+    either, shop, caplog, seconds
 ):
     """EXCLUSIVE keeps readers out as well in rollback mode; in WAL mode it is the write lock."""
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(either)
-    outbox.add_endpoint(receiver.url())
+    receiver, outbox = shop.open(gate := Gate())
     events = emit_numbers(outbox, range(5))
     with (
         outbox,
@@ -9864,29 +9678,6 @@ def test_outcomes_wait_for_a_lock_that_somebody_holds_and_nothing_is_sent_twice(
         emit_numbers(outbox, [5])
         eventually(lambda: len(receiver.requests) == 6)
     assert caplog.records == []
-
-
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
-def test_a_full_disk_pauses_sending_and_nothing_is_sent_twice(wal, serve):
-    """A limit on file size is what fails the drain's writes, and only the drain's; the host's go
-    on."""
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
-    with drain_process(wal, "there") as holder:
-        emit_numbers(outbox, [0])
-        eventually(lambda: receiver.requests and outbox.stats().pending == 0)
-        resource.prlimit(holder.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        emit_numbers(outbox, range(1, 6))
-        eventually(lambda: len(receiver.requests) > 1)
-        emit_numbers(outbox, [6])
-        time.sleep(1.6)  # it tries again after a second
-        assert len(receiver.requests) <= 7
-        assert outbox.stats().pending == 6
-        resource.prlimit(
-            holder.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        )
-        eventually(lambda: outbox.stats().pending == 0)
-    assert sorted(numbers_of(receiver)) == list(range(7))
 
 
 def test_a_full_disk_is_found_out_before_anything_is_sent(database, serve):
@@ -9913,68 +9704,11 @@ def test_a_full_disk_is_found_out_before_anything_is_sent(database, serve):
     assert outbox.drain(once=True).delivered == 1
 
 
-def test_a_database_that_cannot_be_written_gives_one_error_and_nothing_is_sent(serve):
-    """Root may write everything, so the process gives up its rights; without rights the mode of the
-    file is enough."""
-    code = """
-    import os, sqlite3, sys, webhook_outbox
-    if os.getuid() == 0:
-        os.setgid(65534); os.setuid(65534)
-    outbox = webhook_outbox.Outbox(sys.argv[1], create=False, allow_networks=["127.0.0.0/8"])
-    for _ in range(2):
-        try:
-            outbox.drain(once=True)
-        except (webhook_outbox.OutboxError, sqlite3.Error) as error:
-            print(error)
-    """
-    receiver = serve()
-    # Tmp_path lets nobody else in.
-    folder = pathlib.Path("/tmp") / f"webhook_outbox_readonly_{os.getpid()}"
-    folder.mkdir(mode=0o777)
-    try:
-        folder.chmod(0o777)
-        path = make_database(folder / "app.db", "delete")
-        outbox = make_outbox(path)
-        outbox.add_endpoint(receiver.url())
-        emit(outbox)
-        os.chmod(path, 0o444)
-        with drain_process(path, "", code) as process:
-            out, err = process.communicate(timeout=60)
-        assert len(out.splitlines()) == 2, out + err
-        assert all("readonly" in line.replace("-", "") for line in out.splitlines())
-        assert receiver.requests == []
-    finally:
-        shutil.rmtree(folder)
-
-
 # Order.
 
 
-@pytest.mark.parametrize("ordered", [False, True])
-def test_events_of_one_queue_go_out_strictly_in_order_through_failures(database, serve, ordered):
-    clock, receiver = Clock(), serve(Fails(n1=2, n3=1))
-    outbox = make_outbox(database, clock=clock, retry=RetryPolicy((0, 5, 5), jitter=0.0))
-    outbox.add_endpoint(receiver.url(), ordered=ordered)
-    for number in range(5):
-        emit_numbers(outbox, [number], key=None if ordered else "a")
-        if not ordered:
-            emit_numbers(outbox, [100 + number], key="b")
-    outbox.drain(once=True)
-    assert [n for n in numbers_of(receiver) if n < 100] == [0, 1]
-    assert [n for n in numbers_of(receiver) if n >= 100] == (
-        [] if ordered else [100, 101, 102, 103, 104]
-    )
-    for _ in range(3):
-        clock.advance(5.1)
-        outbox.drain(once=True)
-    assert [n for n in numbers_of(receiver) if n < 100] == [0, 1, 1, 1, 2, 3, 3, 4]
-    assert outbox.stats().pending == 0
-
-
-def test_queues_of_different_keys_go_out_in_parallel(wal, serve):
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+def test_queues_of_different_keys_go_out_in_parallel(shop):
+    receiver, outbox = shop.open(gate := Gate())
     for key in "abcd":
         emit_numbers(outbox, range(3), key=key)
     with outbox:
@@ -9986,102 +9720,9 @@ def test_queues_of_different_keys_go_out_in_parallel(wal, serve):
     assert gate.most == 4
 
 
-@pytest.mark.parametrize("word", ["skip", "replay", "discard", "update", "remove"])
-def test_a_dead_head_is_skipped_or_holds_its_queue_until_somebody_acts(database, serve, word):
-    clock, play = Clock(), Fails(n1=2)
-    receiver, outbox = (
-        serve(play),
-        make_outbox(database, clock=clock, retry=RetryPolicy((0, 0), jitter=0.0)),
-    )
-    outbox.add_endpoint(receiver.url(), id="a", on_dead="skip" if word == "skip" else "hold")
-    emit_numbers(outbox, range(4), key="k")
-    emit_numbers(outbox, [100], key="other")
-    outbox.drain(until_empty=True)
-    assert [row.attempts for row in outbox.failed()] == [2]
-    queue = lambda: [n for n in numbers_of(receiver) if n != 100]  # noqa: E731 - read again and again
-    if word != "skip":
-        assert queue() == [0, 1, 1]
-        assert outbox.drain(once=True).pending == 2
-    if word == "replay":
-        assert outbox.replay(endpoint="a") == 1
-    elif word == "discard":
-        assert outbox.discard(endpoint="a") == 1
-    elif word == "update":
-        outbox.update_endpoint("a", on_dead="skip")
-    elif word == "remove":
-        query(database, "DELETE FROM webhook_failed")
-    outbox.drain(until_empty=True)
-    assert queue() == [0, 1, 1, *([1] if word == "replay" else []), 2, 3]
-    assert 100 in numbers_of(receiver)
-
-
-def test_a_replayed_row_goes_before_the_younger_ones_of_its_queue(wal, serve):
-    clock, receiver = Clock(), serve(Fails(n1=1))
-    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0,), jitter=0.0))
-    outbox.add_endpoint(receiver.url())
-    emit_numbers(outbox, range(3), key="k")
-    outbox.drain(until_empty=True)
-    emit_numbers(outbox, [3, 4], key="k")
-    assert outbox.replay(all=True) == 1
-    outbox.drain(until_empty=True)
-    assert numbers_of(receiver) == [0, 1, 2, 1, 3, 4]
-
-
-def test_switching_ordered_off_lets_the_rest_go(wal, serve):
-    clock, receiver = Clock(), serve(Fails(n0=1))
-    outbox = make_outbox(wal, clock=clock)
-    outbox.add_endpoint(receiver.url(), id="a", ordered=True)
-    emit_numbers(outbox, range(3))
-    emit_numbers(outbox, [3, 4], key="k")
-    outbox.drain(once=True)
-    assert numbers_of(receiver) == [0]
-    outbox.update_endpoint("a", ordered=False)
-    outbox.drain(once=True)
-    assert sorted(numbers_of(receiver)) == [0, 1, 2, 3, 4]
-    assert numbers_of(receiver).index(3) < numbers_of(receiver).index(4)
-
-
-def test_switching_hold_off_lets_every_queue_of_the_endpoint_go_and_no_other(wal, serve):
-    """Queues k and l wait behind a dead head, m behind one that is not due; m's second stays where
-    it is."""
-    clock, receiver = Clock(), serve(Fails(n0=9))
-    outbox = make_outbox(wal, clock=clock, retry=ONCE)
-    for name in "ab":
-        outbox.add_endpoint(receiver.url(), id=name, on_dead="hold")
-    ids = {}
-    for key in "klm":
-        for number in range(3):
-            later = 60.0 if (key, number) == ("m", 0) else 0.0
-            ids[key, number] = emit_numbers(outbox, [number], key=key, delay=later)[number]
-
-    def waiting(id: str) -> list[str]:
-        return [
-            f"{key}{number}"
-            for (key, number), event in ids.items()
-            if statuses(outbox, event)[id] == "pending"
-        ]
-
-    held = ["k1", "k2", "l1", "l2", "m0", "m1", "m2"]
-    assert outbox.drain(once=True).failed == 4
-    assert waiting("a") == waiting("b") == held
-    outbox.update_endpoint("a", on_dead="skip")
-    heads = """SELECT endpoint_id, id FROM webhook_deliveries JOIN webhook_events ON seq = event
-                WHERE status = 'pending' ORDER BY 1, event"""
-    assert query(wal, heads) == [
-        ("a", ids["k", 1]),
-        ("a", ids["l", 1]),
-        ("a", ids["m", 0]),
-        ("b", ids["m", 0]),
-    ]
-    outbox.drain(once=True)
-    assert (waiting("a"), waiting("b")) == (["m0", "m1", "m2"], held)
-
-
-def test_switching_ordered_leaves_what_is_done_as_it_is(wal, serve):
-    """A month of delivered rows is not rewritten in the transaction of the host that asks for
-    it."""
-    receiver, outbox = serve([OK, answer(400)]), make_outbox(wal, retry=ONCE)
-    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=1)
+def test_switching_ordered_leaves_what_is_done_as_it_is(wal, shop):
+    """A month of delivered rows is not rewritten in the transaction of the host that asks."""
+    _, outbox = shop.open([OK, answer(400)], retry=ONCE, id="a", max_in_flight=1)
     for key in ("k", None):
         emit(outbox, key=key)
         outbox.drain(once=True)
@@ -10094,10 +9735,8 @@ def test_switching_ordered_leaves_what_is_done_as_it_is(wal, serve):
     assert query(wal, rows) == [("delivered", "k"), ("failed", None), ("pending", "l")]
 
 
-def test_switching_ordered_on_holds_for_deliveries_that_were_already_read(wal, serve):
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=4)
+def test_switching_ordered_on_holds_for_deliveries_that_were_already_read(shop):
+    receiver, outbox = shop.open(gate := Gate(), id="a", max_in_flight=4)
     emit_numbers(outbox, range(40))
     with outbox:
         eventually(lambda: len(receiver.requests) == 4)
@@ -10141,13 +9780,12 @@ QUEUE_STEPS: dict[str, dict[str | None, str | None]] = {
 
 def queue_rows(db: sqlite3.Connection) -> dict[tuple[int, str], tuple[str, int]]:
     """Return status and attempts of each delivery, after a look at what must hold at any time."""
-    endpoints = {
-        id: rest for id, *rest in db.execute("SELECT id, ordered, on_dead FROM webhook_endpoints")
-    }
+    rows = db.execute("SELECT id, ordered, on_dead FROM webhook_endpoints")
+    endpoints = {id: rest for id, *rest in rows}
     keys, found, heads = dict(db.execute("SELECT seq, key FROM webhook_events")), {}, {}
-    for seq, id, status, attempts, queue, delivered_at in db.execute(
-        "SELECT event, endpoint_id, status, attempts, queue, delivered_at FROM webhook_deliveries ORDER BY event"
-    ).fetchall():
+    columns = "event, endpoint_id, status, attempts, queue, delivered_at"
+    rows = db.execute(f"SELECT {columns} FROM webhook_deliveries ORDER BY event")
+    for seq, id, status, attempts, queue, delivered_at in rows.fetchall():
         assert (delivered_at is not None) == (status == "delivered")
         if status in ("pending", "queued", "failed"):
             assert queue == ("" if endpoints[id][0] else keys[seq])
@@ -10164,19 +9802,15 @@ def queue_rows(db: sqlite3.Connection) -> dict[tuple[int, str], tuple[str, int]]
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_plain_sql_does_each_queue_has_one_head_and_nothing_else_changes(
-    seed: int,
-) -> None:
+def test_whatever_plain_sql_does_each_queue_has_one_head_and_nothing_else_changes(seed):
     rng, before = random.Random(seed), {}
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
         db.executescript(webhook_outbox.schema_sql())
         for _ in range(1_500):
             sql, becomes = rng.choice([*QUEUE_STEPS.items(), *list(QUEUE_STEPS.items())[:6] * 2])
             event, id = rng.choice([*before, (1, "a")])
-            deletes = sql.startswith("DELETE FROM webhook_events")
-            if deletes and any(
-                at[0] == event and status == "failed" for at, (status, _) in before.items()
-            ):
+            failed = {at[0] for at, (status, _) in before.items() if status == "failed"}
+            if sql.startswith("DELETE FROM webhook_events") and event in failed:
                 continue
             if rng.random() < 0.1 or "INSERT OR" in sql:
                 id = rng.choice("abc")
@@ -10207,12 +9841,10 @@ def test_whatever_plain_sql_does_each_queue_has_one_head_and_nothing_else_change
 
 DRAIN_POISON = {
     # case: (SQL, whether the delivery must end in the failed table with reason internal)
-    "unknown endpoint": (
-        "INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (:first, 'nobody', 0)", True),
-    "missing event": ("INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (999, 'sick', 0)", True),
-    "endpoint id is not UTF-8": (
-        "INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (:first, CAST(x'ff' AS TEXT), 0)", False),
-    "neither": ("INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (999, 'nobody', 0)", True),
+    "unknown endpoint": (f"{DELIVERY} VALUES (:first, 'nobody', 0)", True),
+    "missing event": (f"{DELIVERY} VALUES (999, 'sick', 0)", True),
+    "endpoint id is not UTF-8": (f"{DELIVERY} VALUES (:first, CAST(x'ff' AS TEXT), 0)", False),
+    "neither": (f"{DELIVERY} VALUES (999, 'nobody', 0)", True),
     "data is no JSON": ("UPDATE webhook_events SET data = '{oops' WHERE seq = :first", True),
     "data is not UTF-8": ("UPDATE webhook_events SET data = CAST(x'22ff22' AS TEXT) WHERE seq = :first", True),
     "data is not UTF-8, by plain SQL": (
@@ -10243,9 +9875,8 @@ DRAIN_POISON = {
 
 
 @pytest.mark.parametrize(("sql", "fails"), DRAIN_POISON.values(), ids=DRAIN_POISON.keys())
-def test_a_damaged_row_hurts_only_itself(wal, serve, caplog, sql, fails):
-    receiver, outbox = serve(), make_outbox(wal, retry=RetryPolicy((0,), jitter=0.0))
-    outbox.add_endpoint(receiver.url("/sick"), id="sick")
+def test_a_damaged_row_hurts_only_itself(wal, shop, caplog, sql, fails):
+    receiver, outbox = shop.open(path="/sick", retry=ONCE, id="sick")
     outbox.add_endpoint(receiver.url("/well"), id="well")
     # Is told of the sick ones.
     outbox.add_endpoint(receiver.url("/monitor"), id="monitor", events=["webhook.*"])
@@ -10265,21 +9896,15 @@ def test_a_damaged_row_hurts_only_itself(wal, serve, caplog, sql, fails):
         eventually(lambda: arrived(2), within=4)
         emit_numbers(outbox, [3])
         eventually(lambda: arrived(3), within=4)
-        if fails:
-            eventually(
-                lambda: query(
-                    wal, "SELECT 1 FROM webhook_failed WHERE reason IN ('internal', 'blocked')"
-                ),
-                within=4,
-            )
+        ours = "SELECT 1 FROM webhook_failed WHERE reason IN ('internal', 'blocked')"
+        eventually(lambda: query(wal, ours) or not fails, within=4)
     assert outbox.prune() == 0
     assert "draining stopped" not in caplog.text
     assert not any("x-evil" in request.headers for request in receiver.requests)
 
 
 def test_answers_that_come_together_cannot_hurt_each_other(wal, serve):
-    """While the loop is busy, one connection gets 410 and another idle one of the same endpoint is
-    closed."""
+    """While the loop is busy, a connection gets 410 and an idle one of its endpoint is closed."""
     pair, hold = [], HeldLoop()
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
@@ -10299,8 +9924,7 @@ def test_answers_that_come_together_cannot_hurt_each_other(wal, serve):
         return True
 
     receiver, other = serve(play), serve(hold.arm)
-    outbox = make_outbox(wal, clock=hold)
-    outbox.add_endpoint(receiver.url(), id="gone", events=["order.created"])
+    outbox = make_outbox(wal, receiver.url(), clock=hold, id="gone", events=["order.created"])
     outbox.add_endpoint(other.url(), id="other", events=["other"])
     emit_numbers(outbox, range(2))
     with draining(outbox) as reports:
@@ -10311,7 +9935,7 @@ def test_answers_that_come_together_cannot_hurt_each_other(wal, serve):
         eventually(lambda: not outbox.endpoint("gone").enabled)
         emit(outbox, "other")
         eventually(lambda: len(other.requests) == 2)
-    assert reports == [webhook_outbox.DrainReport(4, 0, 1, 0)]
+    assert reports == [DrainReport(4, 0, 1, 0)]
 
 
 # The file under the drain.
@@ -10324,11 +9948,10 @@ def test_answers_that_come_together_cannot_hurt_each_other(wal, serve):
         ("wal", "PRAGMA query_only = 1", "PRAGMA query_only = 0"),
     ],
 )
-def test_while_outcomes_cannot_be_recorded_nothing_is_sent_and_then_all_goes_on(
+def test_while_outcomes_cannot_be_recorded_nothing_is_sent(
     tmp_path, serve, caplog, journal, trouble, end
 ):
-    """The disk is full, or was remounted read-only, for the drain's connection alone: the host goes
-    on emitting."""
+    """The disk is full, or read-only, for the drain's connection alone: the host goes on."""
     database = make_database(tmp_path / "app.db", journal)
     # Answers that need pages.
     receiver, outbox = (serve(answer(200, b"x" * 4000)), make_outbox(database))
@@ -10346,9 +9969,8 @@ def test_while_outcomes_cannot_be_recorded_nothing_is_sent_and_then_all_goes_on(
         drain.file.db.execute(end)
         eventually(lambda: outbox.stats().pending == 0)
     assert sorted(numbers_of(receiver)) == list(range(44))
-    assert [record.levelname for record in caplog.records] == ["ERROR"] and caplog.records[
-        0
-    ].getMessage().isprintable()
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert caplog.records[0].getMessage().isprintable()
 
 
 LOCK_BURSTS = """
@@ -10364,9 +9986,8 @@ while time.monotonic() < end:
 """
 
 
-def test_a_process_that_takes_the_lock_in_bursts_delays_and_doubles_nothing(either, serve, caplog):
-    receiver, outbox = serve(), make_outbox(either)
-    outbox.add_endpoint(receiver.url())
+def test_a_process_that_takes_the_lock_in_bursts_doubles_nothing(either, shop, caplog):
+    receiver, outbox = shop.open()
     with outbox, drain_process(either, "", LOCK_BURSTS) as bursts:
         assert bursts.stdout.readline() == "started\n"
         with contextlib.closing(sqlite3.connect(either, timeout=30)) as conn:
@@ -10376,17 +9997,14 @@ def test_a_process_that_takes_the_lock_in_bursts_delays_and_doubles_nothing(eith
                 if bursts.poll() is not None:
                     break
         assert bursts.returncode == 0, bursts.stderr.read()
-        eventually(
-            lambda: not query(either, "SELECT 1 FROM webhook_deliveries WHERE status = 'pending'"),
-            within=30,
-        )
+        pending = "SELECT 1 FROM webhook_deliveries WHERE status = 'pending'"
+        eventually(lambda: not query(either, pending), within=30)
     assert sorted(numbers_of(receiver)) == list(range(n + 1))
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
-def test_a_reader_that_pins_the_wal_holds_nobody_up_and_the_drain_pins_nothing(wal, serve):
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+def test_a_reader_that_pins_the_wal_holds_nobody_up_and_the_drain_pins_nothing(wal, shop):
+    receiver, outbox = shop.open()
     with outbox, contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         assert reader.execute("SELECT count(*) FROM webhook_events").fetchone() == (0,)
@@ -10400,13 +10018,9 @@ def test_a_reader_that_pins_the_wal_holds_nobody_up_and_the_drain_pins_nothing(w
     assert sorted(numbers_of(receiver)) == list(range(300))
 
 
-def test_a_file_that_is_replaced_is_drained_and_one_that_is_deleted_stays_so(
-    wal, serve, tmp_path, caplog
-):
-    """SQLite would go on in the file that no path leads to any more, and put an empty one where it
-    was."""
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+def test_a_replaced_file_is_drained_and_a_deleted_one_stays_so(wal, shop, tmp_path, caplog):
+    """SQLite would go on in a file that no path leads to, and put an empty one in its place."""
+    receiver, outbox = shop.open()
 
     def delete(*suffixes: str) -> None:
         for suffix in ("-wal", "-shm", *suffixes):
@@ -10494,21 +10108,16 @@ def lock_pair(path: str, prelude: str) -> Iterator[tuple[Any, Any]]:
 
 
 @every_lock
-def test_a_backup_of_the_lock_file_in_the_draining_process_leaves_a_standby_standing_by(
-    wal, serve, lock_kind
-):
-    """A POSIX record lock is gone when any code of its process closes the file, and then both
-    drain."""
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+def test_a_backup_of_the_lock_file_leaves_a_standby_standing_by(wal, shop, lock_kind):
+    """A POSIX record lock would be gone when any code of its process closes the file."""
+    receiver, outbox = shop.open()
     with lock_pair(wal, lock_kind) as (first, second):
         lock_tells(first, "open(sys.argv[1] + '-webhooks').read()", "outbox.stats()")
         time.sleep(0.5)
         emit_numbers(outbox, range(50))
         eventually(lambda: outbox.stats().pending == 0)
-        assert set(drainers_of(receiver)) == {"first"} and sorted(numbers_of(receiver)) == list(
-            range(50)
-        )
+        assert set(drainers_of(receiver)) == {"first"}
+        assert sorted(numbers_of(receiver)) == list(range(50))
         assert webhook_outbox._drainer(wal) == first.pid
         first.kill()
         emit_numbers(outbox, [50])
@@ -10571,9 +10180,8 @@ assert webhook_outbox._drainer(sys.argv[1]) is None
 @pytest.mark.long
 @every_lock
 @pytest.mark.parametrize("make", [LOCK_COPIES, LOCK_RELOADED], ids=["two names", "reload"])
-def test_two_copies_of_the_module_in_one_process_never_both_drain(wal, serve, lock_kind, make):
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+def test_two_copies_of_the_module_in_one_process_never_both_drain(wal, shop, lock_kind, make):
+    receiver, _ = shop.open()
     code = f"{lock_kind}\n{LOCK_TOGETHER.replace('MAKE', make)}"
     with drain_process(wal, webhook_outbox.__file__, code) as process:
         out, err = process.communicate(timeout=60)
@@ -10584,16 +10192,12 @@ def test_two_copies_of_the_module_in_one_process_never_both_drain(wal, serve, lo
 
 @every_lock
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_child_of_a_draining_process_does_not_keep_the_lock_after_its_parent(
-    wal, serve, lock_kind
-):
+def test_a_child_of_a_draining_process_does_not_keep_its_lock(wal, shop, lock_kind):
     """The lock belongs to the open file, of which a child has a copy: its hook closes it."""
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+    receiver, outbox = shop.open()
     with lock_pair(wal, lock_kind) as (first, _), contextlib.ExitStack() as stack:
-        said = lock_tells(
-            first, "child = os.fork() or time.sleep(600); print(child)", "outbox.stats()"
-        )
+        fork = "child = os.fork() or time.sleep(600); print(child)"
+        said = lock_tells(first, fork, "outbox.stats()")
         (child,) = (int(word) for word in said.split() if word.isdigit())
         stack.callback(os.kill, child, signal.SIGKILL)
         emit_numbers(outbox, [0])
@@ -10661,9 +10265,8 @@ def test_a_record_lock_of_another_process_keeps_drains_away_and_the_look_names_i
     """
     with run_python(code, wal, stdin=subprocess.PIPE) as process:
         assert process.stdout.readline() == "locked\n"
-        assert (
-            not webhook_outbox._Lock(wal).acquire() and webhook_outbox._drainer(wal) == process.pid
-        )
+        assert not webhook_outbox._Lock(wal).acquire()
+        assert webhook_outbox._drainer(wal) == process.pid
         process.stdin.close()
         process.wait()
     assert webhook_outbox._drainer(wal) is None
@@ -10730,7 +10333,7 @@ def test_a_symbolic_link_in_place_of_the_lock_file_is_refused(wal, tmp_path, cli
     refused = r"lock file .*app.db-webhooks cannot be used: it is a symbolic link; remove it$"
     with pytest.raises(OutboxError, match=refused):
         make_outbox(wal).drain(once=True)
-    assert re.search(refused, cli("drain", "--once", code=1).strip().splitlines()[-1])
+    assert re.search(refused, cli("drain --once", code=1).strip().splitlines()[-1])
     assert target.exists() == exists and (not exists or target.read_text() == "precious")
 
 
@@ -10764,9 +10367,7 @@ def test_a_database_mounted_without_its_folder_is_warned_of(wal, tmp_path):
     assert "mount its folder into each container" in done.stdout
 
 
-def test_a_damaged_page_is_one_clear_line_and_costs_only_the_endpoint_whose_rows_it_holds(
-    wal, serve, cli, caplog
-):
+def test_a_damaged_page_is_one_line_and_costs_only_the_endpoint_of_its_rows(wal, shop, cli, caplog):
     code = """
     import sys
     with open(sys.argv[1], "r+b") as file:  # not in the test's process: closing would drop SQLite's locks there
@@ -10774,9 +10375,8 @@ def test_a_damaged_page_is_one_clear_line_and_costs_only_the_endpoint_whose_rows
         file.seek(page)
         file.write(b"\\xff" * 4)  # the number of the row's next page
     """
-    clock, receiver = Clock(), serve()
-    outbox = make_outbox(wal, clock=clock)
-    outbox.add_endpoint(receiver.url("/a"), id="a", events=["order.*"])
+    clock = shop.clock
+    receiver, outbox = shop.open(path="/a", clock=clock, id="a", events=["order.*"])
     outbox.add_endpoint(receiver.url("/b"), id="b", events=["well"])
     emit(outbox, data="x" * 100_000, delay=60)
     assert query(wal, "PRAGMA wal_checkpoint(TRUNCATE)") == [(0, 0, 0)]
@@ -10793,16 +10393,12 @@ def test_a_damaged_page_is_one_clear_line_and_costs_only_the_endpoint_whose_rows
             eventually(lambda n=n: outbox.stats().endpoints[1].delivered == n + 1)
     assert [request.line[:7] for request in receiver.requests] == ["POST /b"] * 3
     errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-    assert (
-        len(errors) == 1
-        and "endpoint a" in errors[0]
-        and "malformed" in errors[0]
-        and errors[0].isprintable()
-    )
-    for line in ("drain --once", "events list"):
-        assert "malformed" in cli(*line.split(), code=1)
-    for line in ("status", "failed list", "endpoint list"):
-        cli(*line.split())
+    assert len(errors) == 1
+    assert "endpoint a" in errors[0]
+    assert "malformed" in errors[0]
+    assert errors[0].isprintable()
+    assert all("malformed" in cli(line, code=1) for line in ("drain --once", "events list"))
+    assert all(cli(line) for line in ("status", "failed list", "endpoint list"))
 
 
 class Counted(sqlite3.Connection):
@@ -10829,22 +10425,20 @@ class Counted(sqlite3.Connection):
 
 
 def test_no_statement_of_a_turn_takes_longer_beside_a_large_backlog(wal, serve, monkeypatch):
-    """Steps, not seconds: emit, pick, record, fail and replay beside few rows and beside many, of
-    every status."""
+    """Steps, not seconds: each verb beside few rows and beside many, of every status."""
     connect, most = sqlite3.connect, []
-    receiver, outbox = serve([answer(400), OK]), make_outbox(wal, retry=ONCE)
-    outbox.add_endpoint(receiver.url(), id="a")
+    receiver = serve([answer(400), OK])
+    outbox = make_outbox(wal, receiver.url(), retry=ONCE, id="a")
     outbox.add_endpoint(receiver.url(), id="ordered", events=["order.*"], ordered=True)
+    late = "INSERT INTO webhook_emit (type, data, key, delay) SELECT ?, '1', ?, 1e6 FROM "
+    done = "UPDATE webhook_deliveries SET status = 'delivered', delivered_at = 1.0 WHERE "
+    # For a report; at a start, among what is due in a day or later.
+    once = ("count(*", "CROSS JOIN")
+    scans = r"SCAN (TABLE )?(webhook_deliveries|webhook_events|[de])\b(?!.*INDEX)"
     for backlog in (100, 3000):
-        with contextlib.closing(connect(wal)) as conn:
-            late = "INSERT INTO webhook_emit (type, data, key, delay) SELECT 'a', '1', 'k', 1e6 FROM json_each(?)"
-            for type, key in (("'order.x'", "NULL"), ("'b'", "'k'"), ("'c'", "NULL")):
-                sql = late.replace("'a'", type).replace("'k'", key)
-                conn.execute(sql, (json.dumps([0] * backlog),))
-            conn.execute(
-                "UPDATE webhook_deliveries SET status = 'delivered', delivered_at = 1.0 WHERE event % 5 = 0"
-            )
-            conn.commit()
+        for type, key in (("order.x", None), ("b", "k"), ("c", None)):
+            query(wal, late + "json_each(?)", type, key, json.dumps([0] * backlog))
+        query(wal, done + "event % 5 = 0")
         monkeypatch.setattr(sqlite3, "Connection", Counted)
         Counted.steps = {}
         receiver.requests.clear()
@@ -10855,120 +10449,62 @@ def test_no_statement_of_a_turn_takes_longer_beside_a_large_backlog(wal, serve, 
         emit(outbox, "b", key="k")
         outbox.stats()
         monkeypatch.undo()
-        # For a report; and at a start, among what is due in more than a day.
-        once = ("count(*", "CROSS JOIN")
-        most.append(
-            max(n for text, n in Counted.steps.items() if not any(word in text for word in once))
-        )
+        counts = [n for text, n in Counted.steps.items() if not any(word in text for word in once)]
+        most.append(max(counts))
     assert most[1] < 2 * most[0] + 20, sorted(Counted.steps.items(), key=lambda item: -item[1])[:3]
     with contextlib.closing(connect(wal)) as conn:
         for sql in Counted.plans:
             for *_, plan in conn.execute("EXPLAIN QUERY PLAN " + re.sub(r"\bInf\b", "9e999", sql)):
-                assert not re.search(
-                    r"SCAN (TABLE )?(webhook_deliveries|webhook_events|[de])\b(?!.*INDEX)", plan
-                ), sql
+                assert not re.search(scans, plan), sql
 
 
 @pytest.mark.long
-def test_a_million_rows_that_wait_cost_the_others_nothing(wal, serve):
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url("/busy"), id="busy", events=["order.*"], rate=5)
+def test_a_million_rows_that_wait_cost_the_others_nothing(wal, shop):
+    receiver, outbox = shop.open(path="/busy", id="busy", events=["order.*"], rate=5)
     outbox.add_endpoint(receiver.url("/other"), id="other", events=["other"])
-    with contextlib.closing(sqlite3.connect(wal)) as conn:
-        numbers = (
-            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000)"
-        )
-        conn.execute(f"""INSERT INTO webhook_events (seq, type, data, created_at)
-                         {numbers} SELECT i, 'order.created', '{{"n": 1}}', 1.0 FROM n""")
-        conn.execute(f"""INSERT INTO webhook_deliveries (event, endpoint_id, due_at)
-                         {numbers} SELECT i, 'busy', 1.0 FROM n""")
-        conn.commit()
+    million = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000)"
+    query(wal, f"""INSERT INTO webhook_events (seq, type, data, created_at)
+                   {million} SELECT i, 'order.created', '{{"n": 1}}', 1.0 FROM n""")  # fmt: skip
+    query(wal, f"""INSERT INTO webhook_deliveries (event, endpoint_id, due_at)
+                   {million} SELECT i, 'busy', 1.0 FROM n""")  # fmt: skip
 
     def resident() -> int:
         return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def came(path: str) -> int:
+        return sum(path in request.line for request in receiver.requests)
 
     before = resident()
     with outbox:
         for n in range(1, 6):
             emit(outbox, "other")
-            eventually(
-                lambda n=n: sum("/other" in request.line for request in receiver.requests) == n,
-                within=3,
-            )
-        eventually(lambda: sum("/busy" in request.line for request in receiver.requests) >= 3)
+            eventually(lambda n=n: came("/other") == n, within=3)
+        eventually(lambda: came("/busy") >= 3)
         assert resident() - before < 10_000_000
     assert outbox.stats().pending > 999_000
-
-
-def test_pruning_beside_a_busy_host_and_a_drain_takes_only_what_is_done(database, serve):
-    receiver, outbox, wrong = serve(), make_outbox(database), []
-    outbox.add_endpoint(receiver.url())
-
-    def write() -> None:
-        try:
-            with contextlib.closing(
-                sqlite3.connect(database, timeout=30, isolation_level="IMMEDIATE")
-            ) as conn:
-                for n in range(80):
-                    with conn:
-                        conn.execute("INSERT INTO orders (id) VALUES (?)", (n,))
-                        outbox.emit(conn, "order.created", {"n": n})
-        except sqlite3.Error as error:
-            wrong.append(error)
-
-    removed, writer = 0, threading.Thread(target=write)
-    with outbox:
-        writer.start()
-        while writer.is_alive() or outbox.stats().pending:
-            removed += outbox.prune(0)
-        writer.join()
-        time.sleep(0.01)
-        removed += outbox.prune(0)
-    assert (wrong, removed) == ([], 80)
-    assert (
-        sorted(numbers_of(receiver))
-        == [n for (n,) in query(database, "SELECT id FROM orders")]
-        == list(range(80))
-    )
 
 
 # Fairness and bounds.
 
 
-def test_workers_bounds_what_is_under_way_in_all(wal, serve):
-    gate = Gate()
-    receiver, outbox = serve(), make_outbox(wal, workers=3)
-    for number in range(4):
-        outbox.add_endpoint(receiver.url(f"/{number}"))
+@pytest.mark.parametrize(("workers", "endpoints", "each", "most"), [(3, 4, 8, 3), (64, 1, 2, 2)])
+def test_workers_bounds_all_and_max_in_flight_one(wal, serve, workers, endpoints, each, most):
+    receiver, outbox = serve(), make_outbox(wal, workers=workers)
+    for number in range(endpoints):
+        outbox.add_endpoint(receiver.url(f"/{number}"), max_in_flight=each)
     with outbox:
         emit_numbers(outbox, [0])
         eventually(lambda: outbox.stats().pending == 0)
-        receiver.play = gate
+        receiver.play = gate = Gate()
         emit_numbers(outbox, range(1, 6))
-        eventually(lambda: gate.most == 3)
-        time.sleep(0.3)
+        eventually(lambda: gate.most == most)
+        time.sleep(0.2)
         gate.opened.set()
         eventually(lambda: outbox.stats().pending == 0)
-    assert gate.most == 3
-    assert len(receiver.requests) == 24
+    assert gate.most == most and len(receiver.requests) == 6 * endpoints
 
 
-def test_max_in_flight_bounds_one_endpoint(wal, serve):
-    bounded, free = Gate(), Gate()
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(serve(bounded).url(), max_in_flight=2)
-    outbox.add_endpoint(serve(free).url())
-    emit_numbers(outbox, range(12))
-    with outbox:
-        eventually(lambda: bounded.most == 2 and free.most >= 4)
-        time.sleep(0.2)
-        for gate in (bounded, free):
-            gate.opened.set()
-        eventually(lambda: outbox.stats().pending == 0)
-    assert bounded.most == 2
-
-
-def test_concurrency_grows_by_one_on_success_and_halves_on_overload_and_5xx_only(wal, serve):
+def test_concurrency_grows_by_one_on_success_and_halves_on_overload_and_5xx_only(wal, shop):
     held, answers, ready = [], [], threading.Semaphore(0)
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
@@ -10978,8 +10514,7 @@ def test_concurrency_grows_by_one_on_success_and_halves_on_overload_and_5xx_only
         sock.sendall(answers.pop(0))
         return True
 
-    receiver, outbox = serve(play), make_outbox(wal, retry=RetryPolicy((0, 600), 0.0), timeout=60)
-    outbox.add_endpoint(receiver.url())
+    receiver, outbox = shop.open(play, retry=RetryPolicy((0, 600), 0.0), timeout=60)
     emit_numbers(outbox, range(40))
     steps = [  # what is answered, and then: requests in all, and those under way
         ((), 8, 8),
@@ -11006,42 +10541,19 @@ def test_concurrency_grows_by_one_on_success_and_halves_on_overload_and_5xx_only
         ready.release(99)
 
 
-def test_a_rate_is_never_exceeded_on_average(wal, serve):
-    receiver, outbox, arrivals = serve(), make_outbox(wal), []
-
-    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        arrivals.append(time.monotonic())
-        sock.sendall(OK)
-        return True
-
-    receiver.play = play
-    outbox.add_endpoint(receiver.url(), rate=50)
+def test_a_rate_is_never_exceeded_on_average(shop):
+    _, outbox = shop.open(paths := Paths(), rate=50)
     emit_numbers(outbox, range(40))
     start = time.monotonic()
     assert outbox.drain(until_empty=True).delivered == 40
-    assert all(n <= 50 * (at - start) + 5 for n, at in enumerate(arrivals))
+    arrivals = [at - start for (at,) in paths.at.values()]
+    assert all(n <= 50 * at + 5 for n, at in enumerate(arrivals)) and len(arrivals) == 40
     assert time.monotonic() - start < 6
-
-
-def test_a_backlog_of_one_endpoint_does_not_delay_another(wal, serve):
-    busy, other = serve(answers_after(0.02)), serve()
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(busy.url(), events=["order.created"], max_in_flight=2)
-    outbox.add_endpoint(other.url(), events=["other"])
-    emit_numbers(outbox, range(300))
-    emit(outbox, "other")
-    with outbox:
-        eventually(lambda: other.requests)
-        assert len(busy.requests) < 100
-        emit(outbox, "other")
-        eventually(lambda: len(other.requests) == 2)
-        assert len(busy.requests) < 200
 
 
 @pytest.mark.parametrize("hanging", [1, 20])
 def test_endpoints_that_hang_do_not_delay_healthy_ones(wal, serve, hanging):
-    """All that hang still hang when all the healthy are done: no clock is needed to see that nobody
-    waited."""
+    """All that hang still hang when the healthy are done: no clock shows that nobody waited."""
     gate = Gate()
     hung, well, outbox = serve(gate), serve(), make_outbox(wal, timeout=20)
     for number in range(hanging):
@@ -11070,25 +10582,20 @@ def test_a_fast_endpoint_with_a_huge_backlog_gets_no_more_than_its_turn(wal, ser
                 outbox.emit(conn, f"{name}.x", number)
     assert outbox.drain(until_empty=True).delivered == 360
     sent = "".join(request.line.split()[1][1] for request in receiver.requests)
-    for rest, turn in ((sent[:60], "abc"), (sent[60:100], "ac")):
-        assert {rest[i : i + len(turn)] for i in range(0, len(rest), len(turn))} == {
-            rest[: len(turn)]
-        }, sent
-        assert sorted(rest[: len(turn)]) == list(turn)
+    for rest, names in ((sent[:60], "abc"), (sent[60:100], "ac")):
+        turn = rest[: len(names)]
+        assert rest == turn * 20 and sorted(turn) == list(names), sent
     assert set(sent[100:]) == {"a"}
 
 
 @pytest.mark.parametrize(
     ("known", "most"), [("nothing", 8), pytest.param("a failure", 6, marks=pytest.mark.long)]
 )
-def test_endpoints_that_hang_while_a_connection_is_opened_leave_openers_to_the_proven(
-    wal, serve, known, most
-):
-    """They hang in the TLS handshake: half the openers for those that nobody knows, 3/8 for those
-    that failed."""
+def test_endpoints_that_hang_while_connecting_leave_openers_to_the_proven(wal, serve, known, most):
+    """In the TLS handshake: half the openers for the unknown, 3/8 for those that failed."""
     receiver, silent = serve(answer(500)), serve()
-    options: dict[str, Any] = {"resolver": lambda host, port: ["127.0.0.1"], "timeout": 60}
-    outbox = make_outbox(wal, retry=RetryPolicy((0, 3600), jitter=0.0), **options)
+    retry, resolver = RetryPolicy((0, 3600), jitter=0.0), lambda host, port: ["127.0.0.1"]
+    outbox = make_outbox(wal, retry=retry, resolver=resolver, timeout=60)
     for number in range(20):
         outbox.add_endpoint(receiver.url(), id=f"s{number}", events=["sick"])
     if known == "a failure":
@@ -11134,11 +10641,8 @@ class DrainPrefork(Receiver):
 
 
 @pytest.mark.parametrize("endpoints", [1, 3])
-def test_a_receiver_with_one_worker_is_not_starved_by_our_own_idle_connection(
-    wal, serve, endpoints
-):
-    """The request on a second connection would wait for the end of the first, and time out: a
-    duplicate."""
+def test_a_receiver_with_one_worker_is_not_starved_by_our_idle_connection(wal, serve, endpoints):
+    """A request on a second connection would wait for the first one's end: a duplicate."""
     receiver, outbox = serve(kind=DrainPrefork), make_outbox(wal, timeout=10)
     for number in range(endpoints):
         outbox.add_endpoint(receiver.url(f"/{number}"), id=f"e{number}")
@@ -11153,83 +10657,32 @@ def test_a_receiver_with_one_worker_is_not_starved_by_our_own_idle_connection(
     assert len(receiver.requests) == 40 * endpoints
 
 
-@pytest.mark.parametrize(
-    ("known", "proven", "expected"),
-    [
-        ("nothing", 0, 4),
-        ("a failure", 0, 3),
-        ("nothing", 3, 4),
-        ("a failure", 3, 3),
-        ("nothing", 6, 2),
-        ("a failure", 8, 0),
-    ],
-)
-def test_unknown_endpoints_fill_half_the_places_failing_ones_three_eighths(
-    wal, serve, known, proven, expected
-):
-    """Quick ones fill what is left but for an eighth, and give none back that they have."""
-    gate, busy, receiver = Gate(), Gate(), serve(answer(500))
-    outbox = make_outbox(wal, workers=9, clock=Clock(), timeout=20)
-    for number in range(10):
-        outbox.add_endpoint(receiver.url(f"/{number}"), id=f"s{number}", events=["sick"])
-    outbox.add_endpoint(serve([OK, busy]).url(), id="proven", events=["well"], max_in_flight=8)
-    with outbox:
-        if known == "a failure":
-            emit(outbox, "sick")
-            eventually(lambda: len(receiver.requests) == 10 and outbox.stats().due == 0)
-        emit(outbox, "well")
-        eventually(lambda: outbox.stats().endpoints[0].delivered == 1)
-        receiver.play = gate
-        for _ in range(proven):
-            emit(outbox, "well")
-        eventually(lambda: busy.inside == proven)
-        for _ in range(2):
-            emit(outbox, "sick")
-        eventually(lambda: gate.inside == expected)
-        for _ in range(8 - proven):
-            emit(outbox, "well")
-        eventually(lambda: busy.inside == 8 - expected)
-        assert (gate.most, busy.most) == (expected, 8 - expected)
-        busy.opened.set(), gate.opened.set()
-        eventually(lambda: outbox.stats().due == 0)
-
-
 @pytest.mark.parametrize("cause", ["delay", "retry", "pause", "probe", "rate"])
-def test_an_endpoint_whose_time_has_come_is_found_without_a_commit(wal, serve, cause):
-    clock, limited = Clock(), answer(429, b"", "Retry-After: 50")
-    receiver = serve({"retry": [answer(500), OK], "pause": [limited, OK]}.get(cause, OK))
-    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 50, 50), jitter=0.0))
-    outbox.add_endpoint(receiver.url(), id="a", rate=10 if cause == "rate" else None)
-    emit(outbox, delay=50.0 if cause == "delay" else 0.0)
+def test_an_endpoint_whose_time_has_come_is_found_without_a_commit(wal, shop, cause):
+    clock, busy = shop.clock, answer(429, b"", "Retry-After: 50")
+    plays = {"retry": [answer(500), OK], "pause": [busy, OK]}.get(cause, OK)
+    retry, count = RetryPolicy((0, 50, 50), jitter=0.0), 3 if cause == "rate" else 1
+    _, outbox = shop.open(plays, clock=clock, retry=retry, rate=10 if cause == "rate" else None)
+    for _ in range(count):
+        emit(outbox, delay=50.0 if cause == "delay" else 0.0)
     if cause == "probe":
-        query(
-            wal,
-            "UPDATE webhook_endpoints SET failures = 20, failing_since = 1.0, paused_until = ?",
-            clock.now + 50,
-        )
-    if cause == "rate":
-        emit(outbox), emit(outbox)
+        held = "UPDATE webhook_endpoints SET failures = 20, failing_since = 1.0, paused_until = ?"
+        query(wal, held, clock.now + 50)
     with outbox:
         if cause in ("retry", "pause"):
             eventually(lambda: outbox.stats().due == 0)
         if cause != "rate":
             clock.advance(51)
-        eventually(
-            lambda: outbox.stats().endpoints[0].delivered == (3 if cause == "rate" else 1), within=5
-        )
+        eventually(lambda: outbox.stats().endpoints[0].delivered == count, within=5)
 
 
 # The rooms of the drain, each alone: what no receiver can see for certain.
 
 
-def row_of(
-    event: int, due_at: float = 0.0, queue: str | None = None, **more: Any
-) -> webhook_outbox._Picked:
+def row_of(event: int, due_at: float = 0.0, queue: str | None = None, **more: Any) -> Any:
     """Return a delivery as it is read from the file."""
-    picked = webhook_outbox._Picked(
-        event, due_at, 0, None, queue, "order.created", "1", 1, None, None, 0.0, None
-    )
-    return picked._replace(**more)
+    data = ("order.created", "1", 1, None, None, 0.0, None)
+    return webhook_outbox._Picked(event, due_at, 0, None, queue, *data)._replace(**more)
 
 
 def lane_of(id: str = "a", **values: Any) -> Any:
@@ -11268,9 +10721,7 @@ def drain_turn(drain: Any) -> None:
     [(4, 0.0, 0.02, 0.08), (1000, 60.0, 0.0, 60.0), (50, 0.5, 0.02, 1.0), (0, 0.0, 0.0, 0.0)],
 )
 @pytest.mark.parametrize("fails", [False, True])
-def test_paced_work_rests_after_its_turn_for_a_multiple_of_what_it_took(
-    rest, least, cpu, pause, fails
-):
+def test_paced_work_rests_for_a_multiple_of_what_it_took(rest, least, cpu, pause, fails):
     paced = webhook_outbox._Paced(rest, least)
     assert paced.due(0.0)
     with contextlib.suppress(OSError), paced.turn():
@@ -11311,7 +10762,7 @@ def test_an_agenda_holds_one_time_for_each_key_and_tells_it_once(steps):
         assert agenda.next() == min(times.values(), default=math.inf)
 
 
-def test_times_that_were_moved_a_million_times_do_not_pile_up_in_the_agenda():
+def test_times_that_were_moved_very_often_do_not_pile_up_in_the_agenda():
     agenda = webhook_outbox._Agenda()
     for n in range(10_000):
         agenda.set("ab"[n % 2], n)
@@ -11381,13 +10832,12 @@ def test_an_endpoint_that_hardly_ever_answers_is_hopeless_after_five_days(day, w
 
 
 @contextlib.contextmanager
-def backlog_of(
-    path: str, *rows: tuple[int, float, str | None]
-) -> Iterator[tuple[Any, sqlite3.Connection, list[str]]]:
-    """Yield the backlog of an endpoint with such rows (event, due, queue), its connection, and a
-    list that fills with what was read there."""
+def backlog_of(path: str, *rows: tuple[int, float, str | None]) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield the backlog of an endpoint with such rows (event, due, queue), to be read from the
+    start; its connection; and a list that fills with what was read there."""
     make_outbox(path)
     backlog, read = webhook_outbox._Backlog("a"), list[str]()
+    backlog.due = -math.inf
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         backlog_add(db, *rows)
         db.set_trace_callback(lambda sql: read.append(" ".join(sql.split())))
@@ -11407,6 +10857,7 @@ def backlog_add(db: sqlite3.Connection, *rows: tuple[int, float, str | None]) ->
 
 def test_what_was_read_is_not_read_again_before_the_next_is_due(wal):
     with backlog_of(wal, (1, 0.0, None), (2, 90.0, None), (3, 60.0, None)) as (backlog, db, read):
+        backlog.due = math.inf
         assert backlog.when() == math.inf and backlog.take(db, 1e9) is None and not read
         backlog.due = -math.inf
         assert backlog.when() == -math.inf
@@ -11420,7 +10871,6 @@ def test_what_was_read_is_not_read_again_before_the_next_is_due(wal):
 
 def test_a_backlog_is_read_on_behind_the_last_row_read(wal):
     with backlog_of(wal, *((n, float(n), None) for n in range(1, 301))) as (backlog, db, read):
-        backlog.due = -math.inf
         events = []
         while (row := backlog.take(db, 1000.0)) is not None:
             events.append(row.event)
@@ -11440,7 +10890,6 @@ def test_a_backlog_is_read_on_behind_the_last_row_read(wal):
 
 def test_a_delivery_that_is_put_back_goes_first_and_stays_known(wal):
     with backlog_of(wal, (1, 0.0, None), (2, 0.0, None)) as (backlog, db, _):
-        backlog.due = -math.inf
         first = backlog.take(db, 1.0)
         backlog.put_back(first)
         assert backlog.known == {1, 2} and backlog.when() == -math.inf
@@ -11448,19 +10897,15 @@ def test_a_delivery_that_is_put_back_goes_first_and_stays_known(wal):
 
 
 def backlog_state(backlog: Any) -> tuple[Any, ...]:
-    return (
-        [row.event for row in backlog.read],
-        {queue: [row.event for row in behind] for queue, behind in backlog.queues.items()},
-        backlog.ends,
-        backlog.known,
-    )
+    """Return what was read, what follows in each queue, the ends of queues, and what is known."""
+    queues = {queue: [row.event for row in behind] for queue, behind in backlog.queues.items()}
+    return [row.event for row in backlog.read], queues, backlog.ends, backlog.known
 
 
 def test_a_queue_goes_on_from_memory_up_to_the_first_that_is_not_due(wal):
     """Whoever is not due must not be overtaken."""
     rows = [(n, 50.0 if n == 4 else 0.0, "k") for n in range(1, 6)] + [(9, 0.0, "other")]
     with backlog_of(wal, *rows) as (backlog, db, read):
-        backlog.due = -math.inf
         assert backlog.take(db, 1.0).event == 1
         assert backlog_state(backlog) == ([9], {}, {}, {1, 9})
         read.clear()
@@ -11486,12 +10931,11 @@ FORGOTTEN = {  # why; what was read, follows and has ended afterwards, and what 
 
 
 @pytest.mark.parametrize(("why", "expected"), FORGOTTEN.items())
-def test_what_was_read_along_a_queue_is_forgotten_when_the_file_has_to_say_who_is_next(
+def test_what_was_read_along_a_queue_is_forgotten_when_the_file_must_say_who_is_next(
     wal, why, expected
 ):
     rows = [(n, 0.0, "k") for n in range(1, 5)] + [(5, 0.0, "other"), (9, 0.0, None)]
     with backlog_of(wal, *rows) as (backlog, db, _):
-        backlog.due = -math.inf
         assert [backlog.take(db, 1.0).event for _ in range(2)] == [1, 5]
         backlog.follow(db, "k", 1, 1.0)
         backlog.follow(db, "other", 5, 1.0)
@@ -11507,7 +10951,6 @@ def test_what_was_read_along_a_queue_is_forgotten_when_the_file_has_to_say_who_i
 
 def test_a_queue_at_its_end_goes_on_with_what_is_emitted_before_the_end_is_recorded(wal):
     with backlog_of(wal, (1, 0.0, "k")) as (backlog, db, _):
-        backlog.due = -math.inf
         backlog.take(db, 1.0)
         backlog.follow(db, "k", 1, 1.0)
         assert backlog.ends == {"k": 1}
@@ -11571,21 +11014,16 @@ def test_the_places_of_a_rate_are_spaced_exactly_and_a_late_loop_catches_up_on_l
     lane.take_slot(100.0)
     assert lane.next_slot == 0.0  # no rate, no places
     lane.endpoint = webhook_outbox.Endpoint("a", "", rate=2)
-    for mono, expected in (
-        *((100.0, 100.45), (100.46, 100.95), (100.96, 101.45)),
-        *((101.5, 101.95), (105.0, 105.45)),
-    ):
+    starts = {100.0: 100.45, 100.46: 100.95, 100.96: 101.45, 101.5: 101.95, 105.0: 105.45}
+    for mono, expected in starts.items():
         lane.take_slot(mono)
         assert lane.next_slot == pytest.approx(expected, abs=1e-9)
 
 
 CONFIGURED = [  # before: next place, limit; the row; afterwards, at 100.0
     ((0.0, 8.0), {}, (0.0, 8.0, None)),
-    (
-        (0.0, 8.0),
-        {"rate": 2.0},
-        (100.5, 8.0, None),
-    ),  # a predecessor may have used the current place
+    # A predecessor may have used the current place.
+    ((0.0, 8.0), {"rate": 2.0}, (100.5, 8.0, None)),
     ((100.1, 8.0), {"rate": 2.0}, (100.1, 8.0, None)),
     ((1100.0, 8.0), {"rate": 2.0}, (100.5, 8.0, None)),  # a new rate counts from now
     ((1100.0, 8.0), {}, (0.0, 8.0, None)),
@@ -11604,11 +11042,8 @@ def test_a_lane_takes_over_what_its_endpoints_row_says(wal, before, row, expecte
     endpoint = None
     if row is not None:
         endpoint = webhook_outbox.Endpoint("a", **{"url": "https://example.com/", **row})
-    lane.configure(
-        webhook_outbox._EndpointRow(endpoint or "a", [(SECRET, None)], True, 1, 0, None, 0.0),
-        make_outbox(wal)._settings(),
-        100.0,
-    )
+    row = webhook_outbox._EndpointRow(endpoint or "a", [(SECRET, None)], True, 1, 0, None, 0.0)
+    lane.configure(row, make_outbox(wal)._settings(), 100.0)
     assert (lane.next_slot, lane.limit) == expected[:2]
     assert (lane.wire is None) is (lane.broken is not None) is (expected[2] is not None)
     assert expected[2] is None or expected[2] in str(lane.broken)
@@ -11731,9 +11166,7 @@ class PlacesPlay:
     def at(self, when: float, do: Callable[[], None]) -> None:
         heapq.heappush(self.events, (when, next(self.count), do))
 
-    def endpoint(
-        self, id: str, receiver: Iterator[tuple[float, str | None]], most: int = 16
-    ) -> Any:
+    def endpoint(self, id: str, receiver: Iterator[Any], most: int = 16) -> Any:
         lane = lane_of(id, endpoint=webhook_outbox.Endpoint(id, "", max_in_flight=most))
         emitted: collections.deque[float] = collections.deque()
         when = lambda: -math.inf if emitted else math.inf  # noqa: E731  a stand-in's method
@@ -11781,29 +11214,31 @@ class PlacesPlay:
             self.places.serve(self.schedule, self, self.now, self.now, self.start)
 
 
+def places_always(seconds: float, reason: str | None = None) -> Callable[..., Iterator[Any]]:
+    return lambda rng: itertools.repeat((seconds, reason))
+
+
 def places_hang_sometimes(rng: random.Random) -> Iterator[tuple[float, str | None]]:
     while True:
         yield (0.003, None) if rng.random() < 1 / 6 else (15.0, "timeout")
 
 
 PLACES_STRANGERS = {  # how many, how each of them answers, whether it answered quickly before
-    "none": (0, lambda rng: itertools.repeat((15.0, "timeout")), False),
-    "hundred that hang": (100, lambda rng: itertools.repeat((15.0, "timeout")), False),
-    "five that answer after 14 s": (5, lambda rng: itertools.repeat((14.0, None)), False),
-    "five that begin to take 14 s": (5, lambda rng: itertools.repeat((14.0, None)), True),
+    "none": (0, places_always(15.0, "timeout"), False),
+    "hundred that hang": (100, places_always(15.0, "timeout"), False),
+    "five that answer after 14 s": (5, places_always(14.0), False),
+    "five that begin to take 14 s": (5, places_always(14.0), True),
     "forty that answer one of six": (40, places_hang_sometimes, False),
     "forty that begin to answer one of six": (40, places_hang_sometimes, True),
-    "two hundred that drip a success": (200, lambda rng: itertools.repeat((12.0, None)), False),
-    "hundred that begin to drip": (100, lambda rng: itertools.repeat((12.0, None)), True),
-    "twenty that refuse": (20, lambda rng: itertools.repeat((0.002, "connect")), False),
+    "two hundred that drip a success": (200, places_always(12.0), False),
+    "hundred that begin to drip": (100, places_always(12.0), True),
+    "twenty that refuse": (20, places_always(0.002, "connect"), False),
 }
 
 
 @pytest.mark.parametrize("strangers", PLACES_STRANGERS)
-@pytest.mark.parametrize("seed", range(3))
-def test_places_are_shared_by_time_so_that_strangers_keep_none_from_those_that_are_quick(
-    strangers, seed
-):
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
+def test_places_are_shared_by_time_so_that_strangers_keep_none_from_the_quick(strangers, seed):
     rng, play = random.Random(seed), PlacesPlay()
     well = [play.endpoint(f"w{n}", itertools.repeat((0.003, None))) for n in range(50)]
     number, receiver, quick_before = PLACES_STRANGERS[strangers]
@@ -11836,17 +11271,12 @@ def test_an_endpoint_that_is_alone_gets_all_places_and_beside_others_no_more_tha
     held = collections.Counter(attempt.lane.id for attempt in play.attempts)
     assert 54 <= sum(held.values()) <= 64 and max(held.values()) <= 12 and len(held) == 10
     play.play(200.0)
-    assert {id: len(waits) for id, waits in play.waits.items()} == {
-        "fat": 4_000,
-        **{f"o{n}": 2_000 for n in range(9)},
-    }
+    assert len(play.waits.pop("fat")) == 4_000
+    assert [len(waits) for waits in play.waits.values()] == [2_000] * 9
 
 
-def test_large_bodies_are_read_when_their_attempt_starts_and_small_ones_ahead_within_a_budget(
-    wal, serve
-):
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), id="a")
+def test_large_bodies_are_read_when_their_attempt_starts_and_small_ones_ahead(wal, shop):
+    receiver, outbox = shop.open(id="a")
     with outbox.transaction() as conn:
         for number in range(12):
             size = 150_000 if number % 2 else 3_000
@@ -11869,13 +11299,12 @@ def test_large_bodies_are_read_when_their_attempt_starts_and_small_ones_ahead_wi
         conn.execute("DELETE FROM webhook_events")
         assert [backlog.take(conn, math.inf) for _ in range(2)][1].type is None
         conn.rollback()
-    assert outbox.drain(once=True) == webhook_outbox.DrainReport(12, 0, 0, 0)
+    assert outbox.drain(once=True) == DrainReport(12, 0, 0, 0)
     assert sorted(numbers_of(receiver)) == list(range(12))
 
 
 def test_the_doctor_names_the_endpoint_that_holds_most_of_the_file(wal, serve):
-    outbox = make_outbox(wal, retry=ONCE)
-    outbox.add_endpoint(serve(answer(500, b"x" * 4096)).url(), id="big")
+    outbox = make_outbox(wal, serve(answer(500, b"x" * 4096)).url(), retry=ONCE, id="big")
     outbox.add_endpoint(serve(answer(500)).url(), id="small")
     for count, expected in ((1, 0), (19, 1)):
         with outbox.transaction() as conn:
@@ -11934,16 +11363,13 @@ def origin_with(proven: int) -> tuple[Any, list[Any]]:
     return origin, connections
 
 
-def limited(
-    origin: Any, connection: Any, closed_at: float | None, answered_at: float, usual: float = 0.01
-) -> None:
-    """Have an attempt on a new connection press at 1.0, another connection be closed, and its
-    answer come."""
+def limited(origin: Any, other: Any, closed_at: Any, answered_at: float, usual: Any = 0.01) -> None:
+    """Have an attempt press on a new connection at 1.0, another be closed, and its answer come."""
     attempt, new = attempt_of(lane_of()), connection_to(origin)
     attempt.lane.usual = usual
     assert origin.press(new, attempt, 1.0) and not origin.keeps(1.0)
     if closed_at is not None:
-        origin.closed(connection, closed_at)
+        origin.closed(other, closed_at)
         assert origin.keeps(closed_at)
     origin.answered(new, attempt, answered_at)
     assert origin.pressing == {} and origin.hanging == 0
@@ -11961,7 +11387,7 @@ ROOM = [  # idle, proven, opening, whether it is limited to what is proven; room
 
 
 @pytest.mark.parametrize(("idle", "proven", "opening", "limits", "expected"), ROOM)
-def test_an_origin_has_room_where_a_connection_is_idle_or_may_be_opened(
+def test_an_origin_has_room_where_one_is_idle_or_may_be_opened(
     idle, proven, opening, limits, expected
 ):
     origin, connections = origin_with(proven)
@@ -11984,9 +11410,7 @@ ORIGIN_LEARNED = [  # seconds that its endpoint takes; when another was closed f
 
 
 @pytest.mark.parametrize(("usual", "closed_at", "answered_at", "most"), ORIGIN_LEARNED)
-def test_an_origin_learns_from_an_answer_right_after_one_closed_how_many_connections_are_served(
-    usual, closed_at, answered_at, most
-):
+def test_an_origin_learns_how_many_connections_are_served(usual, closed_at, answered_at, most):
     origin, connections = origin_with(4)
     limited(origin, connections[0], closed_at, answered_at, usual)
     more = [connection_to(origin, answered_at) for _ in range(9)]
@@ -12049,12 +11473,8 @@ def test_what_answers_of_an_endpoint_usually_take_falls_quicker_than_it_grows():
 
 
 def test_an_origin_is_forgotten_only_when_nobody_needs_it():
-    for name, value in (
-        ("open", 1),
-        ("opening", 1),
-        ("waiting", {1: None}),
-        ("parked", ({}, {1: None})),
-    ):
+    needs = {"open": 1, "opening": 1, "waiting": {1: None}, "parked": ({}, {1: None})}
+    for name, value in needs.items():
         origin = webhook_outbox._Origin(ORIGIN_KEY)
         assert origin.unused()
         setattr(origin, name, value)
@@ -12076,18 +11496,14 @@ FREE = [  # threads that are out, share, those of proven endpoints; whether one 
 
 
 @pytest.mark.parametrize(("busy", "share", "proven", "expected"), FREE)
-def test_what_proven_endpoints_hold_takes_no_opener_from_the_share_of_the_others(
-    busy, share, proven, expected
-):
+def test_openers_of_proven_endpoints_take_nothing_from_the_others(busy, share, proven, expected):
     openers = webhook_outbox._Openers(lambda key, deadline: None, lambda: None)  # type: ignore
     openers.busy, openers.starved_until = busy, 5.0
     assert openers.free(share, proven, 5.0) is expected
     assert not openers.free(share, proven, 4.9)  # no room for a thread
 
 
-def test_an_opener_hands_over_what_it_made_and_serves_again_until_it_rested_long_enough(
-    monkeypatch,
-):
+def test_an_opener_hands_over_what_it_made_and_serves_again_until_it_rested(monkeypatch):
     monkeypatch.setattr(webhook_outbox, "_OPENER_RESTS", 0.1)
     before, rung, threads = threading.active_count(), threading.Semaphore(0), set[int]()
 
@@ -12127,9 +11543,8 @@ def test_an_opener_hands_over_what_it_made_and_serves_again_until_it_rested_long
 def test_connections_that_are_opened_when_the_drain_has_left_are_closed(taken):
     go, ours = threading.Event(), socket.socket()
     openers = webhook_outbox._Openers(lambda key, until: go.wait(10) and ours, lambda: None)  # type: ignore
-    errand = webhook_outbox._Errand(
-        attempt_of(wire=types.SimpleNamespace(origin_key=ORIGIN_KEY)), "open", []
-    )
+    attempt = attempt_of(wire=types.SimpleNamespace(origin_key=ORIGIN_KEY))
+    errand = webhook_outbox._Errand(attempt, "open", [])
     openers.submit(errand)
     if taken == "before":
         go.set()
@@ -12143,10 +11558,8 @@ class Exchanging:
     """Exchanges over socket pairs: `open` returns our connection and the receiver's end of it."""
 
     def __init__(self) -> None:
-        self.exchanges, self.origin = (
-            webhook_outbox._Exchanges(),
-            webhook_outbox._Origin(ORIGIN_KEY),
-        )
+        self.exchanges = webhook_outbox._Exchanges()
+        self.origin = webhook_outbox._Origin(ORIGIN_KEY)
         self.ends: list[socket.socket] = []
 
     def open(self, used: bool = False) -> tuple[Any, socket.socket]:
@@ -12182,12 +11595,10 @@ def test_requests_that_are_ready_together_are_sent_together(exchanging):
     pairs = [exchanging.open() for _ in range(15)]
     for connection, _ in pairs:
         exchanging.exchanges.begin(connection, attempt_of(request=b"x"), 0.0)
-    together = webhook_outbox._TOGETHER
-    assert select.select([theirs for _, theirs in pairs], [], [], 0)[0] == [
-        theirs for _, theirs in pairs[:together]
-    ]
+    ends = [theirs for _, theirs in pairs]
+    assert select.select(ends, [], [], 0)[0] == ends[: webhook_outbox._TOGETHER]
     exchanging.exchanges.flush()
-    assert [theirs.recv(9) for _, theirs in pairs] == [b"x"] * 15
+    assert [theirs.recv(9) for theirs in ends] == [b"x"] * 15
 
 
 def test_a_request_whose_attempt_ended_before_it_was_sent_is_not_sent(exchanging):
@@ -12275,9 +11686,7 @@ def test_what_an_exchange_comes_to(exchanging, used, data, end, expected, size):
         assert exchanging.ended()[2] is not None
 
 
-def test_the_connection_that_was_used_last_is_used_next_and_the_longest_idle_one_closed_first(
-    exchanging,
-):
+def test_the_connection_used_last_is_used_next_and_the_longest_idle_closed_first(exchanging):
     exchanges, origin = exchanging.exchanges, exchanging.origin
     connections = [exchanging.open()[0] for _ in range(5)]
     for at, connection in enumerate(connections):
@@ -12299,8 +11708,7 @@ def test_an_idle_connection_that_is_closed_or_speaks_out_of_turn_is_gone(exchang
 
 
 def test_the_successes_of_a_queue_are_marked_last_one_first_and_recorded_in_their_order(wal):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(URL, id="a", ordered=True)
+    outbox = make_outbox(wal, URL, id="a", ordered=True)
     outbox.add_endpoint(URL, id="b")
     for n in range(5):
         emit(outbox, data=n)
@@ -12309,10 +11717,8 @@ def test_the_successes_of_a_queue_are_marked_last_one_first_and_recorded_in_thei
     outcomes = [(0, "a", "delivered"), (0, "b", "delivered"), (1, "a", "delivered")]
     outcomes += [(1, "b", "pending"), (2, "a", "delivered"), (3, "a", "failed"), (2, "b", "failed")]
     for n, id, status in outcomes:
-        reason = None if status == "delivered" else "status"
-        ledger.rows.append(
-            webhook_outbox._Row("outcome", keys[n], id, status, 7.0, 1.0, 0.5, 200, reason)
-        )
+        tried = (status, 7.0, 1.0, 0.5, 200, None if status == "delivered" else "status")
+        ledger.rows.append(webhook_outbox._Row("outcome", keys[n], id, *tried))
         if id == "a":
             ledger.queues[id, keys[n]] = ""
     with contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as db:
@@ -12323,10 +11729,8 @@ def test_the_successes_of_a_queue_are_marked_last_one_first_and_recorded_in_thei
                  INSERT INTO heads VALUES (NEW.event);
                END"""
         )
-        assert [(row.event, row.endpoint_id) for row in ledger.write(db)] == [
-            (keys[n], id) for n, id, _ in outcomes
-        ]
-    assert not ledger
+        written = [(row.event, row.endpoint_id) for row in ledger.write(db)]
+    assert not ledger and written == [(keys[n], id) for n, id, _ in outcomes]
     heads = query(wal, "SELECT event FROM heads")
     assert heads == [(keys[3],), (keys[4],)]  # none of those that were delivered too
     rows = "SELECT event, endpoint_id, status, attempts FROM webhook_deliveries ORDER BY 2, 1"
@@ -12337,7 +11741,7 @@ def test_the_successes_of_a_queue_are_marked_last_one_first_and_recorded_in_thei
         *((keys[2], "b", "failed", 1), (keys[3], "b", "pending", 0), (keys[4], "b", "pending", 0)),
     ]
     tried = query(wal, "SELECT event, endpoint_id FROM webhook_attempts ORDER BY id")
-    assert tried == [(keys[n], id) for n, id, _ in outcomes]
+    assert tried == written
 
 
 BATCHES = [  # successes of queues (q) and others (o), most; outcomes and marks of the batch
@@ -12386,10 +11790,9 @@ def test_a_statement_holds_no_more_rows_than_every_sqlite_takes(wal):
             ledger.write(db)
             left.append((len(ledger.rows), len(ledger.states), len(ledger.counts)))
     assert left == [(264, 1288, 1800), (0, 776, 528), (0, 264, 0), (0, 0, 0)]
-    states = (
-        "SELECT failures, failing_since, paused_until, enabled, count(*) FROM webhook_endpoints"
-    )
-    assert query(wal, f"{states} GROUP BY 4") == [(1, 5.0, 6.0, 0, 900), (1, 5.0, 6.0, 1, 900)]
+    columns = "failures, failing_since, paused_until, enabled"
+    states = f"SELECT {columns}, count(*) FROM webhook_endpoints GROUP BY 4"
+    assert query(wal, states) == [(1, 5.0, 6.0, 0, 900), (1, 5.0, 6.0, 1, 900)]
     assert lane.disable is None  # said, and not to be said again
     counted = "SELECT name, sum(value), count(*) FROM webhook_counts GROUP BY 1"
     assert query(wal, counted) == [("internal", 1800.0, 1800)]
@@ -12433,9 +11836,7 @@ BUDGET = [  # host commits of the last second, seconds that ours took, whether w
 
 
 @pytest.mark.parametrize(("commits", "took", "sending", "gap"), BUDGET)
-def test_a_host_waits_twice_a_second_or_in_one_of_110_commits_and_no_gap_is_below_a_tenth(
-    commits, took, sending, gap
-):
+def test_a_host_waits_twice_a_second_or_in_one_of_110_commits(commits, took, sending, gap):
     budget = webhook_outbox._Budget()
     budget.hosts.extend([9.5] * commits)
     assert budget.gap(10.0, took, 1, sending) == pytest.approx(gap)
@@ -12480,18 +11881,15 @@ HURRY = [  # whether the host writes, attempts are under way, it stops; mode; se
 
 
 @pytest.mark.parametrize(("writes", "attempts", "stopping", "mode", "gap"), HURRY)
-def test_only_who_has_nothing_else_to_do_or_leaves_does_not_wait_to_record(
+def test_only_an_idle_drain_or_one_that_leaves_records_at_once(
     wal, writes, attempts, stopping, mode, gap
 ):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint("https://example.com/", id="a")
+    outbox = make_outbox(wal, "https://example.com/", id="a")
     with drain_by_hand(outbox, mode) as drain:
         drain.outcomes.record_at = 0.0
         drain.outcomes.record(time.monotonic(), False, False)
         assert drain.outcomes.record_at == 0.0  # nothing to write: no commit
-        query(
-            wal, "INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (1, 'a', 0.0)"
-        )
+        query(wal, f"{DELIVERY} VALUES (1, 'a', 0.0)")
         drain.ledger.rows.append(webhook_outbox._Row("outcome", 1, "a", "delivered", 0.0, 1.0, 0.0))
         if attempts:
             drain.carrier.attempts.add(attempt := attempt_of())
@@ -12514,20 +11912,22 @@ def test_only_who_has_nothing_else_to_do_or_leaves_does_not_wait_to_record(
 
 @pytest.mark.parametrize(("writes", "count"), [(True, 750), (False, 1536)])
 def test_while_the_host_writes_commits_are_small(wal, monkeypatch, writes, count):
+    """An endpoint that cannot make requests has its attempts end at once, so that only the bound on
+    unrecorded outcomes stops a turn and leaves the loop to the others."""
     monkeypatch.delenv("NOWHERE", raising=False)
-    outbox = make_outbox(wal, retry=ONCE)
-    outbox.add_endpoint("https://example.com/", id="broken", secret="env:NOWHERE")
-    with outbox.transaction() as conn:
-        for n in range(2100):
-            outbox.emit(conn, "order.created", n)
+    outbox = make_outbox(wal, URL, retry=ONCE, id="broken", secret="env:NOWHERE")
+    emit_numbers(outbox, range(2100))
     with drain_by_hand(outbox) as drain:
         drain_turn(drain)
         assert len(drain.ledger.rows) == webhook_outbox._UNRECORDED
+        assert drain.finder.lanes["broken"].health.failures == webhook_outbox._UNRECORDED
         if writes:
             drain.outcomes.budget.hosts.append(time.monotonic())
         drain.outcomes.record(time.monotonic(), False, False)
         assert query(wal, "SELECT count(*) FROM webhook_attempts") == [(count,)]
         assert len(drain.ledger.rows) == webhook_outbox._UNRECORDED - count
+    # Leaving wrote all of them, in several statements.
+    assert outbox.stats().failed == webhook_outbox._UNRECORDED
 
 
 @contextlib.contextmanager
@@ -12559,9 +11959,7 @@ def test_a_watch_tells_the_hosts_commits_from_our_own(database):
     assert found == ["first", "host", None, None, "host", None, None]
 
 
-def polls(
-    watch: Any, db: sqlite3.Connection, mono: float, sending: bool, count: int
-) -> list[float]:
+def polls(watch: Any, db: Any, mono: float, sending: bool, count: int) -> list[float]:
     """Poll whenever it is time to; return the milliseconds in between."""
     pauses = []
     for _ in range(count):
@@ -12586,9 +11984,7 @@ POLLS = [  # seconds since a commit was seen, whether hints work, whether we sen
 
 
 @pytest.mark.parametrize(("quiet", "hints", "sending", "expected"), POLLS)
-def test_polls_grow_apart_after_a_commit_and_are_rare_where_hints_work(
-    wal, quiet, hints, sending, expected
-):
+def test_polls_grow_apart_and_are_rare_where_hints_work(wal, quiet, hints, sending, expected):
     watch = webhook_outbox._Watch()
     with watched(wal) as (ours, _):
         assert watch.rest(0.0) == 0.0 and watch.poll(ours, 0.0, sending) == "first"
@@ -12721,74 +12117,52 @@ def test_a_drains_file_is_closed_while_another_thread_forks_and_open_again_after
     file.unpark()
 
 
+URL_IN_SQL = "UPDATE webhook_endpoints SET url = 'https://x.test' WHERE id = 'a'"
+HELD_IN_SQL = "UPDATE webhook_endpoints SET failures = 1, failing_since = 1.0"
+NO_HEAD = "DELETE FROM webhook_deliveries WHERE endpoint_id = 'b' AND status = 'pending'"
 NEWS: dict[str, tuple[str, Callable[[Any], Any]]] = {  # what it is; what moves, and what does it
     "an event": ("seen", lambda s: emit(s.outbox)),
     "an event of SQL": (
-        "seen",
-        lambda s: query(s.path, "INSERT INTO webhook_emit (type, data) VALUES ('order.x', '1')"),
+        "seen", lambda s: s.query("INSERT INTO webhook_emit (type, data) VALUES ('order.x', '1')")
     ),
     "add": ("version", lambda s: s.outbox.add_endpoint(URL, id="new")),
     "update": ("version", lambda s: s.outbox.update_endpoint("a", rate=5)),
     "disable": ("version", lambda s: s.outbox.disable_endpoint("a")),
     "rotate": ("version", lambda s: s.outbox.rotate_secret("a")),
-    "a url in SQL": (
-        "version",
-        lambda s: query(
-            s.path, "UPDATE webhook_endpoints SET url = 'https://x.test' WHERE id = 'a'"
-        ),
-    ),
+    "a url in SQL": ("version", lambda s: s.query(URL_IN_SQL)),
     "remove": ("version removed", lambda s: s.outbox.remove_endpoint("late")),
     "remove one with a queue": ("version removed work", lambda s: s.outbox.remove_endpoint("b")),
     "replay": ("work", lambda s: s.outbox.replay(all=True)),
     "resend": ("work", lambda s: s.outbox.resend(s.ids["delivered"])),
     "backfill": ("work", lambda s: s.outbox.backfill("late", since=0.0)),
-    "delete the head of a queue": (
-        "work",
-        lambda s: query(
-            s.path, "DELETE FROM webhook_deliveries WHERE endpoint_id = 'b' AND status = 'pending'"
-        ),
-    ),
+    "delete the head of a queue": ("work", lambda s: s.query(NO_HEAD)),
     "discard what may hold a queue": ("work", lambda s: s.outbox.discard(all=True)),
     "delete the newest": (
-        "work",
-        lambda s: query(s.path, "DELETE FROM webhook_events WHERE id = ?", s.ids["newest"]),
+        "work", lambda s: s.query("DELETE FROM webhook_events WHERE id = ?", s.ids["newest"])
     ),
     "cancel": ("cancelled", lambda s: s.outbox.cancel(event_id=s.ids["newest"])),
     "cancel the head of a queue": (
-        "work cancelled",
-        lambda s: s.outbox.cancel(event_id=s.ids["head"]),
+        "work cancelled", lambda s: s.outbox.cancel(event_id=s.ids["head"])
     ),
     "erase": ("cancelled", lambda s: s.outbox.erase(s.ids["newest"])),
     "cancel nothing": ("", lambda s: s.outbox.cancel(key="nobody's")),
     "try now": ("version work", lambda s: s.outbox.retry_now(event_id=s.ids["newest"])),
     "end a hold": (
-        "version",
-        lambda s: (
-            query(
-                s.path,
-                "UPDATE webhook_endpoints SET failures = 1, failing_since = 1.0 WHERE id = 'late'",
-            ),
-            s.outbox.retry_now(endpoint="late"),
-        ),
+        "version", lambda s: (s.query(HELD_IN_SQL), s.outbox.retry_now(endpoint="late"))
     ),
     "describe": ("", lambda s: s.outbox.update_endpoint("a", description="new")),
     "prune": ("", lambda s: s.outbox.prune(1.0)),
     "a retry": ("", lambda s: s.write("pending")),
     "a success": ("", lambda s: s.write("delivered")),
-    "an endpoint's state": (
-        "",
-        lambda s: query(s.path, "UPDATE webhook_endpoints SET failures = 1, failing_since = 1.0"),
-    ),
-}
+    "an endpoint's state": ("", lambda s: s.query(HELD_IN_SQL)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("moved", "act"), NEWS.values(), ids=NEWS.keys())
-def test_what_makes_an_old_delivery_due_is_counted_and_what_does_not_is_not(wal, serve, moved, act):
-    """Otherwise each commit would cost a look at all that wait, or a delivery would be looked for
-    in vain."""
-    clock, receiver = Clock(), serve([OK, answer(400), OK])
-    outbox = make_outbox(wal, clock=clock, retry=ONCE)
-    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=1)
+def test_what_makes_an_old_delivery_due_is_counted_and_what_does_not_is_not(wal, shop, moved, act):
+    """Otherwise each commit would cost a look at all that wait, or a delivery be missed."""
+    plays, clock = [OK, answer(400), OK], shop.clock
+    receiver, outbox = shop.open(plays, clock=clock, retry=ONCE, id="a", max_in_flight=1)
     ids = {"delivered": emit(outbox, "order.x"), "failed": emit(outbox, "order.x")}
     assert outbox.drain(once=True).failed == 1
     clock.advance(10)
@@ -12809,14 +12183,10 @@ def test_what_makes_an_old_delivery_due_is_counted_and_what_does_not_is_not(wal,
         news.begin(db)
         assert news.new(db) == []
         before = news.counters(db)
-        act(types.SimpleNamespace(outbox=outbox, ids=ids, path=wal, write=write))
-        changed = [
-            name
-            for name, was, now in zip(
-                ("version", "removed", "work", "cancelled"), before, news.counters(db), strict=True
-            )
-            if was != now
-        ]
+        act(types.SimpleNamespace(outbox=outbox, ids=ids, query=shop.query, write=write))
+        names = ("version", "removed", "work", "cancelled")
+        counters = zip(names, before, news.counters(db), strict=True)
+        changed = [name for name, was, now in counters if was != now]
         assert [*(["seen"] if news.new(db) else []), *changed] == moved.split()
 
 
@@ -12824,7 +12194,7 @@ def test_new_deliveries_are_read_once_and_a_thousand_at_a_time(wal):
     make_outbox(wal)
     news = webhook_outbox._News()
     rows = [(5, f"e{n:04}") for n in range(1500)] + [(6, "e0000"), (7, "\U0010ffff"), (7, "\udcff")]
-    insert = "INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (?, CAST(? AS TEXT), 0.0)"
+    insert = f"{DELIVERY} VALUES (?, CAST(? AS TEXT), 0.0)"
     events = "INSERT INTO webhook_events (seq, type, data, created_at) VALUES (?, 'a', '1', 0.0)"
     with contextlib.closing(sqlite3.connect(wal)) as db:
         db.text_factory = webhook_outbox._lenient_text
@@ -12855,7 +12225,7 @@ def test_all_that_wait_are_looked_at_256_endpoints_at_a_time(wal):
             outbox.add_endpoint(URL, id=id, conn=conn)
             if n % 7 == 0:
                 conn.execute("UPDATE webhook_endpoints SET enabled = 0 WHERE id = ?", (id,))
-        insert = "INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (?, ?, ?)"
+        insert = f"{DELIVERY} VALUES (?, ?, ?)"
         for n, id in enumerate(ids):
             conn.execute(insert, (1, id, 50.0 + n))
             conn.execute(insert, (2, id, 40.0 + n))
@@ -12864,9 +12234,8 @@ def test_all_that_wait_are_looked_at_256_endpoints_at_a_time(wal):
         while news.at is not None:
             found.append(news.waiting(db))
     assert list(map(len, found)) == [256, 256, 88]
-    assert list(itertools.chain(*found)) == [
-        (id, 40.0 + n, None if n == 599 else int(n % 7 != 0)) for n, id in enumerate(ids)
-    ]
+    enabled = [*(int(n % 7 != 0) for n in range(599)), None]
+    assert [*itertools.chain(*found)] == [(id, 40.0 + n, enabled[n]) for n, id in enumerate(ids)]
 
 
 WORK_LEFT = [  # of an endpoint: enabled, paused until, its delivery's due time and status; until; whether
@@ -12884,10 +12253,9 @@ WORK_LEFT = [  # of an endpoint: enabled, paused until, its delivery's due time 
 
 
 @pytest.mark.parametrize("before", [0, 300])
-@pytest.mark.parametrize(("enabled", "paused", "due", "status", "until", "expected"), WORK_LEFT)
-def test_work_is_left_where_an_enabled_endpoint_that_does_not_pause_has_something_due(
-    wal, before, enabled, paused, due, status, until, expected
-):
+@pytest.mark.parametrize("case", WORK_LEFT)
+def test_work_is_left_where_an_enabled_endpoint_has_something_due(wal, before, case):
+    enabled, paused, due, status, until, expected = case
     outbox = make_outbox(wal)
     with outbox.transaction() as conn:
         insert = "INSERT INTO webhook_deliveries (event, endpoint_id, due_at, status) VALUES (1, ?, ?, ?)"
@@ -12895,9 +12263,8 @@ def test_work_is_left_where_an_enabled_endpoint_that_does_not_pause_has_somethin
             conn.execute(insert, (f"e{n}", 0.0, "pending"))
         if enabled is not None:
             outbox.add_endpoint(URL, id="last", conn=conn)
-            conn.execute(
-                "UPDATE webhook_endpoints SET enabled = ?, paused_until = ?", (enabled, paused)
-            )
+            state = "UPDATE webhook_endpoints SET enabled = ?, paused_until = ?"
+            conn.execute(state, (enabled, paused))
         conn.execute(insert, ("last", due, status))
     with contextlib.closing(sqlite3.connect(wal)) as db:
         assert webhook_outbox._work_left(db, until) is expected
@@ -12927,12 +12294,8 @@ def find(finder: Any) -> None:
 
 def standing(finder: Any) -> dict[str, Any]:
     """Return where each endpoint that has something to do stands."""
-    found: dict[str, Any] = {
-        lane.id: rank for rank, round in enumerate(finder.schedule.turns.rounds) for lane in round
-    }
-    return found | {
-        key: when for key, when in finder.schedule.due._times.items() if key not in found
-    }
+    rounds = enumerate(finder.schedule.turns.rounds)
+    return finder.schedule.due._times | {lane.id: rank for rank, lanes in rounds for lane in lanes}
 
 
 def test_only_endpoints_that_have_something_to_do_get_a_lane(wal):
@@ -12994,11 +12357,8 @@ RETIRED = [  # what the lane has; whether it stays
 
 
 @pytest.mark.parametrize(("has", "stays"), RETIRED)
-def test_one_endpoint_has_one_lane_while_something_of_it_is_under_way_or_unrecorded(
-    wal, has, stays
-):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(URL, id="a")
+def test_one_endpoint_has_one_lane_while_something_of_it_is_unrecorded(wal, has, stays):
+    outbox = make_outbox(wal, URL, id="a")
     emit(outbox), emit(outbox)
     with finder_of(outbox) as finder:
         lane = finder.lanes["a"]
@@ -13013,9 +12373,7 @@ def test_one_endpoint_has_one_lane_while_something_of_it_is_under_way_or_unrecor
         assert not lane.enabled and lane.backlog.when() == math.inf
 
 
-def test_lanes_without_work_are_forgotten_when_there_are_many_and_what_comes_up_later_is_not(
-    wal, monkeypatch
-):
+def test_lanes_without_work_are_forgotten_when_there_are_many(wal, monkeypatch):
     monkeypatch.setattr(webhook_outbox._Finder, "_LANES", 6)
     clock = Clock(1000.0)
     outbox = make_outbox(wal, clock=clock)
@@ -13062,9 +12420,8 @@ def test_what_our_own_commit_made_due_is_looked_for(wal):
         assert finder._ledger.queues == {("a", 2): "k", ("b", 7): "k"}
         finder.recorded([outcome(1, "b", "pending", 8.0)], 6.0, 0.0)
         assert b.backlog.due == 7.0 and not finder.news.stale
-        finder.recorded(
-            [webhook_outbox._Row("notice", status="webhook.endpoint.failing")], 6.0, 0.0
-        )
+        notice = webhook_outbox._Row("notice", status="webhook.endpoint.failing")
+        finder.recorded([notice], 6.0, 0.0)
         assert finder.news.stale
 
 
@@ -13079,16 +12436,14 @@ def test_when_the_clock_was_set_back_nothing_waits_for_the_old_time(wal):
         b.health = webhook_outbox._Health(12, 5.0, 50.0, 50.0)
         a.backlog.take(finder._file.db, time.time())
         finder.turned_back(100.0)
-        assert (
-            a.health == webhook_outbox._Health(12, 5.0, 0.0, 0.0) and b.health.paused_until == 50.0
-        )
+        assert a.health == webhook_outbox._Health(12, 5.0, 0.0, 0.0)
+        assert b.health.paused_until == 50.0
         assert set(finder._ledger.states) == {"a"} and finder.looking()
         assert not a.backlog.read and len(a.backlog.known) == 1
 
 
 def test_looking_at_all_that_wait_takes_a_fifth_of_the_time_and_comes_again_each_minute(wal):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(URL, id="a")
+    outbox = make_outbox(wal, URL, id="a")
     emit(outbox)
     with finder_of(outbox) as finder:
         mono = time.monotonic()
@@ -13111,8 +12466,7 @@ def test_looking_at_all_that_wait_takes_a_fifth_of_the_time_and_comes_again_each
 
 
 class Refusing(sqlite3.Connection):
-    """Refuses one statement of the drain, as while a host commits in rollback mode: the one that
-    makes `left` 0."""
+    """Refuses one statement of the drain, as while a host commits: the one that makes `left` 0."""
 
     left = 0
     text = ""
@@ -13131,9 +12485,7 @@ class Refusing(sqlite3.Connection):
 
 @pytest.mark.long
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.long)])
-def test_a_host_that_commits_at_any_statement_of_a_turn_costs_no_delivery(
-    wal, serve, monkeypatch, step
-):
+def test_a_host_that_commits_at_any_statement_costs_no_delivery(wal, serve, monkeypatch, step):
     """Whatever the turn had read before is not forgotten: `until_empty` would end without it."""
     begun = threading.Event()
 
@@ -13147,11 +12499,10 @@ def test_a_host_that_commits_at_any_statement_of_a_turn_costs_no_delivery(
         sock.sendall(OK)
         return True
 
-    outbox = make_outbox(wal, retry=RetryPolicy((0,), jitter=0.0))
+    outbox = make_outbox(wal, retry=ONCE)
     for name in ("a", "ordered"):
-        outbox.add_endpoint(
-            serve(play).url(), id=name, ordered=name == "ordered", events=["order.*"]
-        )
+        options = {"ordered": name == "ordered", "events": ["order.*"]}
+        outbox.add_endpoint(serve(play).url(), id=name, **options)
     for name in ("new", "later"):  # whose endpoints have to be read first
         outbox.add_endpoint(serve().url(), id=name, events=[name])
     monkeypatch.setattr(sqlite3, "Connection", Refusing)
@@ -13174,9 +12525,8 @@ def carrier_of(path: str, **options: Any) -> Iterator[Any]:
         assert not carrier.attempts
     finally:
         carrier.close()
-    assert all(
-        origin.open == origin.proven == origin.hanging == 0 for origin in carrier.origins.values()
-    )
+    for origin in carrier.origins.values():
+        assert origin.open == origin.proven == origin.hanging == 0
 
 
 def lane_to(carrier: Any, url: str, **fields: Any) -> Any:
@@ -13225,8 +12575,7 @@ def test_each_attempt_comes_back_once_with_its_outcome(wal, serve):
 
 @pytest.mark.parametrize("slow", [False, True])
 def test_an_attempt_begins_only_where_a_connection_or_a_thread_is_free(wal, serve, slow):
-    """Two are opened at once for an origin. Then its lanes are parked there until there is room
-    again."""
+    """Two are opened at once for an origin. Then its lanes are parked there."""
     gate = Gate()
     receiver, url = serve(gate), ""
     transforms = {"own": lambda event: b"1"}
@@ -13282,9 +12631,7 @@ def test_any_endpoint_of_an_origin_may_use_its_idle_connection(wal, serve):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_attempt_that_waits_for_a_connection_takes_the_first_that_becomes_idle(
-    wal, serve, workers
-):
+def test_an_attempt_that_waits_takes_the_first_connection_that_is_idle(wal, serve, workers):
     """It is not sent twice when its own is opened after all: that one is kept for another, while no
     more are idle than may be kept."""
     go, receiver = threading.Event(), serve()
@@ -13307,22 +12654,9 @@ def test_an_attempt_that_waits_for_a_connection_takes_the_first_that_becomes_idl
         assert len(receiver.requests) == 2 and carrier.origin(lane.wire).open == workers
 
 
-def test_as_many_connections_are_kept_idle_as_there_are_workers_and_the_longest_idle_goes_first(
-    wal, serve
-):
-    receivers = [serve() for _ in range(4)]
-    with carrier_of(wal, workers=2) as carrier:
-        lanes = [lane_to(carrier, receiver.url()) for receiver in receivers]
-        for event, lane in enumerate(lanes):
-            carrier.begin(lane, row_of(event), time.time())
-            assert sent(carrier) == [(event, 200)]
-        assert [carrier.origin(lane.wire).open for lane in lanes] == [0, 0, 1, 1]
-
-
 @pytest.mark.parametrize("served", [False, True])
 def test_an_attempt_presses_only_on_a_connection_that_nobody_has_served_yet(wal, serve, served):
-    """Also where that connection was idle: it was opened for another, and no worker may have taken
-    it."""
+    """Also where that one was idle: it was opened for another, and no worker took it."""
     gate = Gate()
     receiver = serve([OK, OK, gate] if served else gate)
     with carrier_of(wal) as carrier:
@@ -13409,13 +12743,9 @@ def test_origins_that_nobody_uses_are_forgotten_when_there_are_many(wal, monkeyp
 def test_one_attempt_outside_a_drain_ends_like_any_other(wal, serve):
     """An answer counts although a reset follows it."""
 
-    def resets(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        sock.sendall(answer(503, b"busy"))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        return False
-
+    busy = lambda *args: args[1].sendall(answer(503, b"busy")) or resets(*args)  # noqa: E731
     settings = make_outbox(wal, timeout=0.5)._settings()
-    for play, expected in ((OK, 200), (resets, 503), (hangs, "timeout"), (None, "blocked")):
+    for play, expected in ((OK, 200), (busy, 503), (hangs, "timeout"), (None, "blocked")):
         url = "https://10.0.0.1/" if play is None else serve(play).url()
         endpoint = webhook_outbox.Endpoint("a", url)
         outcome = webhook_outbox._send_once(settings, endpoint, [(SECRET, None)], row_of(1))
@@ -13433,7 +12763,7 @@ def test_what_is_left_is_reckoned_from_the_last_count(wal):
         counts.count(db)
     for delivered, retried, failed, pending in ((7, 0, 0, 10), (9, 1, 1, 7), (20, 1, 1, 0)):
         counts.delivered, counts.retried, counts.failed = delivered, retried, failed
-        assert counts.report() == webhook_outbox.DrainReport(delivered, retried, failed, pending)
+        assert counts.report() == DrainReport(delivered, retried, failed, pending)
 
 
 def test_retention_deletes_a_few_at_a_time_and_then_rests(wal):
@@ -13442,9 +12772,7 @@ def test_retention_deletes_a_few_at_a_time_and_then_rests(wal):
     with outbox.transaction() as conn:
         conn.executemany(insert, [(n, 100.0 if n <= 1200 else 300.0) for n in range(1, 1301)])
         conn.execute("UPDATE webhook_events SET created_at = 300.0 WHERE seq BETWEEN 501 AND 999")
-        conn.execute(
-            "INSERT INTO webhook_deliveries (event, endpoint_id, due_at) VALUES (1000, 'a', 0)"
-        )
+        conn.execute(f"{DELIVERY} VALUES (1000, 'a', 0)")
     with contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as db:
         for mono in (10.0, 20.0, 30.0, 40.0):
             pruning.some(db, outbox._settings(), 200.0, mono)
@@ -13456,15 +12784,14 @@ def test_retention_deletes_a_few_at_a_time_and_then_rests(wal):
         assert pruning.at == 50.0 + 60.0  # it failed: later again
 
 
-def test_failed_rows_stay_for_their_retention_and_their_events_then_for_theirs(wal, serve):
-    clock = Clock()
-    outbox = make_outbox(wal, clock=clock, retry=ONCE, failed_retention=50.0, retention=100.0)
-    outbox.add_endpoint(serve(answer(500)).url(), id="a")
+def test_failed_rows_stay_for_their_retention_and_their_events_then_for_theirs(wal, shop):
+    clock, keeps = shop.clock, {"failed_retention": 50.0, "retention": 100.0}
+    _, outbox = shop.open(answer(500), clock=clock, retry=ONCE, **keeps, id="a")
     old = emit(outbox)
-    outbox.drain(once=True)
+    shop.drain()
     clock.advance(40)
     emit(outbox)
-    outbox.drain(once=True)
+    shop.drain()
     clock.advance(11)
     with drain_by_hand(outbox) as drain:
         drain._chores(clock.now, time.monotonic())
@@ -13477,11 +12804,9 @@ def test_failed_rows_stay_for_their_retention_and_their_events_then_for_theirs(w
             make_outbox(wal, failed_retention=wrong)
 
 
-def test_of_a_deliverys_attempts_the_first_and_the_last_answer_are_kept(wal, serve):
+def test_of_a_deliverys_attempts_the_first_and_the_last_answer_are_kept(shop):
     answers = [answer(500, b"%d" % n) for n in range(6)]
-    receiver = serve([*answers, answer(200, b"well")])
-    outbox = make_outbox(wal, retry=RetryPolicy((0,) * 6))
-    outbox.add_endpoint(receiver.url(), id="a")
+    _, outbox = shop.open([*answers, answer(200, b"well")], retry=RetryPolicy((0,) * 6), id="a")
     id = emit(outbox)
     outbox.drain(until_empty=True)
     assert [a.response for a in outbox.attempts(id)] == ["0", *[None] * 4, "5"]
@@ -13491,31 +12816,8 @@ def test_of_a_deliverys_attempts_the_first_and_the_last_answer_are_kept(wal, ser
     assert [a.response for a in outbox.attempts(id)] == ["0", *[None] * 4, "5", "well"]
 
 
-def test_only_failed_rows_of_the_endpoint_itself_speak_for_disabling_it(wal):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(URL, id="a")
-    with drain_by_hand(outbox) as drain:
-        rows = [(1, "a", "failed"), (2, "a", "pending"), (3, "b", "failed"), (4, "a", "failed")]
-        rows += [(5, "a", "delivered")]
-        more, last = [*rows, (6, "a", "failed")], 5 * 86_400.0
-        for since, now, outcomes, expected in (
-            (0.0, last, rows, False),
-            (0.0, last, more, True),
-            (0.0, last - 0.1, more, False),
-            (0.1, last, more, False),
-            (None, last, more, False),
-        ):
-            drain.ledger.rows = [
-                webhook_outbox._Row("outcome", event, id, status) for event, id, status in outcomes
-            ]
-            lane = lane_of(health=webhook_outbox._Health(int(since is not None), since))
-            assert bool(drain.outcomes._hopeless(lane, now)) is expected, (since, now)
-        drain.ledger.rows = []
-
-
 def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):
-    """So many are asked a turn, since among thousands that would take too long; they go to the end
-    of their line."""
+    """So many are asked a turn; they go to the end of their round."""
     receiver, outbox, tries = serve(), make_outbox(wal), webhook_outbox._Places._TRIES
     names = [f"e{number:02}" for number in range(tries * 3 // 2)]
     for number, name in enumerate(names, 1):  # each of an origin of its own
@@ -13530,9 +12832,8 @@ def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):
         openers.busy = webhook_outbox._OPENERS // 2
         for first in (tries, tries // 2, 0):
             drain_turn(drain)
-            assert (
-                rounds(drain) == ["", " ".join(names[first:] + names[:first]), ""] and not attempts
-            )
+            assert rounds(drain) == ["", " ".join(names[first:] + names[:first]), ""]
+            assert not attempts
         openers.busy -= 1
         drain_turn(drain)
         assert [attempt.lane.id for attempt in attempts] == ["e00"]
@@ -13555,39 +12856,41 @@ def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):
         openers.starved_until = 0.0
 
 
+def drain_given(drain: Any, there: dict[str, float]) -> float:
+    """Have a drain find these things to do, in so many seconds; return now."""
+    mono, wall, schedule, lane = time.monotonic(), drain.settings.clock(), None, lane_of("b")
+    schedule, puts = drain.finder.schedule, dict[str, Callable[[float], Any]]()
+    puts["rows"] = lambda seconds: drain.ledger.rows.append(webhook_outbox._Row())
+    puts["state"] = lambda seconds: drain.ledger.states.update(b=lane)
+    puts["freed"] = lambda seconds: drain.carrier.freed.append(lane)
+    puts["round"] = lambda seconds: schedule.turns.join(lane, 1)
+    puts["slot"] = lambda seconds: schedule.slots.set("a", mono + seconds)
+    puts["due"] = lambda seconds: schedule.due.set("a", wall + seconds)
+    puts["attempt"] = lambda seconds: drain.carrier.attempts.add(attempt_of())
+    puts["stop"] = drain.stop
+    find(drain.finder)
+    drain.clock_seen = wall + there.get("clock", 0.0)
+    drain.finder.news.stale, drain.finder.news.at = "stale" in there, None
+    drain.outcomes.record_at = mono + there.get("rows", 0.0)
+    if "looking" in there:
+        drain.finder.news.at, drain.finder._looking.at = "", mono + there["looking"]
+    for name in there.keys() & puts.keys():
+        puts[name](there[name])
+    return mono
+
+
 UNTIL = [  # what there is; seconds until the loop has something to do that nobody will wake it for
-    ({}, 0.2),  # chores
-    ({"rows": 0.1}, 0.1),  # outcomes that may be recorded then
-    ({"rows": 0.3}, 0.2),
-    ({"rows": -1.0}, 0.0),
-    ({"stale": True}, 0.0),
-    ({"freed": True}, 0.0),
-    ({"slot": 0.05}, 0.05),
-    ({"due": 0.07}, 0.07),
-    ({"looking": 0.03}, 0.03),
+    *(({}, 0.2), ({"rows": 0.1}, 0.1), ({"rows": 0.3}, 0.2), ({"rows": -1.0}, 0.0)),
+    *(({"stale": 1}, 0.0), ({"freed": 1}, 0.0), ({"slot": 0.05}, 0.05)),
+    *(({"due": 0.07}, 0.07), ({"looking": 0.03}, 0.03)),
 ]
 
 
 @pytest.mark.parametrize(("values", "expected"), UNTIL)
 def test_the_loop_sleeps_until_the_next_thing_that_nobody_will_wake_it_for(wal, values, expected):
-    clock = Clock()
-    with drain_by_hand(make_outbox(wal, clock=clock)) as drain:
-        find(drain.finder)
-        mono = time.monotonic()
+    with drain_by_hand(make_outbox(wal, clock=Clock())) as drain:
+        mono = drain_given(drain, values)
         drain.chores_at = mono + 0.2
-        if "rows" in values:
-            drain.ledger.rows.append(webhook_outbox._Row())
-            drain.outcomes.record_at = mono + values["rows"]
-        drain.finder.news.stale = values.get("stale", False)
-        if "freed" in values:
-            drain.carrier.freed.append(lane_of())
-        if "slot" in values:
-            drain.finder.schedule.slots.set("a", mono + values["slot"])
-        if "due" in values:
-            drain.finder.schedule.due.set("a", clock.now + values["due"])
-        if "looking" in values:
-            drain.finder.news.at = ""
-            drain.finder._looking.at = mono + values["looking"]
         assert drain._until_work(mono) == pytest.approx(expected, abs=1e-6)
         drain.ledger.forget()
 
@@ -13597,18 +12900,16 @@ FINISHED = [  # mode, what there is; whether the run is over
     *(("once", {"due": 50.0}, True), ("until_empty", {"due": 50.0}, False)),
     *(("once", {"due": -1.0}, False), ("once", {"slot": 1.0}, False)),
     *(("once", {"round": 1}, False), ("once", {"freed": 1}, False), ("once", {"rows": 1}, False)),
+    *(("once", {"state": 1}, False), ("once", {"attempt": 1}, False)),
     *(
-        ("once", {"state": 1}, False),
-        ("once", {"attempt": 1}, False),
         ("once", {"stale": 1}, False),
+        ("once", {"looking": 1}, False),
+        ("once", {"clock": 2}, False),
     ),
-    *(("once", {"looking": 1}, False), ("once", {"clock": 1}, False)),
     *(("forever", {"stop": 60.0}, True), ("forever", {"stop": 60.0, "round": 1}, True)),
-    *(
-        ("forever", {"stop": 60.0, "rows": 1}, False),
-        ("forever", {"stop": 60.0, "attempt": 1}, False),
-    ),
-    *(("forever", {"stop": 0.0, "rows": 1, "attempt": 1}, True),),
+    ("forever", {"stop": 60.0, "rows": 1}, False),
+    ("forever", {"stop": 60.0, "attempt": 1}, False),
+    ("forever", {"stop": 0.0, "rows": 1, "attempt": 1}, True),
 ]
 
 
@@ -13616,53 +12917,10 @@ FINISHED = [  # mode, what there is; whether the run is over
 def test_a_run_is_over_when_nothing_is_left_that_it_has_to_wait_for(wal, mode, there, expected):
     clock = Clock()
     with drain_by_hand(make_outbox(wal, clock=clock), mode) as drain:
-        find(drain.finder)
-        drain.clock_seen = clock.now + (2.0 if "clock" in there else 0.0)
-        schedule, lane, attempt = drain.finder.schedule, lane_of("b"), attempt_of()
-        drain.finder.news.stale = "stale" in there
-        drain.finder.news.at = "" if "looking" in there else None
-        if "due" in there:
-            schedule.due.set("a", clock.now + there["due"])
-        if "slot" in there:
-            schedule.slots.set("a", there["slot"])
-        if "round" in there:
-            schedule.turns.join(lane, 1)
-        if "freed" in there:
-            drain.carrier.freed.append(lane)
-        if "rows" in there:
-            drain.ledger.rows.append(webhook_outbox._Row())
-        if "state" in there:
-            drain.ledger.states["b"] = lane
-        if "attempt" in there:
-            drain.carrier.attempts.add(attempt)
-        if "stop" in there:
-            drain.stop(there["stop"])
+        drain_given(drain, there)
         assert drain._finished(clock.now) is expected
         drain.ledger.forget()
-        drain.carrier.attempts.discard(attempt)
-
-
-@pytest.mark.parametrize(("count", "each"), [(512, 3), (1100, 1)])
-def test_what_is_learned_of_more_endpoints_than_a_statement_holds_is_recorded_and_counted(
-    wal, monkeypatch, count, each
-):
-    """With 512 the last statement is full before it comes to the counts; with 1100 endpoints are
-    left over."""
-    monkeypatch.delenv("NOWHERE", raising=False)
-    outbox = make_outbox(wal, retry=ONCE)
-    with outbox.transaction() as conn:
-        for number in range(count):
-            outbox.add_endpoint(
-                "https://example.com/", id=f"e{number}", secret="env:NOWHERE", conn=conn
-            )
-        for number in range(each):
-            outbox.emit(conn, "order.created", number)
-    assert outbox.drain(once=True).failed == each * count
-    assert query(wal, "SELECT failures, count(*) FROM webhook_endpoints GROUP BY 1") == [
-        (each, count)
-    ]
-    counts = "SELECT name, value, count(*) FROM webhook_counts GROUP BY 1, 2"
-    assert query(wal, counts) == [("given up", each, count), ("internal", each, count)]
+        drain.carrier.attempts.clear()
 
 
 CHUNKS = b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 1_000
@@ -13692,11 +12950,8 @@ def test_an_endpoint_whose_answers_are_expensive_to_read_is_slow_until_it_gave_a
 
 
 @pytest.mark.parametrize("known", ["nothing", "a failure"])
-def test_proven_endpoints_that_use_every_opener_leave_the_next_one_to_who_is_not_proven(
-    wal, serve, known
-):
-    """Their turns come again and again while they have a backlog; the others would wait for its
-    end."""
+def test_proven_endpoints_that_use_every_opener_leave_the_next_to_the_others(wal, serve, known):
+    """Their turns come again and again; the others would wait for their backlog's end."""
     receiver, going = serve(answer(200, b"", "Connection: close")), threading.Event()
     first, failing = threading.Event(), serve(answer(500, b"", "Connection: close"))
     going.set(), first.set()
@@ -13705,13 +12960,11 @@ def test_proven_endpoints_that_use_every_opener_leave_the_next_one_to_who_is_not
         assert (first if host == "h0.test" else going).wait(30)
         return ["127.0.0.1"]
 
-    outbox = make_outbox(
-        wal, resolver=resolve, timeout=30, connect_timeout=30, retry=RetryPolicy((0, 3600), 0.0)
-    )
+    options = {"timeout": 30, "connect_timeout": 30, "retry": RetryPolicy((0, 3600), 0.0)}
+    outbox = make_outbox(wal, resolver=resolve, **options)
     for number in range(8):
-        outbox.add_endpoint(
-            f"http://h{number}.test:{receiver.port}/old", id=f"h{number}", events=["old"]
-        )
+        url = receiver.url("/old", host=f"h{number}.test")
+        outbox.add_endpoint(url, id=f"h{number}", events=["old"])
     outbox.add_endpoint(failing.url("/new"), id="new", events=["new"])
     outbox.add_endpoint(serve().url(), id="steady", events=["steady"])  # keeps its connection
     with outbox:
@@ -13738,17 +12991,6 @@ def test_proven_endpoints_that_use_every_opener_leave_the_next_one_to_who_is_not
         eventually(lambda: outbox.stats().due == 0)
 
 
-def test_an_attempt_that_hangs_is_ended_by_its_timeout_and_its_place_used_again(wal, serve):
-    receiver = serve([hangs, OK])
-    outbox = make_outbox(wal, timeout=0.5, retry=RetryPolicy((0, 0), jitter=0.0))
-    outbox.add_endpoint(receiver.url(), max_in_flight=1)
-    event = emit(outbox)
-    assert outbox.drain(until_empty=True) == webhook_outbox.DrainReport(1, 1, 0, 0)
-    first, second = outbox.attempts(event)
-    assert (first.reason, second.reason) == ("timeout", None)
-    assert first.duration >= 0.5
-
-
 def test_a_struggling_endpoint_gets_one_probe_at_a_time_and_one_success_opens_it(wal, serve):
     clock, receiver = Clock(), serve(answer(500))
     options: dict[str, Any] = {"clock": clock, "retry": RetryPolicy((0, *[100] * 30), jitter=0.0)}
@@ -13773,52 +13015,10 @@ def test_a_struggling_endpoint_gets_one_probe_at_a_time_and_one_success_opens_it
     assert outbox.endpoints()[0].failing_since is None
 
 
-def test_probes_of_a_struggling_endpoint_are_never_parallel(wal, serve):
-    clock, receiver = Clock(), serve(answer(500))
-    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy((0, 100, 100), jitter=0.0))
-    outbox.add_endpoint(receiver.url())
-    emit_numbers(outbox, range(40))
-    outbox.drain(once=True)
-    assert 10 <= len(receiver.requests) <= 10 + 8
-    clock.advance(61)
-    receiver.play = gate = Gate()
-    with draining(outbox, once=True):
-        eventually(lambda: gate.inside == 1)
-        time.sleep(0.2)
-        assert gate.most == 1
-        gate.opened.set()
-        eventually(lambda: outbox.stats().due == 0)
-
-
-def test_a_ping_that_is_answered_ends_the_hold_also_in_a_drain_that_runs(either, serve):
-    receiver = serve(answer(500))
-    outbox = make_outbox(either, retry=RetryPolicy((0, 100, 100), jitter=0.0))
-    other = make_outbox(either)  # as another process has it
-    outbox.add_endpoint(receiver.url(), id="crm")
-    emit_numbers(outbox, range(40))
-    with outbox:
-        eventually(lambda: other.endpoint("crm").paused_until > time.time() + 1.5)
-        assert other.ping("crm").reason == "status"
-        held, seen = other.endpoint("crm"), len(receiver.requests)
-        assert held.failures >= 10 and held.paused_until > time.time(), (
-            "a failed ping changes nothing"
-        )
-        receiver.play = OK
-        assert other.ping("crm").reason is None
-        now = other.stats().endpoints[0]
-        assert now.failures == 0 or now.delivered, "at once, or the drain was quicker"
-        eventually(lambda: len(receiver.requests) >= seen + 20, within=1)
-    endpoint = other.endpoint("crm")
-    assert (endpoint.failures, endpoint.failing_since, endpoint.paused_until) == (0, None, 0.0)
-
-
 @pytest.mark.parametrize(("unrecorded", "kept"), [(3, 3), (12, 0)])
-def test_a_hold_that_somebody_ended_is_not_brought_back_by_what_is_unrecorded(
-    wal, unrecorded, kept
-):
+def test_a_hold_that_somebody_ended_is_not_brought_back_by_the_unrecorded(wal, unrecorded, kept):
     """A drain whose last failure is not in the file yet reads the endpoint's row again."""
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(URL, id="crm")
+    outbox = make_outbox(wal, URL, id="crm")
     drain = webhook_outbox._Drain(outbox._settings(), "once")
     drain.run()
     lane, now = webhook_outbox._Lane("crm"), time.time()
@@ -13830,10 +13030,9 @@ def test_a_hold_that_somebody_ended_is_not_brought_back_by_what_is_unrecorded(
     assert lane.health.failures == kept and bool(lane.health.paused_until) == bool(kept)
 
 
-def test_a_drain_prunes_by_itself_and_prune_beside_it_takes_nothing_that_waits(wal, serve):
-    clock, receiver = Clock(), serve(Fails(n1=9))
-    outbox = make_outbox(wal, clock=clock, retention=100, retry=RetryPolicy((0,), jitter=0.0))
-    outbox.add_endpoint(receiver.url())
+def test_a_drain_prunes_by_itself_and_prune_beside_it_takes_nothing_that_waits(wal, shop):
+    clock = shop.clock
+    receiver, outbox = shop.open(Fails(n1=9), clock=clock, retention=100, retry=ONCE)
     old = emit_numbers(outbox, (0, 1))
     waiting = emit_numbers(outbox, [2], delay=1000)
     outbox.drain(once=True)
@@ -13884,39 +13083,19 @@ def app(environ, start_response):
 
 
 @contextlib.contextmanager
-def gunicorn(folder: pathlib.Path, path: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def gunicorn(folder: pathlib.Path, path: str) -> Iterator[tuple[Child, str]]:
     (folder / "shop.py").write_text(GUNICORN_APP)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     environment = {**os.environ, "APP_DB": path, "PYTHONPATH": f"{ROOT}:{folder}"}
-    arguments = [
-        "--preload",
-        "--workers",
-        "3",
-        "--bind",
-        f"127.0.0.1:{port}",
-        "--log-level",
-        "warning",
-        "shop:app",
-    ]
+    words = f"gunicorn --preload --workers 3 --bind 127.0.0.1:{port} --log-level warning shop:app"
     log = folder / "gunicorn.log"
     with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", *arguments],
-            env=environment,
-            cwd=folder,
-            stderr=file,
-            text=True,
-        )
-    try:
+        process = Child("-m", *words.split(), env=environment, cwd=folder, stderr=file)
+    with process:
         yield process, f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        finally:
-            process.kill()
-            process.wait()
+        process.terminate()
+        process.wait(20)
     assert "Traceback" not in log.read_text(), log.read_text()
 
 
@@ -13957,20 +13136,16 @@ def application(environ, start_response):
         ("--processes 1", False),
     ],
 )
-def test_under_uwsgi_a_thread_is_started_after_the_fork_or_refused(
-    wal, serve, tmp_path, options, refused
-):
+def test_under_uwsgi_a_drain_is_started_after_the_fork(wal, shop, tmp_path, options, refused):
     """uWSGI forks its workers in C: a thread of the master is not theirs, but its locks are."""
     pytest.importorskip("pyuwsgi")
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+    receiver, _ = shop.open()
     (tmp_path / "shop.py").write_text(UWSGI_APP)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    words = (
-        f"--http-socket 127.0.0.1:{port} --module shop --need-app --enable-threads --die-on-term"
-    )
-    code = f"import pyuwsgi; pyuwsgi.run({[*words.split(), *options.split()]!r})"
+    words = "--module shop --need-app --enable-threads --die-on-term --http-socket"
+    words += f" 127.0.0.1:{port} {options}"
+    code = f"import pyuwsgi; pyuwsgi.run({words.split()!r})"
     environment = {**os.environ, "APP_DB": wal, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     environment["PYTHONPATH"] += ":" + ":".join(path for path in sys.path if path)
 
@@ -14009,14 +13184,7 @@ if __name__ == "__main__":
 @pytest.mark.long
 def test_beside_flasks_reloader_the_process_that_serves_drains_and_says_so(wal, tmp_path):
     (tmp_path / "shop.py").write_text(RELOADED_APP)
-    with subprocess.Popen(
-        [sys.executable, "shop.py", wal],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        text=True,
-    ) as process:
+    with Child("shop.py", wal, cwd=tmp_path, start_new_session=True) as process:
         try:
             lines = iter(process.stderr.readline, "")
             said = next(line for line in lines if line.startswith("webhook_outbox process"))
@@ -14042,11 +13210,10 @@ with freezegun.freeze_time("2026-01-31") as frozen:
 """
 
 
-def test_a_frozen_clock_freezes_times_and_no_timeout(wal, serve):
+def test_a_frozen_clock_freezes_times_and_no_timeout(wal, shop):
     """freezegun stops time.monotonic as well as time.time."""
     pytest.importorskip("freezegun")
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), secret=SECRET)
+    receiver, _ = shop.open(secret=SECRET)
     with run_python(FROZEN, wal) as process:
         assert process.communicate(timeout=60) == ("1 1769817600.0\n", "")
     for request, now in zip(receiver.requests, (1769817600, 1769821200), strict=True):
@@ -14086,9 +13253,7 @@ main(["--db", sys.argv[1], "--allow-network", "127.0.0.0/8", "doctor"])
 
 
 @pytest.mark.long
-def test_where_no_temporary_file_can_be_made_the_drain_works_and_an_emit_says_why_it_does_not(
-    serve,
-):
+def test_where_no_temporary_file_can_be_made_the_drain_works_and_an_emit_says_why(serve):
     """As in a container whose root is read-only: a statement that fires triggers keeps a journal of
     the pages that it changes, and puts it into a temporary file where that is beyond 64 KiB."""
     variables = ("SQLITE_TMPDIR", "TMPDIR")
@@ -14104,9 +13269,8 @@ def test_where_no_temporary_file_can_be_made_the_drain_works_and_an_emit_says_wh
         except (OSError, subprocess.CalledProcessError):
             pytest.skip("nothing can be mounted here")
         environment["PYTHONPATH"] = str(ROOT)
-        done = subprocess.run(
-            [*words, path], env=environment, capture_output=True, text=True, timeout=100
-        )
+        options = {"capture_output": True, "text": True, "timeout": 100}
+        done = subprocess.run([*words, path], env=environment, **options)
     counts, told, *found = done.stdout.splitlines()
     missing = "SQLite finds no folder for temporary files that can be written"
     assert counts == "2000 2000 2000", done
@@ -14115,17 +13279,12 @@ def test_where_no_temporary_file_can_be_made_the_drain_works_and_an_emit_says_wh
     assert any(line.startswith("problem  ") and missing in line for line in found)
 
 
-def test_gunicorn_with_preload_and_three_workers_delivers_once_and_survives_the_death_of_the_one_that_drains(
-    either, serve, tmp_path
-):
-    receiver, outbox = serve(), make_outbox(either)
-    outbox.add_endpoint(receiver.url(), id="crm")
+def test_gunicorn_with_preload_delivers_once_and_survives_its_drains_death(either, shop, tmp_path):
+    receiver, outbox = shop.open(id="crm")
 
     def ask(path: str) -> str:
-        with (
-            contextlib.suppress(requests.RequestException),
-            requests.get(base + path, timeout=10) as got,
-        ):
+        with contextlib.suppress(requests.RequestException):
+            got = requests.get(base + path, timeout=10)
             return got.text if got.ok else ""
         return ""
 
@@ -14137,9 +13296,8 @@ def test_gunicorn_with_preload_and_three_workers_delivers_once_and_survives_the_
 
     with gunicorn(tmp_path, either) as (master, base):
         workers: set[str] = set()
-        eventually(
-            lambda: workers.add(eventually(lambda: ask("/"), 30)) or len(workers) >= 2, within=30
-        )
+        another = lambda: workers.add(eventually(lambda: ask("/"), 30)) or len(workers) >= 2  # noqa: E731
+        eventually(another, within=30)
         ids = order(20)
         eventually(lambda: len(receiver.requests) == 20, within=30)
         drainer = webhook_outbox._drainer(either)
@@ -14204,26 +13362,21 @@ outbox.stop()
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 @pytest.mark.parametrize("what", ["threads", "descriptors"])
-def test_a_process_without_threads_or_descriptors_delivers_when_there_are_some_again(
-    wal, serve, what
-):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(serve().url(), id="open", events=["order.created"])
+def test_a_process_without_threads_or_descriptors_delivers_later(wal, serve, what):
+    outbox = make_outbox(wal, serve().url(), id="open", events=["order.created"])
     for n in range(8):
         outbox.add_endpoint(serve().url(), id=f"ep{n}", events=["order.refused"])
     out, err = run_python(EXHAUSTED, wal, what).communicate(timeout=60)
     error = {"threads": "RuntimeError", "descriptors": "OSError"}[what]
     # Not the receivers' fault: no attempt.
     assert out.split() == [error, "True", "True", "['None']", "0"], out + err
-    assert (
-        "no connection can be opened" in err
-        and "draining stopped" not in err
-        and "Traceback" not in err
-    )
+    assert "no connection can be opened" in err
+    assert "draining stopped" not in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_runs_nothing_until_it_starts_its_own(either, serve):
+def test_a_forked_child_runs_nothing_until_it_starts_its_own(either, shop):
     code = """
     import os, sys, time, warnings
     from webhook_outbox import Outbox
@@ -14268,8 +13421,7 @@ def test_a_forked_child_runs_nothing_until_it_starts_its_own(either, serve):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     print("done", flush=True)
     """
-    receiver, outbox = serve(), make_outbox(either)
-    outbox.add_endpoint(receiver.url())
+    receiver, _ = shop.open()
     with drain_process(either, "", code) as process:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out.split("\n"), err) == (0, ["standing by", "done", ""], "")
@@ -14320,8 +13472,7 @@ def test_a_child_of_a_draining_process_keeps_its_commits_when_the_parent_stops(d
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("way", ["return", "raise", "exit"])
 def test_a_child_forked_inside_a_transaction_neither_ends_nor_spoils_it(database, way):
-    """The rollback journal of the parent must survive the child's exit: without it a crash would
-    corrupt the file."""
+    """The parent's rollback journal must survive: without it a crash would corrupt the file."""
     code = """
     import os, sqlite3, sys
     from webhook_outbox import Outbox
@@ -14368,14 +13519,11 @@ def test_a_child_forked_inside_a_transaction_neither_ends_nor_spoils_it(database
     assert query(database, "PRAGMA integrity_check") == [("ok",)]
 
 
-def test_the_interpreter_exits_promptly_and_silently_with_attempts_under_way(wal, serve):
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
+def test_the_interpreter_exits_promptly_and_silently_with_attempts_under_way(wal, shop):
+    receiver, outbox = shop.open(gate := Gate())
     event = emit(outbox)
-    code = DRAIN_FOREVER.replace(
-        "time.sleep(600)", "sys.stdin.readline()\nprint('leaving', flush=True)\nsys.exit(3)"
-    )
+    leaves = "sys.stdin.readline()\nprint('leaving', flush=True)\nsys.exit(3)"
+    code = DRAIN_FOREVER.replace("time.sleep(600)", leaves)
     with drain_process(wal, "", code, stdin=subprocess.PIPE) as process:
         eventually(lambda: receiver.requests)
         process.stdin.write("\n")
@@ -14390,66 +13538,13 @@ def test_the_interpreter_exits_promptly_and_silently_with_attempts_under_way(wal
     assert outbox.drain(until_empty=True).delivered == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_attempts_under_way_end_and_takes_no_new_ones(wal, serve, number):
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), max_in_flight=2)
-    events = emit_numbers(outbox, range(4))
-    with drain_command(wal) as process:
-        eventually(lambda: len(receiver.requests) == 2)
-        process.send_signal(number)
-        time.sleep(0.4)
-        assert process.poll() is None
-        gate.opened.set()
-        out, err = process.communicate(timeout=20)
-        assert process.returncode == 0
-    assert out == "delivered 2, failed 0, retried 0, still pending 2\n"
-    assert "Traceback" not in err
-    assert len(receiver.requests) == 2
-    assert [len(outbox.attempts(id)) for id in events.values()].count(1) == 2
-
-
-def test_a_second_signal_stops_waiting(wal, serve):
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(wal)
-    outbox.add_endpoint(receiver.url())
-    event = emit(outbox)
-    with drain_command(wal) as process:
-        eventually(lambda: receiver.requests)
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=5)
-        assert process.returncode == 0
-    gate.opened.set()
-    assert "Traceback" not in err
-    assert statuses(outbox, event).popitem()[1] == "pending"
-
-
-class DrainHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.ids.append(self.headers["webhook-id"])  # type: ignore[attr-defined]
-        self.send_response(204)
-        self.end_headers()
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
 def drain_delivered(outbox: Outbox, event: str) -> None:
     eventually(lambda: set(statuses(outbox, event).values()) == {"delivered"})
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("tls", [False, True])
-def test_endpoints_of_one_origin_share_its_connections_whatever_changes_in_their_rows(
-    wal, serve, authority, tls
-):
+def test_endpoints_of_one_origin_share_its_connections_whatever_changes(wal, serve, authority, tls):
     """One, as long as one attempt follows the other."""
     ca = authority.path if tls else None
     receiver, outbox = serve(tls=authority.server() if tls else None), make_outbox(wal)
@@ -14461,23 +13556,19 @@ def test_endpoints_of_one_origin_share_its_connections_whatever_changes_in_their
         lambda: outbox.update_endpoint("b", headers={"X-Shop": "1"}, url=receiver.url("/c")),
         lambda: outbox.update_endpoint("a", rate=1000.0),
         lambda: (outbox.disable_endpoint("b"), outbox.enable_endpoint("b")),
-        lambda: (
-            outbox.remove_endpoint("a"),
-            outbox.add_endpoint(receiver.url(), events=["a"], ca=ca),
-        ),
+        lambda: outbox.remove_endpoint("a"),
+        lambda: outbox.add_endpoint(receiver.url(), events=["a"], ca=ca),
     ]
     with outbox:
         for change in changes:
             change()
             for name in "abab":
                 drain_delivered(outbox, emit(outbox, name))
-    assert receiver.connections == 1 and len(receiver.requests) == 4 * len(changes)
+    assert receiver.connections == 1 and len(receiver.requests) == 4 * len(changes) - 2
     assert {request.headers.get("x-shop") for request in receiver.requests} == {None, "1"}
 
 
-def test_another_ca_or_client_certificate_never_shares_a_connection(
-    wal, serve, authority, tmp_path
-):
+def test_another_ca_or_certificate_never_shares_a_connection(wal, serve, authority, tmp_path):
     """Whoever presents a certificate speaks for it on that connection."""
     context = authority.server()
     context.verify_mode = ssl.CERT_OPTIONAL
@@ -14487,10 +13578,8 @@ def test_another_ca_or_client_certificate_never_shares_a_connection(
     kinds = {"plain": {"ca": authority.path}, "ca": {"ca": other}}
     kinds["cert"] = {"ca": authority.path, "cert": authority.client()}
     for name, options in kinds.items():
-        for number in range(2):
-            outbox.add_endpoint(
-                receiver.url(f"/{name}"), id=f"{name}{number}", events=[name], **options
-            )
+        for _ in range(2):
+            outbox.add_endpoint(receiver.url(f"/{name}"), events=[name], **options)
     with outbox:
         for _ in range(3):
             for name in kinds:
@@ -14498,11 +13587,9 @@ def test_another_ca_or_client_certificate_never_shares_a_connection(
     used = collections.defaultdict(set)
     for request in receiver.requests:
         used[request.line.split()[1]].add(request.connection)
-    assert (
-        len(used) == 3
-        and not used["/plain"] & used["/ca"]
-        and not used["/cert"] & (used["/plain"] | used["/ca"])
-    )
+    assert len(used) == 3
+    assert not used["/plain"] & used["/ca"]
+    assert not used["/cert"] & (used["/plain"] | used["/ca"])
 
 
 def test_idle_connections_are_as_many_as_workers_in_all_and_the_oldest_go_first(wal, serve):
@@ -14524,8 +13611,7 @@ from webhook_outbox import Outbox, RetryPolicy
 outbox = Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"], retry=RetryPolicy((0, 3600)))
 outbox.start()
 print("started", flush=True)
-sys.stdin.readline()
-resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[3]), 4096))
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.stdin.readline()), 4096))
 print("few", flush=True)
 sys.stdin.readline()
 """
@@ -14533,100 +13619,52 @@ sys.stdin.readline()
 
 @pytest.mark.long
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
-def test_a_process_without_descriptors_gives_back_idle_connections_and_counts_no_attempt(
-    wal, serve
-):
+def test_a_process_without_descriptors_gives_back_idle_connections(wal, serve):
     receiver, outbox = serve(host="0.0.0.0"), make_outbox(wal)
     for number in range(1, 41):
-        outbox.add_endpoint(
-            receiver.url(host=f"127.0.0.{number}"),
-            id=f"e{number}",
-            events=["old" if number <= 20 else "new"],
-        )
-    with run_python(DRAIN_FEW_DESCRIPTORS, wal, "", "0", stdin=subprocess.PIPE) as probe:
-        assert probe.stdout.readline() == "started\n"
-        least = 1 + max(int(fd) for fd in os.listdir(f"/proc/{probe.pid}/fd"))
-        probe.kill()
-    with run_python(
-        DRAIN_FEW_DESCRIPTORS, wal, "", str(least + 20), stdin=subprocess.PIPE
-    ) as process:
-        assert process.stdout.readline() == "started\n"
+        events = ["old" if number <= 20 else "new"]
+        outbox.add_endpoint(receiver.url(host=f"127.0.0.{number}"), events=events)
+    with run_python(DRAIN_FEW_DESCRIPTORS, wal, stdin=subprocess.PIPE) as process:
+        process.says("started")
+        least = 1 + max(int(fd) for fd in os.listdir(f"/proc/{process.pid}/fd"))
         drain_delivered(outbox, emit(outbox, "old"))
-        process.stdin.write("\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "few\n"
+        assert process.do(str(least + 20)) == "few"
         event = emit(outbox, "new")
         drain_delivered(outbox, event)
-        process.kill()
     assert [(a.reason, a.status_code) for a in outbox.attempts(event)] == [(None, 200)] * 20
     assert len(receiver.requests) == 40 and receiver.lasted
 
 
-@pytest.mark.parametrize("events", [2, 20])
-def test_pythons_single_threaded_server_gets_a_burst_without_a_timeout_or_a_duplicate(wal, events):
-    """Its only worker stays with our first connection; what we sent on the others waits."""
-    outbox, server = make_outbox(wal), http.server.HTTPServer(("127.0.0.1", 0), DrainHandler)
-    ids = server.ids = []  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        outbox.add_endpoint(f"http://127.0.0.1:{server.server_port}/")
-        emit_numbers(outbox, range(events))
-        assert outbox.drain(until_empty=True) == webhook_outbox.DrainReport(events, 0, 0, 0)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
-    assert len(ids) == len(set(ids)) == events
-
-
+LONG_PREFORK = [(1, False, 60, 0.05), (3, False, 200, 0.02), (1, True, 60, 0.05)]
+LONG_PREFORK += [(2, True, 200, 0.02), (1, False, 9, 0.4)]
 PREFORK = [
-    (1, False, 20, 0.0),
-    (3, False, 20, 0.0),
-    (1, True, 20, 0.0),
-    (3, True, 20, 0.0),
-    pytest.param(1, False, 60, 0.05, marks=pytest.mark.long),
-    pytest.param(3, False, 200, 0.02, marks=pytest.mark.long),
-    pytest.param(1, True, 60, 0.05, marks=pytest.mark.long),
-    pytest.param(2, True, 200, 0.02, marks=pytest.mark.long),
-    pytest.param(1, False, 9, 0.4, marks=pytest.mark.long),
+    *((1, False, 20, 0.0), (3, True, 20, 0.0)),  # workers, TLS, events, seconds of work
+    *(pytest.param(case, marks=pytest.mark.long) for case in LONG_PREFORK),
 ]
 
 
-@pytest.mark.parametrize(("workers", "tls", "events", "work"), PREFORK)
-def test_an_origin_with_few_workers_gets_a_burst_without_a_timeout_or_a_duplicate(
-    wal, serve, authority, workers, tls, events, work
-):
-    context, outbox = authority.server() if tls else None, make_outbox(wal)
+@pytest.mark.parametrize("case", PREFORK)
+def test_an_origin_with_few_workers_gets_a_burst_once(wal, serve, authority, case):
+    """Without a timeout or a duplicate."""
+    workers, tls, events, work = case
+    context, ca = (authority.server(), authority.path) if tls else (None, None)
     receiver = serve(answers_after(work), kind=DrainPrefork, workers=workers, tls=context)
-    outbox.add_endpoint(receiver.url(), ca=authority.path if tls else None)
+    outbox = make_outbox(wal, receiver.url(), ca=ca)
     emit_numbers(outbox, range(events))
-    assert outbox.drain(until_empty=True) == webhook_outbox.DrainReport(events, 0, 0, 0)
+    assert outbox.drain(until_empty=True) == DrainReport(events, 0, 0, 0)
     assert sorted(numbers_of(receiver)) == list(range(events))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("workers", "tls"),
-    [
-        (1, False),
-        (3, True),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, True), (3, False))),
-    ],
-)
-def test_traffic_of_one_endpoint_leaves_few_workers_to_another_of_the_same_origin(
-    wal, serve, authority, workers, tls
-):
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_traffic_of_one_endpoint_leaves_workers_to_another(wal, serve, authority, workers, tls):
     """At first within two seconds: it has to be found out. From then on at once."""
     paths, outbox = Paths(), make_outbox(wal)
-    receiver = serve(
-        paths, kind=DrainPrefork, workers=workers, tls=authority.server() if tls else None
-    )
-    for name in "ab":
-        path = f"/slow0.0{4 * workers}" if name == "a" else "/"
-        outbox.add_endpoint(
-            receiver.url(path), id=name, events=[name], ca=authority.path if tls else None
-        )
+    context, ca = (authority.server(), authority.path) if tls else (None, None)
+    receiver = serve(paths, kind=DrainPrefork, workers=workers, tls=context)
+    for name, path in (("a", f"/slow0.0{4 * workers}"), ("b", "/")):
+        outbox.add_endpoint(receiver.url(path), id=name, events=[name], ca=ca)
     emitted = {}
     with outbox:
         for number in range(60):
@@ -14643,7 +13681,7 @@ def test_traffic_of_one_endpoint_leaves_few_workers_to_another_of_the_same_origi
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seconds", [1.1, pytest.param(1.5, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seconds", [1.1, 1.5])
 def test_an_origin_that_is_slow_is_not_taken_for_one_with_few_workers(wal, serve, seconds):
     paths, outbox = Paths(), make_outbox(wal)
     outbox.add_endpoint(serve(paths).url(f"/slow{seconds}"))
@@ -14655,24 +13693,18 @@ def test_an_origin_that_is_slow_is_not_taken_for_one_with_few_workers(wal, serve
     assert paths.most == 8 and all(len(at) == 1 for at in paths.at.values())
 
 
-LONGER = [
-    pytest.param(seconds, tls, marks=pytest.mark.long)
-    for seconds, tls in ((3, True), (20, False), (20, True))
-]
-
-
 @pytest.mark.long
-@pytest.mark.parametrize(("seconds", "tls"), [(3, False), *LONGER])
-def test_endpoints_that_hang_or_are_slow_cost_the_others_of_their_origin_nothing(
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("seconds", [3, 20])
+def test_endpoints_that_hang_cost_the_others_of_their_origin_nothing(
     wal, serve, authority, seconds, tls
 ):
     """p99 as before they began, within a bound that no machine's hiccup reaches."""
     paths, outbox = Paths(), make_outbox(wal, timeout=4.0)
     receiver = serve(paths, tls=authority.server() if tls else None)
     for number, path in enumerate(["/a", "/b", "/slow1.1", "/slow1.3", "/hang", "/hang/too"]):
-        outbox.add_endpoint(
-            receiver.url(path), events=[f"n{number}"], ca=authority.path if tls else None
-        )
+        ca = authority.path if tls else None
+        outbox.add_endpoint(receiver.url(path), events=[f"n{number}"], ca=ca)
 
     def p99(kinds: list[int], begin: int, seconds: float) -> float:
         emitted, end, number = {}, time.monotonic() + seconds, begin
@@ -14685,9 +13717,8 @@ def test_endpoints_that_hang_or_are_slow_cost_the_others_of_their_origin_nothing
             time.sleep(0.02)
         healthy = {number: at for number, (kind, at) in emitted.items() if kind < 2}
         eventually(lambda: healthy.keys() <= paths.at.keys())
-        return sorted(paths.at[number][0] - at for number, at in healthy.items())[
-            int(len(healthy) * 0.99)
-        ]
+        took = sorted(paths.at[number][0] - at for number, at in healthy.items())
+        return took[int(len(healthy) * 0.99)]
 
     with outbox:
         before = p99([0, 1], 0, 1)
@@ -14701,6 +13732,9 @@ import sqlite3, sys, time
 conn = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=10)
 def emit(n):
     conn.execute("INSERT INTO webhook_emit (type, data) VALUES ('order.created', json_object('n', ?))", (n,))
+def fill():
+    for _ in range(200):
+        conn.execute("INSERT INTO orders (total) VALUES (randomblob(5000))")
 for line in sys.stdin:
     try:
         exec(line)
@@ -14708,6 +13742,12 @@ for line in sys.stdin:
     except sqlite3.Error as error:
         print(error, flush=True)
 """
+DRAIN_WRITES = """emit({})
+conn.execute('PRAGMA synchronous = EXTRA'); emit({})
+conn.execute('PRAGMA wal_checkpoint(TRUNCATE)'); time.sleep(0.1); emit({})
+conn.execute('BEGIN IMMEDIATE'); emit({}); time.sleep(0.2); conn.execute('COMMIT')
+conn.execute('PRAGMA cache_size = 8'); conn.execute('BEGIN'); emit({}); fill(); time.sleep(0.3); conn.execute('COMMIT')
+emit({})"""
 
 
 @contextlib.contextmanager
@@ -14727,40 +13767,31 @@ def drain_writer(path: str) -> Iterator[Callable[[str], str]]:
             process.kill()
 
 
-def drain_hears(
-    receiver: Receiver, do: Callable[[str], str], line: str, number: int, within: float = 1.0
-) -> None:
+def drain_hears(receiver: Receiver, do: Callable[[str], str], line: str, number: int) -> None:
     """The commit that a line ends with is delivered soon."""
     assert do(line) == "done"
-    eventually(lambda: number in numbers_of(receiver), within=within)
+    eventually(lambda: number in numbers_of(receiver), within=1.0)
 
 
-@pytest.mark.parametrize("journal", ["wal", "delete", "truncate", "persist"])
+MORE_JOURNALS = [pytest.param(mode, marks=pytest.mark.long) for mode in ("truncate", "persist")]
+
+
+@pytest.mark.parametrize("journal", ["wal", "delete", *MORE_JOURNALS])
 def test_a_commit_of_another_process_is_heard_soon_whatever_it_did_before(tmp_path, serve, journal):
+    """Also one with more pages than its cache holds, which are written long before the commit."""
     path = make_database(tmp_path / "app.db", journal)
-    receiver, outbox, numbers = serve(), make_outbox(path), itertools.count()
-    outbox.add_endpoint(receiver.url())
+    receiver = serve()
+    outbox = make_outbox(path, receiver.url())
     with drain_writer(path) as do, outbox:
         eventually(lambda: receiver.requests)
         assert do(f"conn.execute('PRAGMA journal_mode = {journal}')") == "done"
-        for line in (
-            "emit({})",
-            "conn.execute('PRAGMA synchronous = EXTRA'); emit({})",
-            "conn.execute('PRAGMA wal_checkpoint(TRUNCATE)'); time.sleep(0.1); emit({})",
-            "conn.execute('BEGIN IMMEDIATE'); emit({}); time.sleep(0.2); conn.execute('COMMIT')",
-            # More pages than the cache holds are written long before the transaction commits.
-            "conn.execute('PRAGMA cache_size = 8'); conn.execute('BEGIN'); emit({}); [conn.execute('INSERT INTO orders"
-            " (total) VALUES (randomblob(5000))') for _ in range(200)]; time.sleep(0.3); conn.execute('COMMIT')",
-            "emit({})",
-        ):
-            number = next(numbers)
+        for number, line in enumerate(DRAIN_WRITES.splitlines()):
             drain_hears(receiver, do, line.format(number), number)
             time.sleep(0.05)
 
 
 def test_a_commit_is_heard_soon_after_the_journal_mode_changed_under_the_drain(tmp_path, serve):
-    """To WAL it can be changed at any time. Back it cannot while a drain has the file open: SQLite
-    says locked."""
+    """To WAL it changes at any time; back it cannot while a drain has the file open."""
     path = make_database(tmp_path / "app.db", "delete")
     receiver, outbox, numbers = serve(), make_outbox(path), itertools.count()
     outbox.add_endpoint(receiver.url())
@@ -14854,11 +13885,9 @@ def test_an_idle_drain_hears_commits_soon_and_does_not_spin(database, serve, ear
     assert idle < 0.15 and waiting < 0.3
 
 
-def test_timeouts_hold_while_a_host_keeps_the_file_locked(either, serve):
+def test_timeouts_hold_while_a_host_keeps_the_file_locked(either, shop):
     """In rollback mode nothing can even be read then."""
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(either, timeout=0.5)
-    outbox.add_endpoint(receiver.url())
+    receiver, outbox = shop.open(gate := Gate(), timeout=0.5)
     with outbox, contextlib.closing(sqlite3.connect(either, isolation_level=None)) as host:
         event = emit(outbox)
         eventually(lambda: receiver.requests)
@@ -14871,22 +13900,6 @@ def test_timeouts_hold_while_a_host_keeps_the_file_locked(either, serve):
     assert first.reason == "timeout" and 0.5 <= first.duration < 1.1
 
 
-@pytest.mark.parametrize("waiting", [3_000, pytest.param(100_000, marks=pytest.mark.long)])
-def test_what_others_emit_is_found_while_thousands_wait_for_tomorrow(either, serve, waiting):
-    receiver, outbox = serve(), make_outbox(either)
-    for number in range(3):
-        outbox.add_endpoint(receiver.url(f"/{number}"))
-    with outbox:
-        with outbox.transaction() as conn:
-            for number in range(1_000, 1_000 + waiting // 3):
-                outbox.emit(conn, "order.created", {"n": number}, delay=86_400)
-        with drain_writer(either) as do:
-            for number in range(5):
-                drain_hears(receiver, do, f"emit({number})", number)
-    assert outbox.stats().pending == waiting // 3 * 3
-    assert collections.Counter(numbers_of(receiver)) == {number: 3 for number in range(-1, 5)}
-
-
 def test_deliveries_come_up_at_their_time_although_the_clock_jumps(wal, serve):
     clock, receiver = Clock(), serve()
     outbox = make_outbox(wal, clock=clock)
@@ -14894,8 +13907,7 @@ def test_deliveries_come_up_at_their_time_although_the_clock_jumps(wal, serve):
         outbox.add_endpoint(receiver.url(), id=f"e{number}", events=[f"n{number}"])
 
     def later(type: str, number: int, delay: float) -> None:
-        with outbox.transaction() as conn:
-            outbox.emit(conn, type, {"n": number}, delay=delay)
+        emit_numbers(outbox, [number], type, delay=delay)
 
     later("n0", 0, 10)  # before the drain starts
     with outbox:
@@ -14903,19 +13915,12 @@ def test_deliveries_come_up_at_their_time_although_the_clock_jumps(wal, serve):
         later("n1", 2, 15)
         later("n2", 3, 100_000)
         later("n2", 4, 50)
-        steps = [
-            (9.9, []),
-            (0.2, [0]),
-            (5, [0, 2]),
-            (5, [0, 1, 2]),
-            (30, [0, 1, 2, 4]),
-            (1e6, [0, 1, 2, 3, 4]),
-        ]
-        for step, sent in steps:
+        for step, *sent in ((9.9,), (0.2, 0), (5, 2), (5, 1), (30, 4), (1e6, 3)):
+            before = numbers_of(receiver)
             clock.advance(step)
-            eventually(lambda sent=sent: sorted(numbers_of(receiver)) == sent, within=2)
+            eventually(lambda before=before, sent=sent: numbers_of(receiver) == before + sent, 2)
             time.sleep(0.05)
-            assert sorted(numbers_of(receiver)) == sent
+            assert numbers_of(receiver) == before + sent
         later("n1", 5, 10)
         clock.advance(-1e6)  # set back: it comes by the new time
         later("n1", 6, 10)
@@ -14926,6 +13931,7 @@ def test_deliveries_come_up_at_their_time_although_the_clock_jumps(wal, serve):
 # What makes an old delivery due, and which events (by number) are sent then. Before, a held queue
 # has its head 0 failed and 1 behind it; endpoint b is disabled; 2 failed at c, 3 was delivered
 # there, 4 is due tomorrow, as is 6, which has 7 behind it in its queue.
+PENDING_AGAIN = "UPDATE webhook_deliveries SET status = 'pending' WHERE status = "
 DRAIN_WORK: dict[str, tuple[Callable[[Outbox, dict[int, str]], Any], set[int]]] = {
     "replay the head": (lambda o, ids: o.replay(endpoint="a"), {0, 1}),
     "discard the head": (lambda o, ids: o.discard(endpoint="a"), {1}),
@@ -14939,86 +13945,73 @@ DRAIN_WORK: dict[str, tuple[Callable[[Outbox, dict[int, str]], Any], set[int]]] 
     "retry a delayed one": (lambda o, ids: o.retry_now(event_id=ids[4]), {4}),
     "cancel the head": (lambda o, ids: o.cancel(event_id=ids[6]), {7}),
     "erase the head": (lambda o, ids: o.erase(ids[6]), {7}),
-    "SQL on a failed row": (
-        lambda o, ids: query(o.path, "UPDATE webhook_deliveries SET status = 'pending' WHERE status = 'failed'"),
-        {0, 1, 2},
-    ),
+    "SQL on a failed row": (lambda o, ids: query(o.path, PENDING_AGAIN + "'failed'"), {0, 1, 2}),
     "SQL on a delivered row": (
-        lambda o, ids: query(
-            o.path, "UPDATE webhook_deliveries SET status = 'pending' WHERE status = 'delivered' AND endpoint_id = 'c'"
-        ),
-        {3},
+        lambda o, ids: query(o.path, PENDING_AGAIN + "'delivered' AND endpoint_id = 'c'"), {3}
     ),
-    "SQL that discards the head": (lambda o, ids: query(o.path, "DELETE FROM webhook_failed WHERE key = 'k'"), {1}),
+    "SQL that discards the head": (
+        lambda o, ids: query(o.path, "DELETE FROM webhook_failed WHERE key = 'k'"), {1}
+    ),
     "SQL that deletes the head": (
         lambda o, ids: query(o.path, "DELETE FROM webhook_events WHERE id = ?", ids[0]), {1},
     ),
 }  # fmt: skip
+BY_ANOTHER = [False, pytest.param(True, marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize("word", DRAIN_WORK)
-@pytest.mark.parametrize("by", ["this process", "another"])
-def test_whatever_makes_an_old_delivery_due_has_a_running_drain_send_it_soon(wal, serve, word, by):
-    receiver, outbox = serve(answer(400)), make_outbox(wal, retry=ONCE)
-    outbox.add_endpoint(receiver.url("/a"), id="a", events=["a"], on_dead="hold")
+@pytest.mark.parametrize("another", BY_ANOTHER, ids=["this process", "another"])
+def test_whatever_makes_an_old_delivery_due_has_a_running_drain_send_it_soon(
+    wal, shop, word, another
+):
+    receiver, outbox = shop.open(answer(400), retry=ONCE, id="a", events=["a"], on_dead="hold")
     for name in "bce":
         outbox.add_endpoint(receiver.url(f"/{name}"), id=name, events=[name])
-    ids = (
-        drain_emit_as(outbox, [0, 1], "a", key="k")
-        | drain_emit_as(outbox, [6], "e", key="q", delay=86_400)
-        | drain_emit_as(outbox, [7], "e", key="q")
-        | drain_emit_as(outbox, [2], "c")
-        | drain_emit_as(outbox, [5], "b")
-    )
+    ids = emit_numbers(outbox, [0, 1], "a", key="k")
+    ids |= emit_numbers(outbox, [6], "e", key="q", delay=86_400)
+    ids |= emit_numbers(outbox, [7], "e", key="q")
+    ids |= emit_numbers(outbox, [2], "c") | emit_numbers(outbox, [5], "b")
     outbox.disable_endpoint("b")
     with outbox:
         eventually(lambda: outbox.stats().failed == 2)
         receiver.play = OK
-        ids |= drain_emit_as(outbox, [3], "c")
-        ids |= drain_emit_as(outbox, [4], "c", delay=86_400)
+        ids |= emit_numbers(outbox, [3], "c")
+        ids |= emit_numbers(outbox, [4], "c", delay=86_400)
         drain_delivered(outbox, ids[3])
         outbox.add_endpoint(receiver.url("/d"), id="d", events=["a", "c"])
         receiver.requests.clear()
         act, sent = DRAIN_WORK[word]
-        if by == "another":
-            fork_and_exit(lambda: act(Outbox(wal), ids))
-        else:
-            act(outbox, ids)
+        fork_and_exit(lambda: act(Outbox(wal), ids)) if another else act(outbox, ids)
         eventually(lambda: set(numbers_of(receiver)) == sent, within=3)
         time.sleep(0.05)
     assert sorted(numbers_of(receiver)) == sorted(sent)
+    queue = [number_of(r) for r in receiver.requests if r.line.startswith("POST /hook ")]
+    assert queue == sorted(sent & {0, 1}) or word == "backfill"
 
 
-# What ends it that a delivery waits, however it was read ahead; and whether what was read goes out
-# after all where that is undone.
-DRAIN_RECALLS: dict[str, Callable[[Outbox, Any], Any]] = {
-    "cancel": lambda o, conn: o.cancel(endpoint="a", conn=conn),
-    "disable": lambda o, conn: o.disable_endpoint("a", conn=conn),
-    "remove": lambda o, conn: o.remove_endpoint("a", conn=conn),
-    "erase": lambda o, conn: [
-        o.erase(event.id, conn=conn) for event in o.events(type="order.created")
-    ],
-    "SQL": lambda o, conn: query(o.path, "UPDATE webhook_deliveries SET status = 'cancelled'"),
+# What ends it that a delivery waits, however it was read ahead.
+DRAIN_RECALLS: dict[str, Callable[[Outbox], Any]] = {
+    "cancel": lambda o: o.cancel(endpoint="a"),
+    "disable": lambda o: o.disable_endpoint("a"),
+    "remove": lambda o: o.remove_endpoint("a"),
+    "erase": lambda o: [o.erase(event.id) for event in o.events(type="order.created")],
+    "SQL": lambda o: query(o.path, "UPDATE webhook_deliveries SET status = 'cancelled'"),
 }
 
 
 @pytest.mark.parametrize("word", DRAIN_RECALLS)
 @pytest.mark.parametrize("key", [None, "k"])
-@pytest.mark.parametrize("by", ["this process", "another"])
-def test_what_was_read_ahead_is_not_sent_once_it_was_cancelled(wal, serve, word, key, by):
+@pytest.mark.parametrize("another", BY_ANOTHER, ids=["this process", "another"])
+def test_what_was_read_ahead_is_not_sent_once_it_was_cancelled(wal, shop, word, key, another):
     """What is under way ends as it ends; the next event goes out at once."""
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=2)
+    receiver, outbox = shop.open(gate := Gate(), id="a", max_in_flight=2)
     outbox.add_endpoint(receiver.url("/other"), id="b", events=["other"])
     with outbox:
         ids = emit_numbers(outbox, range(50), key=key)
         eventually(lambda: gate.inside == (1 if key else 2))
         under_way = set(numbers_of(receiver))
-        if by == "another":
-            fork_and_exit(lambda: DRAIN_RECALLS[word](Outbox(wal), None))
-        else:
-            DRAIN_RECALLS[word](outbox, None)
+        act = DRAIN_RECALLS[word]
+        fork_and_exit(lambda: act(Outbox(wal))) if another else act(outbox)
         gate.opened.set()
         emit(outbox, "other", {"n": 99})
         eventually(lambda: 99 in numbers_of(receiver))
@@ -15031,32 +14024,18 @@ def test_what_was_read_ahead_is_not_sent_once_it_was_cancelled(wal, serve, word,
     assert all(found[n] == rest for n in found if n not in under_way)
 
 
-@pytest.mark.parametrize(
-    ("plays", "status", "tries"),
-    [
-        (OK, "delivered", 2),
-        (answer(500), "cancelled", 2),
-        (answer(500), "cancelled", 1),
-        (answer(400, b"", "webhook-delivery: abort-message"), "cancelled", 2),
-    ],
-)
+CANCELLED_UNDER_WAY = [  # what is answered, how the delivery ends, attempts that it may have
+    *((OK, "delivered", 2), (answer(500), "cancelled", 2), (answer(500), "cancelled", 1)),
+    (answer(400, b"", "webhook-delivery: abort-message"), "cancelled", 2),
+]
+
+
+@pytest.mark.parametrize("case", CANCELLED_UNDER_WAY)
 @pytest.mark.parametrize("key", [None, "k"])
-def test_an_attempt_under_way_when_it_is_cancelled_is_recorded_and_not_followed_by_another(
-    database, serve, plays, status, tries, key
-):
-    gate = Gate()
-
-    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        gate.opened.wait(20)
-        sock.sendall(plays)
-        return True
-
-    notices = list[webhook_outbox.Notice]()
-    outbox = make_outbox(
-        database, retry=RetryPolicy((0,) * tries, jitter=0.0), observer=notices.append
-    )
-    receiver = serve(play)
-    outbox.add_endpoint(receiver.url(), id="a")
+def test_an_attempt_cancelled_under_way_is_recorded_and_is_the_last(either, shop, case, key):
+    (plays, status, tries), notices = case, list[webhook_outbox.Notice]()
+    retry, gate = RetryPolicy((0,) * tries), Gate(case[0])
+    receiver, outbox = shop.open(gate, retry=retry, observer=notices.append, id="a")
     with outbox:
         id = emit(outbox, key=key)
         eventually(lambda: receiver.requests)
@@ -15074,11 +14053,8 @@ def test_an_attempt_under_way_when_it_is_cancelled_is_recorded_and_not_followed_
 
 
 @pytest.mark.parametrize("verb", ["cancel", "erase", "disable_endpoint"])
-def test_a_drain_until_nothing_waits_ends_when_the_last_that_waits_is_cancelled(
-    either, serve, verb
-):
-    outbox = make_outbox(either)
-    outbox.add_endpoint(serve().url(), id="a")
+def test_a_drain_until_empty_ends_when_the_last_that_waits_is_cancelled(either, serve, verb):
+    outbox = make_outbox(either, serve().url(), id="a")
     outbox.add_endpoint(serve(answer(500)).url(), id="b", events=["other"])
     late = [emit(outbox, delay=86_400), emit(outbox, "other", delay=86_400)]
     drain = threading.Thread(target=outbox.drain, kwargs={"until_empty": True})
@@ -15087,9 +14063,8 @@ def test_a_drain_until_nothing_waits_ends_when_the_last_that_waits_is_cancelled(
         emit(outbox)
         time.sleep(0.1)
         assert drain.is_alive()
-        getattr(outbox, verb)("ab"[number]) if "disable" in verb else getattr(outbox, verb)(
-            event_id=id
-        )
+        which = {"id": "ab"[number]} if "disable" in verb else {"event_id": id}
+        getattr(outbox, verb)(**which)
     drain.join(5)
     ended = not drain.is_alive()
     outbox.stop()
@@ -15097,10 +14072,8 @@ def test_a_drain_until_nothing_waits_ends_when_the_last_that_waits_is_cancelled(
     assert ended
 
 
-def test_the_answer_to_an_event_that_was_erased_under_way_is_not_kept(database, serve):
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(database)
-    outbox.add_endpoint(receiver.url(), id="a")
+def test_the_answer_to_an_event_that_was_erased_under_way_is_not_kept(database, shop):
+    _, outbox = shop.open(gate := Gate(), id="a")
     with outbox:
         ids = emit_numbers(outbox, range(2), key="k")
         eventually(lambda: gate.inside == 1)
@@ -15111,7 +14084,7 @@ def test_the_answer_to_an_event_that_was_erased_under_way_is_not_kept(database, 
     assert [statuses(outbox, ids[n]) for n in range(2)] == [{"a": "delivered"}] * 2
 
 
-@pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.long)])
 def test_no_attempt_begins_after_its_cancellation_has_committed(wal, serve, rounds):
     """The commit falls where a turn of the loop begins, when it asks for the time. Times are those
     of the attempts on record."""
@@ -15126,15 +14099,10 @@ def test_no_attempt_begins_after_its_cancellation_has_committed(wal, serve, roun
             done.set()
         return time.time()
 
-    outbox = make_outbox(wal, clock=clock)
-    outbox.add_endpoint(receiver.url("/a"), id="a", max_in_flight=4)
+    outbox = make_outbox(wal, receiver.url("/a"), clock=clock, id="a", max_in_flight=4)
     outbox.add_endpoint(receiver.url("/b"), id="b", ordered=True)
-    with (
-        contextlib.closing(
-            sqlite3.connect(wal, isolation_level=None, check_same_thread=False)
-        ) as conn,
-        outbox,
-    ):
+    conn = sqlite3.connect(wal, isolation_level=None, check_same_thread=False)
+    with contextlib.closing(conn), outbox:
         conn.execute("PRAGMA synchronous = OFF")
         for _ in range(rounds):
             ids = emit_numbers(outbox, range(200))
@@ -15153,8 +14121,7 @@ def test_no_attempt_begins_after_its_cancellation_has_committed(wal, serve, roun
 @pytest.mark.parametrize("verb", ["retry_now", "ping", "enable_endpoint"])
 def test_a_running_drain_hears_of_the_end_of_a_hold(wal, serve, verb):
     receiver = serve([answer(429, b"", "Retry-After: 3600"), OK])
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), id="a")
+    outbox = make_outbox(wal, receiver.url(), id="a")
     with outbox:
         first = emit(outbox)
         eventually(lambda: outbox.attempts(first))
@@ -15166,19 +14133,9 @@ def test_a_running_drain_hears_of_the_end_of_a_hold(wal, serve, verb):
         eventually(lambda: statuses(outbox, first) == {"a": "delivered"} or verb != "retry_now")
 
 
-def drain_emit_as(
-    outbox: Outbox, numbers: Iterable[int], type: str, **options: Any
-) -> dict[int, str]:
-    return {n: emit(outbox, type, {"n": n}, **options) for n in numbers}
-
-
-def test_an_endpoint_that_is_removed_gets_nothing_more_and_added_again_only_what_is_new(
-    either, serve
-):
+def test_an_endpoint_that_is_removed_gets_nothing_more_and_again_only_what_is_new(either, shop):
     """Its deliveries were read ahead."""
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(either, workers=4)
-    outbox.add_endpoint(receiver.url("/old"), id="a")
+    receiver, outbox = shop.open(gate := Gate(), path="/old", workers=4, id="a")
     for again in (False, True):
         gate.opened.clear()
         receiver.requests.clear()
@@ -15204,17 +14161,14 @@ def test_an_endpoint_that_is_removed_gets_nothing_more_and_added_again_only_what
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("count", [2_500, pytest.param(9_000, marks=pytest.mark.long)])
-def test_more_endpoints_than_a_drain_remembers_lose_nothing_and_get_nothing_twice(
-    wal, serve, count
-):
+@pytest.mark.parametrize("count", [2_500, 9_000])
+def test_more_endpoints_than_a_drain_remembers_get_everything_once(wal, serve, count):
     clock, receiver = Clock(), serve()
     outbox = make_outbox(wal, clock=clock)
     with outbox.transaction() as conn:
         for number in range(count):
-            outbox.add_endpoint(
-                receiver.url(f"/{number}"), id=f"e{number}", tenant=f"t{number}", conn=conn
-            )
+            url = receiver.url(f"/{number}")
+            outbox.add_endpoint(url, id=f"e{number}", tenant=f"t{number}", conn=conn)
 
     def say(delay: float = 0.0) -> None:
         with outbox.transaction() as conn:
@@ -15230,19 +14184,11 @@ def test_more_endpoints_than_a_drain_remembers_lose_nothing_and_get_nothing_twic
         eventually(lambda: received(1), within=30)
         clock.advance(60)
         eventually(lambda: received(2), within=30)
-        with outbox.transaction() as conn:  # all rows in one transaction
-            conn.execute('UPDATE webhook_endpoints SET headers = \'{"X-Shop": "2"}\'')
-        say()
-        eventually(lambda: received(3), within=30)
-    paths = collections.Counter(request.line.split()[1] for request in receiver.requests)
-    assert set(paths.values()) == {3} and len(paths) == count
-    last = collections.Counter(r.line for r in receiver.requests if r.headers.get("x-shop") == "2")
-    assert set(last.values()) == {1} and len(last) == count
+    paths = collections.Counter(request.line for request in receiver.requests)
+    assert set(paths.values()) == {2} and len(paths) == count
 
 
-def test_a_thousand_endpoints_changed_in_one_transaction_are_all_sent_to_as_they_are_now(
-    wal, serve
-):
+def test_a_thousand_endpoints_changed_at_once_are_all_sent_to_as_they_are_now(wal, serve):
     receiver, outbox = serve(), make_outbox(wal)
     with outbox.transaction() as conn:
         for number in range(1_000):
@@ -15261,25 +14207,18 @@ def test_a_thousand_endpoints_changed_in_one_transaction_are_all_sent_to_as_they
             outbox.emit(conn, "order.created", {})
         eventually(lambda: len(receiver.requests) == 2_900)
     paths = collections.Counter(request.line.split()[1] for request in receiver.requests)
-    assert {path for path in paths if path.startswith("/old/")} == {
-        f"/old/{n}" for n in range(1_000)
-    }
-    assert {n: paths[f"/new/{n}"] for n in range(1_000)} == {
-        n: 2 if n % 10 else 1 for n in range(1_000)
-    }
+    old = {f"/old/{n}": 1 for n in range(1_000)}
+    assert paths == old | {f"/new/{n}": 2 if n % 10 else 1 for n in range(1_000)}
 
 
-def test_deliveries_without_an_endpoint_hold_nobody_up_and_fail(either, serve):
-    """Rows that somebody restored or wrote in SQL. A running drain looks for those to old events
-    once a minute."""
-    receiver, outbox = serve(), make_outbox(either)
-    outbox.add_endpoint(receiver.url(), id="a")
-    stray = "INSERT INTO webhook_deliveries (event, endpoint_id, due_at) "
+def test_deliveries_without_an_endpoint_hold_nobody_up_and_fail(either, shop):
+    """Rows of SQL. A running drain looks for those to old events once a minute."""
+    receiver, outbox = shop.open(id="a")
     with outbox:
         ids = emit_numbers(outbox, range(300))
         eventually(lambda: len(receiver.requests) == 300)
-        query(either, f"{stray} SELECT seq, 'nobody', 0.0 FROM webhook_events")
-        query(either, f"{stray} VALUES (1, 'none', 0.0), (1 << 62, 'later', 1e10)")
+        query(either, f"{DELIVERY} SELECT seq, 'nobody', 0.0 FROM webhook_events")
+        query(either, f"{DELIVERY} VALUES (1, 'none', 0.0), (1 << 62, 'later', 1e10)")
         emit_numbers(outbox, [300])
         eventually(lambda: 300 in numbers_of(receiver), within=2)
     assert outbox.drain(once=True).failed == 302
@@ -15287,11 +14226,9 @@ def test_deliveries_without_an_endpoint_hold_nobody_up_and_fail(either, serve):
     assert statuses(outbox, ids[0]) == {"a": "delivered", "nobody": "failed"}
 
 
-def test_an_event_after_one_that_was_deleted_under_way_is_another_one_and_delivered(either, serve):
+def test_an_event_after_one_that_was_deleted_under_way_is_another_one_and_delivered(either, shop):
     """Its key is not issued again, so the first one's answer says nothing about it."""
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(either)
-    outbox.add_endpoint(receiver.url())
+    receiver, outbox = shop.open(gate := Gate())
     with outbox:
         first = emit(outbox, data={"n": 1})
         eventually(lambda: receiver.requests)
@@ -15305,11 +14242,9 @@ def test_an_event_after_one_that_was_deleted_under_way_is_another_one_and_delive
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-def test_a_queue_runs_from_memory_and_does_not_wait_for_the_disk(wal, serve, ordered):
-    """Hundreds in a row, in order, while another connection sees few commits of ours and the host
-    writes, too."""
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), ordered=ordered)
+def test_a_queue_runs_from_memory_and_does_not_wait_for_the_disk(wal, shop, ordered):
+    """Hundreds in a row, in order, with few commits of ours, while the host writes too."""
+    receiver, outbox = shop.open(ordered=ordered)
     emit_numbers(outbox, range(400), **({} if ordered else {"key": "k"}))
     versions = set()
     with contextlib.closing(sqlite3.connect(wal, isolation_level=None, timeout=10)) as host, outbox:
@@ -15323,24 +14258,12 @@ def test_a_queue_runs_from_memory_and_does_not_wait_for_the_disk(wal, serve, ord
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("word", ["hold", "skip"])
-def test_a_failure_in_the_middle_of_a_queue_is_tried_again_before_anything_behind_it(
-    either, serve, ordered, word
-):
-    """Number 30 fails twice, and 60 for good: then it is skipped, or the rest is held until it is
-    discarded."""
-    fails = Fails(n30=2)
-
-    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        if number_of(request) != 60:
-            return fails(receiver, sock, request)
-        sock.sendall(answer(500, b"", "webhook-delivery: abort-message"))
-        return True
-
-    receiver, outbox = (
-        serve(play),
-        make_outbox(either, retry=RetryPolicy((0, 0.05, 0.05, 5), jitter=0.0)),
-    )
-    outbox.add_endpoint(receiver.url(), id="a", ordered=ordered, on_dead=word)
+def test_a_failure_in_the_middle_of_a_queue_is_tried_again_first(either, shop, ordered, word):
+    """30 fails twice, 60 for good: then it is skipped, or holds the rest until it is discarded."""
+    fails, ends = Fails(n30=2), answer(500, b"", "webhook-delivery: abort-message")
+    play = lambda *args: not args[1].sendall(ends) if number_of(args[2]) == 60 else fails(*args)  # noqa: E731
+    retry, options = RetryPolicy((0, 0.05, 0.05, 5), 0.0), {"ordered": ordered, "on_dead": word}
+    receiver, outbox = shop.open(play, retry=retry, id="a", **options)
     with outbox:
         emit_numbers(outbox, range(50), **({} if ordered else {"key": "k"}))
         emit_numbers(outbox, range(50, 100), **({} if ordered else {"key": "k"}))
@@ -15351,22 +14274,6 @@ def test_a_failure_in_the_middle_of_a_queue_is_tried_again_before_anything_behin
             outbox.discard(endpoint="a")
         eventually(lambda: 99 in numbers_of(receiver))
     assert numbers_of(receiver) == sorted([*range(100), 30, 30])
-
-
-def test_a_delay_in_the_middle_of_a_queue_holds_those_behind_it_back(wal, serve):
-    clock, receiver = Clock(), serve()
-    outbox = make_outbox(wal, clock=clock)
-    outbox.add_endpoint(receiver.url(), ordered=True)
-    emit_numbers(outbox, range(5))
-    emit_numbers(outbox, [5], delay=60)
-    emit_numbers(outbox, range(6, 10))
-    with outbox:
-        eventually(lambda: numbers_of(receiver) == list(range(5)))
-        emit_numbers(outbox, [10])
-        time.sleep(0.2)
-        assert numbers_of(receiver) == list(range(5))
-        clock.advance(61)
-        eventually(lambda: numbers_of(receiver) == list(range(11)), within=3)
 
 
 class DrainSteps:
@@ -15402,10 +14309,9 @@ DRAIN_MIDDLE: dict[str, tuple[Callable[[Outbox, dict[int, str]], Any], list[int]
 
 
 @pytest.mark.parametrize("word", DRAIN_MIDDLE)
-def test_what_somebody_does_in_the_middle_of_a_queue_in_memory_keeps_its_order(either, serve, word):
+def test_what_somebody_does_in_the_middle_of_a_queue_in_memory_keeps_its_order(either, shop, word):
     steps = DrainSteps()
-    receiver, outbox = serve(steps), make_outbox(either)
-    outbox.add_endpoint(receiver.url(), id="a", ordered=True)
+    receiver, outbox = shop.open(steps, id="a", ordered=True)
     ids = emit_numbers(outbox, range(10))
     act, expected = DRAIN_MIDDLE[word]
     with outbox:
@@ -15421,28 +14327,23 @@ def test_what_somebody_does_in_the_middle_of_a_queue_in_memory_keeps_its_order(e
 
 
 def test_switching_ordered_off_in_the_middle_of_a_queue_in_memory_lets_the_rest_go_at_once(
-    either, serve
+    either, shop
 ):
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(either)
-    outbox.add_endpoint(receiver.url(), id="a", ordered=True)
+    receiver, outbox = shop.open(gate := Gate(), id="a", ordered=True)
     emit_numbers(outbox, range(6))
+    emit_numbers(outbox, [6, 7], key="k")
     with outbox:
         eventually(lambda: receiver.requests)
         outbox.update_endpoint("a", ordered=False)
-        eventually(lambda: gate.inside == 6)
+        eventually(lambda: gate.inside == 7)  # 7 waits behind 6
         gate.opened.set()
         eventually(lambda: outbox.stats().pending == 0)
-    assert sorted(numbers_of(receiver)) == list(range(6))
+    assert sorted(numbers_of(receiver)) == list(range(8)) and numbers_of(receiver)[7] == 7
 
 
-def test_what_is_emitted_to_a_queue_that_has_just_ended_goes_out_before_the_outcomes_are_recorded(
-    wal, serve
-):
-    """Beside a host that writes, our commits are a tenth of a second apart; the next of the queue
-    does not wait."""
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), ordered=True)
+def test_what_is_emitted_to_a_queue_that_has_just_ended_goes_out_at_once(wal, shop):
+    """Beside a host that writes our commits are 0.1 s apart; the next does not wait."""
+    receiver, outbox = shop.open(ordered=True)
     took, over = [], threading.Event()
 
     def write() -> None:
@@ -15466,9 +14367,7 @@ def test_what_is_emitted_to_a_queue_that_has_just_ended_goes_out_before_the_outc
 
 @pytest.mark.parametrize("journal", ["wal", "delete"])
 @pytest.mark.parametrize("rounds", [3, pytest.param(25, marks=pytest.mark.long)])
-def test_a_queue_goes_on_in_order_after_sigkill_and_repeats_only_what_was_not_recorded(
-    tmp_path, serve, journal, rounds
-):
+def test_a_queue_goes_on_in_order_after_sigkill(tmp_path, serve, journal, rounds):
     path = make_database(tmp_path / "app.db", journal)
     receiver, outbox = serve(), make_outbox(path)
     outbox.add_endpoint(receiver.url(), ordered=True)
@@ -15479,9 +14378,8 @@ def test_a_queue_goes_on_in_order_after_sigkill_and_repeats_only_what_was_not_re
         sent = len(receiver.requests)
         with drain_process(path):
             eventually(lambda sent=sent: len(receiver.requests) > sent + random.randrange(100))
-        (done,) = query(path, "SELECT count(*) FROM webhook_deliveries WHERE status = 'delivered'")[
-            0
-        ]
+        delivered = "SELECT count(*) FROM webhook_deliveries WHERE status = 'delivered'"
+        ((done,),) = query(path, delivered)
         run = numbers_of(receiver)[sent:]
         assert run == list(range(recorded, recorded + len(run))) and done <= recorded + len(run)
         recorded = done
@@ -15490,13 +14388,9 @@ def test_a_queue_goes_on_in_order_after_sigkill_and_repeats_only_what_was_not_re
     assert numbers_of(receiver)[sent:] == list(range(recorded, count))
 
 
-def test_many_queues_of_one_endpoint_run_side_by_side_each_in_order(either, serve):
-    receiver, outbox = (
-        serve(Fails(**{f"n{n}": 1 for n in range(0, 600, 37)})),
-        make_outbox(either, workers=32),
-    )
-    outbox.retry = RetryPolicy((0, 0.01), jitter=0.0)
-    outbox.add_endpoint(receiver.url(), max_in_flight=32)
+def test_many_queues_of_one_endpoint_run_side_by_side_each_in_order(either, shop):
+    fails, retry = Fails(**{f"n{n}": 1 for n in range(0, 600, 37)}), RetryPolicy((0, 0.01))
+    receiver, outbox = shop.open(fails, workers=32, retry=retry, max_in_flight=32)
     with outbox:
         for begin in range(0, 600, 50):
             with outbox.transaction() as conn:
@@ -15509,11 +14403,8 @@ def test_many_queues_of_one_endpoint_run_side_by_side_each_in_order(either, serv
     assert len(receiver.requests) == 600 + len(range(0, 600, 37))
 
 
-def test_a_host_that_commits_in_rollback_mode_between_any_two_reads_keeps_nothing_from_being_found(
-    tmp_path, serve, caplog
-):
-    """Each read may then be refused, also after others of the same look: nothing may wait for the
-    look each minute."""
+def test_a_host_that_commits_between_any_two_reads_hides_nothing(tmp_path, serve, caplog):
+    """Each read may be refused then: nothing may wait for the look each minute."""
     path = make_database(tmp_path / "app.db", "delete")
     receiver, outbox, over = serve(), make_outbox(path), threading.Event()
     for number in range(4):
@@ -15534,9 +14425,8 @@ def test_a_host_that_commits_in_rollback_mode_between_any_two_reads_keeps_nothin
         for number in range(150):
             emit(outbox, data={"n": number})
             if number % 10 == 5:
-                outbox.update_endpoint(
-                    f"e{number % 4}", description=str(number), headers={"X-N": str(number)}
-                )
+                changes = {"description": str(number), "headers": {"X-N": str(number)}}
+                outbox.update_endpoint(f"e{number % 4}", **changes)
             if number % 30 == 7:
                 outbox.disable_endpoint("e0")
                 outbox.enable_endpoint("e0")
@@ -15544,12 +14434,9 @@ def test_a_host_that_commits_in_rollback_mode_between_any_two_reads_keeps_nothin
         over.set()
         thread.join()
         eventually(lambda: outbox.stats().pending == 0)
-    sent = collections.Counter(
-        (request.line.split()[1], number_of(request)) for request in receiver.requests
-    )
-    assert len(sent) == 600 and set(sent.values()) == {1}
-    last = [number_of(request) for request in receiver.requests if request.line.split()[1] == "/3"]
-    assert last == list(range(150)) and "stopped" not in caplog.text
+    sent = [(request.line.split()[1], number_of(request)) for request in receiver.requests]
+    assert len(sent) == len(set(sent)) == 600 and "stopped" not in caplog.text
+    assert [number for path, number in sent if path == "/3"] == list(range(150))
 
 
 DRAIN_SHOP = "http://shop.example:{}/{}"
@@ -15561,9 +14448,8 @@ class DrainOnce:
     def __init__(self, path: str, receiver: Receiver, serve: Callable[..., Receiver]) -> None:
         self.receiver, self.serve, self.clock, self.resolved = receiver, serve, Clock(), 0
         retry = RetryPolicy((0, 60, 60), jitter=0.0)
-        self.outbox = make_outbox(
-            path, clock=self.clock, retry=retry, timeout=0.6, resolver=self.resolve
-        )
+        options = {"clock": self.clock, "retry": retry, "resolver": self.resolve}
+        self.outbox = make_outbox(path, timeout=0.6, **options)
 
     def resolve(self, host: str, port: int) -> list[str]:
         self.resolved += 1
@@ -15572,9 +14458,8 @@ class DrainOnce:
         return ["127.0.0.1"]
 
     def add(self, name: str, **options: Any) -> None:
-        self.outbox.add_endpoint(
-            options.pop("url", None) or self.receiver.url(f"/{name}"), id=name, **options
-        )
+        url = options.pop("url", None) or self.receiver.url(f"/{name}")
+        self.outbox.add_endpoint(url, id=name, **options)
 
     def paused(self) -> None:
         self.add("a")
@@ -15656,36 +14541,24 @@ class DrainOnce:
 
 
 # The situation, and what a drain(once=True) then reports: delivered, retried, failed, pending.
-DRAIN_ONCE: dict[str, tuple[int, int, int, int]] = {
-    "nothing": (0, 0, 0, 0),
-    "paused": (0, 0, 0, 4),
-    "paused_then_over": (4, 0, 0, 0),
-    "rate": (6, 0, 0, 0),
-    "parked": (1, 5, 0, 5),
-    "one_worker": (30, 0, 0, 0),
-    "starved": (3, 0, 0, 0),
-    "disabled": (10, 0, 0, 0),
-    "orphans": (3, 0, 900, 0),
-    "clock_back": (2, 0, 0, 0),
-    "a_queue": (300, 0, 0, 10),
-    "many": (1200, 0, 0, 0),
+DRAIN_ONCE = {
+    **{"nothing": (0, 0, 0, 0), "paused": (0, 0, 0, 4), "paused_then_over": (4, 0, 0, 0)},
+    **{"rate": (6, 0, 0, 0), "parked": (1, 5, 0, 5), "one_worker": (30, 0, 0, 0)},
+    **{"starved": (3, 0, 0, 0), "disabled": (10, 0, 0, 0), "orphans": (3, 0, 900, 0)},
+    **{"clock_back": (2, 0, 0, 0), "a_queue": (300, 0, 0, 10), "many": (1200, 0, 0, 0)},
     "tomorrow": (1, 0, 0, 49),
 }
 
 
 @pytest.mark.parametrize("situation", DRAIN_ONCE)
-def test_drain_once_ends_when_nothing_is_due_that_may_be_sent_and_not_before(
-    either, serve, situation
-):
+def test_drain_once_ends_when_nothing_is_due_that_may_be_sent(either, serve, situation):
     shop = DrainOnce(either, serve(), serve)
     getattr(shop, situation)()
     begun = time.monotonic()
-    assert shop.outbox.drain(once=True) == webhook_outbox.DrainReport(*DRAIN_ONCE[situation])
+    assert shop.outbox.drain(once=True) == DrainReport(*DRAIN_ONCE[situation])
     assert time.monotonic() - begun < 8
     begun = time.monotonic()
-    assert shop.outbox.drain(once=True) == webhook_outbox.DrainReport(
-        0, 0, 0, DRAIN_ONCE[situation][3]
-    )
+    assert shop.outbox.drain(once=True) == DrainReport(0, 0, 0, DRAIN_ONCE[situation][3])
     assert time.monotonic() - begun < 2
 
 
@@ -15714,10 +14587,13 @@ POISON_VALUES = {
 POISON_TABLES = ("endpoints", "events", "deliveries", "attempts", "failed", "counts", "patterns")
 
 
+POISON_CASES = [slice(0, None, 291)]  # an eightieth of them; the long round has one in seven
+POISON_CASES += [pytest.param(slice(n, None, 97), marks=pytest.mark.long) for n in range(14)]
+
+
 def poison_shop(path: str, receiver: Receiver) -> None:
     """A file with a row of everything for the endpoint `bad`, and an endpoint `good`."""
-    outbox = make_outbox(path, retry=ONCE)
-    outbox.add_endpoint(receiver.url("/good"), id="good", events=["well"])
+    outbox = make_outbox(path, receiver.url("/good"), retry=ONCE, id="good", events=["well"])
     outbox.add_endpoint(receiver.url("/sick"), id="bad", events=["order.*"], ordered=True)
     emit(outbox, data={"n": 1}, key="k", headers={"X-A": "b"})
     outbox.drain(once=True)
@@ -15743,71 +14619,55 @@ def poison_pages(outbox: Outbox, ids: list[str]) -> Iterator[tuple[str, str]]:
         path, _, query_string = page.partition("?")
         environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "QUERY_STRING": query_string}
         environ |= {"wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(), "HTTP_HOST": "x"}
-        start = lambda line, headers, status=status: status.append(line)  # noqa: E731  a callback
-        body = b"".join(app(environ, start)).decode()
-        yield f"GET {page}: {status[0]}", body
+        body = app(environ, lambda line, headers, status=status: status.append(line))
+        yield f"GET {page}: {status[0]}", b"".join(body).decode()
 
 
 def poison_looked_at(path: str, outbox: Outbox, capsys: Any) -> None:
-    """Everything that shows the file answers, within bounds, and prints nothing that a terminal
-    obeys."""
+    """All that shows the file answers, within bounds, and prints nothing that a terminal obeys."""
     ids = [event.id for event in outbox.events()]
     outbox.stats(), outbox.metrics(), outbox.failed(), outbox.deliveries()
     for id in ids:
         outbox.event(id), outbox.attempts(id)
     for what, page in poison_pages(outbox, ids):
         assert what.endswith("200 OK") and len(page) < 1_000_000, what
-    commands = [
-        "status",
-        "events list",
-        "failed list",
-        "doctor",
-        "metrics",
-        "check",
-        "endpoint list",
-    ]
-    commands += [f"events show {id}" for id in ids]
-    for command_line in commands:
+    lines = "status|events list|failed list|doctor|metrics|check|endpoint list"
+    for command_line in (*lines.split("|"), *(f"events show {id}" for id in ids)):
         code = webhook_outbox.main(["--db", path, *command_line.split()])
         out, err = capsys.readouterr()
         assert code in (0, 1) and "Traceback" not in err, (command_line, err)
         assert all(c.isprintable() or c == "\n" for c in out + err), (command_line, out)
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 14))]
-)
-def test_poison_in_a_column_neither_ends_the_drain_nor_stops_who_looks(
-    tmp_path, serve, capsys, caplog, seed
+@pytest.mark.parametrize("cases", POISON_CASES)
+def test_poison_in_a_column_ends_no_drain_and_stops_nobody_who_looks(
+    tmp_path, serve, capsys, cases
 ):
     """What plain SQL can store in any column: after it the next good event is delivered, and all
     that shows the file still answers."""
-    answers = lambda self, sock, request: (  # noqa: E731  a play
-        sock.sendall(OK if "/good" in request.line else answer(500, b"no")) or True
-    )
-    receiver, whole, stored = serve(answers), tmp_path / "whole.db", 0
+
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        sock.sendall(OK if "/good" in request.line else answer(500, b"no"))
+        return True
+
+    receiver, whole, stored = serve(play), tmp_path / "whole.db", 0
     poison_shop(str(whole), receiver)
     with contextlib.closing(sqlite3.connect(whole)) as conn:
         conn.execute("PRAGMA journal_mode = DELETE")
-    cases = [(*column, value) for column in poison_columns() for value in POISON_VALUES]
-    for number, (table, column, value) in enumerate(sorted(cases)[seed::97]):
+    every = sorted((*column, value) for column in poison_columns() for value in POISON_VALUES)
+    for number, (table, column, value) in enumerate(every[cases]):
         path = str(tmp_path / f"{number}.db")
         shutil.copy(whole, path)
-        with contextlib.closing(sqlite3.connect(path)) as conn:
-            bad = {"events": "type <> 'well'", "endpoints": "id = 'bad'"}.get(
-                table, "endpoint_id = 'bad'"
-            )
-            try:
-                conn.execute(
-                    f"UPDATE webhook_{table} SET {column} = {POISON_VALUES[value]} WHERE {bad}"
-                )
-                conn.commit()
-            except sqlite3.Error:
-                continue  # refused: as good
+        bad = {"events": "type <> 'well'", "endpoints": "id = 'bad'"}
+        where = bad.get(table, "endpoint_id = 'bad'")
+        change = f"SET {column} = {POISON_VALUES[value]} WHERE {where}"
+        try:
+            query(path, f"UPDATE webhook_{table} {change}")
+        except sqlite3.Error:
+            continue  # refused: as good
         stored += 1
-        what = table, column, value
-        outbox, clock = make_outbox(path, retry=RetryPolicy((0, 60))), Clock(time.time())
-        outbox.clock = clock
+        what, clock = (table, column, value), Clock(time.time())
+        outbox = make_outbox(path, retry=RetryPolicy((0, 60)), clock=clock)
         good = emit(outbox, "well")
         outbox.drain(once=True)
         assert statuses(outbox, good) == {"good": "delivered"}, what
@@ -15819,7 +14679,7 @@ def test_poison_in_a_column_neither_ends_the_drain_nor_stops_who_looks(
             poison_looked_at(path, outbox, capsys)
         except Exception as error:
             raise AssertionError(what) from error
-    assert stored >= 3
+    assert stored
 
 
 # ── crashes ───────────────────────────────────────────────────────────────────────────────────────
@@ -15901,8 +14761,7 @@ CRASHES_WAYS = ("start", "drain", "command line")
 
 
 class CrashesHerd:
-    """Processes forked off one that imported everything and opened nothing: a new one costs
-    milliseconds."""
+    """Processes forked off one that imported everything: a new one costs milliseconds."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process, self.lock = process, threading.RLock()
@@ -15943,9 +14802,8 @@ def herd(tmp_path: pathlib.Path) -> Iterator[CrashesHerd]:
         assert "Traceback" not in (said := stderr.read()), said
 
 
-def test_eight_processes_that_all_drain_deliver_each_event_once(either, serve, herd):
-    receiver, outbox = serve(), make_outbox(either)
-    outbox.add_endpoint(receiver.url())
+def test_eight_processes_that_all_drain_deliver_each_event_once(either, shop, herd):
+    receiver, outbox = shop.open()
     for number in range(8):
         herd.start("drain", f"d{number}", either, CRASHES_WAYS[number % 3])
     for start in range(0, 200, 10):
@@ -15957,14 +14815,9 @@ def test_eight_processes_that_all_drain_deliver_each_event_once(either, serve, h
 
 
 @pytest.mark.parametrize("stopped", [0.6, pytest.param(3.0, marks=pytest.mark.long)])
-def test_a_standby_takes_over_within_half_a_second_of_a_death_and_never_while_the_holder_lives(
-    either, serve, herd, stopped
-):
-    """Half a second is promised, a poll of 0.1 s expected. The median of seven leaves room for a
-    busy machine."""
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(either)
-    outbox.add_endpoint(receiver.url())
+def test_a_standby_takes_over_within_half_a_second_of_a_death(either, shop, herd, stopped):
+    """As promised; a poll of 0.1 s is expected. The median of seven leaves room."""
+    receiver, outbox = shop.open(gate := Gate())
     for number, way in enumerate(CRASHES_WAYS):
         herd.start("drain", f"d{number}", either, way)
     numbers, took = itertools.count(), []
@@ -16001,49 +14854,6 @@ def test_a_standby_takes_over_within_half_a_second_of_a_death_and_never_while_th
     assert sorted(numbers_of(receiver)) == list(range(next(numbers)))
 
 
-@pytest.mark.parametrize("rounds", [8, pytest.param(80, marks=pytest.mark.long)])
-def test_a_drain_killed_by_its_receiver_right_after_a_200_repeats_only_what_was_not_recorded(
-    database, serve, herd, rounds
-):
-    """What a process had sent but not recorded when it died comes exactly once more; everything
-    else exactly once."""
-    rng = random.Random(rounds)
-    # Whose answer is to be the last thing that it sees, when turns says 0.
-    name, turns = ("", itertools.repeat(0))
-
-    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        # Some requests are read after their sender's death.
-        ending = drainer_of(request) == name and next(turns) == 0
-        sock.sendall(OK)
-        if ending:
-            herd.signal(name, signal.SIGKILL)
-        return True
-
-    receiver, outbox = serve(play), make_outbox(database)
-    outbox.add_endpoint(receiver.url())
-    emitted: list[str] = []
-    left: dict[str, set[str]] = {}  # what was pending when a process died
-    for number in range(rounds):
-        emitted += emit_numbers(outbox, range(20)).values()
-        name, turns = f"d{number}", itertools.count(-rng.randrange(20))
-        herd.start("drain", name, database, rng.choice(CRASHES_WAYS))
-        eventually(lambda name=name: name in herd.killed)
-        herd.kill(name)
-        left[name] = {id for (id,) in query(database, """
-            SELECT e.id FROM webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event
-             WHERE d.status = 'pending'""")}  # fmt: skip
-    eventually(lambda: not receiver.open)
-    outbox.drain(until_empty=True)
-    sent = collections.Counter(
-        (drainer_of(request), request.headers["webhook-id"]) for request in receiver.requests
-    )
-    assert set(sent.values()) == {1}
-    repeats = collections.Counter(id for sender, id in sent if id in left.get(sender, ()))
-    assert times_received(receiver.requests) == {id: 1 + repeats[id] for id in emitted}
-    assert repeats
-    assert query(database, "PRAGMA integrity_check") == [("ok",)]
-
-
 @dataclasses.dataclass
 class CrashesReceipt:
     """One request as the storm's receiver saw it, and how it chose to answer."""
@@ -16071,12 +14881,10 @@ class CrashesStorm:
         moods, chances = ("200", "503", "reset", "late", "200 and kill"), (88, 4, 3, 3, 2)
         mood = "200" if self.quiet.is_set() else self.moody.choices(moods, chances)[0]
         sender = drainer_of(request)
-        self.receipts.append(
-            CrashesReceipt(request.headers["webhook-id"], request.body, sender, mood)
-        )
+        id = request.headers["webhook-id"]
+        self.receipts.append(CrashesReceipt(id, request.body, sender, mood))
         if mood == "reset":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            return False
+            return resets(receiver, sock, request)
         if mood == "late":
             self.quiet.wait(1.5)
         sock.sendall(answer(503) if mood == "503" else OK)
@@ -16088,15 +14896,13 @@ class CrashesStorm:
     def spawn(self, kind: str) -> None:
         serial = next(self.serials)
         if kind == "w":
-            self.herd.start(
-                "write", f"w{serial}", self.path, str(self.folder / f"ledger{serial}"), serial
-            )
+            ledger = str(self.folder / f"ledger{serial}")
+            self.herd.start("write", f"w{serial}", self.path, ledger, serial)
         else:
             self.herd.start("drain", f"d{serial}", self.path, self.rng.choice(CRASHES_WAYS), 1.0)
 
     def strike(self, conn: sqlite3.Connection) -> None:
-        """Kill one, or stop it for a while, or both; now and then with the lock taken from
-        everybody."""
+        """Kill one, or stop it for a while, or both; now and then with the lock taken."""
         locked, stopped, dies = (self.rng.random() < chance for chance in (0.15, 0.15, 0.85))
         victim = self.rng.choice(sorted(self.herd.pids))
         if self.rng.random() < 0.4 and self.receipts and self.receipts[-1].sender in self.herd.pids:
@@ -16134,9 +14940,8 @@ class CrashesStorm:
         outbox.add_endpoint(receiver.url())
         for kind in "wwwdddd":
             self.spawn(kind)
-        with contextlib.closing(
-            sqlite3.connect(self.path, isolation_level=None, timeout=60)
-        ) as conn:
+        conn = sqlite3.connect(self.path, isolation_level=None, timeout=60)
+        with contextlib.closing(conn):
             for _ in range(rounds):
                 time.sleep(self.rng.expovariate(1 / 0.03))
                 self.strike(conn)
@@ -16154,10 +14959,8 @@ class CrashesStorm:
         for ledger in self.folder.glob("ledger*"):
             for word, number in map(str.split, ledger.read_text().splitlines()):
                 said[word].add(int(number))
-        events = {
-            id: json.loads(data)["n"]
-            for id, data in query(self.path, "SELECT id, data FROM webhook_events")
-        }
+        rows = query(self.path, "SELECT id, json_extract(data, '$.n') FROM webhook_events")
+        events = dict(rows)
         orders = {id for (id,) in query(self.path, "SELECT id FROM orders")}
         attempts = query(self.path, """
             SELECT e.id, reason, at
@@ -16167,9 +14970,8 @@ class CrashesStorm:
         by_id: dict[str, list[CrashesReceipt]] = {}
         for receipt in self.receipts:
             by_id.setdefault(receipt.id, []).append(receipt)
-        waits_no_more = """SELECT e.id FROM webhook_events AS e JOIN webhook_deliveries AS d ON d.event = e.seq
-                            WHERE d.status = 'cancelled'"""
-        recalled = {id for (id,) in query(self.path, waits_no_more)}
+        recalled = {id for id, _ in power_deliveries(self.path, "cancelled")}
+        bodies = {id: {receipt.body for receipt in of_id} for id, of_id in by_id.items()}
         carried = {(receipt.id, json.loads(receipt.body)["data"]["n"]) for receipt in self.receipts}
         received = {number for _, number in carried}
 
@@ -16189,13 +14991,9 @@ class CrashesStorm:
             "unknown ids": carried - events.items(),
             "committed, but gone": said["ok"] - orders,
             "business rows and events out of step": orders ^ set(events.values()),
-            "other bytes": {
-                id for id, of_id in by_id.items() if len({receipt.body for receipt in of_id}) > 1
-            },
+            "other bytes": {id for id, of_id in bodies.items() if len(of_id) > 1},
             "not one success": {id for id in events if reasons[id, None] != (id not in recalled)},
-            "repeated without a cause": {
-                id for id, of_id in by_id.items() if len(of_id) > 1 + causes(id)
-            },
+            "repeated without a cause": {id for id in by_id if len(by_id[id]) > 1 + causes(id)},
             "given up": set(query(self.path, "SELECT event_id FROM webhook_failed")),
             "integrity": set(query(self.path, "PRAGMA integrity_check")) - {("ok",)},
         }
@@ -16212,11 +15010,9 @@ class CrashesStorm:
 
 
 @pytest.mark.parametrize("rounds", [12, pytest.param(120, marks=pytest.mark.long)])
-def test_a_storm_of_kills_stops_and_locks_loses_nothing_and_repeats_nothing_without_a_cause(
-    either, serve, herd, tmp_path, rounds
-):
-    """WEBHOOK_OUTBOX_SEED repeats what the storm chose, not how its processes interleaved: a
-    failure may not return at once."""
+def test_a_storm_of_kills_stops_and_locks_loses_nothing(either, serve, herd, tmp_path, rounds):
+    """Nor repeats anything without a cause. WEBHOOK_OUTBOX_SEED repeats what the storm chose, not
+    how its processes interleaved: a failure may not return at once."""
     seed = int(os.environ.get("WEBHOOK_OUTBOX_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"WEBHOOK_OUTBOX_SEED={seed}")  # shown when the test fails
     storm = CrashesStorm(either, tmp_path, herd, seed)
@@ -16227,13 +15023,9 @@ def test_a_storm_of_kills_stops_and_locks_loses_nothing_and_repeats_nothing_with
     assert numbers["events"] and numbers["rolled back"]
 
 
-def test_killed_between_the_answer_and_its_recording_each_attempt_under_way_is_repeated_once(
-    database, serve
-):
+def test_killed_between_answer_and_recording_each_attempt_is_repeated_once(database, shop):
     """The test holds the write lock, so that every answer arrives and none can be recorded."""
-    gate = Gate()
-    receiver, outbox = serve(gate), make_outbox(database)
-    outbox.add_endpoint(receiver.url())
+    receiver, outbox = shop.open(gate := Gate())
     recorded = emit_numbers(outbox, range(100, 103))
     gate.opened.set()
     with drain_process(database) as process:
@@ -16241,9 +15033,8 @@ def test_killed_between_the_answer_and_its_recording_each_attempt_under_way_is_r
         gate.opened.clear()
         lost = emit_numbers(outbox, range(5))
         eventually(lambda: len(receiver.requests) == 8)
-        with contextlib.closing(
-            sqlite3.connect(database, isolation_level=None, timeout=10)
-        ) as conn:
+        conn = sqlite3.connect(database, isolation_level=None, timeout=10)
+        with contextlib.closing(conn):
             conn.execute("BEGIN IMMEDIATE")
             gate.opened.set()
             time.sleep(0.5)
@@ -16251,15 +15042,13 @@ def test_killed_between_the_answer_and_its_recording_each_attempt_under_way_is_r
             process.wait()
             conn.execute("ROLLBACK")
     assert outbox.drain(until_empty=True).delivered == 5
-    assert times_received(receiver.requests) == {
-        **dict.fromkeys(lost.values(), 2),
-        **dict.fromkeys(recorded.values(), 1),
-    }
+    once = dict.fromkeys(recorded.values(), 1)
+    assert times_received(receiver.requests) == once | dict.fromkeys(lost.values(), 2)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("forks", [8, pytest.param(60, marks=pytest.mark.long)])
-def test_forks_and_pools_of_processes_at_any_moment_lose_and_repeat_nothing(either, serve, forks):
+def test_forks_and_pools_of_processes_at_any_moment_lose_and_repeat_nothing(either, shop, forks):
     code = """
     import os, sqlite3, sys, time, warnings
     from concurrent.futures import ProcessPoolExecutor
@@ -16300,8 +15089,7 @@ def test_forks_and_pools_of_processes_at_any_moment_lose_and_repeat_nothing(eith
     outbox.stop()
     standby.stop()
     """
-    receiver, outbox = serve(), make_outbox(either)
-    outbox.add_endpoint(receiver.url())
+    receiver, outbox = shop.open()
     with drain_process(either, str(forks), code, stdin=subprocess.PIPE) as process:
         for n in itertools.count():  # so that a fork finds the drain picking, sending, recording
             with outbox.transaction() as conn:
@@ -16320,10 +15108,8 @@ def test_forks_and_pools_of_processes_at_any_moment_lose_and_repeat_nothing(eith
 
 # Power cuts: the files are put into every state that one may leave behind, and opened again.
 
-POWER_TABLES = (
-    "orders",
-    *(f"webhook_{name}" for name in "endpoints events deliveries attempts failed".split()),
-)
+POWER_PUBLIC = "endpoints events deliveries attempts failed".split()
+POWER_TABLES = ("orders", *(f"webhook_{name}" for name in POWER_PUBLIC))
 POWER_RULES = {  # what must not be: SQL that finds it
     "an order without its event": """SELECT id FROM orders
         EXCEPT SELECT json_extract(data, '$.n') FROM webhook_events""",
@@ -16358,12 +15144,8 @@ def power_state(path: Any) -> dict[str, list[Any]]:
 
 
 def power_bytes(path: str, *suffixes: str) -> list[bytes]:
-    """Read the files of a database that is open here by another process: this one would drop
-    SQLite's locks."""
-    return [
-        subprocess.run(["cat", path + s], stdout=subprocess.PIPE, check=True).stdout
-        for s in suffixes
-    ]
+    """Read files of an open database by another process: this one would drop SQLite's locks."""
+    return [subprocess.check_output(["cat", path + suffix]) for suffix in suffixes]
 
 
 def power_outbox(path: Any, receiver: Receiver, clock: Clock) -> Outbox:
@@ -16385,9 +15167,7 @@ def power_orders(host: sqlite3.Connection, outbox: Outbox, rng: random.Random, n
         host.execute("RELEASE one" if n == number or rng.random() < 0.6 else "ROLLBACK TO one")
 
 
-def power_history(
-    path: str, receiver: Receiver, rng: random.Random, clock: Clock, steps: int
-) -> list[Any]:
+def power_history(path: str, receiver: Receiver, rng: Any, clock: Clock, steps: int) -> list[Any]:
     """Live through a random history, all of it in the WAL. Return a mark of each step: how many
     frames there were after it, what it was, the state; and images of the files, before each
     rollback and at the end: the first frame of interest, the marks so far, the database, the
@@ -16398,12 +15178,8 @@ def power_history(
     outbox.drain(once=True)
     clock.advance(40 * 86_400)
     query(path, "PRAGMA wal_checkpoint(TRUNCATE)")
-    words = (
-        ["order"] * 6
-        + ["rollback"] * 2
-        + ["drain"] * 3
-        + ["replay", "discard", "resend", "prune", "rotate"]
-    )
+    words = ["order"] * 6 + ["rollback"] * 2 + ["drain"] * 3
+    words += ["replay", "discard", "resend", "prune", "rotate"]
     marks, images = [(0, "", power_state(path))], []
     reader, host = (sqlite3.connect(path, isolation_level=None) for _ in range(2))
     with contextlib.closing(reader), contextlib.closing(host):
@@ -16474,9 +15250,7 @@ def power_drain(path: Any, receiver: Receiver, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(("steps", "every"), [(24, 6), pytest.param(70, 4, marks=pytest.mark.long)])
-def test_a_power_cut_anywhere_in_the_wal_keeps_what_was_acknowledged_and_halves_nothing(
-    tmp_path, serve, steps, every
-):
+def test_a_power_cut_anywhere_in_the_wal_keeps_what_was_acknowledged(tmp_path, serve, steps, every):
     """The WAL ends after any frame, inside one, or goes on behind a damaged one. A step whose
     frames are all there has happened, to the row, and no other has; a drain is several. The next
     drain sends what waits, each once."""
@@ -16493,10 +15267,9 @@ def test_a_power_cut_anywhere_in_the_wal_keeps_what_was_acknowledged_and_halves_
     images = power_history(make_database(tmp_path / "app.db"), receiver, rng, clock, steps)
     receiver.play = OK
     clock.advance(3600)
+    ways = ["ends", "torn", "garbage", "flipped"]
     for first, marks, main, wal in images:
-        for frames, way in itertools.product(
-            range(first, len(wal) // 4120 + 1), ["ends", "torn", "garbage", "flipped"]
-        ):
+        for frames, way in itertools.product(range(first, len(wal) // 4120 + 1), ways):
             if rng.randrange(every):
                 continue
             cut.write_bytes(main)
@@ -16505,14 +15278,10 @@ def test_a_power_cut_anywhere_in_the_wal_keeps_what_was_acknowledged_and_halves_
             done = max(i for i, mark in enumerate(marks) if mark[0] <= frames)
             before = marks[done][2]
             if done + 1 < len(marks) and marks[done + 1][1] == "drain":
-                finished = {
-                    row
-                    for row in before["webhook_deliveries"]
-                    if row[2] == "delivered" and row[0] > 3
-                }
-                assert state["orders"] == before["orders"] and finished <= set(
-                    state["webhook_deliveries"]
-                )
+                rows = before["webhook_deliveries"]
+                finished = {row for row in rows if row[2] == "delivered" and row[0] > 3}
+                assert state["orders"] == before["orders"]
+                assert finished <= set(state["webhook_deliveries"])
             else:
                 assert state == before
             if rng.random() < 0.03:
@@ -16541,15 +15310,10 @@ def test_a_power_cut_in_rollback_mode_takes_the_whole_transaction_back(tmp_path,
             synced = header + sector + records * (4 + 4096 + 4)
             for _ in range(images if new != old else 0):
                 whole = range(0, len(new), 4096)
-                cut.write_bytes(
-                    b"".join(
-                        rng.choice([old, new])[at : at + 4096] or new[at : at + 4096]
-                        for at in whole
-                    )
-                )
-                torn = journal[: rng.randrange(synced, len(journal) + 1)] + rng.randbytes(
-                    rng.choice([0, 5000])
-                )
+                pages = [(rng.choice([old, new])[at:] or new[at:])[:4096] for at in whole]
+                cut.write_bytes(b"".join(pages))
+                torn = journal[: rng.randrange(synced, len(journal) + 1)]
+                torn += rng.randbytes(rng.choice([0, 5000]))
                 (tmp_path / "cut.db-journal").write_bytes(torn)
                 assert power_state(cut) == state
                 cases += 1
@@ -16654,17 +15418,11 @@ for n in itertools.count(int(every), int(every)):
 
 
 @pytest.mark.parametrize("how", ["KILL", "EIO", "ENOSPC"])
-@pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.long)])
-def test_struck_at_any_write_nothing_is_halved_or_lost_or_repeated_once_recorded(
-    database, serve, how, every
-):
-    if sys.platform != "linux" or platform.machine() not in (
-        "x86_64",
-        *["aarch64"] * (how == "KILL"),
-    ):
-        pytest.skip(
-            "the test knows the system calls of Linux on x86-64, and how to kill at them on ARM64"
-        )
+@pytest.mark.parametrize("every", [30, pytest.param(1, marks=pytest.mark.long)])
+def test_struck_at_any_write_nothing_is_halved_lost_or_repeated(database, serve, how, every):
+    known = ["x86_64", "aarch64"] if how == "KILL" else ["x86_64"]
+    if sys.platform != "linux" or platform.machine() not in known:
+        pytest.skip("it knows the system calls of Linux on x86-64, and to kill at them on ARM64")
     receiver, clock = serve(Fails(n1=math.inf)), Clock(time.time())
     outbox = power_outbox(database, receiver, clock)
     with outbox.transaction() as conn:
@@ -16678,10 +15436,8 @@ def test_struck_at_any_write_nothing_is_halved_or_lost_or_repeated_once_recorded
     said = {tuple(line.split()[:2]) for line in out.splitlines()}
     struck = [n for n, word in said if word == "struck"]
     assert len(struck) * every > 40
-    sent = {
-        n: power_sent([r for r in receiver.requests if f"({n})" in r.headers["user-agent"]])
-        for n in struck
-    }
+    came = receiver.requests[:]
+    sent = {n: power_sent([each for each in came if drainer_of(each) == n]) for n in struck}
     receiver.play, clock.now = OK, clock.now + 3600
     for n in struck:
         committed, refused = (n, "committed") in said, (n, "refused") in said
@@ -16690,9 +15446,8 @@ def test_struck_at_any_write_nothing_is_halved_or_lost_or_repeated_once_recorded
         assert not refused or (2, 1.0) not in state["orders"], n
         assert len(set(sent[n])) == len(sent[n]), n
         assert set(power_deliveries(f"{database}.{n}", "delivered")) <= set(sent[n])
-        assert not (how == "ENOSPC" and not committed and sent[n]), (
-            f"{n}: the disk was full before the drain began"
-        )
+        # Else the disk was full before the drain began.
+        assert how != "ENOSPC" or committed or not sent[n], n
         if int(n) % 3 == 0:
             power_drain(f"{database}.{n}", receiver, clock)
     times_received(receiver.requests)
@@ -16718,57 +15473,41 @@ for number in range(int(sys.argv[2])):
 
 
 @pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.long)])
-def test_kill_9_while_the_tables_are_made_leaves_all_or_nothing_and_the_next_open_completes(
-    database, rounds
-):
+def test_kill_9_while_the_tables_are_made_leaves_all_or_nothing(database, rounds):
+    """And the next open completes."""
     with run_python(CRASHES_CREATE, database, str(rounds)) as process:
-        assert process.wait(120) == 0, process.stderr.read()
-    whole, stages = (
-        query(database + ".first", "SELECT name, sql FROM sqlite_master ORDER BY name"),
-        [],
-    )
+        process.ends(within=120)
+    schema = "SELECT name, sql FROM sqlite_master ORDER BY name"
+    whole, stages = query(database + ".first", schema), []
     with contextlib.closing(sqlite3.connect(":memory:")) as conn:
         conn.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, total REAL)")
         for version in ((), *webhook_outbox._SCHEMA):  # one transaction each
             for statement in version:
                 conn.execute(statement)
-            stages.append(
-                conn.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall()
-            )
+            stages.append(conn.execute(schema).fetchall())
     for number in range(rounds):
         path = f"{database}.{number}"
-        found = query(path, "SELECT name, sql FROM sqlite_master ORDER BY name")
-        assert found in stages
+        assert query(path, schema) in stages
         emit(make_outbox(path))
-        assert query(path, "SELECT name, sql FROM sqlite_master ORDER BY name") == whole
+        assert query(path, schema) == whole
         assert query(path, "PRAGMA integrity_check") == [("ok",)]
 
 
 # ── drain: what a reviewer broke ──────────────────────────────────────────────────────────────────
 
 
-def test_a_resent_delivery_follows_the_order_its_endpoint_has_now(wal, serve):
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), id="a", ordered=True)
+def test_a_resent_delivery_follows_the_order_its_endpoint_has_now(wal, shop):
+    receiver, outbox = shop.open(id="a", ordered=True)
     ids = [emit(outbox, data=n) for n in range(3)]
     assert outbox.drain(once=True).delivered == 3
-    outbox.update_endpoint("a", ordered=False)
-    for id in ids:
-        outbox.resend(id)
-    assert query(wal, "SELECT DISTINCT status, queue FROM webhook_deliveries") == [
-        ("pending", None)
-    ]
-    assert outbox.drain(until_empty=True) == webhook_outbox.DrainReport(3, 0, 0, 0)
-    outbox.update_endpoint("a", ordered=True)
-    for id in ids:
-        outbox.resend(id)
-    assert query(wal, "SELECT status, queue FROM webhook_deliveries ORDER BY event") == [
-        ("pending", ""),
-        ("queued", ""),
-        ("queued", ""),
-    ]
-    assert outbox.drain(until_empty=True).delivered == 3
-    assert [r.headers["webhook-id"] for r in receiver.requests] [-3:] == ids  # fmt: skip
+    free, queued = [("pending", None)] * 3, [("pending", ""), ("queued", ""), ("queued", "")]
+    for ordered, rows in ((False, free), (True, queued)):
+        outbox.update_endpoint("a", ordered=ordered)
+        for id in ids:
+            outbox.resend(id)
+        assert query(wal, "SELECT status, queue FROM webhook_deliveries ORDER BY event") == rows
+        assert outbox.drain(until_empty=True) == DrainReport(3, 0, 0, 0)
+    assert [request.headers["webhook-id"] for request in receiver.requests][-3:] == ids
 
 
 def test_a_replayed_delivery_goes_before_a_later_one_that_was_already_read(wal, serve):
@@ -16783,8 +15522,7 @@ def test_a_replayed_delivery_goes_before_a_later_one_that_was_already_read(wal, 
         sock.sendall(answer(400) if name == "k1" and seen.count("k1") == 1 else OK)
         return True
 
-    outbox = make_outbox(wal, retry=ONCE)
-    outbox.add_endpoint(serve(play).url(), id="a", max_in_flight=1)
+    outbox = make_outbox(wal, serve(play).url(), retry=ONCE, id="a", max_in_flight=1)
     emit(outbox, data="k1", key="k")
     assert outbox.drain(once=True).failed == 1
     emit(outbox, data="first")
@@ -16798,16 +15536,14 @@ def test_a_replayed_delivery_goes_before_a_later_one_that_was_already_read(wal, 
 
 
 def test_a_wake_up_is_never_the_last_one():
-    """A byte sent between the flag and the read would be swallowed, and every later wake-up with
-    it."""
+    """A byte between the flag and the read would be swallowed, and every later one with it."""
     bell = webhook_outbox._Bell()
     end = time.monotonic() + 0.5
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        threads = [
-            threading.Thread(target=lambda: [bell.ring() for _ in range(3000)]) for _ in range(3)
-        ]
+        rings = lambda: [bell.ring() for _ in range(3000)]  # noqa: E731
+        threads = [threading.Thread(target=rings) for _ in range(3)]
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads) or time.monotonic() < end:
@@ -16820,36 +15556,6 @@ def test_a_wake_up_is_never_the_last_one():
     bell.ring(committed=True)
     assert select.select([bell.inside], [], [], 5)[0] and bell.hear()
     bell.close()
-
-
-def test_an_endpoint_that_cannot_make_requests_does_not_keep_the_loop_from_the_others(
-    wal, serve, monkeypatch
-):
-    """Its attempts end at once, so that only the bound on unrecorded outcomes stops a turn."""
-    monkeypatch.delenv("NOWHERE", raising=False)
-    receiver, outbox = serve(), make_outbox(wal, retry=ONCE)
-    outbox.add_endpoint(receiver.url(), id="broken", secret="env:NOWHERE")
-    with outbox.transaction() as conn:
-        for n in range(5000):
-            outbox.emit(conn, "order.created", n)
-    with drain_by_hand(outbox, "once") as drain:
-        drain_turn(drain)
-        assert len(drain.ledger.rows) == webhook_outbox._UNRECORDED
-        assert drain.finder.lanes["broken"].health.failures == webhook_outbox._UNRECORDED
-    # Leaving wrote all of them, in several statements.
-    assert outbox.stats().failed == webhook_outbox._UNRECORDED
-
-
-@pytest.mark.parametrize("rate", [100, None])
-def test_a_new_rate_counts_from_now(wal, serve, rate):
-    receiver, outbox = serve(), make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), id="a", rate=0.001)
-    for n in range(3):
-        emit(outbox, data=n)
-    with outbox:
-        time.sleep(0.2)
-        outbox.update_endpoint("a", rate=rate)
-        eventually(lambda: len(receiver.requests) == 3, within=5)
 
 
 def test_a_refused_emit_leaves_no_transaction_that_the_driver_began_for_it(database):
@@ -16869,26 +15575,20 @@ def test_a_refused_emit_leaves_no_transaction_that_the_driver_began_for_it(datab
 
 
 def test_replay_takes_each_failed_row_once_although_it_fails_again_meanwhile(wal, serve):
-    outbox = make_outbox(wal, retry=ONCE)
-    outbox.add_endpoint(serve(answer(400)).url(), id="a")
-    with outbox.transaction() as conn:
-        for n in range(1200):
-            outbox.emit(conn, "order.created", n)
+    outbox = make_outbox(wal, serve(answer(400)).url(), retry=ONCE, id="a")
+    emit_numbers(outbox, range(1200))
     assert outbox.drain(once=True).failed == 1200
     with outbox:
         assert outbox.replay(all=True) == 1200
         eventually(lambda: outbox.stats().failed == 1200)
 
 
-def test_what_is_known_when_a_drain_leaves_is_recorded_although_the_host_holds_the_lock(wal, serve):
-    """Neither a delivery that was answered nor the word of a 410 about its endpoint is lost to a
-    busy moment."""
-    receiver, outbox = serve([OK, answer(410)]), make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), id="a", max_in_flight=1)
+def test_what_is_known_when_a_drain_leaves_is_recorded_although_the_host_holds_the_lock(wal, shop):
+    """Neither a delivery nor the word of a 410 is lost to a busy moment."""
+    receiver, outbox = shop.open([OK, answer(410)], id="a", max_in_flight=1)
     outbox.start()
-    with contextlib.closing(
-        sqlite3.connect(wal, isolation_level=None, check_same_thread=False)
-    ) as conn:
+    conn = sqlite3.connect(wal, isolation_level=None, check_same_thread=False)
+    with contextlib.closing(conn):
         emit(outbox, data=1)
         eventually(lambda: outbox.drain(once=True).pending == 0)
         conn.execute("BEGIN IMMEDIATE")
@@ -16935,8 +15635,8 @@ def doctor_sick(path: str, what: str) -> Any:
     elif what == "reader":
         reader = sqlite3.connect(path)
         reader.execute("BEGIN").connection.execute("SELECT * FROM orders").fetchall()
-        query(path, "INSERT INTO orders (total) WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n"
-                    " WHERE i < 5000) SELECT randomblob(4000) FROM n")  # fmt: skip
+        many = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5000)"
+        query(path, f"INSERT INTO orders (total) {many} SELECT randomblob(4000) FROM n")
         return reader
     elif what == "owner":
         open(path + "-webhooks", "w").close()
@@ -17021,10 +15721,8 @@ def test_the_doctor_sees_a_default_below_full_and_wrong_clocks(wal):
     emit(make_outbox(wal, clock=clock))
     assert doctor_says(make_outbox(wal, clock=clock)) == []
     clock.advance(-3600)
-    assert (
-        "the file knows of 2027-01-15 08:00:00Z: set the clock"
-        in doctor_says(make_outbox(wal, clock=clock))[0]
-    )
+    (said,) = doctor_says(make_outbox(wal, clock=clock))
+    assert "the file knows of 2027-01-15 08:00:00Z: set the clock" in said
     clock.now = 86_400.0
     assert "1970-01-02" in doctor_says(make_outbox(wal, clock=clock))[0]
 
@@ -17047,23 +15745,17 @@ def test_the_doctor_knows_network_file_systems_and_the_versions_with_the_wal_res
     seen = webhook_outbox._NETWORK_FILE_SYSTEM.match
     assert all(map(seen, "nfs nfs4 cifs smb3 ceph 9p fuse.sshfs fuse.glusterfs lustre".split()))
     assert not any(map(seen, "ext4 xfs btrfs overlay tmpfs fuse.snapfuse fuseblk apfs zfs".split()))
-    assert webhook_outbox._file_system("/proc/self/status") == (
-        "proc" if os.path.exists("/proc/self/mountinfo") else ""
-    )
+    proc = "proc" if os.path.exists("/proc/self/mountinfo") else ""
+    assert webhook_outbox._file_system("/proc/self/status") == proc
     bug = webhook_outbox._wal_reset_bug
-    assert [bug(v) for v in ((3, 34, 0), (3, 44, 5), (3, 50, 6), (3, 51, 2), (3, 45, 9))] == [
-        True
-    ] * 5
-    assert [bug(v) for v in ((3, 44, 6), (3, 50, 7), (3, 51, 3), (3, 53, 0), (4, 0, 0))] == [
-        False
-    ] * 5
+    assert all(map(bug, ((3, 34, 0), (3, 44, 5), (3, 50, 6), (3, 51, 2), (3, 45, 9))))
+    assert not any(map(bug, ((3, 44, 6), (3, 50, 7), (3, 51, 3), (3, 53, 0), (4, 0, 0))))
 
 
 # ── dashboard ─────────────────────────────────────────────────────────────────────────────────────
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 HOSTILE = """</pre></td><script>alert(1)</script>'"><img src=x onerror=alert(1)>{0}&lt;\u202e"""
 DASH_TAGS = set(
     "html head meta title style body main header h1 h2 h3 p a span small strong div dl dt dd table thead tbody tr th td"
@@ -17134,8 +15826,7 @@ def dash_served(app: Any) -> Iterator[str]:
 
 
 class DashVisitor:
-    """A browser without a screen: keeps cookies, follows links and sends the forms that it was
-    given."""
+    """A browser without a screen: keeps cookies, follows links and sends forms it was given."""
 
     def __init__(self, base: str, mount: str = "") -> None:
         self.base, self.mount, self.session = base, mount, requests.Session()
@@ -17146,48 +15837,55 @@ class DashVisitor:
     def __exit__(self, *_: object) -> None:
         self.session.close()
 
+    def ask(self, path: str = "/", method: str = "GET", **options: Any) -> requests.Response:
+        options = {"timeout": 10, "allow_redirects": False, **options}
+        return self.session.request(method, self.base + self.mount + path, **options)
+
     def get(self, path: str = "/") -> DashParser:
-        found = self.session.get(self.base + self.mount + path, timeout=10)
+        found = self.ask(path)
         assert found.status_code == 200, (found.status_code, found.text[-300:])
         return DashParser(found.text)
 
-    def form(
-        self, verb: str, value: str | None = None, path: str = "/"
-    ) -> tuple[str, dict[str, str]]:
+    def form(self, verb: str, value: str | None = None, path: str = "/") -> tuple[str, Any]:
         for action, fields in self.get(path).forms:
-            if action.partition("?")[0] == f"{self.mount}/{verb}" and value in (
-                None,
-                *fields.values(),
-            ):
+            ours = action.partition("?")[0] == f"{self.mount}/{verb}"
+            if ours and value in (None, *fields.values()):
                 return action, fields
         raise AssertionError(f"no form to {verb} {value}")
 
     def post(self, action: str, fields: Any, **headers: str) -> requests.Response:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
-        return self.session.post(
-            self.base + action, data=fields, headers=names, timeout=10, allow_redirects=False
-        )
+        options = {"timeout": 10, "allow_redirects": False}
+        return self.session.post(self.base + action, data=fields, headers=names, **options)
 
     def press(self, verb: str, value: str | None = None, path: str = "/") -> DashParser:
         """Press a button as it stands on the page, and follow where that leads."""
-        sent = self.post(
-            *self.form(verb, value, path), Origin=self.base, Sec_Fetch_Site="same-origin"
-        )
+        ours = {"Origin": self.base, "Sec_Fetch_Site": "same-origin"}
+        sent = self.post(*self.form(verb, value, path), **ours)
         assert sent.status_code == 303, (sent.status_code, sent.text[-300:])
         assert sent.headers["Location"].startswith(self.mount + "/")
         return self.get(sent.headers["Location"][len(self.mount) :])
 
 
+@contextlib.contextmanager
+def visiting(outbox: Outbox) -> Iterator[DashVisitor]:
+    """A visitor of the dashboard of an outbox."""
+    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
+        yield visitor
+
+
 @pytest.fixture
 def visitor(wal: str) -> Iterator[DashVisitor]:
-    """A visitor of the dashboard of a file in which three deliveries failed: two of endpoint a, one
-    of b."""
+    """The same for a file in which three deliveries failed: two of endpoint a, one of b."""
     cli_fail_some(wal)
-    with (
-        dash_served(webhook_outbox.dashboard_app(make_outbox(wal))) as base,
-        DashVisitor(base) as visitor,
-    ):
+    with visiting(make_outbox(wal)) as visitor:
         yield visitor
+
+
+def dash_held(path: str, failures: int, seconds: float, where: str = "1") -> None:
+    """Have endpoints be on hold."""
+    held = f"UPDATE webhook_endpoints SET failures = ?, paused_until = ? WHERE {where}"
+    query(path, held, failures, time.time() + seconds)
 
 
 def dash_state(path: str) -> Any:
@@ -17196,24 +15894,20 @@ def dash_state(path: str) -> Any:
 
 
 def test_the_dashboard_shows_endpoints_failed_rows_and_the_timeline_of_an_event(wal, serve):
-    outbox = make_outbox(wal, retry=RetryPolicy((0, 0), jitter=0))
-    outbox.add_endpoint(
-        serve([OK, answer(503, b"try later")]).url(), id="crm", description="Customers"
-    )
+    receiver, retry = serve([OK, answer(503, b"try later")]), RetryPolicy((0, 0))
+    outbox = make_outbox(wal, receiver.url(), retry=retry, id="crm", description="Customers")
     outbox.add_endpoint(serve().url(), id="off", events=["nothing"])
     outbox.disable_endpoint("off", "they moved")
     for n in range(2):
         id = emit(outbox, "order.paid", {"name": "Zoë", "lines": [n]}, key="k-7")
         outbox.drain(until_empty=True)
-    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
+    shows = "crm|Customers|33%|HTTP 503|they moved|try later|attempts: 2|k-7|disabled"
+    hour = r"1 deliveries in the last hour; in each five minutes: (0, ){11}1"
+    with visiting(outbox) as visitor:
         page = visitor.get()
-        for (
-            text
-        ) in "crm|Customers|33%|HTTP 503|they moved|try later|attempts: 2|k-7|disabled".split("|"):
+        for text in shows.split("|"):
             assert text in page.text, text
-        assert re.search(
-            r"1 deliveries in the last hour; in each five minutes: (0, ){11}1", page.text
-        )
+        assert re.search(hour, page.text)
         assert f"/event/{id}" in page.links and "svg" in page.tags
         shown = visitor.get(f"/event/{id}")
         for text in (id, "order.paid", '"name": "Zoë"', "k-7", "try later"):
@@ -17221,12 +15915,8 @@ def test_the_dashboard_shows_endpoints_failed_rows_and_the_timeline_of_an_event(
         assert shown.text.count("status · HTTP 503") == 2 and "failed" in shown.text
         assert visitor.get(f"/event/{outbox.events()[-1].id}").text.count("delivered") == 1
         assert "held after" not in page.text
-        query(
-            wal, "UPDATE webhook_endpoints SET failures = 15, paused_until = ?", time.time() + 17.5
-        )
-        assert visitor.get().text.count("held after 15 failures, next probe in 18 s") == 1, (
-            "off is off"
-        )
+        dash_held(wal, 15, 17.5)  # off is off
+        assert visitor.get().text.count("held after 15 failures, next probe in 18 s") == 1
 
 
 def test_the_dashboard_says_whose_endpoints_and_events_are(wal, visitor):
@@ -17234,20 +15924,15 @@ def test_the_dashboard_says_whose_endpoints_and_events_are(wal, visitor):
     emit(outbox, key="k")
     theirs = emit(outbox, tenant="c42")
     page = visitor.get().text
-    assert (
-        page.count("tenant c42 · https://example.com/") == 1
-        and "tenant * · " in page
-        and "tenant None" not in page
-    )
+    assert page.count("tenant c42 · https://example.com/") == 1
+    assert "tenant * · " in page
+    assert "tenant None" not in page
     assert f"{theirs}order.createdc42-" in page and "order.created-k" in page
     assert ", tenant c42" in visitor.get(f"/event/{theirs}").text
 
 
 def test_an_empty_dashboard_says_so(wal):
-    with (
-        dash_served(webhook_outbox.dashboard_app(make_outbox(wal))) as base,
-        DashVisitor(base) as visitor,
-    ):
+    with visiting(make_outbox(wal)) as visitor:
         page = visitor.get()
     assert page.text.count("There are none.") == 3 and not page.forms
 
@@ -17256,44 +15941,36 @@ def test_the_buttons_replay_discard_disable_and_enable(wal, visitor):
     outbox = make_outbox(wal)
     first, second, third = outbox.failed()
     visitor.press("replay", str(first.id))
-    assert statuses(outbox, first.event_id) == {"a": "pending"} and outbox.failed() == [
-        second,
-        third,
-    ]
+    assert statuses(outbox, first.event_id) == {"a": "pending"}
+    assert outbox.failed() == [second, third]
     visitor.press("discard", str(second.id))
     assert outbox.failed() == [third] and statuses(outbox, second.event_id) == {"a": "failed"}
     assert "disabled" in visitor.press("disable", "a").text
-    assert (
-        not outbox.endpoint("a").enabled
-        and outbox.endpoint("a").disabled_reason == "on the dashboard"
-    )
+    disabled = outbox.endpoint("a")
+    assert (disabled.enabled, disabled.disabled_reason) == (False, "on the dashboard")
     assert outbox.endpoint("b").enabled and statuses(outbox, first.event_id) == {"a": "held"}
     assert "disabled" not in visitor.press("enable", "a").text
     assert outbox.endpoint("a").enabled
 
 
 def test_failed_rows_are_paged_filtered_by_endpoint_and_replayed_as_shown(wal, serve):
-    outbox = make_outbox(wal, retry=ONCE)
-    outbox.add_endpoint(serve(answer(500)).url(), id="a", events=["order.*"])
+    outbox = make_outbox(wal, serve(answer(500)).url(), retry=ONCE, id="a", events=["order.*"])
     outbox.add_endpoint(serve(answer(500)).url(), id="z", events=["order.0"])
     for n in range(30):
         emit(outbox, f"order.{n}")
     outbox.drain(once=True)
-    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
+    with visiting(outbox) as visitor:
         (link,) = {link for link in visitor.get().links if "endpoint=a" in link}
         page = visitor.get(link)
         assert page.text.count("Given up") == 25 and "of a" in page.text and "to z" not in page.text
         (more,) = [link for link in page.links if "after=" in link]
         assert visitor.get(more).text.count("Given up") == 5
-        shown = visitor.press(
-            "replay", ",".join(str(row.id) for row in outbox.failed(endpoint="a")[:25]), link
-        )
+        ids = ",".join(str(row.id) for row in outbox.failed(endpoint="a")[:25])
+        shown = visitor.press("replay", ids, link)
         assert shown.text.count("Given up") == 5 and "of a" in shown.text  # it stays where it was
         assert len(outbox.failed(endpoint="a")) == 5 and len(outbox.failed(endpoint="z")) == 1
-        assert (
-            visitor.get("/?after=x&after=99999999999999999999&endpoint=").text.count("Given up")
-            == 6
-        )
+        odd = visitor.get("/?after=x&after=99999999999999999999&endpoint=")
+        assert odd.text.count("Given up") == 6
 
 
 DASH_FOREIGN: dict[str, tuple[dict[str, str | None], dict[str, str]]] = {
@@ -17314,40 +15991,32 @@ DASH_FOREIGN: dict[str, tuple[dict[str, str | None], dict[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("what", DASH_FOREIGN)
-def test_a_form_that_is_not_ours_changes_nothing(wal, visitor, what):
-    before = dash_state(wal)
+def dash_foreign(visitor: DashVisitor, what: str, fields: dict[str, str]) -> tuple[Any, Any]:
+    """Return a form of ours, and its headers, as it is when it is not ours in this way."""
     change, headers = DASH_FOREIGN[what]
-    for verb in ("replay", "discard", "disable"):
-        action, fields = visitor.form(verb)
-        sent = {name: value for name, value in {**fields, **change}.items() if value is not None}
-        if "Cookie" in headers:
-            visitor.session.cookies.clear()
-        given = {
-            name.replace("-", "_"): value.replace("BASE", visitor.base)
-            for name, value in headers.items()
-        }
-        refused = visitor.post(action, sent, **given)
-        assert refused.status_code == 403 and "load the page again" in refused.text, refused.text[
-            -300:
-        ]
-        assert visitor.post(action + "?token=" + fields["token"], sent, **given).status_code == 403
-    assert dash_state(wal) == before
-    outbox = make_outbox(wal)
-    outbox.disable_endpoint("a")
-    action, fields = visitor.form("enable")
-    sent = {name: value for name, value in {**fields, **change}.items() if value is not None}
     if "Cookie" in headers:
         visitor.session.cookies.clear()
-    assert (
-        visitor.post(action, sent, **given).status_code == 403 and not outbox.endpoint("a").enabled
-    )
+    given = {n.replace("-", "_"): v.replace("BASE", visitor.base) for n, v in headers.items()}
+    return {n: v for n, v in {**fields, **change}.items() if v is not None}, given
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [{}, {"Origin": "BASE"}, {"Sec_Fetch_Site": "same-origin", "Origin": "http://proxied"}],
-)
+@pytest.mark.parametrize("what", DASH_FOREIGN)
+def test_a_form_that_is_not_ours_changes_nothing(wal, visitor, what):
+    make_outbox(wal).disable_endpoint("b")
+    before = dash_state(wal)
+    for verb in ("replay", "discard", "disable", "enable"):
+        action, fields = visitor.form(verb)
+        sent, given = dash_foreign(visitor, what, fields)
+        refused = visitor.post(action, sent, **given)
+        assert refused.status_code == 403 and "load the page again" in refused.text
+        assert visitor.post(action + "?token=" + fields["token"], sent, **given).status_code == 403
+    assert dash_state(wal) == before
+
+
+PROXIED = {"Sec_Fetch_Site": "same-origin", "Origin": "http://proxied"}
+
+
+@pytest.mark.parametrize("headers", [{}, {"Origin": "BASE"}, PROXIED])
 def test_a_form_of_ours_is_taken_from_old_browsers_and_behind_proxies(wal, visitor, headers):
     given = {name: value.replace("BASE", visitor.base) for name, value in headers.items()}
     assert visitor.post(*visitor.form("replay"), **given).status_code == 303
@@ -17355,24 +16024,19 @@ def test_a_form_of_ours_is_taken_from_old_browsers_and_behind_proxies(wal, visit
 
 
 def test_the_form_cookie_is_kept_hidden_from_scripts_and_bound_to_the_mount(wal, visitor):
-    first = visitor.session.get(visitor.base, timeout=10).headers["Set-Cookie"]
+    first = visitor.ask().headers["Set-Cookie"]
     assert re.fullmatch(r"webhook_outbox=[\w-]{22}; Path=/; HttpOnly; SameSite=Lax", first)
     visitor.session.cookies.set("other", "1")
-    # Open tabs stay good.
-    assert visitor.session.get(visitor.base, timeout=10).headers["Set-Cookie"] == first
-    app = webhook_outbox.dashboard_app(make_outbox(wal))
-    seen: list[Any] = []
-    environ = {
-        "REQUEST_METHOD": "GET",
-        "SCRIPT_NAME": "//evil.example/\xc3\xa9;",
-        "wsgi.url_scheme": "https",
-    }
+    assert visitor.ask().headers["Set-Cookie"] == first  # open tabs stay good
+    app, seen = webhook_outbox.dashboard_app(make_outbox(wal)), list[Any]()
+    environ = {"REQUEST_METHOD": "GET", "wsgi.url_scheme": "https"}
+    environ["SCRIPT_NAME"] = "//evil.example/\xc3\xa9;"
     (page,) = app(environ, lambda status, headers: seen.append((status, dict(headers))))
-    assert seen[0][0] == "200 OK" and "; Path=/evil.example/%C3%A9%3B; " in seen[0][1]["Set-Cookie"]
-    assert seen[0][1]["Set-Cookie"].endswith("; Secure")
-    assert all(
-        link.startswith("/evil.example/%C3%A9%3B/") for link in DashParser(page.decode()).links
-    )
+    ((status, headers),) = seen
+    assert status == "200 OK" and "; Path=/evil.example/%C3%A9%3B; " in headers["Set-Cookie"]
+    assert headers["Set-Cookie"].endswith("; Secure")
+    links = DashParser(page.decode()).links
+    assert all(link.startswith("/evil.example/%C3%A9%3B/") for link in links)
 
 
 def test_what_is_no_proper_request_gets_a_page_and_changes_nothing(wal, visitor):
@@ -17401,18 +16065,15 @@ def test_what_is_no_proper_request_gets_a_page_and_changes_nothing(wal, visitor)
         ("POST", "/disable", body.replace("ids=", "id=nobody"), 404),
         ("POST", "/replay/1", body, 404),
     ):
-        answered = visitor.session.request(method, visitor.base + path, data=data, timeout=10)
+        answered = visitor.ask(path, method, data=data)
         assert answered.status_code == status, (method, path, data, answered.status_code)
         assert "Traceback" not in answered.text and "<script" not in answered.text
         if method != "HEAD":
             assert f"<h1>{status} " in answered.text and 'href="/"' in answered.text
         assert (status == 405) == ("Allow" in answered.headers)
-    with contextlib.closing(
-        socket.create_connection(("127.0.0.1", int(visitor.base.rpartition(":")[2])))
-    ) as sock:
-        sock.sendall(
-            f"POST {action} HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode()
-        )
+    chunked = f"POST {action} HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(visitor.base.rpartition(":")[2]))) as sock:
+        sock.sendall(chunked.encode())
         assert b" 400 " in sock.recv(65536)
     assert dash_state(wal) == before
 
@@ -17420,75 +16081,47 @@ def test_what_is_no_proper_request_gets_a_page_and_changes_nothing(wal, visitor)
 def test_head_is_get_without_the_page_and_a_get_changes_nothing(wal, visitor):
     before = dash_state(wal)
     for path in ("/", f"/event/{make_outbox(wal).events()[0].id}"):
-        head, got = (
-            visitor.session.request(method, visitor.base + path, timeout=10)
-            for method in ("HEAD", "GET")
-        )
-        assert (
-            head.status_code == 200
-            and head.content == b""
-            and "html" in head.headers["Content-Type"]
-        )
+        head, got = (visitor.ask(path, method) for method in ("HEAD", "GET"))
+        assert head.status_code == 200 and head.content == b""
+        assert "html" in head.headers["Content-Type"]
         # Ages grow meanwhile.
         assert abs(int(head.headers["Content-Length"]) - len(got.content)) < 20
     assert dash_state(wal) == before
 
 
 def test_a_page_may_not_be_framed_cached_or_scripted(visitor):
+    digest = base64.b64encode(hashlib.sha256(webhook_outbox._STYLE.encode()).digest()).decode()
     for path in ("/", "/nothing"):
-        headers = visitor.session.get(visitor.base + path, timeout=10).headers
-        policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
-        style = policy.pop("style-src")
-        assert policy == {
-            "default-src": "'none'",
-            "form-action": "'self'",
-            "base-uri": "'none'",
-            "frame-ancestors": "'none'",
-        }
-        digest = base64.b64encode(hashlib.sha256(webhook_outbox._STYLE.encode()).digest()).decode()
-        assert style == f"'sha256-{digest}'"
-        assert (
-            headers["Cache-Control"] == "no-store"
-            and headers["X-Content-Type-Options"] == "nosniff"
-        )
+        headers = visitor.ask(path).headers
+        policy = f"default-src 'none'; style-src 'sha256-{digest}'; form-action 'self'"
+        policy += "; base-uri 'none'; frame-ancestors 'none'"
+        assert sorted(headers["Content-Security-Policy"].split("; ")) == sorted(policy.split("; "))
+        assert headers["Cache-Control"] == "no-store"
+        assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["Referrer-Policy"] == "same-origin"
 
 
 def test_what_receivers_and_events_say_is_text_and_nothing_else(wal, serve):
+    hostile, says = HOSTILE.replace("\u202e", ""), answer(500, HOSTILE.encode())
     outbox = make_outbox(wal, retry=ONCE)
-    hostile = HOSTILE.replace("\u202e", "")
-    outbox.add_endpoint(
-        serve(answer(500, HOSTILE.encode())).url(), id="a", events=["a.*"], description=hostile
-    )
-    outbox.add_endpoint(
-        serve(answer(302, b"", f"Location: /{hostile.replace(' ', '')}")).url(),
-        id="b",
-        events=["b"],
-    )
+    outbox.add_endpoint(serve(says).url(), id="a", events=["a.*"], description=hostile)
+    leads = answer(302, b"", f"Location: /{hostile.replace(' ', '')}")
+    outbox.add_endpoint(serve(leads).url(), id="b", events=["b"])
     ids = [emit(outbox, type, {HOSTILE: [HOSTILE]}, key=hostile) for type in ("a.x", "b")]
     outbox.drain(once=True)
     outbox.disable_endpoint("b", hostile)
-    query(
-        wal,
-        "UPDATE webhook_failed SET endpoint_id = ?, type = ?, reason = ? WHERE endpoint_id = 'b'",
-        *[HOSTILE] * 3,
-    )
+    row = "UPDATE webhook_failed SET endpoint_id = ?, type = ?, reason = ? WHERE endpoint_id = 'b'"
+    query(wal, row, *[HOSTILE] * 3)
     query(wal, "UPDATE webhook_endpoints SET url = ? WHERE id = 'a'", HOSTILE)
-    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
-        pages = [visitor.get(path) for path in ("/", *(f"/event/{id}" for id in ids))]
-        pages.append(
-            visitor.get("/?" + urllib.parse.urlencode({"endpoint": HOSTILE, "after": HOSTILE}))
-        )
-        lost = visitor.session.get(
-            f"{base}/event/{urllib.parse.quote(HOSTILE.replace('/', ''))}", timeout=10
-        )
+    with visiting(outbox) as visitor:
+        asks = "/?" + urllib.parse.urlencode({"endpoint": HOSTILE, "after": HOSTILE})
+        pages = [visitor.get(path) for path in ("/", *(f"/event/{id}" for id in ids), asks)]
+        lost = visitor.ask(f"/event/{urllib.parse.quote(HOSTILE.replace('/', ''))}")
         assert lost.status_code == 404
         pages.append(DashParser(lost.text))
     for page in pages:
-        assert page.tags <= DASH_TAGS and page.attributes <= DASH_ATTRIBUTES, (
-            page.tags,
-            page.attributes,
-        )
+        assert page.tags <= DASH_TAGS, page.tags
+        assert page.attributes <= DASH_ATTRIBUTES, page.attributes
         assert "<script>alert(1)<" in page.text
         assert all(link.startswith("/") and not link.startswith("//") for link in page.links)
     assert pages[0].text.count(hostile) >= 6 and HOSTILE in pages[0].text
@@ -17496,16 +16129,8 @@ def test_what_receivers_and_events_say_is_text_and_nothing_else(wal, serve):
 
 
 def test_a_value_stays_inside_its_tag_attribute_or_text():
-    for value in (
-        HOSTILE,
-        [HOSTILE, [HOSTILE]],
-        "' onload='x",
-        '" onload="x',
-        "<b>",
-        "&lt;",
-        "{}",
-        "{0.__class__}",
-    ):
+    some = ("' onload='x", '" onload="x', "<b>", "&lt;", "{}", "{0.__class__}")
+    for value in (HOSTILE, [HOSTILE, [HOSTILE]], *some):
         told = webhook_outbox._fill('<p title="{}">{}</p>', value, value)
         page, text = DashParser(told), value if isinstance(value, str) else HOSTILE * 2
         assert (page.tags, page.attributes, page.text) == ({"p"}, {"title"}, text)
@@ -17526,11 +16151,8 @@ def test_the_dashboard_shows_no_secret_header_or_query(wal, serve, monkeypatch):
     secret = outbox.add_endpoint(url, id="a", headers=headers).secret
     id = emit(outbox, headers={"X-Event": canary})
     assert outbox.drain(once=True).failed == 1
-    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
-        pages = [
-            visitor.session.get(base + path, timeout=10)
-            for path in ("/", f"/event/{id}", "/?endpoint=a", "/x")
-        ]
+    with visiting(outbox) as visitor:
+        pages = [visitor.ask(path) for path in ("/", f"/event/{id}", "/?endpoint=a", "/x")]
         pages.append(visitor.post(*visitor.form("disable")))
     for page in pages:
         for hidden in (canary, secret, secret.removeprefix("whsec_"), "whsec_", "DASH_TOKEN"):
@@ -17539,36 +16161,23 @@ def test_the_dashboard_shows_no_secret_header_or_query(wal, serve, monkeypatch):
 
 
 def test_data_of_any_shape_is_shown_and_huge_ones_are_cut(wal):
-    outbox = make_outbox(wal)
-    deep: Any = 1
-    for _ in range(200):
-        deep = [deep] * 1
-    wide = list(range(40_000))
-    for data in (
-        None,
-        "x",
-        1.5,
-        [],
-        {},
-        {"a": {"b": []}},
-        "\u2028\0",
-        deep,
-        wide,
-        [wide[:10], deep] * 200,
-    ):
+    outbox, wide = make_outbox(wal), list(range(40_000))
+    deep = emit_nested(200)
+    small = (None, "x", 1.5, [], {}, {"a": {"b": []}}, "\u2028\0")
+    for data in (*small, deep, wide, [wide[:10], deep] * 200):
         shown = webhook_outbox._pretty(data)
         assert len(shown) < 4_000_000
         if not shown.endswith("…"):
             assert json.loads(shown) == data
     assert webhook_outbox._pretty(wide).endswith("…")
     id = emit(outbox, data=wide)
-    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
+    with visiting(outbox) as visitor:
         assert "20001" not in visitor.get(f"/event/{id}").text
 
 
 def test_a_file_that_cannot_be_read_is_a_page_and_a_line_in_the_log(wal, visitor, caplog):
     query(wal, "DROP TABLE webhook_attempts")
-    got = visitor.session.get(visitor.base, timeout=10)
+    got = visitor.ask()
     assert got.status_code == 500 and "the app's log tells why" in DashParser(got.text).text
     assert "Traceback" not in got.text and "OperationalError" not in got.text
     assert "the dashboard failed" in caplog.text
@@ -17585,8 +16194,7 @@ ODD_DATA = {
 
 @pytest.mark.parametrize("what", ODD_DATA)
 def test_data_that_python_cannot_parse_is_shown_as_text_and_no_page_is_large(wal, cli, what):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(URL, id="c42", tenant="c42")
+    outbox = make_outbox(wal, URL, id="c42", tenant="c42")
     id = emit(outbox, tenant="c42")
     query(wal, "UPDATE webhook_events SET data = ?", ODD_DATA[what])
     for event in (outbox.event(id), *outbox.events(), *outbox.tenant("c42").events()):
@@ -17598,17 +16206,17 @@ def test_data_that_python_cannot_parse_is_shown_as_text_and_no_page_is_large(wal
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1e6  # it is cut while it is made
-    app, portal = webhook_outbox.dashboard_app(outbox), webhook_outbox.portal_app(outbox, C42)
-    with dash_served(app) as base, DashVisitor(base) as visitor:
+    portal = webhook_outbox.portal_app(outbox, C42)
+    with visiting(outbox) as visitor:
         pages = [visitor.get(path).text for path in ("/", f"/event/{id}", f"/search?q={id}")]
     with dash_served(portal) as base, DashVisitor(base) as visitor:
         pages += [visitor.get(f"/endpoint/c42/event/{id}").text]
     start = ODD_DATA[what][:20]
     assert all(re.sub(r"\s", "", start) in re.sub(r"\s", "", page) for page in pages[1:])
     assert max(map(len, pages)) < 70_000
-    assert start in cli("events", "show", id, db=wal) and id in cli("events", "list", db=wal)
-    for words in (("show", id), ("list",)):
-        assert id in str(json.loads(cli("events", *words, "--json", db=wal)))[:99]
+    assert start in cli(f"events show {id}", db=wal) and id in cli("events list", db=wal)
+    for words in (f"show {id}", "list"):
+        assert id in str(cli.json(f"events {words}"))[:99]
 
 
 def test_of_300_endpoints_the_dashboard_shows_the_failing_first_and_counts_the_rest(wal):
@@ -17618,7 +16226,7 @@ def test_of_300_endpoints_the_dashboard_shows_the_failing_first_and_counts_the_r
             outbox.add_endpoint(URL, id=f"e{n}", conn=conn)
     failing = [f"e{n}" for n in (7, 150, 299)]
     query(wal, f"UPDATE webhook_endpoints SET failing_since = 1.0 WHERE id IN {tuple(failing)}")
-    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
+    with visiting(outbox) as visitor:
         page = visitor.get()
         shown = re.findall(r"(e\d+)(?:active|failing)", page.text)
         assert sorted(shown[:3]) == sorted(failing) and len(shown) == 20
@@ -17636,26 +16244,20 @@ def test_of_300_endpoints_the_dashboard_shows_the_failing_first_and_counts_the_r
 
 
 def test_the_dashboard_finds_events_resends_cancels_pings_and_says_what_is_held(wal, serve):
-    receiver = serve()
-    outbox = make_outbox(wal)
+    receiver, outbox = serve(), make_outbox(wal)
     for id in ("a", "b"):
         outbox.add_endpoint(receiver.url(f"/{id}"), id=id, events=["order.*", "user.created"])
-    first, *ids = [
-        emit(outbox, type, delay=delay)
-        for type, delay in (("order.paid", 0), ("user.created", 0), ("order.sent", 9e5))
-    ]
+    first, *ids = [emit(outbox, "order.paid"), emit(outbox, "user.created")]
+    ids.append(emit(outbox, "order.sent", delay=9e5))
     outbox.drain(once=True)
-    with dash_served(webhook_outbox.dashboard_app(outbox)) as base, DashVisitor(base) as visitor:
+    with visiting(outbox) as visitor:
         assert "Gets order.*, user.created" in visitor.get().text
         assert visitor.get(f"/search?q={first}").text.count(first) >= 1
         for asked, found in (("order.*", [ids[1], first]), ("user", [ids[0]]), ("nobody", [])):
             links = [link for link in visitor.get(f"/search?q={asked}").links if "/event/" in link]
             assert links == [f"/event/{id}" for id in found]
         for odd in ("%00", "'", "[a", "msg_" + "0" * 16, "x" * 300, ""):
-            assert visitor.session.get(f"{base}/search?q={odd}", timeout=10).status_code in (
-                200,
-                404,
-            )
+            assert visitor.ask(f"/search?q={odd}").status_code in (200, 404)
         for n in range(30):
             emit(outbox, f"many.{n}")
         (older,) = [link for link in visitor.get("/search?q=many").links if "after=" in link]
@@ -17671,11 +16273,7 @@ def test_the_dashboard_finds_events_resends_cancels_pings_and_says_what_is_held(
         pinged = visitor.post(*visitor.form("ping", "a"))
         assert pinged.status_code == 200 and "HTTP 200" in pinged.text
         assert receiver.requests[count].line.startswith("POST /a ")
-        query(
-            wal,
-            "UPDATE webhook_endpoints SET failures = 15, paused_until = ? WHERE id = 'b'",
-            time.time() + 18.5,
-        )
+        dash_held(wal, 15, 18.5, "id = 'b'")
         assert "held after 15 failures, next probe in 1" in visitor.get().text
         visitor.press("retry", "b")
         assert "held after" not in visitor.get().text
@@ -17685,40 +16283,27 @@ def test_the_dashboard_finds_events_resends_cancels_pings_and_says_what_is_held(
 
 def test_the_dashboard_command_serves_loopback_and_refuses_other_names(wal, tmp_path):
     cli_fail_some(wal)
-    with cli_running(tmp_path, "--db", wal, "dashboard", "--port", "0") as control:
+    with cli_running(tmp_path, f"--db {wal} dashboard --port 0") as control:
         base = re.findall(r"(http://127\.0\.0\.1:\d+)/", control(seen="http://"))[0]
         port = int(base.rpartition(":")[2])
         before = dash_state(wal)
         with DashVisitor(base) as visitor:
             action, fields = visitor.form("replay")
-            for host in (
-                "evil.example",
-                f"evil.example:{port}",
-                "127.0.0.1.evil.example",
-                "x:y",
-                "10.0.0.1",
-            ):
-                refused = visitor.session.get(base, headers={"Host": host}, timeout=10)
+            cookie = f"webhook_outbox={fields['token']}"
+            evil = f"evil.example evil.example:{port} 127.0.0.1.evil.example x:y 10.0.0.1"
+            for host in evil.split():
+                refused = visitor.ask(headers={"Host": host})
                 assert refused.status_code == 403 and "order" not in refused.text, host
-                cookie = f"webhook_outbox={fields['token']}"
                 assert visitor.post(action, fields, Host=host, Cookie=cookie).status_code == 403
             assert dash_state(wal) == before
-            for host in (
-                "localhost",
-                f"localhost:{port}",
-                "LOCALHOST",
-                "127.0.0.1",
-                f"[::1]:{port}",
-            ):
-                assert (
-                    visitor.session.get(base, headers={"Host": host}, timeout=10).status_code == 200
-                )
+            for host in f"localhost localhost:{port} LOCALHOST 127.0.0.1 [::1]:{port}".split():
+                assert visitor.ask(headers={"Host": host}).status_code == 200
             visitor.press("replay")
         assert dash_state(wal) != before
         with pytest.raises(OSError):
             socket.create_connection((socket.gethostbyname(socket.gethostname()), port), 1).close()
             raise OSError("this machine's name is a loopback address")
-        taken = command("--db", wal, "dashboard", "--port", str(port))
+        taken = command(f"--db {wal} dashboard --port {port}")
         assert taken.returncode == 1 and taken.stderr.count("\n") == 1 and str(port) in taken.stderr
         assert "Traceback" not in taken.stderr
         with socket.create_connection(("127.0.0.1", port)) as sock:  # a browser that breaks off
@@ -17730,28 +16315,16 @@ def test_the_dashboard_command_serves_loopback_and_refuses_other_names(wal, tmp_
 
 def test_any_process_takes_a_form_that_another_one_made(wal, tmp_path):
     cli_fail_some(wal)
-    arguments = ("--db", wal, "dashboard", "--host", "0.0.0.0", "--port", "0")
-    with cli_running(tmp_path, *arguments) as one, cli_running(tmp_path, *arguments) as two:
-        ports = [
-            re.findall(r"http://0\.0\.0\.0:(\d+)/", control(seen="http://"))[0]
-            for control in (one, two)
-        ]
+    line = f"--db {wal} dashboard --host 0.0.0.0 --port 0"
+    with cli_running(tmp_path, line) as one, cli_running(tmp_path, line) as two:
+        said = [control(seen="http://") for control in (one, two)]
+        ports = [re.findall(r"http://0\.0\.0\.0:(\d+)/", text)[0] for text in said]
         with DashVisitor(f"http://127.0.0.1:{ports[0]}") as visitor:
             form = visitor.form("replay")
             visitor.base = f"http://127.0.0.1:{ports[1]}"
             assert visitor.post(*form).status_code == 303
-            assert (
-                visitor.session.get(
-                    visitor.base, headers={"Host": "192.0.2.1"}, timeout=10
-                ).status_code
-                == 200
-            )
-            assert (
-                visitor.session.get(
-                    visitor.base, headers={"Host": "evil.example"}, timeout=10
-                ).status_code
-                == 403
-            )
+            for host, status in (("192.0.2.1", 200), ("evil.example", 403)):
+                assert visitor.ask(headers={"Host": host}).status_code == status
     assert len(make_outbox(wal).failed()) < 3
 
 
@@ -17763,16 +16336,9 @@ class Chromium:
         self.fro, theirs_too = os.pipe()
         switches = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-pipe"
         code = f"import os, sys; os.dup2({theirs}, 3); os.dup2({theirs_too}, 4); os.execv(sys.argv[1], sys.argv[1:])"
+        words = [CHROMIUM or "", *switches.split(), f"--user-data-dir={folder}", "about:blank"]
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                code,
-                CHROMIUM or "",
-                *switches.split(),
-                f"--user-data-dir={folder}",
-                "about:blank",
-            ],
+            [sys.executable, "-c", code, *words],
             pass_fds=(theirs, theirs_too),
             start_new_session=True,
             stdout=subprocess.DEVNULL,
@@ -17783,11 +16349,8 @@ class Chromium:
         os.close(theirs_too)
         self.number, self.buffer, self.loads, self.session = 0, b"", 0, {}
         target = self.tell("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {
-            "sessionId": self.tell("Target.attachToTarget", targetId=target, flatten=True)[
-                "sessionId"
-            ]
-        }
+        attached = self.tell("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
         self.tell("Page.enable")
 
     def read(self) -> Any:
@@ -17811,9 +16374,8 @@ class Chromium:
         return said["result"]
 
     def ask(self, expression: str) -> Any:
-        return self.tell("Runtime.evaluate", expression=expression, returnByValue=True)[
-            "result"
-        ].get("value")
+        said = self.tell("Runtime.evaluate", expression=expression, returnByValue=True)
+        return said["result"].get("value")
 
     def after_loading(self, act: Callable[[], Any]) -> None:
         before = self.loads
@@ -17821,21 +16383,19 @@ class Chromium:
         while self.loads == before:
             self.read()
 
+    def click(self, selector: str) -> None:
+        """Click something that leads to another page, and wait for that."""
+        expression = f"document.querySelector({json.dumps(selector)}).click()"
+        self.after_loading(lambda: self.ask(expression))
+
     def go(self, url: str) -> None:
         self.after_loading(lambda: self.tell("Page.navigate", url=url))
 
     def show(self, width: int, scheme: str = "light") -> None:
-        self.tell(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=800,
-            deviceScaleFactor=1,
-            mobile=width < 500,
-        )
-        self.tell(
-            "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": scheme}],
-        )
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.tell("Emulation.setDeviceMetricsOverride", **size)
+        scheme_of = {"name": "prefers-color-scheme", "value": scheme}
+        self.tell("Emulation.setEmulatedMedia", features=[scheme_of])
 
     def close(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -17867,37 +16427,29 @@ DASH_CONTRAST = """(() => {
   return least })()"""
 
 
-def test_in_a_real_browser_no_page_is_wider_than_a_phone_and_all_text_is_legible(
-    wal, serve, chromium
-):
-    outbox = make_outbox(wal, retry=ONCE)
-    long = "eyJhbGciOiJIUzI1NiJ9" * 30
-    outbox.add_endpoint(
-        serve(answer(500, long.encode())).url("/" + long), id="a" * 60, description=long
-    )
+def test_in_a_real_browser_no_page_is_wider_than_a_phone_and_all_is_legible(wal, serve, chromium):
+    long, seen = "eyJhbGciOiJIUzI1NiJ9" * 30, set()
+    receiver = serve(answer(500, long.encode()))
+    outbox = make_outbox(wal, receiver.url("/" + long), retry=ONCE, id="a" * 60, description=long)
     outbox.add_endpoint("https://example.com/", id="off", events=["x"])
     outbox.disable_endpoint("off", "x" * 200)
     outbox.add_endpoint(serve().url(), id="good", events=["order.*"])
     ids = [emit(outbox, "order." + "x" * 200, {long: [long]}, key=long[:200]) for _ in range(2)]
     outbox.drain(once=True)
-    seen = set()
+    every = "[...document.querySelectorAll('*')].map(e => e.getBoundingClientRect().right)"
+    buttons = "[...document.querySelectorAll('main > * button')].map(e => e.offsetHeight)"
     with dash_served(webhook_outbox.dashboard_app(outbox)) as base:
         for width, scheme in itertools.product((320, 360, 768, 1200), ("light", "dark")):
             chromium.show(width, scheme)
             for path in ("/", f"/event/{ids[0]}", "/nothing"):
                 chromium.go(base + path)
-                right = chromium.ask(
-                    "Math.max(...[...document.querySelectorAll('*')].map(e => e.getBoundingClientRect().right))"
-                )
-                assert (
-                    right <= width and chromium.ask("document.documentElement.scrollWidth") <= width
-                ), (path, width)
+                assert chromium.ask(f"Math.max(...{every})") <= width, (path, width)
+                assert chromium.ask("document.documentElement.scrollWidth") <= width, (path, width)
                 assert chromium.ask(DASH_CONTRAST) >= 4.5
                 seen.add((scheme, chromium.ask("getComputedStyle(document.body).backgroundColor")))
             if width < 500:  # a thumb finds the buttons
                 chromium.go(base)
-                assert chromium.ask("Math.min(...[...document.querySelectorAll('main > * button')]"
-                                    ".filter(e => e.offsetHeight).map(e => e.offsetHeight))") >= 34  # fmt: skip
+                assert chromium.ask(f"Math.min(...{buttons}.filter(height => height))") >= 34
     # The style passed the policy; dark is dark.
     assert len(seen) == 2 and len({color for _, color in seen}) == 2
 
@@ -17909,8 +16461,7 @@ def test_in_a_real_browser_the_buttons_work_and_another_site_cannot_press_them(w
     tokens: list[str] = []
 
     def evil(environ: Any, start_response: Any) -> list[bytes]:
-        """Another site that even knows the visitor's token, and sends the form as soon as it is
-        loaded."""
+        """Another site that knows even the visitor's token, and sends the form at once."""
         start_response("200 OK", [("Content-Type", "text/html")])
         return [
             f"""<form method=post action="{base}/replay"><input name=ids value="{row.id}">
@@ -17927,18 +16478,10 @@ def test_in_a_real_browser_the_buttons_work_and_another_site_cannot_press_them(w
             eventually(lambda: "403" in str(chromium.ask("document.title")))
             assert chromium.ask("location.href") == f"{base}/replay" and row in outbox.failed()
         chromium.go(base)
-        chromium.after_loading(
-            lambda: chromium.ask(
-                "document.querySelector('form[action=\"/replay\"] button').click()"
-            )
-        )
+        chromium.click('form[action="/replay"] button')
         assert chromium.ask("location.href") == base + "/" and outbox.failed() == []
         assert chromium.ask("document.querySelectorAll('article').length") == 0
-        chromium.after_loading(
-            lambda: chromium.ask(
-                "document.querySelector('form[action=\"/disable\"] button').click()"
-            )
-        )
+        chromium.click('form[action="/disable"] button')
         assert not outbox.endpoint("a").enabled
 
 
@@ -17961,9 +16504,8 @@ def portal_of(outbox: Outbox, who: str = "c42", **options: Any) -> Iterator[Dash
     def mounted(environ: Any, start_response: Any) -> Any:
         assert environ["PATH_INFO"].startswith("/account/webhooks")
         path = environ["PATH_INFO"].removeprefix("/account/webhooks")
-        return app(
-            {**environ, "SCRIPT_NAME": "/account/webhooks", "PATH_INFO": path}, start_response
-        )
+        environ = {**environ, "SCRIPT_NAME": "/account/webhooks", "PATH_INFO": path}
+        return app(environ, start_response)
 
     with dash_served(mounted) as base, DashVisitor(base, "/account/webhooks") as visitor:
         visitor.session.cookies.set("who", who)
@@ -17971,8 +16513,7 @@ def portal_of(outbox: Outbox, who: str = "c42", **options: Any) -> Iterator[Dash
 
 
 def test_a_customer_adds_an_endpoint_sees_its_secret_once_tries_it_and_edits_it(wal, serve):
-    receiver = serve()
-    outbox = make_outbox(wal, event_types=CATALOGUE)
+    receiver, outbox = serve(), make_outbox(wal, event_types=CATALOGUE)
     with portal_of(outbox) as visitor:
         assert "No endpoints yet" in visitor.get().text
         action, fields = visitor.form("add", path="/add")
@@ -18009,9 +16550,8 @@ def test_a_customer_adds_an_endpoint_sees_its_secret_once_tries_it_and_edits_it(
         assert (changed.description, changed.events, changed.url) == ("ERP", ("*",), endpoint.url)
         rotate, sent = visitor.form(f"endpoint/{endpoint.id}/rotate", path=at)
         assert sent["grace"] == "86400"
-        (renewed,) = re.findall(
-            r"whsec_[\w+/=]+", html.unescape(visitor.post(rotate, {**sent, "grace": "3600"}).text)
-        )
+        page = visitor.post(rotate, {**sent, "grace": "3600"}).text
+        (renewed,) = re.findall(r"whsec_[\w+/=]+", html.unescape(page))
         outbox.ping(endpoint.id)
         last = receiver.requests[-1]
         assert verify(last.body, last.headers, secret) == verify(last.body, last.headers, renewed)
@@ -18019,10 +16559,8 @@ def test_a_customer_adds_an_endpoint_sees_its_secret_once_tries_it_and_edits_it(
         for verb, state in (("disable", False), ("enable", True)):
             visitor.press(f"endpoint/{endpoint.id}/{verb}", path=at)
             assert outbox.endpoint(endpoint.id).enabled is state
-        assert (
-            "The endpoint is removed"
-            in visitor.press(f"endpoint/{endpoint.id}/remove", path=at).text
-        )
+        removed = visitor.press(f"endpoint/{endpoint.id}/remove", path=at)
+        assert "The endpoint is removed" in removed.text
     assert outbox.endpoints() == []
 
 
@@ -18081,14 +16619,10 @@ def test_an_internal_type_that_the_operator_gave_stays_while_a_customer_changes_
             assert (found.events, found.description) == (events, f"for {boxes}")
 
 
-def test_a_customer_sees_what_was_sent_and_answered_why_it_is_disabled_and_sends_what_was_missed(
-    wal, serve
-):
-    clock = Clock()
+def test_a_customer_sees_what_was_sent_and_why_it_is_disabled_and_sends_what_was_missed(wal, serve):
+    clock, retry = Clock(), RetryPolicy((0, 1), jitter=0)
     receiver = serve([OK, answer(503, b"<try> later"), OK, answer(410, b"gone"), OK])
-    outbox = make_outbox(
-        wal, event_types=CATALOGUE, clock=clock, retry=RetryPolicy((0, 1), jitter=0)
-    )
+    outbox = make_outbox(wal, event_types=CATALOGUE, clock=clock, retry=retry)
     outbox.add_endpoint(receiver.url(), id="mine", tenant="c42", events=["order.paid"])
     outbox.add_endpoint(URL, id="all", tenant="*", events=["user.created"])
     ids = []
@@ -18111,9 +16645,8 @@ def test_a_customer_sees_what_was_sent_and_answered_why_it_is_disabled_and_sends
         visitor.press("endpoint/mine/enable", path="/endpoint/mine")
         assert "2 events were missed" in visitor.get("/endpoint/mine").text
         page = visitor.press("endpoint/mine/backfill", path="/endpoint/mine").text
-        assert "were missed" not in page and {statuses(outbox, id)["mine"] for id in missed} == {
-            "pending"
-        }
+        assert "were missed" not in page
+        assert {statuses(outbox, id)["mine"] for id in missed} == {"pending"}
         outbox.drain(until_empty=True)
         assert {statuses(outbox, id)["mine"] for id in (*ids[:2], *missed)} == {"delivered"}
         path = f"endpoint/mine/event/{ids[0]}"
@@ -18126,8 +16659,7 @@ def test_a_customer_sees_what_was_sent_and_answered_why_it_is_disabled_and_sends
 
 def test_deliveries_are_filtered_by_status_type_and_time_and_paged(wal):
     clock = Clock(1_767_225_600.0)  # 2026-01-01T00:00Z
-    outbox = make_outbox(wal, event_types=CATALOGUE, clock=clock)
-    outbox.add_endpoint(URL, id="mine", tenant="c42")
+    outbox = make_outbox(wal, URL, event_types=CATALOGUE, clock=clock, id="mine", tenant="c42")
     ids = []
     for n in range(60):
         ids.append(emit(outbox, ("order.paid", "user.created")[n % 2], n, tenant="c42"))
@@ -18152,9 +16684,8 @@ def test_deliveries_are_filtered_by_status_type_and_time_and_paged(wal):
         assert listed(status="cancelled") == ids[4::-1] and listed(status="delivered") == []
         assert listed(since="2026-01-02", until="2026-01-02") == ids[47:23:-1]
         assert listed(since="2026-01-02T05:00", until="2026-01-02T07:00Z") == ids[30:28:-1]
-        assert listed(since="2026-01-02 01:00+01:00", type="order.*", until="2026-01-02T02:00") == [
-            ids[24]
-        ]
+        utc = {"since": "2026-01-02 01:00+01:00", "until": "2026-01-02T02:00"}
+        assert listed(type="order.*", **utc) == [ids[24]]
         for odd, fault in (
             ({"since": "yesterday"}, "in UTC"), ({"until": "9" * 30}, "in UTC"),
             ({"status": "lost"}, "status must be one of"), ({"after": "x"}, "after must be"),
@@ -18166,11 +16697,8 @@ def test_deliveries_are_filtered_by_status_type_and_time_and_paged(wal):
         assert shown.fields["since"] == "2026-01-02T00:00"
 
 
-def test_each_route_of_the_portal_with_an_id_of_somebody_else_is_404_and_changes_nothing(
-    wal, serve
-):
-    receiver = serve()
-    outbox = make_outbox(wal, event_types=CATALOGUE)
+def test_a_route_of_the_portal_with_an_id_of_somebody_else_is_404_and_changes_nothing(wal, serve):
+    receiver, outbox = serve(), make_outbox(wal, event_types=CATALOGUE)
     for id, tenant in (("c42", "c42"), ("c43", "c43"), ("own", None), ("all", "*")):
         outbox.add_endpoint(receiver.url(), id=id, tenant=tenant)
     theirs, foreign, nobodys = (emit(outbox, "order.paid", tenant=t) for t in ("c42", "c43", None))
@@ -18182,40 +16710,29 @@ def test_each_route_of_the_portal_with_an_id_of_somebody_else_is_404_and_changes
         own = {"url": URL, "events": "order.paid", "grace": "0", "description": "", "once": "a"}
         fields = {**fields, **own}
         before, told = emit_dump(wal), set()
-        for endpoint, event in itertools.product(
-            ("c42", "c43", "own", "all", "none", "%00", "c42%2F..%2Fc43"),
-            (theirs, foreign, nobodys, "msg_" + "0" * 16, "x"),
-        ):
+        endpoints = ("c42", "c43", "own", "all", "none", "%00", "c42%2F..%2Fc43")
+        events = (theirs, foreign, nobodys, "msg_" + "0" * 16, "x")
+        for endpoint, event in itertools.product(endpoints, events):
             if (endpoint, event) == ("c42", theirs):
                 continue
             for route, post in [(r, False) for r in kind.gets] + [(r, True) for r in kind.posts]:
                 if "*" not in route or (endpoint == "c42" and route.count("*") < 2):
                     continue  # it names nobody else
                 path = "/" + route.replace("*", endpoint, 1).replace("*", event, 1)
-                url = visitor.base + visitor.mount + path
-                got = (
-                    visitor.session.post(url, data=fields, allow_redirects=False, timeout=10)
-                    if post
-                    else visitor.session.get(url, timeout=10)
-                )
+                got = visitor.ask(path, "POST", data=fields) if post else visitor.ask(path)
                 assert got.status_code == 404, (path, post, got.status_code)
                 assert "canary99" not in got.text
                 told.add(got.text)
         assert len(told) == 1 and emit_dump(wal) == before and len(receiver.requests) == count
-        assert (
-            visitor.get("/endpoint/c42").text and visitor.get(f"/endpoint/c42/event/{theirs}").text
-        )
+        assert visitor.get("/endpoint/c42").text
+        assert visitor.get(f"/endpoint/c42/event/{theirs}").text
 
 
 def test_a_portal_that_only_shows_has_no_form_that_changes_anything(wal):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(URL, id="mine", tenant="c42")
+    outbox = make_outbox(wal, URL, id="mine", tenant="c42")
     outbox.disable_endpoint("mine", "maintenance")
     id = emit(outbox, tenant="c42")
-    query(
-        wal,
-        "INSERT INTO webhook_deliveries (event, endpoint_id, due_at) SELECT seq, 'mine', 0.0 FROM webhook_events",
-    )
+    query(wal, f"{DELIVERY} SELECT seq, 'mine', 0.0 FROM webhook_events")
     with portal_of(outbox) as managing, portal_of(outbox, manage=False) as visitor:
         for path in ("/", "/endpoint/mine", f"/endpoint/mine/event/{id}"):
             assert managing.get(path).forms or path == "/"
@@ -18225,36 +16742,29 @@ def test_a_portal_that_only_shows_has_no_form_that_changes_anything(wal):
         before = emit_dump(wal)
         for route in (*webhook_outbox._Portal.posts, "add", "endpoint/*/edit"):
             path = "/" + route.replace("*", "mine", 1).replace("*", id, 1)
-            url = visitor.base + visitor.mount + path
             visitor.session.cookies.set("webhook_outbox", token["token"])
-            assert visitor.session.post(url, data=token, timeout=10).status_code in (404, 405)
-            assert visitor.session.get(url, timeout=10).status_code in (404, 405)
+            for method in ("POST", "GET"):
+                assert visitor.ask(path, method, data=token).status_code in (404, 405)
         assert emit_dump(wal) == before
 
 
 def test_the_portal_is_for_who_is_logged_in_and_its_forms_are_its_own(wal, caplog):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(URL, id="mine", tenant="c42")
+    outbox = make_outbox(wal, URL, id="mine", tenant="c42")
     with portal_of(outbox) as visitor:
         action, fields = visitor.form("endpoint/mine/disable", path="/endpoint/mine")
-        for change, headers in DASH_FOREIGN.values():
-            if "Cookie" in headers:
-                continue
-            sent = {n: v for n, v in {**fields, **change}.items() if v is not None}
-            given = {
-                name.replace("-", "_"): value.replace("BASE", visitor.base)
-                for name, value in headers.items()
-            }
-            assert visitor.post(action, sent, **given).status_code == 403
+        for what, (_, headers) in DASH_FOREIGN.items():
+            if "Cookie" not in headers:
+                sent, given = dash_foreign(visitor, what, fields)
+                assert visitor.post(action, sent, **given).status_code == 403
         visitor.session.cookies.clear()
         for path in ("/", "/add", "/endpoint/mine", "/nothing"):
-            refused = visitor.session.get(visitor.base + visitor.mount + path, timeout=10)
+            refused = visitor.ask(path)
             assert refused.status_code == 403 and "Log in" in refused.text
         assert visitor.post(action, fields).status_code == 403
         assert outbox.endpoint("mine").enabled
         for wrong in ("*", "a b", "x" * 65):
             visitor.session.cookies.set("who", wrong)
-            assert visitor.session.get(visitor.base + visitor.mount, timeout=10).status_code == 500
+            assert visitor.ask("").status_code == 500
     assert "tenant must be" in caplog.text
     with pytest.raises(PayloadError, match="tenant must be a function"):
         webhook_outbox.portal_app(outbox, "c42")
@@ -18269,38 +16779,25 @@ def test_what_a_customer_and_its_receiver_say_is_text_on_the_portal_too(wal, ser
         outbox.add_endpoint(receiver.url(), id=id, tenant="c42", description=hostile, body=body)
     id = emit(outbox, "a.b", {HOSTILE: 1}, tenant="c42")
     outbox.drain(once=True)
-    query(
-        wal,
-        "UPDATE webhook_endpoints SET url = ?, disabled_reason = ?, enabled = 0",
-        HOSTILE,
-        HOSTILE,
-    )
+    disabled = "UPDATE webhook_endpoints SET url = ?, disabled_reason = ?, enabled = 0"
+    query(wal, disabled, HOSTILE, HOSTILE)
+    paths = f"/ /add /endpoint/mine/edit /endpoint/mine/event/{id} /endpoint/mine?type="
     with portal_of(outbox) as visitor:
-        paths = [
-            "/",
-            "/add",
-            "/endpoint/mine/edit",
-            f"/endpoint/mine?type={urllib.parse.quote(HOSTILE)}",
-        ]
-        pages = [visitor.get(path) for path in (*paths, f"/endpoint/mine/event/{id}")]
+        pages = [visitor.get(path) for path in (paths + urllib.parse.quote(HOSTILE)).split()]
         assert "cannot be shown" in visitor.get(f"/endpoint/bad/event/{id}").text
         action, fields = visitor.form("add", path="/add")
-        pages.append(
-            DashParser(visitor.post(action, {**fields, "url": HOSTILE, "events": HOSTILE}).text)
-        )
+        refused = visitor.post(action, {**fields, "url": HOSTILE, "events": HOSTILE})
+        pages.append(DashParser(refused.text))
     for page in pages:
         assert page.tags <= DASH_TAGS and page.attributes <= DASH_ATTRIBUTES
         assert "<script>alert(1)</script>" in page.text + str(page.forms)
         assert all(link.startswith("/account/webhooks/") for link in page.links)
 
 
-def test_in_a_real_browser_two_customers_walk_the_portal_on_a_phone_and_a_desk(
-    wal, serve, chromium
-):
+def test_in_a_real_browser_two_customers_walk_the_portal(wal, serve, chromium):
     receiver = serve([OK, answer(503, b"x" * 4_000), OK])
     outbox = make_outbox(wal, event_types=CATALOGUE, retry=ONCE)
     who = ["c42"]
-    press = "document.querySelector('form[action$=\"{}\"] button').click()"
 
     def fits() -> None:
         width = chromium.ask("document.documentElement.clientWidth")
@@ -18308,47 +16805,36 @@ def test_in_a_real_browser_two_customers_walk_the_portal_on_a_phone_and_a_desk(
         assert chromium.ask(DASH_CONTRAST) >= 4.5, chromium.ask("location.href")
         assert chromium.ask("document.scripts.length") == 0
 
+    def click(selector: str) -> None:
+        chromium.click(selector)
+        fits()
+
+    walks = (("c42", 1200, "dark"), ("c43", 380, "light"), ("c42", 380, "dark"))
     with dash_served(webhook_outbox.portal_app(outbox, lambda environ: who[0])) as base:
-        for who[0], width, scheme in (
-            ("c42", 1200, "dark"),
-            ("c43", 380, "light"),
-            ("c42", 380, "dark"),
-        ):
+        for who[0], width, scheme in walks:
             chromium.show(width, scheme)
             chromium.go(base)
             fits()
-            chromium.after_loading(
-                lambda: chromium.ask("document.querySelector('a.button').click()")
-            )
-            fits()
+            click("a.button")
             url = receiver.url("/" + who[0] + "/" + "long" * 60)
             for value, box in (("https://10.0.0.1/", 0), (url, 1)):
                 chromium.ask(f"document.querySelector('[name=url]').value = '{value}'")
                 chromium.ask(f"document.querySelectorAll('[name=events]')[{box}].checked = true")
-                chromium.after_loading(lambda: chromium.ask(press.format("/add")))
-                fits()
+                click('form[action$="/add"] button')
             assert chromium.ask("document.querySelector('code').innerText").startswith("whsec_")
-            chromium.after_loading(
-                lambda: chromium.ask("document.querySelector('a.button').click()")
-            )
+            chromium.click("a.button")
             at = chromium.ask("location.href")
             chromium.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
             fits()
-            chromium.after_loading(lambda: chromium.ask(press.format("/ping")))
-            fits()
+            click('form[action$="/ping"] button')
             emit(outbox, "order.paid", {"of": who[0]}, tenant=who[0])
             outbox.drain(once=True)
             chromium.go(at)
-            chromium.after_loading(
-                lambda: chromium.ask("document.querySelector('tbody a[href*=\"/event/\"]').click()")
-            )
-            fits()
+            click('tbody a[href*="/event/"]')
             assert f'"of":"{who[0]}"' in chromium.ask("document.body.innerText")
-            chromium.after_loading(lambda: chromium.ask(press.format("/resend")))
-            fits()
+            click('form[action$="/resend"] button')
             chromium.go(at)
-            chromium.after_loading(lambda: chromium.ask(press.format("/disable")))
-            fits()
+            click('form[action$="/disable"] button')
         who[0] = "c43"
         chromium.go(at)  # of c42
         assert "404" in chromium.ask("document.title")
@@ -18356,23 +16842,20 @@ def test_in_a_real_browser_two_customers_walk_the_portal_on_a_phone_and_a_desk(
     assert len(outbox.endpoints()) == 3
 
 
-def test_the_portal_command_serves_a_customers_page_on_loopback(wal, tmp_path):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(URL, id="mine", tenant="c42")
+def test_the_portal_command_serves_a_customers_page_on_loopback(wal, cli, tmp_path):
+    outbox = make_outbox(wal, URL, id="mine", tenant="c42")
     outbox.add_endpoint(URL, id="foreign", tenant="c43")
-    with cli_running(tmp_path, "--db", wal, "portal", "--tenant", "c42", "--port", "0") as control:
+    with cli_running(tmp_path, f"--db {wal} portal --tenant c42 --port 0") as control:
         base = re.findall(r"portal on (http://127\.0\.0\.1:\d+)/", control(seen="http://"))[0]
         with DashVisitor(base) as visitor:
             visitor.get("/endpoint/mine")
             visitor.press("endpoint/mine/disable", path="/endpoint/mine")
-            assert visitor.session.get(f"{base}/endpoint/foreign", timeout=10).status_code == 404
-            headers = {"Host": "evil.example"}
-            assert visitor.session.get(base, headers=headers, timeout=10).status_code == 403
+            assert visitor.ask("/endpoint/foreign").status_code == 404
+            assert visitor.ask(headers={"Host": "evil.example"}).status_code == 403
         code, _, err = control(end=signal.SIGINT)
     assert code in (0, 130) and err == "" and not outbox.endpoint("mine").enabled
-    for tenant in ("a b", "*"):
-        wrong = command("--db", wal, "portal", "--tenant", tenant)
-        assert wrong.returncode == 1 and "tenant must be" in wrong.stderr
+    for tenant in ("'a b'", "*"):
+        assert "tenant must be" in cli(f"portal --tenant {tenant}", code=1)
 
 
 TYPES_APP = """
@@ -18385,24 +16868,17 @@ bare = Outbox("app.db")
 """
 
 
-def test_types_prints_the_catalogue_as_a_table_json_and_a_valid_openapi_document(tmp_path):
+def test_types_prints_the_catalogue_as_a_table_json_and_valid_openapi(cli, tmp_path, monkeypatch):
     validator = pytest.importorskip("openapi_spec_validator")
     (tmp_path / "myapp.py").write_text(TYPES_APP)
-
-    def types(*args: str, app: str = "myapp", code: int = 0) -> str:
-        environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-        ended = command("--app", app, "types", *args, cwd=tmp_path, env=environment)
-        assert ended.returncode == code, ended.stderr
-        return ended.stdout + ended.stderr
-
-    assert re.search(r"order\.paid +Orders +no +no +An order was paid\.", types())
-    rows = json.loads(types("--json"))
-    assert rows[0]["example"] == {"id": 7} and [row["internal"] for row in rows] == [
-        False,
-        False,
-        True,
-    ]
-    document = json.loads(types("--openapi"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    table = cli("--app myapp types")
+    assert re.search(r"order\.paid +Orders +no +no +An order was paid\.", table)
+    rows = cli.json("--app myapp types")
+    assert rows[0]["example"] == {"id": 7}
+    assert [row["internal"] for row in rows] == [False, False, True]
+    document = json.loads(cli("--app myapp types --openapi"))
     validator.validate(document)
     assert document["openapi"] == "3.1.0" and document["info"]["title"] == "Shop"
     assert set(document["webhooks"]) == {"order.paid", "order.old"}
@@ -18410,8 +16886,9 @@ def test_types_prints_the_catalogue_as_a_table_json_and_a_valid_openapi_document
     example = post["requestBody"]["content"]["application/json"]["example"]
     assert (example["type"], example["data"]) == ("order.paid", {"id": 7})
     assert document["webhooks"]["order.old"]["post"]["deprecated"] is True
-    assert "no catalogue" in types(app="myapp:bare") and types("--json", app="myapp:bare") == "[]\n"
-    assert "no catalogue" in types("--openapi", app="myapp:bare", code=1)
+    assert "no catalogue" in cli("--app myapp:bare types")
+    assert cli("--app myapp:bare types --json") == "[]\n"
+    assert "no catalogue" in cli("--app myapp:bare types --openapi", code=1)
 
 
 # ── the whole product beside a model ──────────────────────────────────────────────────────────────
@@ -18472,14 +16949,8 @@ class ModelDelivery:
     reason: str | None = None
 
     def again(self, now: float) -> None:
-        self.due, self.status, self.attempts, self.first, self.ended, self.reason = (
-            now,
-            "pending",
-            0,
-            None,
-            None,
-            None,
-        )
+        self.due, self.status, self.attempts = now, "pending", 0
+        self.first = self.ended = self.reason = None
 
 
 class OutboxMachine(RuleBasedStateMachine):
@@ -18511,9 +16982,8 @@ class OutboxMachine(RuleBasedStateMachine):
     def begin(self, journal: str, script: list[Any], plan: list[str]) -> None:
         make_database(pathlib.Path(self.path), journal)
         retry = RetryPolicy(MODEL_DELAYS, jitter=0.0)
-        self.outbox = make_outbox(
-            self.path, clock=self.clock, retry=retry, timeout=60.0, retention=MODEL_RETENTION
-        )
+        options = {"clock": self.clock, "retry": retry, "retention": MODEL_RETENTION}
+        self.outbox = make_outbox(self.path, timeout=60.0, **options)
         with self.outbox.transaction() as conn:
             for slot in MODEL_ENDPOINTS:
                 self.add(slot, conn)
@@ -18521,29 +16991,22 @@ class OutboxMachine(RuleBasedStateMachine):
         self.transaction(script, "COMMIT", plan)
 
     def teardown(self) -> None:
-        """Whatever happened, and whatever the clock did: a day later everything that was not
-        discarded arrives."""
+        """Whatever happened: a day later everything that was not discarded arrives."""
         try:
             if hasattr(self, "outbox"):
                 for slot in self.endpoints:
                     self.operate(slot, "enable")
                 self.act_on_failed("replay", None)
                 for (slot, id), d in list(self.deliveries.items()):
-                    if (
-                        d.due > self.clock.now + DAY
-                        and not d.attempts
-                        and self.events[id][1]["at"] <= self.clock.now
-                    ):
+                    ahead = d.due > self.clock.now + DAY and not d.attempts
+                    if ahead and self.events[id][1]["at"] <= self.clock.now:
                         # Asked for while the clock was ahead: ask again.
                         self.resend(list(self.events).index(id), slot)
                 self.deliver(["ok"])
                 self.clock.advance(DAY)
                 self.deliver(["ok"])
-                assert {
-                    d.status
-                    for (_, id), d in self.deliveries.items()
-                    if "erased" not in self.events[id][1]
-                } <= {"delivered", "discarded", "cancelled"}
+                kept = self.those(lambda slot, id, d: "erased" not in self.events[id][1])
+                assert {d.status for d in kept} <= {"delivered", "discarded", "cancelled"}
                 assert query(self.path, "PRAGMA integrity_check") == [("ok",)]
         finally:
             self.receiver.close()
@@ -18558,25 +17021,22 @@ class OutboxMachine(RuleBasedStateMachine):
             return False
         data = MODEL_ANSWERS[kind][0]
         if not data:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return resets(receiver, sock, request)
         sock.sendall(data)
         return data.endswith(b"\r\n\r\n") or data == OK
 
     def requests_of_the_drain(self) -> dict[tuple[str, str], str]:
-        """Return which deliveries came, with the answer each got, having looked at every
-        request."""
+        """Return which deliveries came, with the answer each got, having looked at all."""
         came: dict[tuple[str, str], str] = {}
         for slot, kind, request in self.arrived:
             id = request.headers["webhook-id"]
             _, options = self.events[id]  # never one that was rolled back
             sees_all = MODEL_ENDPOINTS[slot].get("tenant") == "*"
             assert self.bodies.setdefault((id, sees_all), request.body) == request.body
-            assert json.loads(request.body).get("tenant") == (
-                options["tenant"] if sees_all else None
-            )
-            received = verify(
-                request.body, request.headers, self.endpoints[slot].secret, now=self.clock.now
-            )
+            told = json.loads(request.body).get("tenant")
+            assert told == (options["tenant"] if sees_all else None)
+            secret = self.endpoints[slot].secret
+            received = verify(request.body, request.headers, secret, now=self.clock.now)
             assert (received.type, received.data) == (options["type"], options["data"])
             # Which a kept-alive connection may be sent again.
             assert (slot, id) not in came or kind == "reset"
@@ -18585,16 +17045,14 @@ class OutboxMachine(RuleBasedStateMachine):
 
     # The model.
 
+    def those(self, holds: Callable[[str, str, ModelDelivery], Any]) -> list[ModelDelivery]:
+        """Return the deliveries of which this holds: of slot, event and delivery."""
+        return [d for (slot, id), d in self.deliveries.items() if holds(slot, id, d)]
+
     def head(self, slot: str, d: ModelDelivery) -> bool:
-        stops = (
-            {"pending", "failed"} if MODEL_ENDPOINTS[slot].get("on_dead") == "hold" else {"pending"}
-        )
-        queue = [
-            o.seq
-            for (s, _), o in self.deliveries.items()
-            if (s, o.queue) == (slot, d.queue) and o.status in stops
-        ]
-        return d.status == "pending" and (d.queue is None or d.seq == min(queue))
+        stops = {"pending", "failed"} if "on_dead" in MODEL_ENDPOINTS[slot] else {"pending"}
+        queue = self.those(lambda s, _, o: s == slot and o.queue == d.queue and o.status in stops)
+        return d.status == "pending" and (d.queue is None or d.seq == min(o.seq for o in queue))
 
     def ready(self, slot: str, d: ModelDelivery) -> bool:
         return d.status == "pending" and d.due <= self.clock.now and self.head(slot, d)
@@ -18629,8 +17087,7 @@ class OutboxMachine(RuleBasedStateMachine):
         p.paused = max(p.paused, now + pause) if pause else p.paused
 
     def attempted(self, slot: str, id: str, kind: str) -> tuple[int | None, str | None]:
-        """Move the model's delivery on; return status code and reason that the attempt must
-        have."""
+        """Move the model's delivery on; return status code and reason that the attempt has."""
         d, now, since = self.deliveries[slot, id], self.clock.now, self.endpoints[slot].since
         _, code, reason = MODEL_ANSWERS[kind]
         d.attempts, d.first = d.attempts + 1, now if d.first is None else d.first
@@ -18644,15 +17101,12 @@ class OutboxMachine(RuleBasedStateMachine):
             d.due = now + max(MODEL_DELAYS[d.attempts], MODEL_HINT if kind == "busy" else 0.0)
         d.ended = None if d.status == "pending" else now
         if d.status == "failed" and since is not None and now - since >= 5 * DAY:
-            mine = [
-                o for (s, _), o in self.deliveries.items() if s == slot and o.status == "failed"
-            ]
+            mine = self.those(lambda s, _, o: s == slot and o.status == "failed")
             self.endpoints[slot].enabled &= sum((o.ended or 0) >= since for o in mine) < 3
         return code, d.reason or reason
 
     def turn_back(self) -> None:
-        """See to it that nothing waits for longer than any pause because the clock was ahead
-        once."""
+        """See that nothing waits for longer than any pause because the clock was ahead."""
         now = self.clock.now
         for (_, id), d in self.deliveries.items():
             delay = d.due - self.events[id][1]["at"]
@@ -18663,13 +17117,10 @@ class OutboxMachine(RuleBasedStateMachine):
 
     def forget(self, cutoff: float) -> int:
         """Prune the model."""
-        busy = {
-            id
-            for (_, id), d in self.deliveries.items()
-            if d.status in ("pending", "failed")
-            or d.status == "delivered"
-            and (d.ended or 0) >= cutoff
-        }
+        busy = set()
+        for (_, id), d in self.deliveries.items():
+            recent = d.status == "delivered" and (d.ended or 0) >= cutoff
+            busy |= {id} if recent or d.status in ("pending", "failed") else set()
         old = {id for id, (_, options) in self.events.items() if options["at"] < cutoff} - busy
         for table in (self.deliveries, self.tried):
             for pair in [pair for pair in table if pair[1] in old]:
@@ -18711,33 +17162,16 @@ class OutboxMachine(RuleBasedStateMachine):
         if plan:
             self.deliver(plan)
 
-    def emit(
-        self,
-        conn: Any,
-        written: dict[str, Any],
-        n: int,
-        type: str,
-        key: Any,
-        delay: float,
-        once: Any,
-        tenant: Any,
-    ) -> None:
-        options = {
-            "type": type,
-            "key": key,
-            "delay": delay,
-            "data": {"n": n},
-            "at": self.clock.now,
-            "tenant": tenant,
-        }
+    def emit(self, conn: Any, written: dict[str, Any], n: int, *emitted: Any) -> None:
+        type, key, delay, once, tenant = emitted
+        options = {"type": type, "key": key, "delay": delay, "tenant": tenant}
+        options |= {"data": {"n": n}, "at": self.clock.now}
         known = None
         if once is not None:
             options |= {"type": "order.created", "data": {"n": once}, "idempotency_key": "once"}
             both = {**{id: o for id, (_, o) in self.events.items()}, **written}
-            known = next(
-                (id for id, o in both.items() if "idempotency_key" in o and o["tenant"] == tenant),
-                None,
-            )
+            keyed = [id for id, o in both.items() if "idempotency_key" in o]
+            known = next((id for id in keyed if both[id]["tenant"] == tenant), None)
         arguments = {name: value for name, value in options.items() if name != "at"}
         if known is None:
             written[self.outbox.emit(conn, **arguments)] = options
@@ -18766,18 +17200,10 @@ class OutboxMachine(RuleBasedStateMachine):
 
     def deliver(self, plan: list[str]) -> None:
         report, done = self.drained(plan, self.outbox.drain)
-        assert (report.delivered, report.retried, report.failed) == tuple(
-            map(done.count, ("delivered", "pending", "failed"))
-        )
-        assert report.pending == sum(
-            d.status == "pending" and self.endpoints[s].enabled
-            for (s, _), d in self.deliveries.items()
-        )
-        late = [
-            pair
-            for pair, d in self.deliveries.items()
-            if self.ready(pair[0], d) and self.open(pair[0])
-        ]
+        live = self.those(lambda s, _, d: d.status == "pending" and self.endpoints[s].enabled)
+        counts = [*map(done.count, ("delivered", "pending", "failed")), len(live)]
+        assert report == DrainReport(*counts)
+        late = self.those(lambda slot, _, d: self.ready(slot, d) and self.open(slot))
         assert not late, "due and not sent"
 
     @rule(seconds=model_steps, plan=model_plans, after=st.integers(1, 4))
@@ -18805,9 +17231,7 @@ class OutboxMachine(RuleBasedStateMachine):
             self.kill_at = 0
 
         self.clock.now = max(1e9, self.clock.now + seconds)
-        if any(
-            self.ready(pair[0], d) and self.open(pair[0]) for pair, d in self.deliveries.items()
-        ):
+        if self.those(lambda slot, _, d: self.ready(slot, d) and self.open(slot)):
             self.drained(plan, drain_in_a_child)
 
     def drained(self, plan: list[str], drain: Callable[..., Any]) -> tuple[Any, list[str]]:
@@ -18843,9 +17267,8 @@ class OutboxMachine(RuleBasedStateMachine):
     # What an operator does.
 
     def add(self, slot: str, conn: Any = None) -> None:
-        made = self.outbox.add_endpoint(
-            self.receiver.url(f"/{slot}"), id=slot, conn=conn, **MODEL_ENDPOINTS[slot]
-        )
+        options = MODEL_ENDPOINTS[slot] | {"id": slot, "conn": conn}
+        made = self.outbox.add_endpoint(self.receiver.url(f"/{slot}"), **options)
         self.endpoints[slot] = ModelEndpoint(made.secret or "")
 
     @rule(slot=model_slots)
@@ -18857,12 +17280,11 @@ class OutboxMachine(RuleBasedStateMachine):
             return self.add(slot)
         self.outbox.remove_endpoint(slot)
         del self.endpoints[slot]
-        for pair in [
-            pair for pair, d in self.deliveries.items() if pair[0] == slot and d.status == "pending"
-        ]:
-            del self.deliveries[pair]
-        for (s, _), d in self.deliveries.items():
-            d.status = "discarded" if s == slot and d.status == "failed" else d.status
+        for pair in [pair for pair in self.deliveries if pair[0] == slot]:
+            if self.deliveries[pair].status == "pending":
+                del self.deliveries[pair]
+        for d in self.those(lambda s, _, d: s == slot and d.status == "failed"):
+            d.status = "discarded"
 
     @rule(
         slot=model_slots, verb=st.sampled_from(["disable", "enable", "enable", "enable", "rotate"])
@@ -18882,16 +17304,12 @@ class OutboxMachine(RuleBasedStateMachine):
 
     @rule(verb=st.sampled_from(["replay", "replay", "discard"]), slot=st.none() | model_slots)
     def act_on_failed(self, verb: str, slot: str | None) -> None:
-        mine = [
-            d
-            for (s, id), d in self.deliveries.items()
-            if slot in (None, s)
-            and d.status == "failed"
-            and (verb == "discard" or "erased" not in self.events[id][1])
-        ]
-        assert getattr(self.outbox, verb)(**({"endpoint": slot} if slot else {"all": True})) == len(
-            mine
-        )
+        mine = self.those(lambda s, _, d: slot in (None, s) and d.status == "failed")
+        if verb == "replay":
+            gone = self.those(lambda _, id, d: "erased" in self.events[id][1])
+            mine = [d for d in mine if d not in gone]
+        which = {"endpoint": slot} if slot else {"all": True}
+        assert getattr(self.outbox, verb)(**which) == len(mine)
         for d in mine:
             if verb == "replay":
                 d.again(self.clock.now)
@@ -18909,11 +17327,7 @@ class OutboxMachine(RuleBasedStateMachine):
             return
         if slot and (slot, id) not in self.deliveries:
             self.add_delivery(slot, id, self.clock.now)
-        mine = [
-            d
-            for (s, i), d in self.deliveries.items()
-            if i == id and s in self.endpoints and slot in (None, s)
-        ]
+        mine = self.those(lambda s, i, d: i == id and s in self.endpoints and slot in (None, s))
         assert self.outbox.resend(id, endpoint=slot) == len(mine)
         for d in mine:
             d.again(self.clock.now)
@@ -18929,13 +17343,13 @@ class OutboxMachine(RuleBasedStateMachine):
             with pytest.raises(NotFound):
                 self.outbox.cancel(**filters)
             return
-        mine = [
-            d
-            for (s, id), d in self.deliveries.items()
-            if d.status == "pending"
-            and slot in (None, s)
-            and all(filters[name] in (None, self.events[id][1][name]) for name in ("key", "tenant"))
-        ]
+
+        def chosen(id: str) -> bool:
+            options = self.events[id][1]
+            return all(filters[name] in (None, options[name]) for name in ("key", "tenant"))
+
+        waiting = lambda s, id, d: d.status == "pending" and slot in (None, s) and chosen(id)  # noqa: E731
+        mine = self.those(waiting)
         assert self.outbox.cancel(**filters, all=True) == len(mine)
         for d in mine:
             d.status = "cancelled"
@@ -18943,11 +17357,8 @@ class OutboxMachine(RuleBasedStateMachine):
     @rule(slot=model_slots)
     def retry_now(self, slot: str) -> None:
         if slot in self.endpoints:
-            mine = [
-                d
-                for (s, _), d in self.deliveries.items()
-                if s == slot and d.status == "pending" and d.attempts and d.due > self.clock.now
-            ]
+            mine = self.those(lambda s, _, d: s == slot and d.status == "pending" and d.attempts)
+            mine = [d for d in mine if d.due > self.clock.now]
             assert self.outbox.retry_now(endpoint=slot) == len(mine)
             for d in mine:
                 d.due = self.clock.now
@@ -18971,9 +17382,11 @@ class OutboxMachine(RuleBasedStateMachine):
     def backfill(self, slot: str, age: float) -> None:
         if slot in self.endpoints:
             since = self.clock.now - age
-            new = [id for id, (_, o) in self.events.items()
-                   if o["at"] >= since and self.matches(slot, id) and (slot, id) not in self.deliveries
-                   and "erased" not in o]  # fmt: skip
+            young = [id for id, (_, o) in self.events.items() if o["at"] >= since]
+            new = [
+                id for id in young if self.matches(slot, id) and "erased" not in self.events[id][1]
+            ]
+            new = [id for id in new if (slot, id) not in self.deliveries]
             assert self.outbox.backfill(slot, since=since) == len(new)
             for id in new:
                 self.add_delivery(slot, id, self.clock.now)
@@ -18984,8 +17397,7 @@ class OutboxMachine(RuleBasedStateMachine):
 
     @invariant()
     def rows_agree(self) -> None:
-        """Nothing committed is lost and nothing rolled back is there; of each queue only the head
-        can be picked."""
+        """Nothing is lost, and of each queue only the head can be picked."""
         if self.events:
             rows = query(self.path, """
                 SELECT d.endpoint_id, e.id, d.status, d.attempts,
@@ -19000,34 +17412,22 @@ class OutboxMachine(RuleBasedStateMachine):
     def views_agree(self) -> None:
         alive = {slot for slot, p in self.endpoints.items() if p.enabled}
         told = {"pending": "held", "discarded": "failed"}
-        assert {
-            (d.endpoint_id, d.event_id): (d.status, d.attempts)
-            for d in self.outbox.deliveries(limit=10_000)
-        } == {
-            (slot, id): (
-                d.status
-                if slot in alive and d.status == "pending"
-                else told.get(d.status, d.status),
-                d.attempts,
-            )
-            for (slot, id), d in self.deliveries.items()
-        }
-        failed = {
-            pair: (d.reason, d.attempts)
-            for pair, d in self.deliveries.items()
-            if d.status == "failed"
-        }
-        assert {
-            (f.endpoint_id, f.event_id): (f.reason, f.attempts)
-            for f in self.outbox.failed(limit=10_000)
-        } == failed
-        stats, waiting = (
-            self.outbox.stats(),
-            [(s, d) for (s, _), d in self.deliveries.items() if d.status == "pending"],
-        )
+
+        def said(slot: str, status: str) -> str:
+            return status if (slot in alive and status == "pending") else told.get(status, status)
+
+        mine, names = self.deliveries.items(), "endpoint_id event_id {} attempts"
+        given = [(slot, id, said(slot, d.status), d.attempts) for (slot, id), d in mine]
+        shown = self.outbox.deliveries(limit=10_000)
+        assert sorted(given) == sorted(fields(d, names.format("status")) for d in shown)
+        failed = [(*pair, d.reason, d.attempts) for pair, d in mine if d.status == "failed"]
+        rows = self.outbox.failed(limit=10_000)
+        assert sorted(failed) == sorted(fields(row, names.format("reason")) for row in rows)
+        waiting = [(s, d) for (s, _), d in mine if d.status == "pending"]
+        stats = self.outbox.stats()
+        count = collections.Counter(slot for slot, _ in waiting)
         assert {e.id: (e.enabled, e.failing_since, e.pending) for e in stats.endpoints} == {
-            slot: (p.enabled, p.since, sum(s == slot for s, _ in waiting))
-            for slot, p in self.endpoints.items()
+            slot: (p.enabled, p.since, count[slot]) for slot, p in self.endpoints.items()
         }
         live = [(slot, d) for slot, d in waiting if slot in alive]
         due = sum(self.ready(slot, d) for slot, d in live)
@@ -19037,7 +17437,7 @@ class OutboxMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("examples", [7, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [4, pytest.param(60, marks=pytest.mark.long)])
 def test_the_outbox_does_what_a_model_of_dicts_says(examples: int, tmp_path: pathlib.Path) -> None:
     """Transactions, answers, crashes, clocks and operators together, in any order."""
     options = settings(max_examples=examples, stateful_step_count=50, derandomize=examples == 12)
@@ -19048,60 +17448,54 @@ def test_the_outbox_does_what_a_model_of_dicts_says(examples: int, tmp_path: pat
 
 # In what a listing must not show: the query of a URL, the value of a header.
 CANARY = "canary7f3a91"
+LOCAL = "--allow-network 127.0.0.0/8"
 
 
 @pytest.fixture
-def cli(
-    wal: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., str]:
-    """Run a command in this process on the host's file; return what it printed, after checking how
-    it ended."""
+def cli(wal: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command line in this process on the host's file; return what it printed, after checking
+    how it ended. `cli.json` returns what its --json means."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delenv("WEBHOOK_OUTBOX_DB", raising=False)
 
-    def run(*args: str, code: int | tuple[int, ...] = 0, db: str | None = wal) -> str:
+    def run(line: str, *more: str, code: Any = 0, db: str | None = wal) -> str:
         capsys.readouterr()
-        before = ["--db", db] if db and "--app" not in args else []
-        allowed = [] if "--app" in args else ["--allow-network", "127.0.0.0/8"]
-        ended = webhook_outbox.main([*before, *allowed, *args])
+        words = [*shlex.split(line), *more]
+        before = ["--db", db] if db and "--app" not in words else []
+        allowed = [] if "--app" in words else ["--allow-network", "127.0.0.0/8"]
+        ended = webhook_outbox.main([*before, *allowed, *words])
         out, err = capsys.readouterr()
         assert ended in (code if isinstance(code, tuple) else (code,)), out + err
         # Whose findings are what was asked for.
-        if err or (code != 0 and args[0] not in ("doctor", "check")):
-            assert (
-                code != 0 and "Traceback" not in err and err.count("\n") == 1 and err.endswith("\n")
-            ), err
+        if err or (code != 0 and words[0] not in ("doctor", "check")):
+            assert code != 0 and "Traceback" not in err, err
+            assert err.count("\n") == 1 and err.endswith("\n"), err
         return out + err
 
+    run.json = lambda line, **options: json.loads(run(line, "--json", **options))
     make_outbox(wal)
     return run
 
 
-def cli_after(first: str, *args: str, **options: Any) -> subprocess.Popen[str]:
-    """Start a command in a process that does something to itself first."""
-    code = (
-        "import os, sys, ctypes, resource\n"
-        + first
-        + "\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    )
-    return run_python(code, "-m", "webhook_outbox", *args, **options)
+def cli_after(first: str, line: str, **options: Any) -> Child:
+    """Start a command line in a process that does something to itself first."""
+    code = f"import os, sys, ctypes, resource\n{first}\nos.execv(sys.executable, [*sys.argv])"
+    words = (sys.executable, "-m", "webhook_outbox", *shlex.split(line))
+    return run_python(code.replace("*sys.argv", "*sys.argv[1:]"), *words, **options)
 
 
 @contextlib.contextmanager
-def cli_running(folder: pathlib.Path, *args: str, **options: Any) -> Iterator[Callable[..., Any]]:
+def cli_running(folder: pathlib.Path, line: str, **options: Any) -> Iterator[Callable[..., Any]]:
     """A command in a process of its own. The yielded function waits for a text in its output, or
     sends it a signal and returns the exit code, standard output and standard error."""
     out, err = (folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err"))
     with out.open("w") as out_file, err.open("w") as err_file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "webhook_outbox", *args],
-            **{
-                "cwd": ROOT,
-                "stdin": subprocess.DEVNULL,
-                "stdout": out_file,
-                "stderr": err_file,
-                **options,
-            },
+            [sys.executable, "-m", "webhook_outbox", *shlex.split(line)],
+            stdin=subprocess.DEVNULL,
+            stdout=out_file,
+            stderr=err_file,
+            **{"cwd": ROOT, **options},
         )
 
     def control(seen: str = "", end: signal.Signals | None = None) -> Any:
@@ -19118,13 +17512,13 @@ def cli_running(folder: pathlib.Path, *args: str, **options: Any) -> Iterator[Ca
         process.wait()
 
 
-def cli_on_terminal(*args: str, ctrl_c_after: str | None = None) -> tuple[int, str]:
+def cli_on_terminal(line: str, ctrl_c_after: str | None = None) -> tuple[int, str]:
     """Run a command on a terminal of its own, 80 by 24, press Ctrl-C when a text was shown; return
     exit code and screen."""
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     own = "os.open(os.ttyname(0), os.O_RDWR)"  # becomes the controlling terminal, which turns ^C into SIGINT
-    process = cli_after(own, *args, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    process = cli_after(own, line, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
     os.close(slave)
     screen, end = b"", time.monotonic() + 60
     try:
@@ -19151,16 +17545,11 @@ def cli_on_terminal(*args: str, ctrl_c_after: str | None = None) -> tuple[int, s
 def cli_fail_some(path: str) -> tuple[str, list[str]]:
     """Make three failed rows (two of endpoint a by status, one of b by connect); return a's URL and
     the event ids."""
-    with (
-        contextlib.closing(Receiver(answer(500, b"no"))) as receiver,
-        socket.create_server(("127.0.0.1", 0)) as closed,
-    ):
-        outbox = make_outbox(path, retry=ONCE)
-        outbox.add_endpoint(receiver.url(), id="a", events=["order.*"])
-        outbox.add_endpoint(
-            f"http://127.0.0.1:{closed.getsockname()[1]}/", id="b", events=["user.created"]
-        )
-        closed.close()
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+    with contextlib.closing(Receiver(answer(500, b"no"))) as receiver:
+        outbox = make_outbox(path, receiver.url(), retry=ONCE, id="a", events=["order.*"])
+        outbox.add_endpoint(nowhere, id="b", events=["user.created"])
         ids = []
         for type in ("order.created", "order.paid", "user.created"):
             ids.append(emit(outbox, type))
@@ -19185,137 +17574,90 @@ def test_schema_prints_sql_that_makes_the_same_tables(cli, wal):
 
 
 def test_the_endpoint_commands_do_what_the_library_does(cli, wal, serve, authority):
-    receiver = serve()
-    outbox = make_outbox(wal)
-    options = [
-        "--events",
-        "order.*",
-        "user.created",
-        "--headers",
-        f"X-Key: {CANARY}",
-        "--headers",
-        "X-Two: a:b",
-    ]
-    options += [
-        "--description",
-        "the CRM",
-        "--body",
-        "cloudevents",
-        "--signing",
-        "standard+github",
-        "--rate",
-        "5",
-    ]
-    options += ["--max-in-flight", "3", "--ordered", "--on-dead", "hold", "--timeout", "2.5"]
-    options += ["--cert", authority.client(), "--ca", authority.path]
-    shown = cli("endpoint", "add", receiver.url(), "--id", "crm", "--secret", SECRET, *options)
+    receiver, outbox = serve(), make_outbox(wal)
+    options = f"""--events order.* user.created --headers 'X-Key: {CANARY}' --headers 'X-Two: a:b'
+        --description 'the CRM' --body cloudevents --signing standard+github --rate 5
+        --max-in-flight 3 --ordered --on-dead hold --timeout 2.5 --ca {authority.path}
+        --cert {authority.client()}"""
+    shown = cli(f"endpoint add {receiver.url()} --id crm --secret {SECRET} {options}")
     assert shown.startswith("crm\n") and SECRET in shown
     made = outbox.endpoint("crm")
     assert (made.url, made.events) == (receiver.url(), ("order.*", "user.created"))
     assert made.headers == {"X-Key": CANARY, "X-Two": "a:b"}
-    assert (made.description, made.body, made.signing, made.rate) == (
-        "the CRM",
-        "cloudevents",
-        "standard+github",
-        5.0,
-    )
+    assert (made.description, made.body, made.rate) == ("the CRM", "cloudevents", 5.0)
     assert (made.max_in_flight, made.ordered, made.on_dead, made.timeout) == (3, True, "hold", 2.5)
+    assert made.signing == "standard+github"
     assert (made.cert, made.ca) == (authority.client(), authority.path)
 
-    cli("endpoint", "update", "crm", "--no-ordered", "--events", "*", "--description", "all")
+    cli("endpoint update crm --no-ordered --events * --description all")
     changed = outbox.endpoint("crm")
     assert (changed.ordered, changed.events, changed.description) == (False, ("*",), "all")
-    assert (
-        dataclasses.replace(changed, ordered=True, events=made.events, description="the CRM")
-        == made
-    )
-    cli("endpoint", "update", "crm", "--url", receiver.url("/other"))
+    before = {"ordered": True, "events": made.events, "description": "the CRM"}
+    assert dataclasses.replace(changed, **before) == made
+    cli(f"endpoint update crm --url {receiver.url('/other')}")
     assert outbox.endpoint("crm").url == receiver.url("/other")
 
-    cli("endpoint", "disable", "crm", "--reason", "moving house")
-    assert (outbox.endpoint("crm").enabled, outbox.endpoint("crm").disabled_reason) == (
-        False,
-        "moving house",
-    )
-    assert "moving house" in cli("endpoint", "show", "crm") and "moving house" in cli(
-        "endpoint", "list"
-    )
+    cli("endpoint disable crm --reason 'moving house'")
+    crm = outbox.endpoint("crm")
+    assert (crm.enabled, crm.disabled_reason) == (False, "moving house")
+    assert all("moving house" in cli(f"endpoint {verb}") for verb in ("show crm", "list"))
     emit(outbox)
-    assert "say --since, or --all" in cli("endpoint", "backfill", "crm", "--dry-run", code=2)
-    assert "1 " in cli("endpoint", "backfill", "crm", "--dry-run", "--all")
+    assert "say --since, or --all" in cli("endpoint backfill crm --dry-run", code=2)
+    assert "1 " in cli("endpoint backfill crm --dry-run --all")
     assert outbox.stats().held == 0
-    assert "1 " in cli("endpoint", "backfill", "crm", "--since", "2020-01-01", "--type", "order.*")
-    assert "0 " in cli("endpoint", "backfill", "crm", "--all", "--until", "2020-01-01T00:00:00Z")
+    assert "1 " in cli("endpoint backfill crm --since 2020-01-01 --type order.*")
+    assert "0 " in cli("endpoint backfill crm --all --until 2020-01-01T00:00:00Z")
     assert outbox.stats().held == 1
-    assert cli("drain", "--once").endswith(
-        "pending 0; crm: 1 held, it is disabled; `endpoint enable crm` resumes it\n"
-    )
-    assert "enabled crm; 1 deliveries wait for it" in cli("endpoint", "enable", "crm")
-    assert "disabled crm; 1 deliveries are held" in cli("endpoint", "disable", "crm")
-    cli("endpoint", "enable", "crm")
+    held = "pending 0; crm: 1 held, it is disabled; `endpoint enable crm` resumes it\n"
+    assert cli("drain --once").endswith(held)
+    assert "enabled crm; 1 deliveries wait for it" in cli("endpoint enable crm")
+    assert "disabled crm; 1 deliveries are held" in cli("endpoint disable crm")
+    cli("endpoint enable crm")
     assert outbox.endpoint("crm").enabled and outbox.stats().pending == 1
 
-    assert cli("endpoint", "secret", "crm") == SECRET + "\n"
+    assert cli("endpoint secret crm") == SECRET + "\n"
     fresh = "whsec_" + base64.b64encode(b"n" * 32).decode()
-    said = cli("endpoint", "rotate", "crm", "--secret", fresh, "--grace", "60")
+    said = cli(f"endpoint rotate crm --secret {fresh} --grace 60")
     until = datetime.datetime.fromtimestamp(time.time() + 60, datetime.timezone.utc)
     assert fresh in said and f"The old one signs too until {until:%Y-%m-%d %H:%M}" in said
-    assert cli("endpoint", "secret", "crm") == fresh + "\n"
-    rotated = re.search(r"whsec_\S+", cli("endpoint", "rotate", "crm"))
-    assert rotated and cli("endpoint", "secret", "crm").strip() == rotated.group() not in (
-        fresh,
-        SECRET,
-    )
+    assert cli("endpoint secret crm") == fresh + "\n"
+    (rotated,) = re.findall(r"whsec_\S+", cli("endpoint rotate crm"))
+    assert cli("endpoint secret crm").strip() == rotated not in (fresh, SECRET)
 
-    cli("endpoint", "remove", "crm")
-    assert outbox.endpoints() == [] and "no endpoints" in cli("endpoint", "list")
+    cli("endpoint remove crm")
+    assert outbox.endpoints() == [] and "no endpoints" in cli("endpoint list")
 
 
 def test_tenants_on_the_command_line(cli, wal):
-    for id, tenant in (("own", []), ("c42", ["--tenant", "c42"]), ("all", ["--tenant", "*"])):
-        cli("endpoint", "add", "https://example.com/", "--id", id, *tenant)
-    assert [e["tenant"] for e in json.loads(cli("endpoint", "list", "--json"))] == [
-        None,
-        "c42",
-        "*",
-    ]
-    assert [e["id"] for e in json.loads(cli("endpoint", "list", "--tenant", "c42", "--json"))] == [
-        "c42"
-    ]
-    assert "no endpoints of tenant c43; `endpoint add URL --tenant c43` makes one" in cli(
-        "endpoint", "list", "--tenant", "c43"
-    )
-    own = cli("emit", "order.created", "{}").strip()
-    assert "TENANT" not in cli("events", "list"), "a column only where there is something in it"
-    theirs = cli("emit", "order.created", "{}", "--tenant", "c42").strip()
+    for id, tenant in (("own", ""), ("c42", "--tenant c42"), ("all", "--tenant *")):
+        cli(f"endpoint add https://example.com/ --id {id} {tenant}")
+    assert [e["tenant"] for e in cli.json("endpoint list")] == [None, "c42", "*"]
+    assert [e["id"] for e in cli.json("endpoint list --tenant c42")] == ["c42"]
+    none = "no endpoints of tenant c43; `endpoint add URL --tenant c43` makes one"
+    assert none in cli("endpoint list --tenant c43")
+    own = cli("emit order.created {}").strip()
+    assert "TENANT" not in cli("events list"), "a column only where there is something in it"
+    theirs = cli("emit order.created {} --tenant c42").strip()
     outbox = make_outbox(wal)
-    assert set(statuses(outbox, own)) == {"own", "all"} and set(statuses(outbox, theirs)) == {
-        "c42",
-        "all",
-    }
-    assert re.search(rf"TENANT.*\n{theirs} +order.created +c42 ", cli("events", "list"))
-    assert [
-        event["id"] for event in json.loads(cli("events", "list", "--tenant", "c42", "--json"))
-    ] == [theirs]
-    assert "tenant c42" in cli("events", "show", theirs) and "tenant" not in cli(
-        "events", "show", own
-    )
-    assert json.loads(cli("events", "show", theirs, "--json"))["tenant"] == "c42"
-    assert re.search(r"^tenant +c42$", cli("endpoint", "show", "c42"), re.M)
-    with contextlib.closing(sqlite3.connect(wal)) as conn:
-        assert conn.execute("SELECT count(*) FROM webhook_events").fetchone() == (2,)
-    assert "is not of the tenant" in cli("resend", own, "--endpoint", "c42", code=1)
-    assert "tenant must be" in cli("emit", "order.created", "{}", "--tenant", "a b", code=1)
-    cli("endpoint", "update", "c42", "--tenant", "c43", code=2)
+    for id, to in ((own, "own"), (theirs, "c42")):
+        assert set(statuses(outbox, id)) == {to, "all"}
+        assert ("tenant c42" in cli(f"events show {id}")) == (id == theirs)
+    assert "tenant" not in cli(f"events show {own}")
+    assert re.search(rf"TENANT.*\n{theirs} +order.created +c42 ", cli("events list"))
+    assert [event["id"] for event in cli.json("events list --tenant c42")] == [theirs]
+    assert cli.json(f"events show {theirs}")["tenant"] == "c42"
+    assert re.search(r"^tenant +c42$", cli("endpoint show c42"), re.M)
+    assert query(wal, "SELECT count(*) FROM webhook_events") == [(2,)]
+    assert "is not of the tenant" in cli(f"resend {own} --endpoint c42", code=1)
+    assert "tenant must be" in cli("emit order.created {} --tenant 'a b'", code=1)
+    cli("endpoint update c42 --tenant c43", code=2)
     query(
         wal,
         """INSERT INTO webhook_record (kind, event, endpoint_id, status, due_at, at, duration, reason)
            SELECT 'outcome', event, endpoint_id, 'failed', 0.0, 0.0, 0.0, 'status' FROM webhook_deliveries""",
     )
-    assert {
-        row["event_id"] for row in json.loads(cli("failed", "list", "--tenant", "c42", "--json"))
-    } == {theirs}
-    assert cli("failed", "replay", "--tenant", "c42").startswith("2 failed rows")
+    assert {row["event_id"] for row in cli.json("failed list --tenant c42")} == {theirs}
+    assert cli("failed replay --tenant c42").startswith("2 failed rows")
 
 
 def test_options_may_stand_before_and_after_what_they_belong_to(wal, tmp_path, capsys):
@@ -19334,9 +17676,8 @@ def test_options_may_stand_before_and_after_what_they_belong_to(wal, tmp_path, c
         words = line.replace("{}", wal).replace("{{}}", "{}").replace("{" + wal + "}", "{}").split()
         assert webhook_outbox.main(words) == 0, capsys.readouterr().err
     made = {e.id: e for e in outbox.endpoints()}
-    assert [made[id].events for id in "abcd"] == [
-        ("order.*", "user.*"), ("order.*",), ("order.*",), ("*",),
-    ]  # fmt: skip
+    events = [" ".join(made[id].events) for id in "abcd"]
+    assert events == ["order.* user.*", "order.*", "order.*", "*"]
     assert made["b"].headers == made["d"].headers == {"X": "1", "Y": "2"}
     assert [e.url for e in made.values()] == [f"https://10.0.0.1/{id}" for id in "abcd"]
     assert outbox.events()[0].type == "order.paid"
@@ -19346,22 +17687,17 @@ def test_options_may_stand_before_and_after_what_they_belong_to(wal, tmp_path, c
 def test_what_a_terminal_would_obey_is_printed_as_its_escape(cli, wal):
     """A receiver, or an event, that moves the cursor, turns the direction of writing, or hides
     itself; on its own line, in a table, and in JSON that stays JSON."""
-    bad = "\x1b[2J\x07\x7f\x9b2J\u202e\u2066\u200b\u2028\r\n\U000e0041\ud83d"
-    outbox = make_outbox(wal)
-    outbox.add_endpoint("https://example.com/", id="crm", description="a b", enabled=False)
-    id = emit(outbox, "a.b", {"text": bad[:-1]})
-    with contextlib.closing(sqlite3.connect(wal)) as conn, conn:
-        conn.execute("UPDATE webhook_endpoints SET description = ?, disabled_reason = ?",
-                     (bad[:-1], bad[:-1]))  # fmt: skip
-    lines = [["events", "show", id], ["events", "list"], ["endpoint", "show", "crm"],
-             ["endpoint", "list"], ["status"]]  # fmt: skip
-    for line in lines:
+    bad = "\x1b[2J\x07\x7f\x9b2J\u202e\u2066\u200b\u2028\r\n\U000e0041"
+    outbox = make_outbox(wal, URL, id="crm", description="a b", enabled=False)
+    id = emit(outbox, "a.b", {"text": bad})
+    query(wal, "UPDATE webhook_endpoints SET description = ?, disabled_reason = ?", bad, bad)
+    for line in f"events show {id}|events list|endpoint show crm|endpoint list|status".split("|"):
         for json_too in ((), ("--json",)):
-            said = cli(*line, *json_too)
+            said = cli(line, *json_too)
             assert all(c.isprintable() or c == "\n" for c in said), (line, said)
-            assert json_too or line[0] == "status" or "\\u202e" in said, (line, said)
-    data = json.loads(cli("events", "show", id, "--json"))["data"]
-    assert data == {"text": bad[:-1]} and '"\\u001b[2J' in cli("events", "show", id)
+            assert json_too or line == "status" or "\\u202e" in said, (line, said)
+    data = cli.json(f"events show {id}")["data"]
+    assert data == {"text": bad} and '"\\u001b[2J' in cli(f"events show {id}")
 
 
 def test_json_holds_no_number_that_is_no_json(cli, wal):
@@ -19374,8 +17710,8 @@ def test_json_holds_no_number_that_is_no_json(cli, wal):
     query(wal, "UPDATE webhook_endpoints SET filter = ?", '{"data.n": [1e999, -1e999, 1]}')
     query(wal, "INSERT INTO webhook_emit (type, data) VALUES ('a.b', '[1e999]')")
     for line in ("endpoint list", "events list", "status"):
-        json.loads(cli(*line.split(), "--json"), parse_constant=strict)
-    shown = json.loads(cli("endpoint", "show", "crm", "--json"), parse_constant=strict)
+        json.loads(cli(line, "--json"), parse_constant=strict)
+    shown = json.loads(cli("endpoint show crm --json"), parse_constant=strict)
     assert shown["filter"] == {"data.n": [math.inf, -math.inf, 1]}
     assert shown["description"] == 'Infinity, NaN " -Infinity'
 
@@ -19397,120 +17733,95 @@ def test_json_holds_no_number_that_is_no_json(cli, wal):
 )  # fmt: skip
 def test_a_token_in_the_path_of_a_url_is_not_shown(cli, wal, url, shown):
     endpoint = make_outbox(wal).add_endpoint(url, id="x")
-    for line in (
-        "endpoint list",
-        "endpoint show x",
-        "endpoint list --json",
-        "endpoint show x --json",
-    ):
-        said = cli(*line.split())
+    for line in itertools.product(("endpoint list", "endpoint show x"), ("", " --json")):
+        said = cli("".join(line))
         assert shown in said and (url == shown or url not in said), said
     assert shown in repr(endpoint) and endpoint.url == url
 
 
 def test_an_endpoint_is_added_disabled_and_switches_have_a_no(cli, wal):
-    cli("endpoint", "add", "https://example.com/", "--id", "crm", "--no-enabled", "--ordered")
+    cli("endpoint add https://example.com/ --id crm --no-enabled --ordered")
     endpoint = make_outbox(wal).endpoint("crm")
     assert (endpoint.enabled, endpoint.ordered) == (False, True)
-    cli("endpoint", "update", "crm", "--enabled", "--no-ordered")
+    cli("endpoint update crm --enabled --no-ordered")
     endpoint = make_outbox(wal).endpoint("crm")
     assert (endpoint.enabled, endpoint.ordered) == (True, False)
-    cli("endpoint", "update", "crm", "--rate", "5")
+    cli("endpoint update crm --rate 5")
     assert make_outbox(wal).endpoint("crm") == dataclasses.replace(endpoint, rate=5.0)
 
 
 def test_ping_sends_now_and_its_exit_code_is_the_answer(cli, wal, serve):
     receiver = serve([OK, answer(500, b"no")])
-    cli("endpoint", "add", receiver.url(), "--id", "one")
-    assert "delivered" in cli("endpoint", "ping", "one")
+    cli(f"endpoint add {receiver.url()} --id one")
+    assert "delivered" in cli("endpoint ping one")
     assert b"webhook.ping" in receiver.requests[0].body
     assert webhook_outbox.main(["--db", "x", "--version"]) == 0
     with pytest.raises(AssertionError, match="HTTP 500"):
-        cli("endpoint", "ping", "one")
+        cli("endpoint ping one")
     emit(make_outbox(wal))
-    cli("drain", "--once")
+    cli("drain --once")
     assert make_outbox(wal).endpoint("one").failures == 1
     receiver.play = OK
-    said = cli("endpoint", "ping", "one")
+    said = cli("endpoint ping one")
     assert "`endpoint retry one` makes what waits due now (1)" in said
-    assert "retry" not in cli("endpoint", "ping", "one")
-    assert "no examples" in cli("endpoint", "ping", "one", "--type", "order.paid", code=1)
+    assert "retry" not in cli("endpoint ping one")
+    assert "no examples" in cli("endpoint ping one --type order.paid", code=1)
 
 
 def test_emit_drain_and_the_record_by_hand(cli, wal, serve):
     receiver = serve()
-    cli("endpoint", "add", receiver.url(), "--id", "one")
-    id = cli(
-        "emit", "order.created", '{"total": 49.99}', "--key", "k", "--idempotency-key", "i"
-    ).strip()
-    assert (
-        cli(
-            "emit", "order.created", '{"total": 49.99}', "--key", "k", "--idempotency-key", "i"
-        ).strip()
-        == id
-    )
-    later = cli("emit", "order.later", "[1]", "--delay", "3600").strip()
-    from_stdin = command("--db", wal, "emit", "order.paid", "-", input='"é"').stdout.strip()
+    cli(f"endpoint add {receiver.url()} --id one")
+    line = """emit order.created '{"total": 49.99}' --key k --idempotency-key i"""
+    id = cli(line).strip()
+    assert cli(line).strip() == id
+    later = cli("emit order.later [1] --delay 3600").strip()
+    from_stdin = command(f"--db {wal} emit order.paid -", input='"é"').stdout.strip()
     assert make_outbox(wal).event(from_stdin).data == "é"
     assert "2 pending" not in cli("status") and "3 pending (2 due" in cli("status")
-    assert (
-        cli("drain", "--once", "--workers", "2")
-        == "delivered 2, failed 0, retried 0, still pending 1\n"
-    )
+    drained = cli("drain --once --workers 2")
+    assert drained == "delivered 2, failed 0, retried 0, still pending 1\n"
     assert sorted(r.headers["webhook-id"] for r in receiver.requests) == sorted([id, from_stdin])
-    shown = cli("events", "show", id)
+    shown = cli(f"events show {id}")
     assert all(text in shown for text in (id, "order.created", "49.99", "one", "delivered"))
-    assert cli("resend", id, "--endpoint", "one").startswith("1 ") and cli("resend", id).startswith(
-        "1 "
-    )
-    assert "delivered 1" in cli("drain", "--once")
+    assert cli(f"resend {id} --endpoint one").startswith("1 ")
+    assert cli(f"resend {id}").startswith("1 ")
+    assert "delivered 1" in cli("drain --once")
     assert [r.headers["webhook-id"] for r in receiver.requests].count(id) == 2
-    assert [e["id"] for e in json.loads(cli("events", "list", "--json"))] == [from_stdin, later, id]
-    assert [
-        e["id"]
-        for e in json.loads(cli("events", "list", "--json", "--after", later, "--type", "order.*"))
-    ] == [id]
-    assert [e["id"] for e in json.loads(cli("events", "list", "--json", "--limit", "1"))] == [
-        from_stdin
-    ]
-    assert json.loads(cli("events", "list", "--json", "--until", "2020-01-01")) == []
-    assert id in cli("events", "list") and "no events" in cli(
-        "events", "list", "--since", "2999-01-01T00:00:00Z"
-    )
-    chosen = json.loads(cli("events", "list", "--json", "--ids", id, later))
-    assert [e["id"] for e in chosen] == [later, id]
-    assert cli("prune").startswith("0 ") and cli("prune", "--older-than", "0").startswith("2 ")
-    assert [e["id"] for e in json.loads(cli("events", "list", "--json"))] == [later]
-
-
-def test_drain_until_empty_waits_for_what_is_not_due_yet(cli, serve):
-    cli("endpoint", "add", serve().url())
-    cli("emit", "a", "1", "--delay", "0.3")
-    assert "delivered 0" in cli("drain", "--once")
-    assert cli("drain", "--until-empty") == "delivered 1, failed 0, retried 0, still pending 0\n"
+    for filters, found in (
+        ("", [from_stdin, later, id]),
+        (f"--after {later} --type order.*", [id]),
+        ("--limit 1", [from_stdin]),
+        ("--until 2020-01-01", []),
+        (f"--ids {id} {later}", [later, id]),
+    ):
+        assert [e["id"] for e in cli.json(f"events list {filters}")] == found
+    assert id in cli("events list")
+    assert "no events" in cli("events list --since 2999-01-01T00:00:00Z")
+    assert cli("prune").startswith("0 ") and cli("prune --older-than 0").startswith("2 ")
+    assert [e["id"] for e in cli.json("events list")] == [later]
 
 
 @pytest.mark.parametrize(
     ("filters", "chosen"),
     [
-        (["--all"], "123"),
-        (["--endpoint", "a"], "12"),
-        (["--reason", "connect"], "3"),
-        (["--type", "order.paid"], "2"),
-        (["--type", "order.*", "--since", "2020-01-01", "--until", "2999-01-01"], "12"),
-        (["--until", "1600000000"], ""),
-        (["1", "3"], "13"),
-        (["1", "2", "--type", "order.created"], "1"),
+        ("--all", "123"),
+        ("--endpoint a", "12"),
+        ("--reason connect", "3"),
+        ("--type order.paid", "2"),
+        ("--type order.* --since 2020-01-01 --until 2999-01-01", "12"),
+        ("--until 1600000000", ""),
+        ("1 3", "13"),
+        ("1 2 --type order.created", "1"),
     ],
 )
 def test_failed_rows_are_chosen_by_filters(cli, wal, filters, chosen):
     cli_fail_some(wal)
-    listed = json.loads(cli("failed", "list", "--json", *(f for f in filters if f != "--all")))
+    listed = cli.json(f"failed list {filters.replace('--all', '')}")
     assert [row["id"] for row in listed] == [int(n) for n in chosen]
     for act in "replay", "discard":
-        assert cli("failed", act, *filters, "--dry-run").startswith(f"{len(chosen)} ")
+        assert cli(f"failed {act} {filters} --dry-run").startswith(f"{len(chosen)} ")
         assert len(make_outbox(wal).failed()) == 3
-    assert cli("failed", "replay", *filters).startswith(f"{len(chosen)} ")
+    assert cli(f"failed replay {filters}").startswith(f"{len(chosen)} ")
     outbox = make_outbox(wal)
     assert {str(row.id) for row in outbox.failed()} == set("123") - set(chosen)
     assert outbox.stats().pending == len(chosen)
@@ -19518,76 +17829,48 @@ def test_failed_rows_are_chosen_by_filters(cli, wal, filters, chosen):
 
 def test_failed_rows_are_listed_shown_and_discarded(cli, wal):
     _, ids = cli_fail_some(wal)
-    table = cli("failed", "list")
+    table = cli("failed list")
     assert all(id in table for id in ids) and "HTTP 500" in table and table.count("\n") == 4
-    assert [
-        r["id"] for r in json.loads(cli("failed", "list", "--limit", "1", "--after", "1", "--json"))
-    ] == [2]
-    assert ids[0] in cli("failed", "show", "1") and "HTTP 500" in cli("failed", "show", "1")
-    assert cli("failed", "discard", "--endpoint", "b").startswith("1 ")
-    assert cli("failed", "discard", "--all").startswith("2 ")
-    assert "nothing failed" in cli("failed", "list") and make_outbox(wal).stats().pending == 0
+    assert [row["id"] for row in cli.json("failed list --limit 1 --after 1")] == [2]
+    assert ids[0] in cli("failed show 1") and "HTTP 500" in cli("failed show 1")
+    assert cli("failed discard --endpoint b").startswith("1 ")
+    assert cli("failed discard --all").startswith("2 ")
+    assert "nothing failed" in cli("failed list") and make_outbox(wal).stats().pending == 0
 
 
-def test_every_listing_is_also_json_with_all_fields(cli, wal, serve):
+def test_every_listing_is_also_json_with_all_fields(cli, wal):
+    def fields(kind: str) -> set[str]:
+        return {field.name for field in dataclasses.fields(getattr(webhook_outbox, kind))}
+
     cli_fail_some(wal)
-    fields = {
-        kind: {field.name for field in dataclasses.fields(kind)}
-        for kind in (
-            webhook_outbox.Endpoint,
-            webhook_outbox.Event,
-            webhook_outbox.FailedDelivery,
-            webhook_outbox.Attempt,
-        )
-    }
-    endpoint = fields[webhook_outbox.Endpoint] - {"secret"}
-    assert [set(row) for row in json.loads(cli("endpoint", "list", "--json"))] == [endpoint] * 2
-    shown = json.loads(cli("endpoint", "show", "a", "--json"))
-    assert set(shown[0] if isinstance(shown, list) else shown) == endpoint
-    events = json.loads(cli("events", "list", "--json"))
-    assert [set(row) for row in events] == [fields[webhook_outbox.Event] - {"deliveries"}] * 3
-    event = json.loads(cli("events", "show", events[0]["id"], "--json"))
-    assert (
-        set(event) == fields[webhook_outbox.Event] | {"attempts"}
-        and event["deliveries"][0]["status"] == "failed"
-    )
-    assert [set(row) for row in event["attempts"]] == [fields[webhook_outbox.Attempt]]
-    failed = json.loads(cli("failed", "list", "--json"))
-    assert [set(row) for row in failed] == [fields[webhook_outbox.FailedDelivery]] * 3
-    shown = json.loads(cli("failed", "show", "1", "--json"))
-    assert (shown[0] if isinstance(shown, list) else shown) == failed[0]
-    stats = json.loads(cli("status", "--json"))
-    assert stats == json.loads(json.dumps(dataclasses.asdict(make_outbox(wal).stats()))) | {
-        "endpoints": stats["endpoints"], "oldest_due_age": stats["oldest_due_age"],
-    }  # fmt: skip
-    assert set(stats["endpoints"][0]) == {
-        f.name for f in dataclasses.fields(webhook_outbox.EndpointStats)
-    }
+    endpoint = fields("Endpoint") - {"secret"}
+    assert [set(row) for row in cli.json("endpoint list")] == [endpoint] * 2
+    assert set(cli.json("endpoint show a")) == endpoint
+    events = cli.json("events list")
+    assert [set(row) for row in events] == [fields("Event") - {"deliveries"}] * 3
+    event = cli.json(f"events show {events[0]['id']}")
+    assert set(event) == fields("Event") | {"attempts"}
+    assert event["deliveries"][0]["status"] == "failed"
+    assert [set(row) for row in event["attempts"]] == [fields("Attempt")]
+    failed = cli.json("failed list")
+    assert [set(row) for row in failed] == [fields("FailedDelivery")] * 3
+    assert cli.json("failed show 1") == failed[0]
+    stats, now = cli.json("status"), dataclasses.asdict(make_outbox(wal).stats())
+    assert set(stats["endpoints"][0]) == fields("EndpointStats")
+    assert {**stats, "endpoints": 0} == {**json.loads(json.dumps(now)), "endpoints": 0}
 
 
 def test_status_is_a_table_that_a_person_can_read(cli, wal, serve, monkeypatch):
     assert "no endpoints" in cli("status")
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(serve([OK, OK, answer(500)]).url(), id="crm")
+    outbox = make_outbox(wal, serve([OK, OK, answer(500)]).url(), id="crm")
     for _ in range(3):
         emit(outbox)
         outbox.drain(once=True)
     monkeypatch.setenv("COLUMNS", "120")
     first, head, line = cli("status").splitlines()
     assert first.startswith("1 pending (") and "0 held, 0 failed" in first
-    assert all(
-        word in head
-        for word in (
-            "SUCCESS",
-            "P50",
-            "P95",
-            "WAITING",
-            "OLDEST",
-            "FAILED",
-            "LAST HOUR",
-            "LAST ERROR",
-        )
-    )
+    columns = "SUCCESS|P50|P95|WAITING|OLDEST|FAILED|LAST HOUR|LAST ERROR"
+    assert all(word in head for word in columns.split("|"))
     assert line.startswith("crm ") and "66 %" in line and line.endswith("HTTP 500") and "█" in line
 
 
@@ -19608,13 +17891,8 @@ def test_status_fits_its_terminal_and_is_whole_in_a_pipe(wal, serve, encoding):
     environment = {"LC_ALL": "C"} if encoding == "C" else {"PYTHONIOENCODING": encoding}
 
     def shown(**more: str) -> list[str]:
-        ended = command(
-            "--db",
-            wal,
-            "status",
-            env={**environment, **more},
-            encoding=encoding.replace("C", "utf-8"),
-        )
+        options = {"env": environment | more, "encoding": encoding.replace("C", "utf-8")}
+        ended = command(f"--db {wal} status", **options)
         assert (ended.returncode, ended.stderr) == (0, "") and "\\" not in ended.stdout
         assert bool(set(ended.stdout) & set("▁█…·")) == (encoding in ("utf-8", "C"))
         return ended.stdout.splitlines()
@@ -19635,36 +17913,31 @@ def test_status_fits_its_terminal_and_is_whole_in_a_pipe(wal, serve, encoding):
 
 def test_status_shows_what_fails_first_and_counts_those_that_are_well(wal, cli, monkeypatch):
     """300 endpoints, of which four need a look, in a table that fits a screen."""
-    outbox = make_outbox(wal)
+    outbox, now = make_outbox(wal), time.time()
     with outbox.transaction() as conn:
         for n in range(300):
-            outbox.add_endpoint("https://example.com/", id=f"e{n}", events=[f"a{n}.b"], conn=conn)
+            outbox.add_endpoint(URL, id=f"e{n}", events=[f"a{n}.b"], conn=conn)
     for n in (250, 270):
         emit(outbox, f"a{n}.b")
     outbox.disable_endpoint("e250")
-    query(wal, "UPDATE webhook_endpoints SET failing_since = 1.0, failures = 3 WHERE id = 'e299'")
-    query(wal, "UPDATE webhook_endpoints SET failing_since = ?, failures = 15, paused_until = ?"
-               " WHERE id = 'e270'", time.time() - 9, time.time() + 17.5)  # fmt: skip
-    query(
-        wal,
-        "UPDATE webhook_endpoints SET failing_since = ?, failures = 1 WHERE id = 'e9'",
-        time.time(),
-    )
+    failing = "UPDATE webhook_endpoints SET failing_since = ?, failures = ?, paused_until = ?"
+    failing += " WHERE "
+    query(wal, failing + "id = 'e299'", 1.0, 3, 0.0)
+    query(wal, failing + "id = 'e270'", now - 9, 15, now + 17.5)
+    query(wal, failing + "id = 'e9'", now, 1, 0.0)
     monkeypatch.setenv("COLUMNS", "120")
     first, _, *rows, last = cli("status").splitlines()
-    assert (
-        first.startswith("1 pending (1 due now, oldest") and "; 1 behind a hold), 1 held" in first
-    )
+    assert first.startswith("1 pending (1 due now, oldest")
+    assert "; 1 behind a hold), 1 held" in first
     assert [row.split()[0] for row in rows[:5]] == ["e270", "e299", "e250", "e0", "e1"]
-    assert (
-        "held after 15 failures, next probe in 18 s" in rows[0] and "disabled, 1 deliv" in rows[2]
-    )
+    assert "held after 15 failures, next probe in 18 s" in rows[0]
+    assert "disabled, 1 deliv" in rows[2]
     assert len(rows) == 20 and last == "and 280 that are well; `status --all` shows them"
-    assert len(cli("status", "--all").splitlines()) == 302
-    assert len(json.loads(cli("status", "--json"))["endpoints"]) == 300
-    shown = cli("endpoint", "show", "e270")
+    assert len(cli("status --all").splitlines()) == 302
+    assert len(cli.json("status")["endpoints"]) == 300
+    shown = cli("endpoint show e270")
     assert re.search(r"^failures +15$", shown, re.M) and "held after 15 failures" in shown
-    query(wal, "UPDATE webhook_endpoints SET failing_since = 1.0, failures = 3 WHERE rowid > 40")
+    query(wal, failing + "rowid > 40", 1.0, 3, 0.0)
     assert "and 240 more that need a look and 40 that are well;" in cli("status")
 
 
@@ -19677,7 +17950,7 @@ def test_check_says_in_one_line_what_is_wrong_and_exits_1(wal, serve, cli):
     outbox.add_endpoint(serve([*[answer(500)] * 3, answer(410)]).url(), id="crm")
     emit(make_outbox(wal, clock=lambda: time.time() - 1000))
     assert cli("check", code=1) == "the oldest due delivery has waited 17 m\n"
-    assert cli("check", "--max-age", "2000").startswith("ok: 1 pending")
+    assert cli("check --max-age 2000").startswith("ok: 1 pending")
     outbox.drain(once=True)
     assert cli("check", code=1) == "1 failed rows\n", "one failure is no failing endpoint"
     query(wal, "UPDATE webhook_endpoints SET failing_since = failing_since - 61")
@@ -19686,21 +17959,20 @@ def test_check_says_in_one_line_what_is_wrong_and_exits_1(wal, serve, cli):
     for _ in range(2):
         emit(outbox)
         outbox.drain(once=True)
-    many = ("check", "--max-failed", "9")
-    assert cli(*many, code=1) == "failing or disabled: crm\n"
-    assert cli(*many, "--max-failing-endpoints", "1") == "ok: 0 pending, 3 failed rows\n"
+    many = "check --max-failed 9"
+    assert cli(many, code=1) == "failing or disabled: crm\n"
+    assert cli(f"{many} --max-failing-endpoints 1") == "ok: 0 pending, 3 failed rows\n"
     outbox.disable_endpoint("crm", "moving house")
-    assert cli(*many).startswith("ok: ")
+    assert cli(many).startswith("ok: ")
     outbox.enable_endpoint("crm")
     emit(outbox)
     outbox.drain(once=True)
     assert outbox.endpoint("crm").disabled_reason == "410 Gone"
-    assert cli(*many, code=1) == "failing or disabled: crm\n"
+    assert cli(many, code=1) == "failing or disabled: crm\n"
 
 
 def test_a_success_rate_of_100_percent_means_that_nothing_failed(wal, cli):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint("https://example.com/", id="crm")
+    make_outbox(wal, "https://example.com/", id="crm")
     insert = "INSERT INTO webhook_attempts (event, endpoint_id, at, duration, reason) VALUES (1, 'crm', ?, 0.1, ?)"
     with contextlib.closing(sqlite3.connect(wal)) as conn, conn:
         conn.executemany(insert, [(time.time(), "status" if n == 0 else None) for n in range(1000)])
@@ -19709,92 +17981,62 @@ def test_a_success_rate_of_100_percent_means_that_nothing_failed(wal, cli):
 
 def test_what_waits_is_cancelled_tried_now_or_erased_by_its_command(cli, wal, serve):
     receiver = serve([answer(500), OK])
-    cli("endpoint", "add", receiver.url(), "--id", "crm")
+    cli("endpoint add", receiver.url(), "--id", "crm")
     make_outbox(wal, retry=RetryPolicy((0, 3600))).drain(once=True)
-    first, second, third = (cli("emit", "a.b", "1", "--key", key).strip() for key in "xyy")
+    first, second, third = (cli(f"emit a.b 1 --key {key}").strip() for key in "xyy")
     outbox = make_outbox(wal, retry=RetryPolicy((0, 3600)))
-    assert cli("events", "cancel", "--key", "y", "--dry-run") == "2 deliveries would be cancelled\n"
-    assert cli("events", "cancel", second) == "1 deliveries cancelled\n"
-    assert cli("events", "cancel", "--event-id", third, "--endpoint", "crm").startswith("1 ")
+    assert cli("events cancel --key y --dry-run") == "2 deliveries would be cancelled\n"
+    assert cli(f"events cancel {second}") == "1 deliveries cancelled\n"
+    assert cli(f"events cancel --event-id {third} --endpoint crm").startswith("1 ")
     assert outbox.drain(once=True).retried == 1
-    assert cli("endpoint", "retry", "crm", "--dry-run") == "1 deliveries would be due now\n"
-    assert cli("endpoint", "retry", "crm") == "1 deliveries are due now\n"
+    assert cli("endpoint retry crm --dry-run") == "1 deliveries would be due now\n"
+    assert cli("endpoint retry crm") == "1 deliveries are due now\n"
     assert outbox.drain(once=True).delivered == 1
-    assert cli("events", "erase", first) == f"erased {first}\n"
-    shown = cli("events", "show", second) + cli("events", "show", first)
+    assert cli(f"events erase {first}") == f"erased {first}\n"
+    shown = cli(f"events show {second}") + cli(f"events show {first}")
     assert "cancelled" in shown and "erased" in shown
-    assert cli("events", "cancel", "--all") == "0 deliveries cancelled\n"
-    worthless = cli("emit", "a.b", "1", "--expires", "0.001").strip()
+    assert cli("events cancel --all") == "0 deliveries cancelled\n"
+    worthless = cli("emit a.b 1 --expires 0.001").strip()
     time.sleep(0.002)
     assert outbox.drain(once=True).failed == 1 and outbox.failed()[-1].event_id == worthless
 
 
 def test_only_three_commands_show_a_secret_and_none_a_query_or_a_header(cli, wal, serve):
-    """The receiver answers with all that it got, signature and header included, and the answer is
-    on record."""
+    """The receiver answers with all that it got, and the answer is on record."""
 
     def echo(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
         sock.sendall(answer(500, request.raw, "X-Echo: " + request.headers["webhook-signature"]))
         return True
 
-    url = serve(echo).url(f"/hook?token={CANARY}")
-    assert SECRET in cli(
-        "endpoint",
-        "add",
-        url,
-        "--id",
-        "x",
-        "--secret",
-        SECRET,
-        "--headers",
-        f"Authorization: Bearer {CANARY}",
-    )
+    url, header = serve(echo).url(f"/hook?token={CANARY}"), f"'Authorization: Bearer {CANARY}'"
+    assert SECRET in cli(f"endpoint add {url} --id x --secret {SECRET} --headers {header}")
     outbox = make_outbox(wal, retry=ONCE)
     id = emit(outbox, "order.created", {"n": 1}, headers={"X-Event": CANARY})
     assert outbox.drain(once=True).failed == 1
-    reads = [
-        "status",
-        "endpoint list",
-        "endpoint show x",
-        "events list",
-        f"events show {id}",
-        "failed list",
-        "failed show 1",
-    ]
-    said = [cli(*line.split(), *json) for line in reads for json in ((), ("--json",))]
-    said += [cli(*line.split(), code=1) for line in ("doctor", "doctor --json", "check")]
-    said += [
-        cli("metrics"),
-        cli("emit", "order.created", "1", "--headers", f"X: {CANARY}", "--delay", "99"),
-    ]
-    assert all("?..." in cli("endpoint", "list", *json) for json in ((), ("--json",)))
+    reads = f"""status|endpoint list|endpoint show x|events list|events show {id}|failed list
+        |failed show 1"""
+    said = [cli(line + more) for line in reads.split("|") for more in ("", " --json")]
+    said += [cli(line, code=1) for line in ("doctor", "doctor --json", "check")]
+    said += [cli("metrics"), cli(f"emit order.created 1 --headers 'X: {CANARY}' --delay 99")]
+    assert all("?..." in cli(line) for line in ("endpoint list", "endpoint list --json"))
     with pytest.raises(AssertionError) as ping:
-        cli("endpoint", "ping", "x")
-    said += [str(ping.value), cli("endpoint", "add", url, "--id", "x", "--secret", SECRET, code=1)]
-    said += [
-        cli("endpoint", "update", "x", "--url", url + "#", "--headers", f"X:{CANARY}\n", code=1)
-    ]
-    said += [cli("endpoint", "add", url, "--secret", SECRET[:-1], code=1)]
-    said += [cli("endpoint", "add", url, "--headers", f"Authorization Bearer {CANARY}", code=1)]
-    said += [cli("endpoint", verb, "x", SECRET, code=2) for verb in ("rotate", "update", "secret")]
-    said += [
-        cli(*line.split())
-        for line in (
-            "endpoint disable x",
-            "endpoint enable x",
-            "failed replay 1",
-            "endpoint backfill x --all",
-            f"resend {id}",
-            "prune",
-        )
-    ]
-    drained = command("--db", wal, "--allow-network", "127.0.0.0/8", "drain", "--once")
-    said += [drained.stdout, drained.stderr, cli("endpoint", "update", "x", "--rate", "2")]
-    assert cli("endpoint", "secret", "x") == SECRET + "\n" and SECRET not in cli(
-        "endpoint", "rotate", "x"
-    )
-    said += [cli("endpoint", "remove", "x")]
-    for text in said:
+        cli("endpoint ping x")
+    said.append(str(ping.value))
+    for line in (
+        f"endpoint add {url} --id x --secret {SECRET}",
+        f"endpoint update x --url {url}# --headers 'X:{CANARY}\n'",
+        f"endpoint add {url} --secret {SECRET[:-1]}",
+        f"endpoint add {url} --headers 'Authorization Bearer {CANARY}'",
+    ):
+        said.append(cli(line, code=1))
+    said += [cli(f"endpoint {verb} x {SECRET}", code=2) for verb in ("rotate", "update", "secret")]
+    writes = f"""endpoint disable x|endpoint enable x|failed replay 1|endpoint backfill x --all
+        |resend {id}|prune|endpoint update x --rate 2"""
+    said += [cli(line) for line in writes.split("|")]
+    drained = command(f"--db {wal} {LOCAL} drain --once")
+    said += [drained.stdout, drained.stderr]
+    assert cli("endpoint secret x") == SECRET + "\n" and SECRET not in cli("endpoint rotate x")
+    for text in (*said, cli("endpoint remove x")):
         assert CANARY not in text and SECRET[6:-1] not in text, text
 
 
@@ -19878,7 +18120,7 @@ def test_an_error_is_one_line_and_an_exit_code(cli):
     wrong = []
     for line, code, words in CLI_ERRORS:
         try:
-            said = cli(*line.split(), code=code or (1, 2))
+            said = cli(line, code=code or (1, 2))
             assert words in said and len(said) < 300, said
         except Exception as error:
             wrong.append(f"{line}: {error!r}")
@@ -19889,10 +18131,7 @@ def test_an_error_is_one_line_and_an_exit_code(cli):
     "wrong", ["missing", "empty", "text", "folder", "memory", "newer", "none", "network"]
 )
 def test_a_file_that_is_not_the_outbox_is_refused_in_one_line(cli, wal, tmp_path, wrong):
-    path, words = (
-        str(tmp_path / wrong),
-        {"missing": "init", "empty": "init", "newer": "newer", "none": "--db"}.get(wrong, ""),
-    )
+    path, words = str(tmp_path / wrong), {"newer": "newer", "none": "--db"}.get(wrong, "")
     if wrong == "empty":
         make_database(tmp_path / wrong)
     elif wrong == "text":
@@ -19901,21 +18140,14 @@ def test_a_file_that_is_not_the_outbox_is_refused_in_one_line(cli, wal, tmp_path
         os.mkdir(path)
     elif wrong == "newer":
         query(path := wal, "UPDATE webhook_meta SET value = 99 WHERE key = 'schema_version'")
-    for args in (
-        ["status"],
-        ["emit", "a", "1"],
-        ["drain", "--once"],
-        ["endpoint", "list", "--json"],
-        ["init", "--wal"],
-    ):
+    db, code = {"memory": ":memory:", "none": None}.get(wrong, path), 2 if wrong == "none" else 1
+    for line in ("status", "emit a 1", "drain --once", "endpoint list --json", "init --wal"):
         if wrong == "network":
-            assert "10.0.0.0/33" in cli("--allow-network", "10.0.0.0/33", *args, code=1)
-        elif args[0] != "init" or wrong not in ("missing", "empty"):
-            assert words in cli(
-                *args,
-                code=2 if wrong == "none" else 1,
-                db={"memory": ":memory:", "none": None}.get(wrong, path),
-            )
+            assert "10.0.0.0/33" in cli(f"--allow-network 10.0.0.0/33 {line}", code=1)
+        elif wrong not in ("missing", "empty"):
+            assert words in cli(line, code=code, db=db)
+        elif "init" not in line:
+            assert "init" in cli(line, code=code, db=db)
     assert wrong != "missing" or not os.path.exists(path)
     assert wrong != "newer" or query(wal, "PRAGMA journal_mode") == [("wal",)]
 
@@ -19923,38 +18155,54 @@ def test_a_file_that_is_not_the_outbox_is_refused_in_one_line(cli, wal, tmp_path
 def test_processes_end_with_the_codes_and_the_environment_names_the_file(wal):
     make_outbox(wal)
     assert "0 pending" in command("status", env={"WEBHOOK_OUTBOX_DB": wal}).stdout
-    for args, code in (
-        (["endpoint", "show", "nobody"], 1),
-        (["nonsense"], 2),
-        (["emit", "a", "-"], 1),
-    ):
+    for line, code in (("endpoint show nobody", 1), ("nonsense", 2), ("emit a -", 1)):
         # A byte that is no UTF-8.
-        ended = command("--db", wal, *args, input="\udcff", errors="surrogateescape")
-        assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (code, "", 1), (
-            ended.stderr
-        )
+        ended = command(f"--db {wal} {line}", input="\udcff", errors="surrogateescape")
+        assert (ended.returncode, ended.stdout) == (code, "")
+        assert ended.stderr.count("\n") == 1, ended.stderr
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="drops capabilities as Linux does")
-def test_a_read_only_folder_is_one_line(tmp_path):
+def test_a_read_only_folder_is_one_line_and_nothing_is_sent(tmp_path, serve):
     """Root may write everywhere, so the process first drops that right for good."""
     (folder := tmp_path / "locked").mkdir()
-    make_outbox(path := make_database(folder / "app.db", "delete"))
+    receiver, path = serve(), make_database(folder / "app.db", "delete")
+    emit(make_outbox(path, receiver.url()))
     os.chmod(path, 0o444)
     os.chmod(folder, 0o555)
     # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH by PR_CAPBSET_DROP
     drop = "for capability in (1, 2): ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)"
     try:
-        lines = (["emit", "a", "1"], ["drain", "--once"], ["--db", str(folder / "new.db"), "init"])
-        for process in [cli_after(drop, "--db", path, *args) for args in lines]:
-            out, err = process.communicate(timeout=60)
-            assert (process.returncode, out, err.count("\n")) == (1, "", 1), out + err
+        lines = ("emit a 1", f"{LOCAL} drain --once", f"--db {folder / 'new.db'} init")
+        for process in [cli_after(drop, f"--db {path} {line}") for line in lines]:
+            out, err = process.ends(1)
+            assert (out, err.count("\n")) == ("", 1), out + err
     finally:
         os.chmod(folder, 0o755)
+    assert receiver.requests == []
+
+
+HOST_APP = """
+import os
+from MODULE import Outbox, RetryPolicy
+outbox = Outbox(os.path.join(os.path.dirname(__file__), "app.db"), allow_networks=["127.0.0.0/8"],
+    retry=RetryPolicy((0,)), transforms={"shout": lambda e: (e.type.upper().encode(), "text/shout")})
+nothing = None
+def make_outbox():
+    return outbox
+class Shop:
+    def __init__(self):
+        self.outbox = outbox
+def create_app(debug=False):
+    return Shop()
+def needs(what):
+    return outbox
+"""
 
 
 @pytest.mark.parametrize("vendored", [False, True])
-def test_app_is_the_hosts_own_outbox_with_its_transforms_and_policy(tmp_path, serve, vendored):
+def test_app_is_the_hosts_own_outbox_with_its_transforms(
+    cli, tmp_path, serve, monkeypatch, vendored
+):
     receiver = serve(answer(500))
     (package := tmp_path / "app" / "_vendor").mkdir(parents=True)
     for folder in (tmp_path / "app", package):
@@ -19963,66 +18211,49 @@ def test_app_is_the_hosts_own_outbox_with_its_transforms_and_policy(tmp_path, se
     if vendored:
         shutil.copy(ROOT / "webhook_outbox.py", package)
     name = "app.main" if vendored else "hostapp"
-    (tmp_path / f"{name.replace('.', '/')}.py").write_text(f"""if True:
-        import os
-        from {module} import Outbox, RetryPolicy
-        outbox = Outbox(os.path.join(os.path.dirname(__file__), "app.db"), allow_networks=["127.0.0.0/8"],
-            retry=RetryPolicy((0,)), transforms={{"shout": lambda e: (e.type.upper().encode(), "text/shout")}})
-        nothing = None
-        def make_outbox():
-            return outbox
-        class Shop:
-            def __init__(self):
-                self.outbox = outbox
-        def create_app(debug=False):
-            return Shop()
-        def needs(what):
-            return outbox
-    """)
+    code = HOST_APP.replace("MODULE", module)
+    (tmp_path / f"{name.replace('.', '/')}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
 
-    def run(*args: str, code: int = 0) -> str:
-        environment = {**os.environ, "PYTHONPATH": "" if vendored else str(ROOT)}
-        process = [sys.executable, "-m", module, *args]
-        ended = subprocess.run(
-            process, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
-        )
-        assert ended.returncode == code, ended.stdout + ended.stderr
-        assert code == 0 or ended.stderr.count("\n") == 1, ended.stderr
-        return ended.stdout + ended.stderr
+    def run(line: str, code: int = 0) -> str:
+        if not vendored and "drain" not in line:
+            return cli(line, code=code)
+        path = {**os.environ, "PYTHONPATH": "" if vendored else str(ROOT)}
+        said = "".join(Child("-m", module, *shlex.split(line), cwd=tmp_path, env=path).ends(code))
+        assert code == 0 or said.count("\n") == 1, said
+        return said
 
-    host = ["--app", f"{name}:outbox"]
-    run(*host, "endpoint", "add", receiver.url(), "--id", "x", "--body", "shout")
-    run(*host, "emit", "order.created", "{}")
-    said = run(*host, "drain", "--once")
+    host = f"--app {name}:outbox"
+    run(f"{host} endpoint add {receiver.url()} --id x --body shout")
+    run(f"{host} emit order.created {{}}")
+    said = run(f"{host} drain --once")
     assert "delivered 0, failed 1, retried 0, still pending 0\n" in said and "given up" in said
-    assert (receiver.requests[0].body, receiver.requests[0].headers["content-type"]) == (
-        b"ORDER.CREATED",
-        "text/shout",
-    )
-    for made in ("make_outbox", "create_app", "Shop"):
-        assert "0 pending" in run("--app", f"{name}:{made}", "status")
-    for wrong, words in (("nothing", "NoneType"), ("needs", "what"), ("Outbox", "database")):
-        assert words in run("--app", f"{name}:{wrong}", "status", code=1)
+    (request,) = receiver.requests
+    assert (request.body, request.headers["content-type"]) == (b"ORDER.CREATED", "text/shout")
     # `outbox` is the usual name, the errors are this module's own, and another --db beside it is a
     # mistake
-    assert "nobody" in run("--app", name, "endpoint", "show", "nobody", code=1)
-    assert "leave out --db" in run("--db", "/nowhere/else.db", "--app", name, "status", code=2)
+    assert "nobody" in run(f"--app {name} endpoint show nobody", code=1)
+    assert "leave out --db" in run(f"--db /nowhere/else.db --app {name} status", code=2)
+    if not vendored:
+        for made in ("make_outbox", "create_app", "Shop"):
+            assert "0 pending" in run(f"--app {name}:{made} status")
+        for wrong, words in (("nothing", "NoneType"), ("needs", "what"), ("Outbox", "database")):
+            assert words in run(f"--app {name}:{wrong} status", code=1)
 
 
-def test_headers_and_ids_are_options_by_the_names_of_the_library(cli, wal, serve):
+def test_headers_and_ids_are_options_by_the_names_of_the_library(cli, serve):
     receiver = serve([answer(410), OK])
-    cli("endpoint", "add", receiver.url(), "--id", "a")
-    id = cli("emit", "order.created", "{}", "--headers", "traceparent: 00-1", "x-b: 2").split()[0]
-    cli("drain", "--once")
-    assert (receiver.requests[0].headers["traceparent"], receiver.requests[0].headers["x-b"]) == (
-        "00-1",
-        "2",
-    )
-    cli("endpoint", "enable", "a")
-    assert "there are no such" in cli("failed", "replay", "--ids", "77", code=1)
-    assert cli("failed", "replay", "--ids", "1", "--dry-run").startswith("1 failed rows would be")
-    assert cli("failed", "replay", "1").startswith("1 failed rows")
-    cli("drain", "--once")
+    cli(f"endpoint add {receiver.url()} --id a")
+    id = cli("emit order.created {} --headers 'traceparent: 00-1' 'x-b: 2'").split()[0]
+    cli("drain --once")
+    headers = receiver.requests[0].headers
+    assert (headers["traceparent"], headers["x-b"]) == ("00-1", "2")
+    cli("endpoint enable a")
+    assert "there are no such" in cli("failed replay --ids 77", code=1)
+    assert cli("failed replay --ids 1 --dry-run").startswith("1 failed rows would be")
+    assert cli("failed replay 1").startswith("1 failed rows")
+    cli("drain --once")
     assert receiver.requests[1].headers["webhook-id"] == id
 
 
@@ -20031,106 +18262,69 @@ def test_an_app_that_cannot_be_loaded_is_one_line(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "broken.py").write_text("def (")
     (tmp_path / "raising.py").write_text("raise RuntimeError('no\\nluck')")
-    for wrong in (
-        "nosuchmodule:x",
-        "json:gone",
-        "json:dumps",
-        "json",
-        ":x",
-        ".x:y",
-        "broken:x",
-        "raising:x",
-    ):
-        assert wrong in cli("--app", wrong, "status", code=1)
+    apps = "nosuchmodule:x json:gone json:dumps json :x .x:y broken:x raising:x"
+    for wrong in apps.split():
+        assert wrong in cli(f"--app {wrong} status", code=1)
 
 
 def test_the_demo_shows_every_step_and_leaves_nothing(tmp_path):
     ended = command("demo", env={"TMPDIR": str(tmp_path)}, cwd=ROOT)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert [line[:2] for line in ended.stdout.splitlines() if re.match(r"\d\. ", line)] == [
-        "1.",
-        "2.",
-        "3.",
-        "4.",
-        "5.",
-    ]
-    for words in (
-        "verified msg_",
-        "one invoice",
-        "arrived twice",
-        "still one invoice",
-        "one e-mail",
-        "no request",
-        "503, 503, 200",
-    ):
-        assert words in ended.stdout
-    assert "webhook_failed" in ended.stdout and "replay delivered it" in ended.stdout
+    assert "".join(re.findall(r"^\d\. ", ended.stdout, re.M)) == "1. 2. 3. 4. 5. "
+    words = "verified msg_|one invoice|arrived twice|still one invoice|one e-mail|no request"
+    for word in (*words.split("|"), "503, 503, 200", "webhook_failed", "replay delivered it"):
+        assert word in ended.stdout
     assert "11 of 11 checks seen" in ended.stdout and "NOT SEEN" not in ended.stdout
     assert os.listdir(tmp_path) == []
 
 
 def test_a_demo_that_cannot_run_says_so_in_one_line(tmp_path):
     """Files that cannot be written, or cannot grow: a full disk."""
-    started = []
+    started, bound = [], "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
     for limit in 0, 8_192:
         (folder := tmp_path / str(limit)).mkdir()
-        first = f"os.environ['TMPDIR'] = {str(folder)!r}; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+        first = f"os.environ['TMPDIR'] = {str(folder)!r}; {bound.format(limit)}"
         started.append((cli_after(first, "demo"), folder))
     for process, folder in started:
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 1 and err.count("\n") == 1 and "Traceback" not in err, (
-            out + err
-        )
+        out, err = process.ends(1)
+        assert err.count("\n") == 1 and "Traceback" not in err, out + err
         assert "checks seen" not in out and os.listdir(folder) == []
+
+
+DEMO_BREAKS = {  # a line of the module, what breaks it, and what the demo does not see then
+    "return _changes(cursor) == 1": ("return True", "there is still one invoice"),
+    'self.mails().emit(conn, "invoice.created"': ('print("", "invoice.created"', "accounting has"),
+    "SET status = 'pending', attempts = 0, first": (
+        "SET status = 'failed', attempts = 0, first", "replay delivered it"
+    ),
+    "_MAX_SIGNATURES = 16": ("_MAX_SIGNATURES = 0", "billing verified"),
+}  # fmt: skip
 
 
 def test_the_demo_can_fail(tmp_path):
     """Copies of the module with one line broken: the demo sees which step did not happen."""
     source = (ROOT / "webhook_outbox.py").read_text(encoding="utf-8")
     started = []
-    for right, wrong, unseen in (
-        ("return _changes(cursor) == 1", "return True", "there is still one invoice"),
-        (
-            'self.mails().emit(conn, "invoice.created"',
-            'print("", "invoice.created"',
-            "accounting has",
-        ),
-        (
-            "SET status = 'pending', attempts = 0, first",
-            "SET status = 'failed', attempts = 0, first",
-            "replay delivered it",
-        ),
-        ("_MAX_SIGNATURES = 16", "_MAX_SIGNATURES = 0", "billing verified"),
-    ):
+    for right, (wrong, unseen) in DEMO_BREAKS.items():
         assert right in source, right
         (folder := tmp_path / str(len(started))).mkdir()
         (folder / "webhook_outbox.py").write_text(source.replace(right, wrong), encoding="utf-8")
-        arguments = [sys.executable, "webhook_outbox.py", "demo"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append((subprocess.Popen(arguments, cwd=folder, **pipes), unseen))  # type: ignore[call-overload]
+        started.append((Child("webhook_outbox.py", "demo", cwd=folder), unseen))
     for process, unseen in started:
-        out, err = process.communicate(timeout=60)
-        assert (
-            process.returncode == 1
-            and re.search(f"NOT SEEN.*{unseen}", out)
-            and "8 of 8" not in out
-        ), out + err
+        out, err = process.ends(1)
+        assert re.search(f"NOT SEEN.*{unseen}", out) and "8 of 8" not in out, out + err
 
 
 def test_drain_on_a_terminal_shows_one_live_line_and_ends_with_a_summary(wal, serve):
-    make_outbox(wal).add_endpoint(serve([answer(410), OK]).url("/gone"), id="gone", events=["a"])
-    outbox = make_outbox(wal)
+    outbox = make_outbox(wal, serve([answer(410), OK]).url("/gone"), id="gone", events=["a"])
     outbox.add_endpoint(serve().url(), rate=12, events=["b"])
     emit(outbox, "a")
     for _ in range(15):
         emit(outbox, "b")
-    code, screen = cli_on_terminal(
-        "--db", wal, "--allow-network", "127.0.0.0/8", "drain", "--until-empty"
-    )
-    live = re.findall(
-        r"\r\x1b\[Kdelivered [\d,]+  failed [\d,]+ .*?waiting [\d,]+ .*?[\d,]+/s[^\r\n]*", screen
-    )
-    assert code == 0 and len(live) >= 2 and any(" left" in line for line in live), screen
+    code, screen = cli_on_terminal(f"--db {wal} {LOCAL} drain --until-empty")
+    live = r"\r\x1b\[Kdelivered [\d,]+  failed [\d,]+ .*?waiting [\d,]+ .*?[\d,]+/s[^\r\n]*"
+    lines = re.findall(live, screen)
+    assert code == 0 and len(lines) >= 2 and any(" left" in line for line in lines), screen
     last = screen.rstrip("\r\n").rpartition("\n")[2].rpartition("\x1b[K")[2]
     assert last == "delivered 15, failed 1, retried 0, still pending 0"
     assert re.search(r"(\n|\x1b\[K)[^\r\n]*given up\r\n", screen), "a warning has a line of its own"
@@ -20165,7 +18359,7 @@ def test_the_live_line_tells_the_truth_in_every_phase(database, serve, phase):
     drain, lines = webhook_outbox._Drain(outbox._settings(), "forever"), list[str]()
     progress = webhook_outbox._Progress(drain, terminal=True)
 
-    def show(report: webhook_outbox.DrainReport) -> None:
+    def show(report: DrainReport) -> None:
         lines.append(progress.line(report, time.monotonic(), 80))
         if lock and report.delivered and not conn.in_transaction:
             conn.execute("BEGIN EXCLUSIVE")
@@ -20174,9 +18368,8 @@ def test_the_live_line_tells_the_truth_in_every_phase(database, serve, phase):
             drain.stop(0.0)
 
     drain.progress = show
-    with contextlib.closing(
-        sqlite3.connect(database, isolation_level=None, check_same_thread=False)
-    ) as conn:
+    conn = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    with contextlib.closing(conn):
         late = threading.Timer(15, lambda: conn.rollback() or drain.stop(0.0))
         late.start()
         drain.run()
@@ -20188,20 +18381,20 @@ def test_what_could_go_out_now_is_neither_due_later_nor_on_hold_nor_tried_alread
     outbox, now, counts = make_outbox(wal), time.time(), webhook_outbox._Counts()
     for id in ("well", "held", "off"):
         outbox.add_endpoint("https://example.com/", id=id, events=[f"{id}.*"])
-    for type, count, options in (("well.a", 5, {}), ("well.b", 3, {"delay": 60}), ("held.a", 7, {}),
-                                 ("off.a", 2, {}), ("well.c", 4, {"key": "k"})):  # fmt: skip
-        drain_emit_as(outbox, range(count), type, **options)
-    query(wal, "UPDATE webhook_endpoints SET failures = 10, failing_since = 1.0, paused_until = ?"
-               " WHERE id = 'held'", now + 60)  # fmt: skip
+    late, queue = {"delay": 60}, {"key": "k"}
+    for type, count in (("well.a", 5), ("well.b", 3), ("held.a", 7), ("off.a", 2), ("well.c", 4)):
+        options = {"well.b": late, "well.c": queue}.get(type, {})
+        emit_numbers(outbox, range(count), type, **options)
+    held = "UPDATE webhook_endpoints SET failures = 10, failing_since = 1.0, paused_until = ?"
+    query(wal, held + " WHERE id = 'held'", now + 60)
     outbox.disable_endpoint("off")
     with contextlib.closing(sqlite3.connect(wal)) as db:
         counts.count(db, now + 1)
         assert (counts.report().pending, counts.to_send()) == (19, 9)
         counts.delivered, counts.retried = 2, 1
         assert (counts.report().pending, counts.to_send()) == (17, 6)
-        rows = [
-            webhook_outbox._Row("outcome", status=s) for s in ("delivered", "delivered", "pending")
-        ]
+        known = ("delivered", "delivered", "pending")
+        rows = [webhook_outbox._Row("outcome", status=status) for status in known]
         counts.count(db, now + 1, rows)  # the file does not know of them yet
         assert (counts.report().pending, counts.to_send()) == (17, 6)
 
@@ -20212,7 +18405,7 @@ def test_the_rate_is_that_of_the_last_seconds_and_there_is_no_estimate_at_0(wal,
     drain.run()
     progress, start = webhook_outbox._Progress(drain, terminal=True), time.monotonic()
     drain.counts.ready = 1_000_000
-    report, line = webhook_outbox.DrainReport(900, 0, 5, 1_234_567), progress.line
+    report, line = DrainReport(900, 0, 5, 1_234_567), progress.line
     assert re.search(r"  90/s  3 h left", line(report, start + 10, 200))
     assert " left" in line(report, start + 12.9, 200)
     assert line(report, start + 13.1, 200).endswith("failed 5  waiting 1,234,567  0/s")
@@ -20220,37 +18413,29 @@ def test_the_rate_is_that_of_the_last_seconds_and_there_is_no_estimate_at_0(wal,
 
 
 def test_a_hold_is_seen_on_the_terminal_and_after_drain_once(wal, serve):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(serve(answer(500)).url(), id="crm")
-    emit_numbers(outbox, range(42))
-    args = ("--db", wal, "--allow-network", "127.0.0.0/8", "drain")
-    _, screen = cli_on_terminal(*args, ctrl_c_after="next probe in 2 s")
+    emit_numbers(make_outbox(wal, serve(answer(500)).url(), id="crm"), range(42))
+    drain = f"--db {wal} {LOCAL} drain"
+    _, screen = cli_on_terminal(drain, ctrl_c_after="next probe in 2 s")
     line = r"\r\x1b\[Kdelivered 0  failed 0  waiting 42  held after 11 failures, next probe in 2 s"
     assert re.search(line, screen) and " left" not in screen
-    said = command(*args, "--once").stdout
-    assert re.search(
-        r"still pending 42; crm: 42 wait, held after 1\d failures, next probe in \d s\n", said
-    )
+    said = command(f"{drain} --once").stdout
+    held = r"still pending 42; crm: 42 wait, held after 1\d failures, next probe in \d s\n"
+    assert re.search(held, said)
 
 
-def test_drain_once_for_cron_is_quiet_and_leaves_where_another_drains(wal, serve):
+def test_drain_once_for_cron_is_quiet_and_leaves_where_another_drains(wal, shop):
     """A crontab line each minute: no output, no waiting for each other, exit code 0."""
-    outbox, lock = make_outbox(wal), webhook_outbox._Lock(wal)
-    outbox.add_endpoint(serve([OK, answer(410)]).url(), id="crm")
+    _, outbox = shop.open([OK, answer(410)], id="crm")
     emit(outbox)
-    quiet = ("--db", wal, "drain", "--once", "--quiet", "--allow-network", "127.0.0.0/8")
+    lock, quiet = webhook_outbox._Lock(wal), f"--db {wal} drain --once --quiet {LOCAL}"
     assert lock.acquire()
-    try:
-        ended = command(*quiet)
+    for pending in (1, 0):
+        ended = command(quiet)
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
-        assert outbox.stats().pending == 1
-    finally:
+        assert outbox.stats().pending == pending
         lock.release()
-    ended = command(*quiet)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
-    assert outbox.stats().pending == 0
     emit(outbox)
-    said = command(*quiet).stderr.splitlines()
+    said = command(quiet).stderr.splitlines()
     assert len(said) == 2 and "given up" in said[0] and "crm is disabled: 410 Gone" in said[1]
 
 
@@ -20262,115 +18447,82 @@ def test_a_forgotten_allow_network_costs_no_attempt_and_is_said_at_once(wal, ser
     outbox.add_endpoint("http://example.com/", id="plain")
     id = emit(outbox)
     for mode in "--once", "--until-empty":
-        ended = command("--db", wal, "drain", mode)
+        ended = command(f"--db {wal} drain {mode}")
         assert ended.returncode == 1 and ended.stdout.startswith("delivered 0, failed 0, retried 0")
         assert "e0: 1 wait, its address is not admitted here" in ended.stdout
         assert ended.stderr.count("nothing is sent to") == 4 and "nor to others" in ended.stderr
         assert "--allow-network or WEBHOOK_OUTBOX_ALLOW_NETWORKS" in ended.stderr
-    quiet = command("--db", wal, "drain", "--once", "--quiet")
+    quiet = command(f"--db {wal} drain --once --quiet")
     assert (quiet.returncode, quiet.stdout) == (1, "") and "nothing is sent" in quiet.stderr
     assert receiver.requests == [] == outbox.attempts(id)
     outbox.remove_endpoint("plain")
     networks = {"WEBHOOK_OUTBOX_ALLOW_NETWORKS": "10.0.0.0/8, 127.0.0.0/8 ::1/128"}
-    ended = command("--db", wal, "drain", "--once", env=networks)
+    ended = command(f"--db {wal} drain --once", env=networks)
     assert ended.returncode == 0 and "delivered 6," in ended.stdout
     assert "nothing is sent" not in ended.stderr
-    wrong = command("--db", wal, "status", env={"WEBHOOK_OUTBOX_ALLOW_NETWORKS": "10.0.0.0/33"})
+    wrong = command(f"--db {wal} status", env={"WEBHOOK_OUTBOX_ALLOW_NETWORKS": "10.0.0.0/33"})
     assert wrong.returncode == 1 and "10.0.0.0/33" in wrong.stderr
 
 
-def test_drain_elsewhere_logs_lines(wal, serve):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(serve([answer(500), answer(410), OK]).url("/x?token=" + CANARY), id="x")
-    emit(outbox)
-    emit(outbox)
-    ended = command("--db", wal, "--allow-network", "127.0.0.0/8", "drain", "--once")
+def test_drain_elsewhere_logs_lines(wal, shop):
+    _, outbox = shop.open([answer(500), answer(410), OK], path=f"/x?token={CANARY}", id="x")
+    emit(outbox), emit(outbox)
+    ended = command(f"--db {wal} {LOCAL} drain --once")
     lines = ended.stderr.splitlines()
-    assert lines and all(
-        re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) \S", line) for line in lines
-    ), lines
+    form = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) \S"
+    assert lines and all(re.match(form, line) for line in lines), lines
     assert any("msg_" in line and "HTTP 500" in line and " INFO " in line for line in lines)
     assert any("given up" in line and " WARNING " in line for line in lines)
     assert "\x1b" not in ended.stderr and ended.returncode == 0 and ended.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("number", "times", "ended"),
-    [
-        (signal.SIGINT, 1, "delivered 1, failed 0, retried 0, still pending 0\n"),
-        (signal.SIGTERM, 1, "delivered 1, failed 0, retried 0, still pending 0\n"),
-        (signal.SIGTERM, 2, "delivered 0, failed 0, retried 0, still pending 1\n"),
-    ],
+    ("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)]
 )
-def test_a_drain_for_ever_ends_politely(wal, serve, tmp_path, number, times, ended):
-    """What is under way at the first signal is finished and recorded; the second one stops waiting
-    for it."""
-    arrived, go = threading.Event(), threading.Event()
-
-    def hold(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        arrived.set()
-        go.wait(30)
-        sock.sendall(OK)
-        return True
-
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(serve(hold).url())
-    with cli_running(tmp_path, "--db", wal, "--allow-network", "127.0.0.0/8", "drain") as control:
-        emit(outbox)
-        assert arrived.wait(30)
-        if times == 1:
-            threading.Timer(0.3, go.set).start()
-        else:
-            control.send(number)
-            time.sleep(0.3)
-        signalled = time.monotonic()
-        code, out, err = control(end=number)
-        assert (
-            (code, out) == (0, ended) and "finishing 1 under way" in err and "Traceback" not in err
-        )
-        assert time.monotonic() - signalled < 8  # the grace is 10 s
-    go.set()
+def test_a_signal_lets_a_drain_end_what_is_under_way_and_a_second_one_not(wal, shop, number, times):
+    """What is under way at the first signal is finished and recorded, and nothing new begins; the
+    second one stops waiting for it."""
+    receiver, outbox = shop.open(gate := Gate(), max_in_flight=2)
+    ids, done = emit_numbers(outbox, range(4)), 2 if times == 1 else 0
+    with drain_command(wal) as process:
+        eventually(lambda: gate.inside == 2)
+        process.send_signal(number)
+        time.sleep(0.3)
+        assert process.poll() is None and (signalled := time.monotonic())
+        gate.opened.set() if times == 1 else process.send_signal(number)
+        out, err = process.ends()
+    assert time.monotonic() - signalled < 8  # the grace is 10 s
+    gate.opened.set()
+    assert out == f"delivered {done}, failed 0, retried 0, still pending {4 - done}\n"
+    assert "finishing 2 under way" in err and "Traceback" not in err
+    assert len(receiver.requests) == 2
+    assert [len(outbox.attempts(id)) for id in ids.values()].count(1) == done
 
 
 def test_ctrl_c_on_a_terminal_ends_a_drain_with_its_summary(wal, serve):
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(serve().url())
-    emit(outbox)
-    args = ("--db", wal, "--allow-network", "127.0.0.0/8", "drain")
-    code, screen = cli_on_terminal(*args, ctrl_c_after="delivered 1")
+    emit(make_outbox(wal, serve().url()))
+    code, screen = cli_on_terminal(f"--db {wal} {LOCAL} drain", ctrl_c_after="delivered 1")
     assert code == 0 and "Traceback" not in screen
     assert screen.rstrip().endswith("delivered 1, failed 0, retried 0, still pending 0")
 
 
-def test_status_watch_on_a_terminal_is_written_over_the_last_one(wal):
-    make_outbox(wal)
-    _, screen = cli_on_terminal("--db", wal, "status", "--watch", ctrl_c_after="no endpoints yet")
-    assert (
-        screen.startswith("\x1b[H0 pending (")
-        and "\x1b[K" in screen
-        and "\x1b[J" in screen
-        and "\x1b[2J" not in screen
-    )
-
-
-def test_on_a_terminal_status_watch_and_tables_fit_the_screen(wal):
+def test_on_a_terminal_status_watch_is_written_over_the_last_one_and_fits_the_screen(wal):
     """24 lines of 80 characters, three hundred endpoints; what people copy, ids, is never cut."""
     outbox = make_outbox(wal)
     url = "https://a-customer-with-a-name.example.com/hooks/in"
     with outbox.transaction() as conn:
         for n in range(300):
             outbox.add_endpoint(f"{url}/{n}", id=f"customer-number-{n:04}", conn=conn)
-    query(wal, "UPDATE webhook_endpoints SET failing_since = 1.0, failures = 15, paused_until = ?"
-               " WHERE id < 'customer-number-0005'", time.time() + 99)  # fmt: skip
-    watch = ("--db", wal, "status", "--watch")
-    _, screen = cli_on_terminal(*watch, ctrl_c_after="that are well")
+    held = "UPDATE webhook_endpoints SET failing_since = 1.0, failures = 15, paused_until = ?"
+    query(wal, held + " WHERE id < 'customer-number-0005'", time.time() + 99)
+    _, screen = cli_on_terminal(f"--db {wal} status --watch", ctrl_c_after="that are well")
+    assert screen.startswith("\x1b[H0 pending (") and "\x1b[2J" not in screen
+    assert "\x1b[K" in screen and "\x1b[J" in screen
     first = screen.split("\x1b[H")[1].replace("\x1b[K", "").replace("\x1b[J", "")
     lines = first.replace("^C", "").rstrip().splitlines()
     assert len(lines) <= 23 and max(map(len, lines)) <= 80 and lines[-1].startswith("and 285 ")
-    assert (
-        lines[0].startswith("0 pending") and sum("held after 15 failures" in x for x in lines) == 5
-    )
-    code, screen = cli_on_terminal("--db", wal, "endpoint", "list")
+    assert sum("held after 15 failures" in line for line in lines) == 5
+    code, screen = cli_on_terminal(f"--db {wal} endpoint list")
     assert code == 0 and max(map(len, screen.splitlines())) <= 80 and "https://a-" in screen
     assert "TENANT" not in screen and "customer-number-0299  " in screen
 
@@ -20378,7 +18530,7 @@ def test_on_a_terminal_status_watch_and_tables_fit_the_screen(wal):
 @pytest.mark.long
 def test_status_watch_repeats_until_ctrl_c(wal, serve, tmp_path):
     make_outbox(wal)
-    with cli_running(tmp_path, "--db", wal, "status", "--watch") as control:
+    with cli_running(tmp_path, f"--db {wal} status --watch") as control:
         control(seen="0 pending")
         make_outbox(wal).add_endpoint(serve().url(), id="late")
         assert control(seen="late ").count("pending (") == 2
@@ -20390,32 +18542,19 @@ def test_status_watch_repeats_until_ctrl_c(wal, serve, tmp_path):
 @pytest.mark.parametrize("line", ["schema", "status --watch --json", "drain --once"])
 def test_a_reader_that_leaves_is_no_error(wal, line):
     make_outbox(wal)
-    arguments = [sys.executable, "-m", "webhook_outbox", "--db", wal, *line.split()]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()  # type: ignore[union-attr]  # before it has started to write
-    _, err = process.communicate(timeout=60)
-    said = [text for text in err.splitlines() if b" INFO process " not in text]
-    assert (process.returncode, said) == (1, [])
+    process = Child("-m", "webhook_outbox", "--db", wal, *line.split())
+    process.stdout.close()  # before it has started to write
+    _, err = process.ends(1)
+    assert [text for text in err.splitlines() if " INFO process " not in text] == []
 
 
 def test_listen_fails_at_first_and_takes_its_time_when_told_to(wal, tmp_path):
     """To try one's retries; the secret comes from the environment, not from the list of processes."""
-    args = (
-        "listen",
-        "--port",
-        "0",
-        "--secret",
-        "env:LISTEN_SECRET",
-        "--fail",
-        "2",
-        "--delay",
-        "0.3",
-    )
+    line = "listen --port 0 --secret env:LISTEN_SECRET --fail 2 --delay 0.3"
     environment = {**os.environ, "LISTEN_SECRET": SECRET}
-    with cli_running(tmp_path, *args, env=environment) as control:
+    with cli_running(tmp_path, line, env=environment) as control:
         url = re.findall(r"http://\S+", control(seen="http://"))[0]
-        outbox = make_outbox(wal, retry=RetryPolicy((0, 0, 0)))
-        outbox.add_endpoint(url, secret=SECRET)
+        outbox = make_outbox(wal, url, retry=RetryPolicy((0, 0, 0)), secret=SECRET)
         id = emit(outbox)
         assert outbox.drain(until_empty=True).delivered == 1
         attempts = outbox.attempts(id)
@@ -20462,58 +18601,51 @@ def test_a_client_that_says_a_byte_now_and_then_is_cut_off_by_a_local_server():
 
 def test_listen_verifies_and_prints_what_arrives(wal, tmp_path):
     with (
-        cli_running(tmp_path, "listen", "--port", "0", "--secret", SECRET) as strict,
-        cli_running(tmp_path, "listen", "--port", "0", "--status", "503") as lenient,
+        cli_running(tmp_path, f"listen --port 0 --secret {SECRET}") as strict,
+        cli_running(tmp_path, "listen --port 0 --status 503") as lenient,
     ):
-        urls = [
-            re.findall(r"http://\S+", control(seen="http://"))[0] for control in (strict, lenient)
-        ]
+        said = [control(seen="http://") for control in (strict, lenient)]
+        urls = [re.findall(r"http://\S+", text)[0] for text in said]
         port = int(urls[0].strip("/").rpartition(":")[2])
         outbox = make_outbox(wal)
         outbox.add_endpoint(urls[0], secret=SECRET, id="local")
         id = emit(outbox, "order.created", {"name": "Zoë\x1b[2J"})
         assert outbox.drain(once=True).delivered == 1
         shown = strict(seen="Zo")
-        assert (
-            f"verified  {id}  order.created" in shown and '"name"' in shown and "\x1b" not in shown
-        )
+        assert f"verified  {id}  order.created" in shown
+        assert '"name"' in shown
+        assert "\x1b" not in shown
 
         now = int(time.time())
-        headers = {
-            "webhook-id": "msg_1",
-            "webhook-timestamp": str(now),
-            "webhook-signature": sign(SECRET, "msg_1", now, b"{}"),
-        }
+        headers = {"webhook-id": "msg_1", "webhook-timestamp": str(now)}
+        headers["webhook-signature"] = sign(SECRET, "msg_1", now, b"{}")
+
+        def posted(body: Any, to: str = urls[0], **change: str) -> int:
+            given = {name.replace("_", "-"): value for name, value in change.items()}
+            return requests.post(to, data=body, headers=headers | given, timeout=10).status_code
+
         for body, change, status in (
             (b"{}", {}, 200),
             (b"[]", {}, 400),
-            (b"{}", {"webhook-signature": "v1,AAAA"}, 400),
-            (b"{}", {"webhook-timestamp": str(now - 4000)}, 400),
+            (b"{}", {"webhook_signature": "v1,AAAA"}, 400),
+            (b"{}", {"webhook_timestamp": str(now - 4000)}, 400),
             (b"\xff\xfe", {}, 400),
         ):
-            assert (
-                requests.post(
-                    urls[0], data=body, headers={**headers, **change}, timeout=10
-                ).status_code
-                == status
-            )
+            assert posted(body, **change) == status
         assert requests.post(urls[0], data=b"{}", timeout=10).status_code == 400
         assert strict(seen="refused").count("refused") == 5
         assert requests.get(urls[0], timeout=10).status_code == 405
-        assert (
-            requests.post(urls[0], data=iter([b"{}"]), headers=headers, timeout=10).status_code
-            == 411
-        )
+        assert posted(iter([b"{}"])) == 411
 
         with socket.create_connection(("127.0.0.1", port)) as sock:  # a sender that breaks off
             sock.sendall(b"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n12")
             time.sleep(0.1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        assert requests.post(urls[0], data=b"{}", headers=headers, timeout=10).status_code == 200
+        assert posted(b"{}") == 200
 
-        assert requests.post(urls[1], data=b"\xffany\nthing", timeout=10).status_code == 503
+        assert posted(b"\xffany\nthing", urls[1]) == 503
         assert "not verified" in lenient(seen="any thing")
-        taken = command("listen", "--port", str(port))
+        taken = command("listen --port", str(port))
         assert taken.returncode == 1 and str(port) in taken.stderr and taken.stderr.count("\n") == 1
         for control in (strict, lenient):
             code, out, err = control(end=signal.SIGINT)
@@ -21722,74 +19854,44 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     shutil.copytree(ROOT / ".packaging", (source := folder / "source") / ".packaging")
     for name in ("webhook_outbox.py", "pyproject.toml"):
         shutil.copy(ROOT / name, source)
-    (source / "README.md").write_text(
-        README.read_text(encoding="utf-8") if README.exists() else "# webhook_outbox\n"
+    about = README.read_text(encoding="utf-8") if README.exists() else "# webhook_outbox\n"
+    (source / "README.md").write_text(about)
+    Child("-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", cwd=source).ends(
+        within=300
     )
-
-    def run(*args: Any) -> None:
-        ended = subprocess.run(
-            list(map(str, args)), capture_output=True, text=True, cwd=source, timeout=300
-        )
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-
-    run(
-        sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", "."
-    )
-    (wheel,) = (folder / "dist").glob("webhook_outbox-*-py3-none-any.whl")
+    (wheel,) = (source / "dist").glob("webhook_outbox-*-py3-none-any.whl")
     venv.create(folder / "venv", symlinks=True)
     (packages,) = (folder / "venv").glob("lib/python*/site-packages")
     (packages / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    python = folder / "venv" / "bin" / "python"
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--ignore-installed",
-        "--no-deps",
-        "--no-index",
-        "--no-compile",
-        wheel,
-    )
+    python = str(folder / "venv" / "bin" / "python")
+    options = "--ignore-installed --no-deps --no-index --no-compile"
+    Child("-m", "pip", "--python", python, "install", *options.split(), str(wheel)).ends(within=300)
     return folder / "venv"
 
 
 def test_the_wheel_is_a_typed_package_that_runs(installed, tmp_path):
     (package,) = installed.glob("lib/python*/site-packages/webhook_outbox")
-    assert {path.name for path in package.iterdir()} - {"__pycache__"} == {
-        "__init__.py",
-        "__main__.py",
-        "py.typed",
-    }
+    files = {path.name for path in package.iterdir()} - {"__pycache__"}
+    assert files == {"__init__.py", "__main__.py", "py.typed"}
     assert (package / "__init__.py").read_bytes() == (ROOT / "webhook_outbox.py").read_bytes()
     (metadata,) = package.parent.glob("webhook_outbox-*.dist-info/METADATA")
     lines = metadata.read_text().split("\n\n")[0].splitlines()
-    for line in (
-        f"Version: {webhook_outbox.__version__}",
-        "Requires-Python: >=3.10",
-        "Requires-Dist: requests>=2.32.4",
-    ):
-        assert line in lines
-    assert [line for line in lines if line.startswith("Requires-Dist") and "extra" not in line] == [
-        "Requires-Dist: requests>=2.32.4"
-    ]
+    assert f"Version: {webhook_outbox.__version__}" in lines and "Requires-Python: >=3.10" in lines
+    needs = [line for line in lines if line.startswith("Requires-Dist") and "extra" not in line]
+    assert needs == ["Requires-Dist: requests>=2.32.4"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     where = "import webhook_outbox as w; print(w.__file__); w.Outbox('a.db')"
     python = str(installed / "bin" / "python")
+    host = "from webhook_outbox import Outbox\noutbox = Outbox('a.db')\n"
+    (tmp_path / "host.py").write_text(host)
+    options = {"cwd": tmp_path, "env": environment, "timeout": 60}
     for args, said in (
         ([python, "-c", where], str(package)),
         ([python, "-m", "webhook_outbox", "--version"], webhook_outbox.__version__),
         ([str(installed / "bin" / "webhook-outbox"), "--db", "a.db", "status"], "0 pending"),
         ([python, "-m", "webhook_outbox", "--app", "host", "status"], "0 pending"),
     ):
-        (tmp_path / "host.py").write_text(
-            "from webhook_outbox import Outbox\noutbox = Outbox('a.db')\n"
-        )
-        ended = subprocess.run(
-            args, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
-        )
+        ended = subprocess.run(args, capture_output=True, text=True, **options)
         assert ended.returncode == 0 and said in ended.stdout, ended.stderr
 
 
@@ -21806,31 +19908,16 @@ def test_mypy_sees_the_types_of_the_installed_package(installed, tmp_path):
         wrong: int = outbox.endpoint("x").url
         outbox.replay(endpont="x")
     """)
-    mypy = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--python-executable"]
-    options = [
-        str(installed / "bin" / "python"),
-        "--cache-dir",
-        str(tmp_path / "cache"),
-        "client.py",
-    ]
-    ended = subprocess.run(
-        [*mypy, *options], capture_output=True, text=True, cwd=tmp_path, timeout=300
-    )
-    found = [
-        re.sub(r"^client\.py:(\d+): error: .*\[([a-z-]+)\]$", r"\1 \2", line)
-        for line in ended.stdout.splitlines()
-    ]
-    assert [line for line in found if "note:" not in line] == [
-        "9 arg-type",
-        "10 assignment",
-        "11 call-arg",
-    ], ended.stdout
+    python, cache = installed / "bin" / "python", tmp_path / "cache"
+    words = f"mypy --strict --no-error-summary --python-executable {python} --cache-dir {cache}"
+    out, _ = Child("-m", *words.split(), "client.py", cwd=tmp_path).ends(1, within=300)
+    found = re.findall(r"^client\.py:(\d+): error: .*\[([a-z-]+)\]$", out, re.M)
+    assert found == [("9", "arg-type"), ("10", "assignment"), ("11", "call-arg")], out
 
 
 # ── the module's shape ────────────────────────────────────────────────────────────────────────────
 
 SOURCE = (ROOT / "webhook_outbox.py").read_text(encoding="utf-8")
-LONG: set[str] = set()
 
 
 def test_import_does_nothing(tmp_path):
@@ -21886,30 +19973,19 @@ def test_it_works_under_any_dotted_name(tmp_path, serve):
 
 def test_all_names_what_is_public_and_that_is_documented():
     assert webhook_outbox.__all__ == sorted(webhook_outbox.__all__)
-    public = {
-        name
-        for node in ast.parse(SOURCE).body
-        for name in shape_bound(node)
-        if not name.startswith("_")
-    }
+    bound = [name for node in ast.parse(SOURCE).body for name in shape_bound(node)]
+    public = {name for name in bound if not name.startswith("_")}
     assert public == set(webhook_outbox.__all__)
     bare = [name for name in public if not (getattr(webhook_outbox, name).__doc__ or "").strip()]
     for name in public:
         owner = getattr(webhook_outbox, name)
         if isinstance(owner, type):
-            members = {n: m for n, m in vars(owner).items() if not n.startswith("_")}
-            members = {
-                n: m
-                for n, m in members.items()
-                if callable(m) or isinstance(m, (property, classmethod))
-            }
-            bare += [
-                f"{name}.{n}" for n, member in members.items() if not (member.__doc__ or "").strip()
-            ]
-            if dataclasses.is_dataclass(owner) and re.match(
-                rf"{name}\(.*\)$", owner.__doc__ or "", re.DOTALL
-            ):
-                bare.append(name)  # the text that dataclasses makes up
+            for n, member in vars(owner).items():
+                speaks = callable(member) or isinstance(member, (property, classmethod))
+                if speaks and not n.startswith("_") and not (member.__doc__ or "").strip():
+                    bare.append(f"{name}.{n}")
+            made_up = re.match(rf"{name}\(.*\)$", owner.__doc__ or "", re.DOTALL)
+            bare += [name] if dataclasses.is_dataclass(owner) and made_up else []
     assert bare == []
 
 
@@ -21917,29 +19993,19 @@ def test_the_licence_travels_with_the_file():
     head, tail = SOURCE.splitlines()[:8], SOURCE.splitlines()[-25:]
     assert head[0].startswith("# webhook_outbox.py") and head[2] == "# SPDX-License-Identifier: MIT"
     assert "# MIT License" in tail and tail[-1].endswith("IN THE SOFTWARE.")
-    assert "Permission is hereby granted, free of charge" in " ".join(
-        line.lstrip("# ") for line in tail
-    )
-    assert all(
-        len(line) <= 120 and line == line.rstrip() and "\t" not in line
-        for line in SOURCE.splitlines()
-    )
+    text = " ".join(line.lstrip("# ") for line in tail)
+    assert "Permission is hereby granted, free of charge" in text
+    for line in SOURCE.splitlines():
+        assert len(line) <= 100 and line == line.rstrip() and "\t" not in line, line
 
 
 def shape_bound(node: ast.stmt) -> list[str]:
     """Return the names that a top-level statement defines."""
     if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         return [node.name]
-    targets = (
-        node.targets
-        if isinstance(node, ast.Assign)
-        else [node.target]
-        if isinstance(node, ast.AnnAssign)
-        else []
-    )
-    return [
-        name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
-    ]
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    found = [name for target in targets if target is not None for name in ast.walk(target)]
+    return [name.id for name in found if isinstance(name, ast.Name)]
 
 
 def test_each_section_uses_only_what_stands_above_it():
@@ -21947,50 +20013,34 @@ def test_each_section_uses_only_what_stands_above_it():
     lines = {name: node.lineno for node in reversed(body) for name in shape_bound(node)}
     forward = set()
     for node in body:
-        fields = [
-            getattr(sub, field, None)
-            for sub in ast.walk(node)
-            for field in ("annotation", "returns")
-        ]
-        annotations = {
-            id(name) for field in fields if field is not None for name in ast.walk(field)
-        }
-        for sub in ast.walk(node):
-            used = (
-                isinstance(sub, ast.Name)
-                and isinstance(sub.ctx, ast.Load)
-                and id(sub) not in annotations
-            )
-            if used and lines.get(sub.id, 0) > (node.end_lineno or 0):
-                forward.add(f"{(shape_bound(node) or [node.lineno])[0]} -> {sub.id}")
+        every = [*ast.walk(node)]
+        said = [getattr(sub, field, None) for sub in every for field in ("annotation", "returns")]
+        annotations = {id(name) for field in said if field is not None for name in ast.walk(field)}
+        for sub in every:
+            if isinstance(sub, ast.Name) and isinstance(sub.ctx, ast.Load):
+                below = lines.get(sub.id, 0) > (node.end_lineno or 0)
+                if below and id(sub) not in annotations:
+                    forward.add(f"{(shape_bound(node) or [node.lineno])[0]} -> {sub.id}")
     assert forward == set()
 
 
 def test_no_function_is_longer_than_a_screen():
     """At most 45 lines of code: without blank lines, comments and docstrings."""
-    text, long, lengths = SOURCE.splitlines(), {}, []
+    text, lengths = SOURCE.splitlines(), list[tuple[int, str]]()
     for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            own = range(node.lineno, (node.end_lineno or 0) + 1)
-            first = node.body[0]
-            doc = (
-                range(first.lineno, (first.end_lineno or 0) + 1)
-                if ast.get_docstring(node) is not None
-                else range(0)
-            )
-            count = sum(
-                bool(text[n - 1].strip())
-                and not text[n - 1].lstrip().startswith("#")
-                and n not in doc
-                for n in own
-            )
-            lengths.append(count)
-            if count > 45:
-                long[node.name] = count
-    assert set(long) <= LONG and max(long.values(), default=0) < 70, long
-    assert (
-        sorted(lengths)[len(lengths) // 2] <= 10 and sorted(lengths)[len(lengths) * 9 // 10] <= 25
-    )
+            doc = node.body[0] if ast.get_docstring(node) is not None else None
+            told = range(doc.lineno, (doc.end_lineno or 0) + 1) if doc else range(0)
+            own = [
+                text[n - 1].strip()
+                for n in range(node.lineno, node.end_lineno + 1)
+                if n not in told
+            ]
+            count = sum(bool(line) and not line.startswith("#") for line in own)
+            lengths.append((count, node.name))
+    lengths.sort()
+    assert lengths[-1][0] <= 45, lengths[-3:]
+    assert lengths[len(lengths) // 2][0] <= 10 and lengths[len(lengths) * 9 // 10][0] <= 25
 
 
 # ── measurements ──────────────────────────────────────────────────────────────────────────────────

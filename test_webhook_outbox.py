@@ -900,7 +900,7 @@ def test_an_upgrade_that_is_cut_off_leaves_the_older_version_whole(wal, monkeypa
 
 
 @pytest.mark.parametrize("after", range(len(NEXT_VERSION) + 1))
-def test_kill_9_inside_an_upgrade_leaves_the_older_version_and_the_next_open_completes(
+def test_kill_9_inside_an_upgrade_leaves_the_older_version_to_be_completed(
     database, monkeypatch, after
 ):
     """Killed behind each of its statements; behind the last one only the commit is missing."""
@@ -1636,9 +1636,7 @@ def test_keys_only_grow_where_nothing_is_deleted(wal):
 
 
 @every_mode
-def test_a_key_that_another_process_was_quicker_with_is_made_anew_in_the_same_transaction(
-    wal, mode
-):
+def test_a_key_that_another_process_was_quicker_with_is_made_anew_at_once(wal, mode):
     ahead, behind = make_outbox(wal, clock=Clock(1_700_000_050.0)), make_outbox(wal, clock=Clock())
     behind.add_endpoint("https://example.com/")
     ids = []
@@ -2482,9 +2480,7 @@ def test_beside_another_sqlite_library_nothing_of_ours_opens_the_file(wal, libra
 
 
 @pytest.mark.parametrize("made", ["no file", "no tables", "older"])
-def test_an_outbox_beside_another_sqlite_library_looks_at_the_file_when_it_gets_a_connection(
-    tmp_path, made
-):
+def test_beside_another_sqlite_library_the_first_connection_shows_the_file(tmp_path, made):
     path = str(tmp_path / "app.db")
     if made != "no file":
         make_database(tmp_path / "app.db")
@@ -2712,61 +2708,45 @@ def test_patterns_choose_the_endpoints_and_overlaps_count_once(wal):
     assert changed in statuses(outbox, emit(outbox, "b.c"))
 
 
-FILTER_CASES: list[tuple[dict[str, Any], Any, bool]] = [
-    ({"status": ["paid", "shipped"]}, {"status": "paid"}, True),
-    ({"status": ["paid", "shipped"]}, {"status": "open"}, False),
-    ({"status": ["paid"]}, {"status": "Paid"}, False),
-    ({"status": ["paid"]}, {}, False),
-    ({"status": ["paid"]}, [], False),
-    ({"status": ["paid"]}, "paid", False),
-    ({"status": ["paid"]}, None, False),
-    ({"status": ["paid"], "shop.region": ["eu"]}, {"status": "paid", "shop": {"region": "eu"}}, True),
-    ({"status": ["paid"], "shop.region": ["eu"]}, {"status": "paid", "shop": {"region": "us"}}, False),
-    ({"status": ["paid"], "shop.region": ["eu"]}, {"shop": {"region": "eu"}}, False),
-    ({"shop.region": ["eu"]}, {"shop.region": "eu"}, False),
-    ({"shop.region": ["eu"]}, {"shop": "eu"}, False),
-    ({"shop.region": ["eu"]}, {"shop": [{"region": "eu"}]}, False),
-    ({"a.b.c.d": [1]}, {"a": {"b": {"c": {"d": 1}}}}, True),
-    ({"n": [5]}, {"n": 5.0}, True),
-    ({"n": [5.0]}, {"n": 5}, True),
-    ({"n": [5]}, {"n": "5"}, False),
-    ({"n": ["5"]}, {"n": 5}, False),
-    ({"n": [0]}, {"n": -0.0}, True),
-    ({"n": [0.1]}, {"n": 0.1}, True),
-    ({"n": [1 << 53]}, {"n": (1 << 53) + 1}, False),
-    ({"n": [1 << 53]}, {"n": 10**30}, False),
-    ({"n": [1]}, {"n": True}, False),
-    ({"n": [True]}, {"n": 1}, False),
-    ({"n": [True]}, {"n": True}, True),
-    ({"n": [False]}, {"n": True}, False),
-    ({"n": [False]}, {"n": 0}, False),
-    ({"n": [False]}, {"n": None}, False),
-    ({"n": [None]}, {"n": None}, True),
-    ({"n": [None]}, {}, False),
-    ({"n": [None]}, {"n": "null"}, False),
-    ({"n": [None]}, {"n": []}, False),
-    ({"n": [None]}, {"n": [None]}, True),
-    ({"n": ["true"]}, {"n": True}, False),
-    ({"tags": ["red"]}, {"tags": ["blue", "red"]}, True),
-    ({"tags": ["red"]}, {"tags": ["blue"]}, False),
-    ({"tags": ["red"]}, {"tags": [["red"]]}, False),
-    ({"tags": ["red"]}, {"tags": {"red": "red"}}, False),
-    ({"tags": [1]}, {"tags": [True, 1.0]}, True),
-    ({"tags": ["[]", "{}"]}, {"tags": [[], {}]}, False),
-    ({"a": ["x"]}, {"a": ["y"], "b": "x"}, False),
-    ({"a b": ["x"], "$": ["y"], "[0]": ["z"]}, {"a b": "x", "$": "y", "[0]": "z"}, True),
-    ({"0": ["x"]}, {"0": "x"}, True),
-    ({"0": ["x"]}, ["x"], False),
-    ({"größe": ["ä\u20ac\U0001f600"]}, {"größe": "ä\u20ac\U0001f600"}, True),
-    ({"a": ["it's"]}, {"a": "it's"}, True),
-    ({"a": ["paid"]}, {"a": "paid\0"}, False),
-    ({"a": ["paid"]}, {"a": ["paid\0", "x"]}, False),
-    ({"a": ["\\u0000"]}, {"a": "\\u0000"}, True),
-    ({"a": ['"\\', ""]}, {"a": '"\\'}, True),
-    ({"a": [""]}, {"a": ""}, True),
-    ({"a": "one value"}, {"a": "one value"}, True),
-    ({}, {"anything": 1}, True),
+FILTERS: list[tuple[dict[str, Any], list[Any], list[Any]]] = [  # what it lets through, what not
+    ({"status": ["paid", "shipped"]}, [{"status": "paid"}], [{"status": "open"}]),
+    ({"status": ["paid"]}, [], [{"status": "Paid"}, {}, [], "paid", None]),
+    ({"status": ["paid"], "shop.region": ["eu"]}, [{"status": "paid", "shop": {"region": "eu"}}],
+     [{"status": "paid", "shop": {"region": "us"}}, {"shop": {"region": "eu"}}]),
+    ({"shop.region": ["eu"]}, [], [{"shop.region": "eu"}, {"shop": "eu"}, {"shop": [{"region": "eu"}]}]),
+    ({"a.b.c.d": [1]}, [{"a": {"b": {"c": {"d": 1}}}}], []),
+    ({"n": [5]}, [{"n": 5.0}], [{"n": "5"}]),
+    ({"n": [5.0]}, [{"n": 5}], []),
+    ({"n": ["5"]}, [], [{"n": 5}]),
+    ({"n": [0]}, [{"n": -0.0}], []),
+    ({"n": [0.1]}, [{"n": 0.1}], []),
+    ({"n": [1 << 53]}, [], [{"n": (1 << 53) + 1}, {"n": 10**30}]),
+    ({"n": [1]}, [], [{"n": True}]),
+    ({"n": [True]}, [{"n": True}], [{"n": 1}]),
+    ({"n": [False]}, [], [{"n": True}, {"n": 0}, {"n": None}]),
+    ({"n": [None]}, [{"n": None}, {"n": [None]}], [{}, {"n": "null"}, {"n": []}]),
+    ({"n": ["true"]}, [], [{"n": True}]),
+    ({"tags": ["red"]}, [{"tags": ["blue", "red"]}],
+     [{"tags": ["blue"]}, {"tags": [["red"]]}, {"tags": {"red": "red"}}]),
+    ({"tags": [1]}, [{"tags": [True, 1.0]}], []),
+    ({"tags": ["[]", "{}"]}, [], [{"tags": [[], {}]}]),
+    ({"a": ["x"]}, [], [{"a": ["y"], "b": "x"}]),
+    ({"a b": ["x"], "$": ["y"], "[0]": ["z"]}, [{"a b": "x", "$": "y", "[0]": "z"}], []),
+    ({"0": ["x"]}, [{"0": "x"}], [["x"]]),
+    ({"größe": ["ä\u20ac\U0001f600"]}, [{"größe": "ä\u20ac\U0001f600"}], []),
+    ({"a": ["it's"]}, [{"a": "it's"}], []),
+    ({"a": ["paid"]}, [], [{"a": "paid\0"}, {"a": ["paid\0", "x"]}]),
+    ({"a": ["\\u0000"]}, [{"a": "\\u0000"}], []),
+    ({"a": ['"\\', ""]}, [{"a": '"\\'}], []),
+    ({"a": [""]}, [{"a": ""}], []),
+    ({"a": "one value"}, [{"a": "one value"}], []),
+    ({}, [{"anything": 1}], []),
 ]  # fmt: skip
+FILTER_CASES = [
+    (filter, data, number < len(through))
+    for filter, through, others in FILTERS
+    for number, data in enumerate([*through, *others])
+]
 
 
 def test_a_filter_decides_alike_in_emit_plain_sql_and_backfill(wal, tmp_path):
@@ -3702,7 +3682,7 @@ def erase_traces(path: str) -> list[str]:
 
 
 @pytest.mark.parametrize("on_dead", ["skip", "hold"])
-def test_an_event_that_is_erased_leaves_no_trace_of_its_data_and_is_never_delivered_again(
+def test_an_event_that_is_erased_leaves_no_trace_and_is_never_delivered_again(
     database, shop, on_dead
 ):
     """Delivered, failed and waiting at once; what its receivers answered goes too."""
@@ -4785,9 +4765,7 @@ def refusal(
          "v1,rAvfW3dJ/X/qxhsaXPOyyCGmRKsaKWcsNccKXlIktD0="),
     ],
 )  # fmt: skip
-def test_sign_gives_the_published_signatures_for_every_form_of_the_key(
-    secret, id, at, body, signature
-):
+def test_sign_gives_the_published_signatures_for_each_form_of_key(secret, id, at, body, signature):
     bare = secret.removeprefix("whsec_")
     for form in (secret, bare, base64.b64decode(bare)):
         assert sign(form, id, at, body) == signature
@@ -5061,9 +5039,7 @@ def node_verifiers(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.long
-def test_what_is_sent_verifies_with_the_libraries_of_others_in_node(
-    node_verifiers, tmp_path, serve
-):
+def test_what_is_sent_verifies_with_the_libraries_of_node(node_verifiers, tmp_path, serve):
     cases, expected, stories = [], [], []
     for caught in catch_on_the_wire(tmp_path, serve):
         body, headers = base64.b64encode(caught.request.body).decode(), caught.request.headers
@@ -5572,9 +5548,7 @@ hostile_secret = (
     st.one_of(st.none(), st.integers(), st.floats(), st.just(SIGNED_AT)),
     st.one_of(st.floats(), st.just(math.inf)),
 )
-def test_whatever_arrives_verify_raises_one_family_of_errors(
-    body, headers, secret, scheme, now, tolerance
-):
+def test_verify_raises_one_family_of_errors(body, headers, secret, scheme, now, tolerance):
     with contextlib.suppress(SignatureError):
         verify(body, headers, secret, scheme=scheme, now=now, tolerance=tolerance)
 
@@ -5583,9 +5557,7 @@ def test_whatever_arrives_verify_raises_one_family_of_errors(
     st.data(), st.sampled_from(SCHEMES), st.binary(max_size=99), st.integers(0, 10**15 - 1),
     st.integers(0, 10**6),
 )  # fmt: skip
-def test_a_genuine_request_is_taken_in_any_form_with_any_of_the_secrets_and_to_the_edge_of_the_tolerance(
-    data, scheme, body, at, tolerance
-):
+def test_a_genuine_request_is_taken_in_any_form(data, scheme, body, at, tolerance):
     sizes = st.binary(min_size=24, max_size=64)
     keys = data.draw(st.lists(sizes, min_size=1, max_size=4, unique=True))
     secrets = ["whsec_" + base64.b64encode(key).decode() for key in keys]
@@ -6016,9 +5988,7 @@ ENDS = [  # an answer; what its delivery and one due later become, why the endpo
 
 
 @pytest.mark.parametrize(("first", "one", "two", "why", "row"), ENDS)
-def test_an_answer_may_end_its_delivery_or_the_endpoint_and_the_rest_is_held(
-    shop, first, one, two, why, row
-):
+def test_an_answer_may_end_its_delivery_or_hold_the_endpoint(shop, first, one, two, why, row):
     clock, receiver, outbox = shop.timed([first, OK], id="crm")
     ids = [emit(outbox), emit(outbox, delay=10)]
     outbox.drain(once=True)
@@ -6069,9 +6039,7 @@ def emit_expiring(path: str, outbox: Outbox, way: str, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("way", ["library", "plain SQL"])
-def test_what_is_not_delivered_when_it_expires_ends_in_the_failed_table_without_an_attempt(
-    either, shop, way
-):
+def test_what_expires_ends_in_the_failed_table_without_an_attempt(either, shop, way):
     """By emission, whatever the delay was; what is delivered before is not concerned."""
     notices = list[Notice]()
     clock, receiver, outbox = shop.timed(
@@ -6114,9 +6082,7 @@ def test_what_is_not_delivered_when_it_expires_ends_in_the_failed_table_without_
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("on_dead", ["skip", "hold"])
-def test_what_expires_in_a_queue_lets_those_behind_it_go_unless_the_endpoint_holds_queues(
-    either, shop, ordered, on_dead
-):
+def test_what_expires_in_a_queue_lets_the_others_go_or_holds_it(either, shop, ordered, on_dead):
     clock, receiver, outbox = shop.timed(
         [answer(500), OK], id="a", ordered=ordered, on_dead=on_dead, retry=(0, 1000)
     )
@@ -6304,9 +6270,7 @@ def test_an_event_is_accepted_once(inbox, database):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_request_that_was_overheard_is_handled_once_whatever_its_headers_say(
-    inbox, database, scheme
-):
+def test_a_request_that_was_overheard_is_handled_once(inbox, database, scheme):
     signed, accepted = signed_by_hand(scheme), 0
     names = ("webhook-id", "X-GitHub-Delivery", "X-GitHub-Event", "svix-id")
     changes = [{}, {}, *({name: f"msg_{n}"} for name in names for n in range(3))]
@@ -6471,9 +6435,7 @@ def test_the_inbox_forgets_what_is_older_than_told(inbox, database):
         assert (inbox.accept(conn, "old"), inbox.accept(conn, "new")) == (True, False)
 
 
-def test_an_order_makes_one_invoice_however_often_its_webhook_comes(
-    inbox, database, serve, tmp_path
-):
+def test_an_order_makes_one_invoice_however_often_it_comes(inbox, database, serve, tmp_path):
     """The README's example over real sockets: the first handler dies after accept, the second
     answer gets lost."""
     clock, results = Clock(time.time()), []
@@ -6786,40 +6748,22 @@ def test_a_plain_url_is_prepared_as_requests_would_prepare_it(url):
     assert target.netloc == (parts.hostname if target.port == own_port else parts.netloc)
 
 
-PLAIN_URLS: dict[str, bool] = {  # and whether the fast path may take them
-    "https://a.b/": True,
-    "http://a-1.b:8080/c/d?e=f&g=/?": True,
-    "https://a.b": True,
-    "https://a.b?c=d": True,
-    "https://a.b//c//": True,
-    "https://a.b/c.d/~e": True,
-    "https://127.0.0.1/": True,
-    "https://A.b/": False,  # requests writes hosts in small letters
-    "HTTPS://a.b/": False,
-    "https://a.b/./c": False,  # dot segments are resolved
-    "https://a.b/../c": False,
-    "https://a.b/.": False,
-    "https://a.b/c/.": False,
-    "https://a.b/.well-known/c": False,
-    "https://a.b/%41": False,  # percent-encoding is made uniform
-    "https://a.b/?": False,  # an empty query is dropped
-    "https://a.b/c d": False,
-    "https://a.b/\xfc": False,
-    "https://a.b:0443/": False,
-    "https://a.b:/": False,
-    "https://[::1]/": False,
-    "https://a@b/": False,
-    "https://a..b/": False,
-    "https://a.b/#": False,
-    "https://a.b/?c#d": False,
-    "https://a.b/\n": False,
-    "https://a_b.c/": False,
+PLAIN_URLS: dict[bool, str] = {  # whether the fast path may take them
+    True: """https://a.b/ http://a-1.b:8080/c/d?e=f&g=/? https://a.b https://a.b?c=d https://a.b//c//
+        https://a.b/c.d/~e https://127.0.0.1/""",
+    # Requests writes hosts in small letters, resolves dot segments, makes percent-encoding uniform
+    # and drops an empty query.
+    False: r"""https://A.b/ HTTPS://a.b/ https://a.b/./c https://a.b/../c https://a.b/. https://a.b/c/.
+        https://a.b/.well-known/c https://a.b/%41 https://a.b/? https://a.b/c\x20d https://a.b/\xfc
+        https://a.b:0443/ https://a.b:/ https://[::1]/ https://a@b/ https://a..b/ https://a.b/#
+        https://a.b/?c#d https://a.b/\n https://a_b.c/""",
 }
 
 
-@pytest.mark.parametrize(("url", "plain"), PLAIN_URLS.items())
-def test_only_a_url_that_is_spelled_beyond_doubt_is_plain(url, plain):
-    assert bool(webhook_outbox._PLAIN_URL.fullmatch(url)) is plain
+def test_only_a_url_that_is_spelled_beyond_doubt_is_plain():
+    for plain, url in [(plain, url) for plain, urls in PLAIN_URLS.items() for url in urls.split()]:
+        url = url.encode().decode("unicode_escape")
+        assert bool(webhook_outbox._PLAIN_URL.fullmatch(url)) is plain, url
 
 
 HOST_NAMES: list[Any] = [  # host, scheme, what is admitted; the refusal
@@ -7048,9 +6992,7 @@ LOOKED_UP_AGAIN = [  # how the second lookup ends; whether the addresses of the 
 
 
 @pytest.mark.parametrize(("answer", "again"), LOOKED_UP_AGAIN)
-def test_the_last_addresses_of_a_host_serve_while_its_lookup_hangs_or_the_resolver_is_down(
-    answer, again
-):
+def test_the_last_addresses_of_a_host_serve_while_its_lookup_hangs_or_fails(answer, again):
     play = LookupsPlay()
     assert play.find("a.test") == ["192.0.2.1"]
     play.answers["a.test"] = answer
@@ -7117,9 +7059,7 @@ DIALS: list[Any] = [  # what the resolver answers; where the connection goes, or
 
 
 @pytest.mark.parametrize(("addresses", "expected"), DIALS)
-def test_all_addresses_are_judged_before_one_is_dialled_and_the_next_is_tried_when_one_fails(
-    serve, addresses, expected
-):
+def test_all_addresses_are_judged_before_they_are_dialled_one_by_one(serve, addresses, expected):
     receiver, guard = serve(), webhook_outbox._Guard((ipaddress.ip_network("127.0.0.0/8"),))
     lookups = webhook_outbox._Lookups(lambda host, port: addresses)
     key = webhook_outbox._OriginKey("http", "x.test", receiver.port, None, ())
@@ -7145,9 +7085,7 @@ def black_hole(address: str, port: int) -> Iterator[None]:
         yield
 
 
-def test_the_next_address_is_tried_after_a_quarter_second_and_the_one_that_worked_comes_first(
-    serve,
-):
+def test_the_next_address_is_tried_after_a_quarter_second(serve):
     receiver, guard = serve(), webhook_outbox._Guard((ipaddress.ip_network("127.0.0.0/8"),))
     holes = [f"127.0.0.{n}" for n in (9, 8, 7)]
     key = webhook_outbox._OriginKey("http", "x.test", receiver.port, None, ())
@@ -7185,9 +7123,7 @@ IN_TURN = [  # what a name resolves to, which one worked last; in which order th
 
 
 @pytest.mark.parametrize(("addresses", "last", "expected"), IN_TURN)
-def test_families_of_addresses_take_turns_and_the_one_that_worked_last_comes_first(
-    addresses, last, expected
-):
+def test_families_of_addresses_take_turns(addresses, last, expected):
     assert webhook_outbox._in_turn(addresses.split(), last) == expected.split()
 
 
@@ -7219,7 +7155,7 @@ def test_localhost_may_be_reached_where_loopback_is_allowed(wal, serve, authorit
     assert outbox.ping(endpoint.id).reason is None, "it goes on to the next address of a name"
 
 
-def test_every_certificate_that_is_not_the_hosts_own_and_trusted_is_refused_before_a_byte_is_sent(
+def test_a_certificate_that_is_not_trusted_is_refused_before_a_byte(
     wal, serve, authority, tmp_path
 ):
     stranger, alone, unknown = (
@@ -7277,9 +7213,7 @@ def test_a_ca_may_be_any_certificate_of_the_receivers_chain(wal, serve, tmp_path
 
 
 @pytest.mark.parametrize("certificate", [True, False])
-def test_a_receiver_may_ask_for_the_certificate_when_it_has_seen_the_request(
-    wal, serve, authority, certificate
-):
+def test_a_receiver_may_ask_for_a_certificate_after_the_request(wal, serve, authority, certificate):
     """TLS 1.3 calls it post-handshake authentication; Apache does it for a <Location>."""
     context = authority.server()
     context.post_handshake_auth, context.verify_mode = True, ssl.CERT_OPTIONAL
@@ -7362,9 +7296,7 @@ def test_apache_may_ask_for_the_certificate_in_a_location(wal, authority, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["path", "pair", None])
-def test_a_client_certificate_opens_a_receiver_that_asks_for_one(
-    wal, serve, authority, tmp_path, kind
-):
+def test_a_client_certificate_opens_a_receiver_that_asks(wal, serve, authority, tmp_path, kind):
     context = authority.server()
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(authority.path)
@@ -7408,9 +7340,7 @@ def transport_proxy(upstream: dict[str, int], status: int = 200) -> Callable[...
 
 
 @pytest.mark.parametrize("credentials", ["", "user:canary-in-proxy@"])
-def test_an_explicit_proxy_carries_https_and_http_and_judges_in_the_guards_place(
-    wal, serve, authority, credentials
-):
+def test_an_explicit_proxy_judges_in_the_guards_place(wal, serve, authority, credentials):
     receiver = serve(tls=authority.server("hooks.test"))
     ports = {"hooks.test:8443": receiver.port, "hooks.test:443": receiver.port}
     proxy = serve(transport_proxy(ports))
@@ -7615,9 +7545,7 @@ print(json.dumps({"landed": places, "refused": refused, "told": told, "verdicts"
 """
 
 
-def test_in_a_network_where_every_address_answers_connections_land_only_where_they_may(
-    tmp_path, authority
-):
+def test_where_every_address_answers_connections_land_where_they_may(tmp_path, authority):
     if not all(map(shutil.which, ("unshare", "ip", "mount"))):
         pytest.skip("needs unshare, ip and mount")
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions attempts:1 timeout:30\n")
@@ -7834,9 +7762,7 @@ def exchange_check(
 
 
 @pytest.mark.parametrize("tls", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_no_fault_of_a_receiver_costs_time_or_memory_or_reaches_the_next_event_or_the_others(
-    wal, serve, authority, tls, request
-):
+def test_no_fault_of_a_receiver_reaches_another_event(wal, serve, authority, tls, request):
     secure, clock, lookups = authority.server(), Clock(), []
     context = secure if tls else None
     victim, well = serve(), serve(tls=context)
@@ -7984,9 +7910,7 @@ EXCHANGE_REUSE: list[tuple[Any, int | None]] = [  # with the connections that 8 
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_a_connection_is_reused_exactly_when_it_may_be_and_nothing_is_lost_or_doubled(
-    wal, serve, authority, tls
-):
+def test_a_connection_is_reused_exactly_when_it_may_be(wal, serve, authority, tls):
     context = authority.server() if tls else None
     receivers = [serve(play, tls=context) for play, _ in EXCHANGE_REUSE]
     outbox = make_outbox(wal, workers=200, timeout=20)
@@ -8002,9 +7926,7 @@ def test_a_connection_is_reused_exactly_when_it_may_be_and_nothing_is_lost_or_do
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_a_connection_that_is_closed_between_requests_costs_no_failure_and_no_duplicate(
-    shop, authority, tls
-):
+def test_a_connection_that_is_closed_between_requests_costs_nothing(shop, authority, tls):
     receiver, outbox = shop.open(
         ca=authority.path, tls=authority.server() if tls else None, workers=1
     )
@@ -8042,9 +7964,7 @@ class ExchangeHasty(Receiver):
 
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("size", [20_000, 3_000_000])
-def test_a_large_request_that_is_refused_on_a_kept_connection_goes_out_once(
-    shop, authority, tls, size
-):
+def test_a_large_request_refused_on_a_kept_connection_goes_out_once(shop, authority, tls, size):
     receiver, outbox = shop.open(
         ca=authority.path, max_in_flight=1, kind=ExchangeHasty,
         tls=authority.server() if tls else None, max_body=1 << 24, retry=ONCE,
@@ -8069,9 +7989,7 @@ class ExchangeSlow(Receiver):
 
 
 @pytest.mark.parametrize("tls", [True, pytest.param(False, marks=pytest.mark.long)])
-def test_a_large_body_reaches_a_slow_reader_whole_and_one_that_never_reads_ends_in_time(
-    wal, serve, authority, tls
-):
+def test_a_large_body_reaches_a_slow_reader_whole_or_ends_in_time(wal, serve, authority, tls):
     context = authority.server() if tls else None
     slow, never = serve(kind=ExchangeSlow, tls=context), serve(kind=ExchangeSlow, tls=context)
     refuse = lambda r, sock, q: not sock.sendall(answer(413, b"too large"))  # noqa: E731
@@ -8156,9 +8074,7 @@ ANSWER_PARTS = st.binary() | st.sampled_from(
 
 
 @given(st.sampled_from(ANSWER_STARTS), st.lists(ANSWER_PARTS, max_size=20), st.booleans())
-def test_no_bytes_make_the_reader_raise_and_every_answer_has_a_status_or_an_error(
-    start, pieces, end
-):
+def test_no_bytes_make_the_reader_raise(start, pieces, end):
     reader = exchange_read([start, *pieces], end)
     assert (reader.status is not None) != bool(reader.error) or not end
     assert reader.status is None or 200 <= reader.status <= 599
@@ -8499,9 +8415,7 @@ ECHOES: list[tuple[int, list[str], str, str]] = [  # status, secrets; body, what
 
 
 @pytest.mark.parametrize(("status", "secrets", "body", "kept"), ECHOES)
-def test_only_what_is_kept_is_searched_for_secrets_and_what_cannot_be_searched_is_not_kept(
-    status, secrets, body, kept
-):
+def test_only_what_was_searched_for_secrets_is_kept(status, secrets, body, kept):
     reader = exchange_read([answer(status, body.encode())])
     assert webhook_outbox._judge(reader, secrets, 0.0).response == kept
 
@@ -8547,9 +8461,7 @@ class HeldLoop:
         return True
 
 
-def test_an_endpoint_that_disables_itself_while_another_connection_closes_does_not_stop_the_drain(
-    shop, serve
-):
+def test_an_endpoint_that_disables_itself_as_a_connection_closes_stops_no_drain(shop, serve):
     """Both become news in one round of the loop, the 410 first: the clock holds the loop until both
     are there."""
     gone, sent, hold = threading.Event(), threading.Event(), HeldLoop()
@@ -8756,9 +8668,7 @@ def test_a_ping_is_signed_sent_at_once_and_says_what_happened(wal, serve, author
 
 
 @pytest.mark.parametrize("body", ["standard", "cloudevents", "data", "mine"])
-def test_an_endpoint_of_every_tenant_is_told_whose_event_it_is_and_a_customers_own_is_not(
-    wal, serve, body
-):
+def test_only_an_endpoint_of_every_tenant_is_told_whose_event_it_is(wal, serve, body):
     """Retries are byte-equal, although the endpoint's row changes in between."""
     clock, receiver = Clock(), serve(answer(500))
     seen: list[tuple[str, str | None]] = []

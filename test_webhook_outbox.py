@@ -235,10 +235,8 @@ class Receiver:
                 buffer += data
             head, _, buffer = buffer.partition(b"\r\n\r\n")
             line, *lines = head.decode("latin-1").split("\r\n")
-            headers = {
-                name.lower(): value.strip()
-                for name, _, value in (text.partition(":") for text in lines)
-            }
+            pairs = (text.partition(":") for text in lines)
+            headers = {name.lower(): value.strip() for name, _, value in pairs}
             length = int(headers.get("content-length", "0"))
             while len(buffer) < length:
                 data = sock.recv(65536)
@@ -700,8 +698,7 @@ def command(line: str, *more: str, **options: Any) -> subprocess.CompletedProces
 
 @contextlib.contextmanager
 def draining(outbox: Outbox, **options: Any) -> Iterator[list[Any]]:
-    """drain() in a thread of the test's; the list gets its report. It has ended when the block
-    ends."""
+    """drain() in a thread of its own; the list gets its report. It ends with the block."""
     reports: list[Any] = []
     thread = threading.Thread(target=lambda: reports.append(outbox.drain(**options)), daemon=True)
     thread.start()
@@ -792,12 +789,8 @@ def shell(path: str, sql: str) -> subprocess.CompletedProcess[str]:
 def test_opening_makes_the_tables_and_opening_again_changes_nothing(database):
     Outbox(database)
     dump = emit_dump(database)
-    tables = {
-        name
-        for (name,) in query(
-            database, "SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"
-        )
-    }
+    named = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"
+    tables = {name for (name,) in query(database, named)}
     public = "endpoints events deliveries attempts failed inbox meta emit"
     assert {"orders", *(f"webhook_{name}" for name in public.split())} <= tables
     assert all(name.startswith(("webhook_", "sqlite_")) for name in tables - {"orders"})
@@ -836,7 +829,7 @@ def test_create_false_only_checks(tmp_path, database):
     assert not (tmp_path / "missing.db").exists()
 
 
-def test_processes_may_open_a_fresh_file_at_once(database, tmp_path):
+def test_processes_may_open_a_fresh_file_at_once(either, tmp_path):
     code = """
         import os, sys, time
         from webhook_outbox import Outbox
@@ -846,11 +839,11 @@ def test_processes_may_open_a_fresh_file_at_once(database, tmp_path):
         print(Outbox(sys.argv[1])._identity)
     """
     ready, go = [tmp_path / f"ready{n}" for n in range(4)], tmp_path / "go"
-    processes = [run_python(code, database, str(path), str(go)) for path in ready]
+    processes = [run_python(code, either, str(path), str(go)) for path in ready]
     eventually(lambda: all(path.exists() for path in ready), within=60)
     go.touch()
     answers = [(*process.communicate(timeout=60), process.returncode) for process in processes]
-    assert answers == [(Outbox(database)._identity + "\n", "", 0)] * 4
+    assert answers == [(Outbox(either)._identity + "\n", "", 0)] * 4
 
 
 # A second version, as the next release may add one.
@@ -881,9 +874,8 @@ def test_a_file_of_an_older_version_is_upgraded_with_its_rows(database, serve, m
     assert make_outbox(database, create=False).drain(once=True).delivered == 1
     monkeypatch.undo()
     for create in (True, False):
-        with pytest.raises(
-            SchemaError, match=r"newer webhook_outbox \(schema 2, this file knows 1\); update"
-        ):
+        words = r"newer webhook_outbox \(schema 2, this file knows 1\); update"
+        with pytest.raises(SchemaError, match=words):
             Outbox(database, create=create)
 
 
@@ -901,11 +893,11 @@ def test_an_upgrade_that_is_cut_off_leaves_the_older_version_whole(wal, monkeypa
 
 @pytest.mark.parametrize("after", range(len(NEXT_VERSION) + 1))
 def test_kill_9_inside_an_upgrade_leaves_the_older_version_to_be_completed(
-    database, monkeypatch, after
+    either, monkeypatch, after
 ):
     """Killed behind each of its statements; behind the last one only the commit is missing."""
-    emit(Outbox(database))
-    dump = emit_dump(database)
+    emit(Outbox(either))
+    dump = emit_dump(either)
     dying = """
 import itertools, os, signal
 def statements():
@@ -915,13 +907,13 @@ webhook_outbox._SCHEMA_OF_NEXT = webhook_outbox._SCHEMA[1]
 webhook_outbox._SCHEMA = (webhook_outbox._SCHEMA[0], statements())
 webhook_outbox.Outbox(sys.argv[1])
 """
-    with run_python(NEXT_RELEASE + dying, database, str(after)) as process:
+    with run_python(NEXT_RELEASE + dying, either, str(after)) as process:
         assert process.wait(60) == -signal.SIGKILL, process.stderr.read()
-    assert emit_dump(database) == dump
+    assert emit_dump(either) == dump
     monkeypatch.setattr(webhook_outbox, "_SCHEMA", (*webhook_outbox._SCHEMA, NEXT_VERSION))
-    assert len(Outbox(database).events()) == 1
-    assert query(database, "SELECT value FROM webhook_meta WHERE key = 'schema_version'") == [(2,)]
-    assert query(database, "PRAGMA integrity_check") == [("ok",)]
+    assert len(Outbox(either).events()) == 1
+    assert query(either, "SELECT value FROM webhook_meta WHERE key = 'schema_version'") == [(2,)]
+    assert query(either, "PRAGMA integrity_check") == [("ok",)]
 
 
 @pytest.mark.parametrize(
@@ -979,10 +971,8 @@ def test_the_schema_passes_through_tools_that_cut_or_read_sql(wal):
 def test_a_trigger_that_is_not_ours_is_found_by_the_doctor(wal, cli):
     make_outbox(wal).add_endpoint("https://example.com/")
     query(wal, "DROP TRIGGER webhook_failed_discard")
-    query(
-        wal,
-        "CREATE TRIGGER webhook_failed_discard AFTER DELETE ON webhook_failed BEGIN SELECT 1; END",
-    )
+    other = "CREATE TRIGGER webhook_failed_discard AFTER DELETE ON webhook_failed"
+    query(wal, f"{other} BEGIN SELECT 1; END")
     said = cli("doctor", code=1)
     assert "problem  the trigger webhook_failed_discard is not as webhook_outbox makes it" in said
 
@@ -996,9 +986,8 @@ def test_no_sql_is_newer_than_sqlite_3_34():
 
 def test_webhook_failed_has_exactly_its_public_columns(wal):
     Outbox(wal)
-    columns = [
-        row[1] for row in query(wal, "PRAGMA table_xinfo(webhook_failed)") if row[1] != "event"
-    ]
+    rows = query(wal, "PRAGMA table_xinfo(webhook_failed)")
+    columns = [row[1] for row in rows if row[1] != "event"]
     wanted = "id event_id endpoint_id type key attempts reason status_code error response first_attempt_at failed_at"
     assert columns == wanted.split() == [field.name for field in dataclasses.fields(FailedDelivery)]
 
@@ -1074,8 +1063,7 @@ def test_emit_is_never_silently_outside_a_transaction(wal, mode):
 
 @pytest.mark.parametrize("other", ["plain", "outbox", "memory", "attached"])
 def test_a_connection_to_another_file_is_refused_with_both_paths(tmp_path, other):
-    """Flask-SQLAlchemy's is in `instance`, whatever the current folder. The host's transaction goes
-    on."""
+    """Flask-SQLAlchemy's is in `instance`, whatever the folder. The host's transaction goes on."""
     (tmp_path / "instance").mkdir()
     theirs = make_database(tmp_path / "instance" / "shop.db")
     outbox = make_outbox(str(tmp_path / "shop.db"), "https://example.com/", id="crm")
@@ -1150,8 +1138,7 @@ def test_the_hosts_own_pragmas_do_not_change_what_emit_does(wal):
 
 @every_mode
 def test_only_our_insert_runs_on_the_hosts_connection(wal, mode):
-    """Also when it is the transaction's first statement: then the driver begins, as before the
-    host's own INSERT."""
+    """Also as the first statement: then the driver begins, as before the host's own INSERT."""
     outbox, statements = make_outbox(wal, "https://example.com/"), []
     with emit_host(wal, mode) as conn:
         emit_begin(conn, mode)
@@ -1161,9 +1148,8 @@ def test_only_our_insert_runs_on_the_hosts_connection(wal, mode):
             outbox.emit(conn, "order.created", n, idempotency_key=str(n))
         conn.set_trace_callback(None)
         emit_end(conn, mode, "COMMIT")
-    begin = {"legacy": ["BEGIN"], "manual": []}.get(
-        mode, [f"BEGIN {mode.upper()}"] if "auto" not in mode else []
-    )
+    named = [f"BEGIN {mode.upper()}"] if "auto" not in mode else []
+    begin = {"legacy": ["BEGIN"], "manual": []}.get(mode, named)
     assert [text.strip() for text in statements if text.startswith("BEGIN")] == begin
     ours = [" ".join(text.split()[:4]) for text in statements if not text.startswith("BEGIN")]
     # A statement of a trigger shows under the one that fired it.
@@ -1307,14 +1293,10 @@ def test_every_json_value_is_stored_and_sent_as_it_is(wal, shop):
     assert outbox.drain(once=True).delivered == len(GOOD_DATA)
     sent = {request.headers["webhook-id"]: request.body for request in receiver.requests}
     for id, value in zip(ids, GOOD_DATA, strict=True):
-        assert (
-            json.loads(sent[id])
-            == outbox.event(id).data
-            == (list(value) if isinstance(value, tuple) else value)
-        )
-        assert query(wal, "SELECT CAST(data AS BLOB) FROM webhook_events WHERE id = ?", id) == [
-            (sent[id],)
-        ]
+        plain = list(value) if isinstance(value, tuple) else value
+        assert json.loads(sent[id]) == outbox.event(id).data == plain
+        stored = "SELECT CAST(data AS BLOB) FROM webhook_events WHERE id = ?"
+        assert query(wal, stored, id) == [(sent[id],)]
 
 
 @pytest.mark.parametrize(
@@ -1374,8 +1356,7 @@ def test_a_big_body_is_taken_with_a_warning(wal, caplog):
 @every_mode
 @pytest.mark.parametrize("journal", ["wal", "delete", "truncate", "persist", "memory"])
 def test_a_full_disk_in_emit_undoes_the_emit_alone(tmp_path, mode, journal):
-    """SQLITE_FULL with a statement journal (our trigger has one) takes back the statement, not the
-    transaction."""
+    """SQLITE_FULL with a statement journal, as our trigger has, takes back the statement alone."""
     database = make_database(tmp_path / "app.db", journal)
     outbox, refused = make_outbox(database, "https://example.com/"), 0
     with emit_host(database, mode) as conn:
@@ -1402,8 +1383,7 @@ def test_a_full_disk_in_emit_undoes_the_emit_alone(tmp_path, mode, journal):
 
 @every_mode
 def test_a_transaction_that_sqlite_rolled_back_is_reported(database, mode):
-    """An interrupt, like an I/O error, makes SQLite roll the whole transaction back; tried at many
-    steps."""
+    """An interrupt, like an I/O error, has SQLite roll all back; tried at many steps."""
     outbox, lost = make_outbox(database, "https://example.com/"), 0
     with emit_host(database, mode) as conn:
         for step in itertools.count(1, 11):
@@ -1441,8 +1421,7 @@ def test_a_lock_is_the_hosts_business(database):
 
 
 def test_a_write_that_fails_under_the_hosts_transaction_is_a_lost_transaction(database):
-    """The cache spills into a file that must not grow: an I/O error of the real kind, with the
-    host's row before it."""
+    """The cache spills into a file that must not grow: a real I/O error, behind the host's row."""
     code = """
     import resource, sqlite3, sys, webhook_outbox
     outbox, conn = webhook_outbox.Outbox(sys.argv[1]), sqlite3.connect(sys.argv[1], isolation_level=None)
@@ -1521,9 +1500,9 @@ def test_a_savepoint_may_be_the_whole_transaction(database, mode):
     assert [event.data for event in outbox.events()] == [2, 0]
 
 
-def test_an_idempotency_key_gives_the_first_event_again(database):
-    outbox = make_outbox(database, "https://example.com/")
-    with emit_host(database, "legacy") as conn:
+def test_an_idempotency_key_gives_the_first_event_again(either):
+    outbox = make_outbox(either, "https://example.com/")
+    with emit_host(either, "legacy") as conn:
         lost = outbox.emit(conn, "order.created", {"n": 1}, idempotency_key="k")
         conn.rollback()
         first = outbox.emit(conn, "order.created", {"n": 1}, idempotency_key="k")
@@ -1559,10 +1538,9 @@ def test_key_and_delay_are_recorded(wal, serve):
 
 
 @pytest.mark.parametrize("body", ["standard", "data", "cloudevents"])
-def test_every_attempt_sends_the_same_bytes(database, shop, body):
-    clock, receiver, outbox = shop.timed(
-        [answer(500), answer(503), OK], body=body, secret=SECRET, retry=(0, 60, 60)
-    )
+def test_every_attempt_sends_the_same_bytes(either, shop, body):
+    plays = [answer(500), answer(503), OK]
+    clock, receiver, outbox = shop.timed(plays, body=body, secret=SECRET, retry=(0, 60, 60))
     id = emit(outbox, data={"z": 1, "a": ["é", 1.10, {"": None}]})
     for _ in range(3):
         outbox.drain(once=True)
@@ -1601,24 +1579,23 @@ def emit_key(outbox: Outbox, **options: Any) -> int:
 
 
 @pytest.mark.parametrize("what", ["deleted", "clock back", "restored", "all at once"])
-def test_no_key_is_issued_twice(database, what):
-    """Whatever became of the newest event: an outcome that comes late must not meet another event's
-    delivery."""
+def test_no_key_is_issued_twice(either, what):
+    """An outcome that comes late must not meet another event's delivery."""
     clock, seen = Clock(), set[int]()
-    outbox = make_outbox(database, "https://example.com/", clock=clock)
+    outbox = make_outbox(either, "https://example.com/", clock=clock)
     emit(outbox)
-    query(database, "PRAGMA wal_checkpoint(TRUNCATE)")
-    shutil.copy(database, database + ".backup")
+    query(either, "PRAGMA wal_checkpoint(TRUNCATE)")
+    shutil.copy(either, either + ".backup")
     for turn in range(30):
         key = emit_key(outbox)
         assert key not in seen
         seen.add(key)
         if what in ("deleted", "all at once"):
-            query(database, "DELETE FROM webhook_events WHERE seq = ?", key)
+            query(either, "DELETE FROM webhook_events WHERE seq = ?", key)
         if what in ("clock back", "all at once"):
             clock.advance(-3600.0 if turn % 2 else 1.0)
         if what in ("restored", "all at once") and turn % 10 == 9:
-            with emit_host(database) as conn, emit_host(database + ".backup") as backup:
+            with emit_host(either) as conn, emit_host(either + ".backup") as backup:
                 backup.backup(conn)
     if what == "clock back":
         assert sorted(seen) == [int(event.id[4:], 16) for event in reversed(outbox.events())][1:]
@@ -1651,10 +1628,9 @@ def test_a_key_that_another_process_was_quicker_with_is_made_anew_at_once(wal, m
     assert query(wal, "SELECT count(*) FROM orders") == [(3,)]
 
 
-def test_a_new_event_stands_in_its_queue_behind_what_is_open_or_held(database):
-    """Decided where the event is inserted, in plain SQL too; behind what was delivered or skipped
-    it is the head."""
-    outbox = make_outbox(database)
+def test_a_new_event_stands_in_its_queue_behind_what_is_open_or_held(either):
+    """Decided at the insert, in plain SQL too; behind what was delivered or skipped it is the head."""
+    outbox = make_outbox(either)
     for id, on_dead in (("hold", "hold"), ("skip", "skip")):
         outbox.add_endpoint("https://example.com/", id=id, on_dead=on_dead)
     first = emit(outbox, key="k")
@@ -1664,27 +1640,26 @@ def test_a_new_event_stands_in_its_queue_behind_what_is_open_or_held(database):
         "delivered": {"hold": "pending", "skip": "pending"},
         "discarded": {"hold": "pending", "skip": "pending"},
     }.items():
-        query(database, "DELETE FROM webhook_events WHERE seq > ?", int(first[4:], 16))
-        query(database, "UPDATE webhook_deliveries SET status = ?", status)
+        query(either, "DELETE FROM webhook_events WHERE seq > ?", int(first[4:], 16))
+        query(either, "UPDATE webhook_deliveries SET status = ?", status)
         values = "('a', '1', 'k'), ('a', '1', 'other')"
-        query(database, f"INSERT INTO webhook_emit (type, data, key) VALUES {values}")
+        query(either, f"INSERT INTO webhook_emit (type, data, key) VALUES {values}")
         emit(outbox, key="k")
         rows = "SELECT endpoint_id, d.status FROM webhook_deliveries AS d JOIN webhook_events ON seq = event "
         after = "WHERE key = 'k' AND seq > ? ORDER BY seq"
-        kept = query(database, rows + after, int(first[4:], 16))
+        kept = query(either, rows + after, int(first[4:], 16))
         assert dict(kept[:2]) == expected and {each for _, each in kept[2:]} == {"queued"}, status
-        assert query(database, rows + "WHERE key = 'other' AND d.status <> 'pending'") == []
+        assert query(either, rows + "WHERE key = 'other' AND d.status <> 'pending'") == []
 
 
 @pytest.mark.parametrize("now", [1e10, 1.7e12, 1e300, math.inf, -5.0])
 def test_a_clock_that_is_wrong_beyond_all_measure_leaves_keys_for_the_events_after_it(wal, now):
-    """Milliseconds instead of seconds, say: keys are 63 bits, of the year 2248, and must not run
-    out."""
+    """Milliseconds instead of seconds, say: keys are 63 bits and must not run out."""
     clock = Clock(now)
     outbox = make_outbox(wal, clock=clock)
-    ids = [emit(outbox) for _ in range(40)]
+    ids = [emit(outbox) for _ in range(12)]
     clock.now = 1_700_000_000.0
-    ids += [emit(outbox) for _ in range(40)]
+    ids += [emit(outbox) for _ in range(12)]
     query(wal, "INSERT INTO webhook_emit (type, data) VALUES ('a', '1')")
     assert ids == sorted(set(ids)) and all(re.fullmatch(r"msg_[0-9a-f]{16}", id) for id in ids)
     assert all(key < 1 << 62 | 1 << 61 for (key,) in query(wal, "SELECT seq FROM webhook_events"))
@@ -1712,8 +1687,7 @@ def test_an_id_that_is_none_of_ours_is_not_found(wal):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_an_emit_that_is_interrupted_leaves_no_event_behind_its_error(either, again):
-    """In the statement, or while the id is read back: then the event is taken back, or SQLite takes
-    all back."""
+    """Also while the id is read back: then the event is taken back, or SQLite takes all back."""
     outbox, found = make_outbox(either, "https://example.com/"), collections.Counter[str]()
     emit(outbox, idempotency_key="old")
     for step, idempotency_key in itertools.product(range(1, 300), (None, "new", "old")):
@@ -1741,8 +1715,7 @@ def test_an_emit_that_is_interrupted_leaves_no_event_behind_its_error(either, ag
 
 
 def test_emit_works_where_the_host_trusts_no_schema_and_what_does_not_says_what_to_do(wal):
-    """SQLite's page on security recommends it; some versions then refuse JSON functions in a
-    trigger."""
+    """SQLite's page on security advises it; some versions then refuse JSON in a trigger."""
     outbox = make_outbox(wal, "https://example.com/", id="crm", ordered=True)
     with emit_host(wal) as conn:
         conn.execute("PRAGMA trusted_schema = OFF")
@@ -1773,8 +1746,7 @@ def test_a_look_alike_of_a_connection_with_a_row_factory_gives_the_right_id(wal,
     assert outbox.event(id).id == id
 
 
-# Who gets what: an event's tenant, and which of the endpoints own, c42, c43 and all (tenant '*')
-# have it.
+# Who gets what: an event's tenant, and which of the endpoints own, c42, c43 and all ('*') have it.
 TENANTS = {None: {"own", "all"}, "c42": {"c42", "all"}, "c43": {"c43", "all"}, "c44": {"all"}}
 
 
@@ -1807,8 +1779,8 @@ def emit_by_a_trigger_of_the_app(outbox: Outbox, tenant: str | None) -> None:
 
 
 @pytest.mark.parametrize("way", [emit_by_library, emit_by_sql, emit_by_a_trigger_of_the_app])
-def test_an_event_goes_to_the_endpoints_of_its_tenant_and_to_those_that_see_all(database, way):
-    outbox = tenant_outbox(database)
+def test_an_event_goes_to_the_endpoints_of_its_tenant_and_to_those_that_see_all(either, way):
+    outbox = tenant_outbox(either)
     for tenant, expected in TENANTS.items():
         way(outbox, tenant)
         event = outbox.event(outbox.events(limit=1)[0].id)
@@ -1824,8 +1796,7 @@ def test_a_number_is_a_tenant_in_sql_as_its_text(wal):
 
 
 def test_events_of_the_outbox_itself_have_no_tenant(wal):
-    """What it tells about endpoints goes to the operator's, and to none of a customer, whatever it
-    subscribed to."""
+    """What it tells goes to the operator's endpoints, and to no customer, whatever is subscribed."""
     outbox = make_outbox(wal)
     for id, tenant in (("own", None), ("c42", "c42"), ("all", "*")):
         outbox.add_endpoint("https://example.com/", id=id, tenant=tenant, events=["webhook.*", "*"])
@@ -1845,8 +1816,8 @@ def test_events_of_the_outbox_itself_have_no_tenant(wal):
     assert len(outbox.events()) == 2, "nobody subscribed who may have it, so there is no event"
 
 
-def test_an_idempotency_key_is_of_its_tenant(database):
-    outbox, ids = make_outbox(database), {}
+def test_an_idempotency_key_is_of_its_tenant(either):
+    outbox, ids = make_outbox(either), {}
     for tenant in (None, "c42", "c43"):
         ids[tenant] = emit(outbox, data=str(tenant), idempotency_key="k", tenant=tenant)
     assert len(set(ids.values())) == 3
@@ -1855,15 +1826,14 @@ def test_an_idempotency_key_is_of_its_tenant(database):
         with pytest.raises(PayloadError, match="idempotency_key"):
             emit(outbox, data="other", idempotency_key="k", tenant=tenant)
         insert = "INSERT INTO webhook_emit (type, data, idempotency_key, tenant) VALUES ('order.created', ?, 'k', ?)"
-        query(database, insert, json.dumps(str(tenant)), tenant)
+        query(either, insert, json.dumps(str(tenant)), tenant)
         with pytest.raises(sqlite3.IntegrityError, match="idempotency_key"):
-            query(database, insert, '"other"', tenant)
+            query(either, insert, '"other"', tenant)
     assert {event.id for event in outbox.events()} == set(ids.values())
 
 
 def emit_steps(path: str, **options: Any) -> int:
-    """Return how many steps of SQLite's machine one emit takes: what it reads, whatever the box
-    does meanwhile."""
+    """Return how many steps of SQLite's machine one emit takes: what it reads."""
     outbox, steps = make_outbox(path), itertools.count(1)
     with outbox.transaction() as conn:
         conn.set_progress_handler(lambda: next(steps) and None, 1)
@@ -2009,9 +1979,8 @@ def hosts_django(path: str) -> Iterator[Any]:
     from django.conf import settings as django_settings
 
     if not django_settings.configured:
-        django_settings.configure(
-            DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": path}}
-        )
+        default = {"ENGINE": "django.db.backends.sqlite3", "NAME": path}
+        django_settings.configure(DATABASES={"default": default})
         django.setup()
     from django.db import connection, transaction
 
@@ -2119,9 +2088,9 @@ HOSTS = {
 
 @pytest.mark.parametrize("kind", HOSTS)
 @pytest.mark.parametrize("end", ["commit", "rollback", "exception in a nested one"])
-def test_the_event_shares_the_fate_of_the_rows_on_every_kind_of_connection(database, kind, end):
-    outbox = make_outbox(database, "https://example.com/", id="crm")
-    with HOSTS[kind](database) as (conn, run, nested, commit, rollback):
+def test_the_event_shares_the_fate_of_the_rows_on_every_kind_of_connection(either, kind, end):
+    outbox = make_outbox(either, "https://example.com/", id="crm")
+    with HOSTS[kind](either) as (conn, run, nested, commit, rollback):
         run("INSERT INTO orders (total) VALUES (1)")
         ids = [outbox.emit(conn, "order.created", {"n": 1}, idempotency_key="one")]
         assert outbox.emit(conn, "order.created", {"n": 1}, idempotency_key="one") == ids[0]
@@ -2139,7 +2108,7 @@ def test_the_event_shares_the_fate_of_the_rows_on_every_kind_of_connection(datab
         (rollback if end == "rollback" else commit)()
     expected = [] if end == "rollback" else ids
     assert [event.id for event in reversed(outbox.events())] == expected
-    assert query(database, "SELECT total FROM orders") == [(float(n),) for n in (1, 3) if expected]
+    assert query(either, "SELECT total FROM orders") == [(float(n),) for n in (1, 3) if expected]
 
 
 @pytest.mark.parametrize("kind", HOSTS)
@@ -2200,18 +2169,18 @@ def test_a_connection_in_autocommit_is_refused_whatever_its_kind(wal, kind):
 @pytest.mark.parametrize("kind", ["aiosqlite", "AsyncConnection", "AsyncSession", "sync side"])
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 @pytest.mark.parametrize("alone", [False, True], ids=["beside a row", "alone"])
-def test_aemit_shares_the_fate_of_the_rows_on_asynchronous_connections(database, kind, end, alone):
-    outbox = make_outbox(database)
+def test_aemit_shares_the_fate_of_the_rows_on_asynchronous_connections(either, kind, end, alone):
+    outbox = make_outbox(either)
     order = "SELECT 1" if alone else "INSERT INTO orders (total) VALUES (1)"
 
     async def run() -> str:
         if kind == "aiosqlite":
-            async with aiosqlite.connect(database) as conn:
+            async with aiosqlite.connect(either) as conn:
                 await conn.execute(order)
                 id = await outbox.aemit(conn, "order.created", {}, key="k")
                 await getattr(conn, end)()
             return id
-        engine = create_async_engine(f"sqlite+aiosqlite:///{database}")
+        engine = create_async_engine(f"sqlite+aiosqlite:///{either}")
         make: Any = engine.connect if kind == "AsyncConnection" else lambda: AsyncSession(engine)
         async with make() as conn:
             if not alone:
@@ -2227,16 +2196,16 @@ def test_aemit_shares_the_fate_of_the_rows_on_asynchronous_connections(database,
     id = asyncio.run(run())
     assert [(e.id, e.key) for e in outbox.events()] == [(id, "k")] * (end == "commit")
     rows = int(end == "commit" and not alone)
-    assert query(database, "SELECT count(*) FROM orders") == [(rows,)]
+    assert query(either, "SELECT count(*) FROM orders") == [(rows,)]
 
 
 @pytest.mark.parametrize("kind", ["aiosqlite", "AsyncConnection", "AsyncSession"])
-def test_arun_calls_every_verb_in_the_transaction_of_an_asynchronous_connection(database, kind):
-    outbox, inbox = make_outbox(database), Inbox(database)
+def test_arun_calls_every_verb_in_the_transaction_of_an_asynchronous_connection(either, kind):
+    outbox, inbox = make_outbox(either), Inbox(either)
     door = outbox.tenant("c42")
     outbox.add_endpoint("https://example.com/", id="a", tenant="*")
     late, gone = (emit(outbox, key=key, delay=100) for key in ("k", "l"))
-    dump = emit_dump(database)
+    dump = emit_dump(either)
 
     async def verbs(conn: Any) -> None:
         run = functools.partial(outbox.arun, conn)
@@ -2261,10 +2230,10 @@ def test_arun_calls_every_verb_in_the_transaction_of_an_asynchronous_connection(
 
     async def play(end: str) -> None:
         if kind == "aiosqlite":
-            async with aiosqlite.connect(database) as conn:
+            async with aiosqlite.connect(either) as conn:
                 await verbs(conn)
                 return await getattr(conn, end)()
-        engine = create_async_engine(f"sqlite+aiosqlite:///{database}")
+        engine = create_async_engine(f"sqlite+aiosqlite:///{either}")
         make: Any = engine.connect if kind == "AsyncConnection" else lambda: AsyncSession(engine)
         async with make() as conn:
             await verbs(conn)
@@ -2272,7 +2241,7 @@ def test_arun_calls_every_verb_in_the_transaction_of_an_asynchronous_connection(
         await engine.dispose()
 
     asyncio.run(play("rollback"))
-    assert emit_dump(database) == dump
+    assert emit_dump(either) == dump
     asyncio.run(play("commit"))
     assert [e.id for e in outbox.endpoints()] == ["a", "b", "c"] and len(outbox.events()) == 4
     with pytest.raises(PayloadError, match="on others call the method itself"):
@@ -2418,9 +2387,8 @@ def other_library(library: str, path: str, code: str, odd: str = "") -> list[str
     return run_python(OTHER_LIBRARY + code, library, odd, path).ends()[0].splitlines()
 
 
-every_other_library = pytest.mark.parametrize(
-    "library", ["apsw", "pysqlite3.dbapi2", "sqlcipher3.dbapi2"]
-)
+OTHER_LIBRARIES = ["apsw", "pysqlite3.dbapi2", "sqlcipher3.dbapi2"]
+every_other_library = pytest.mark.parametrize("library", OTHER_LIBRARIES)
 ODD_HOSTS = [
     ("sqlite3", "factories"), ("sqlite3", "converters"), ("sqlite3", "PRAGMA count_changes = ON"),
     pytest.param(*("sqlite3", "limits"),
@@ -2509,10 +2477,8 @@ def test_a_file_that_only_sqlite3_opens_is_drained_beside_another_library_if_the
     """
     said = other_library("apsw", wal, textwrap.dedent(code))
     assert "apsw is loaded" in said[0]
-    assert said[1:] == [
-        "Outbox.drain DrainReport(delivered=0, retried=0, failed=0, pending=0)",
-        "0",
-    ]
+    report = "DrainReport(delivered=0, retried=0, failed=0, pending=0)"
+    assert said[1:] == [f"Outbox.drain {report}", "0"]
 
 
 def test_a_drain_touches_the_file_no_more_once_another_sqlite_library_was_loaded(wal, shop):
@@ -2595,9 +2561,9 @@ URL = "https://example.com/hooks?token=canary-query"
 ABORT = answer(400, b"no", "webhook-delivery: abort-message")
 
 
-def test_endpoints_are_added_listed_updated_and_removed(database):
+def test_endpoints_are_added_listed_updated_and_removed(either):
     clock = Clock()
-    outbox = make_outbox(database, clock=clock)
+    outbox = make_outbox(either, clock=clock)
     options = {
         "events": ("order.*", "user.created"), "tenant": "c42", "enabled": False, "description": "a CRM",
         "headers": {"authorization": "env:TOKEN"}, "filter": {"status": ["paid"], "shop.region": ["eu", None]},
@@ -2635,7 +2601,7 @@ def test_an_endpoint_that_is_not_there_is_named_in_the_error(wal):
     refuses(LookupError, outbox.endpoint, "a\nb\x1b[1m")
 
 
-def test_a_disabled_endpoint_holds_its_deliveries_and_backfill_brings_the_rest(database, shop):
+def test_a_disabled_endpoint_holds_its_deliveries_and_backfill_brings_the_rest(either, shop):
     clock, receiver, outbox = shop.timed(id="crm", body="data")
     before = emit(outbox, data="before")
     disabled = outbox.disable_endpoint("crm", "maintenance")
@@ -2658,7 +2624,7 @@ def test_a_disabled_endpoint_holds_its_deliveries_and_backfill_brings_the_rest(d
     assert [request.body for request in receiver.requests] == [b'"before"', b'"meanwhile"']
 
 
-def test_rotation_signs_with_both_secrets_until_the_grace_ends(database, shop):
+def test_rotation_signs_with_both_secrets_until_the_grace_ends(either, shop):
     clock, receiver, outbox = shop.timed(id="crm", secret=SECRET_TWO)
     new = outbox.rotate_secret("crm", grace=100).secret
     assert new != SECRET_TWO and outbox.endpoint("crm").secret is None
@@ -2677,7 +2643,7 @@ def test_rotation_signs_with_both_secrets_until_the_grace_ends(database, shop):
     clock.advance(2)
     assert signs(SECRET_TWO, new) == [False, True]
     assert outbox.rotate_secret("crm", secret=SECRET, grace=0).secret == SECRET
-    ((kept,),) = query(database, "SELECT secrets FROM webhook_endpoints")
+    ((kept,),) = query(either, "SELECT secrets FROM webhook_endpoints")
     assert json.loads(kept) == [[SECRET, None]] and signs(SECRET) == [True]
     assert signs(SECRET_TWO, new) == [False, False]
 
@@ -2790,9 +2756,8 @@ def test_a_filter_decides_alike_in_emit_plain_sql_and_backfill(wal, tmp_path):
         str(tmp_path / "cases"),
     )
     got |= set(process.ends()[0].split())
-    for way, (n, (filter, data, expected)) in itertools.product(
-        ("lib", "sql", "late", "newer"), enumerate(FILTER_CASES)
-    ):
+    ways = ("lib", "sql", "late", "newer")
+    for way, (n, (filter, data, expected)) in itertools.product(ways, enumerate(FILTER_CASES)):
         assert (f"{way}{n}" in got) is expected, (way, filter, data)
 
 
@@ -2844,9 +2809,7 @@ def test_a_filter_chooses_among_an_endpoints_events_and_costs_the_others_nothing
         id = emit(outbox, type, {"status": status}, tenant="c42", **options)
         return " ".join(sorted(statuses(outbox, id)))
 
-    assert (
-        got("paid", idempotency_key="once") == got("paid", idempotency_key="once") == "paid plain"
-    )
+    assert [got("paid", idempotency_key="once") for _ in "ab"] == ["paid plain"] * 2
     assert (got("open"), got("gone"), got("paid", "user.x")) == ("plain seer", "plain", "plain")
     outbox.update_endpoint("paid", filter={"status": ["open"]})
     assert outbox.endpoint("paid").filter == {"status": ["open"]}
@@ -2926,8 +2889,7 @@ def test_a_bad_endpoint_option_is_refused_and_nothing_is_written(wal):
 
 
 def test_the_options_of_an_endpoint_are_the_same_everywhere(wal):
-    """One row of the table, one field, one column: and the trigger that tells the drain, and the
-    command line."""
+    """One row, one field, one column, in the trigger that tells the drain and the command line."""
     options = list(webhook_outbox._OPTIONS)
     fields = [field.name for field in dataclasses.fields(webhook_outbox.Endpoint)]
     state = {"id", *webhook_outbox._STATE_FIELDS}
@@ -2952,28 +2914,28 @@ def test_the_options_of_an_endpoint_are_the_same_everywhere(wal):
     assert listed.endswith(f"there are {', '.join(options)}")
 
 
-def test_an_endpoint_may_be_added_disabled_and_updated_to_be_enabled(database):
-    outbox = make_outbox(database)
+def test_an_endpoint_may_be_added_disabled_and_updated_to_be_enabled(either):
+    outbox = make_outbox(either)
     added = outbox.add_endpoint(URL, id="crm", enabled=False)
     assert added.enabled is False
     assert outbox.endpoint("crm") == dataclasses.replace(added, secret=None)
     missed = emit(outbox)
     assert statuses(outbox, missed) == {}
     hold = "failures = 3, failing_since = 5.0, paused_until = 1e12"
-    query(database, f"UPDATE webhook_endpoints SET {hold}")
+    query(either, f"UPDATE webhook_endpoints SET {hold}")
     outbox.disable_endpoint("crm", "maintenance")
     assert outbox.update_endpoint("crm", enabled=False, rate=5).disabled_reason == "maintenance"
     enabled = outbox.update_endpoint("crm", enabled=True)
     assert fields(enabled, "enabled disabled_reason failing_since rate") == (True, "", None, 5.0)
-    assert query(database, "SELECT failures, paused_until FROM webhook_endpoints") == [(0, 0.0)]
+    assert query(either, "SELECT failures, paused_until FROM webhook_endpoints") == [(0, 0.0)]
     assert statuses(outbox, emit(outbox)) == {"crm": "pending"}
     assert outbox.backfill("crm", since=0) == 1
     assert outbox.update_endpoint("crm", enabled=False).enabled is False
     assert statuses(outbox, missed) == {"crm": "held"}
 
 
-def test_ensure_adds_an_endpoint_once_and_then_writes_only_what_differs(database):
-    outbox = make_outbox(database)
+def test_ensure_adds_an_endpoint_once_and_then_writes_only_what_differs(either):
+    outbox = make_outbox(either)
     options: dict[str, Any] = {"events": ["order.*"], "rate": 5, "headers": {"X-A": "1"}}
     made = outbox.ensure_endpoint(URL, id="crm", secret=SECRET, **options)
     assert made.secret == SECRET == outbox._secret("crm")
@@ -2984,21 +2946,21 @@ def test_ensure_adds_an_endpoint_once_and_then_writes_only_what_differs(database
         assert found == outbox.endpoint("crm") and outbox._secret("crm") == SECRET
         return found
 
-    dump = emit_dump(database)
+    dump = emit_dump(either)
     assert ensured() == ensured(secret="whsec_" + "A" * 44) == outbox.endpoint("crm")
     outbox.ensure_endpoint(URL, id="crm")
-    with begun(database) as conn:
+    with begun(either) as conn:
         assert outbox.ensure_endpoint(URL, id="crm", conn=conn, **options) == outbox.endpoint("crm")
         assert conn.total_changes == 0
         outbox.ensure_endpoint(URL + "x", id="crm", conn=conn)
         outbox.ensure_endpoint(URL, id="other", conn=conn)
         conn.execute("ROLLBACK")
-    assert emit_dump(database) == dump
+    assert emit_dump(either) == dump
     assert ensured(url=URL + "2").url == URL + "2"
     changed = ensured(events="*", headers={}, rate=None)
     assert (changed.events, changed.headers, changed.rate) == (("*",), {}, None)
     outbox.disable_endpoint("crm", "by hand")
-    query(database, "UPDATE webhook_endpoints SET failures = 3, failing_since = 1.0")
+    query(either, "UPDATE webhook_endpoints SET failures = 3, failing_since = 1.0")
     held = ensured()
     assert (held.enabled, held.disabled_reason, held.failing_since) == (False, "by hand", 1.0)
     assert ensured(enabled=False) == held
@@ -3065,8 +3027,8 @@ def test_the_tenant_of_an_endpoint_is_for_life(wal):
         refuses(PayloadError, outbox.endpoints, tenant=wrong, words="tenant must be")
 
 
-def test_resend_and_backfill_never_go_from_one_tenant_to_another(database):
-    outbox = tenant_outbox(database)
+def test_resend_and_backfill_never_go_from_one_tenant_to_another(either):
+    outbox = tenant_outbox(either)
     ids = {tenant: emit(outbox, tenant=tenant) for tenant in TENANTS}
     for (tenant, id), endpoint in itertools.product(ids.items(), ("own", "c42", "c43", "all")):
         if endpoint in TENANTS[tenant]:
@@ -3075,7 +3037,7 @@ def test_resend_and_backfill_never_go_from_one_tenant_to_another(database):
             words = f"endpoint {endpoint} is not of the tenant of event {id}"
             refuses(NotFound, outbox.resend, id, endpoint=endpoint, words=words)
         assert set(statuses(outbox, id)) == TENANTS[tenant]
-    query(database, "DELETE FROM webhook_deliveries")
+    query(either, "DELETE FROM webhook_deliveries")
     for endpoint in ("own", "c42", "c43", "all"):
         expected = [id for tenant, id in ids.items() if endpoint in TENANTS[tenant]]
         for dry_run in (True, False):
@@ -3197,7 +3159,7 @@ def tenant_program(rng: random.Random, outbox: Outbox, conn: sqlite3.Connection)
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(10), *(pytest.param(n, marks=pytest.mark.long) for n in range(10, 200))]
+    "seed", [*range(5), *(pytest.param(n, marks=pytest.mark.long) for n in range(5, 200))]
 )
 def test_no_delivery_ever_joins_an_event_and_an_endpoint_of_different_tenants(wal, seed):
     rng, outbox = random.Random(seed), tenant_outbox(wal)
@@ -3221,8 +3183,7 @@ def work_of(conn: sqlite3.Connection) -> int:
 
 
 def test_every_verb_that_makes_an_older_delivery_due_says_so_in_its_transaction(wal, serve):
-    """A drain finds what is new behind the newest event; it looks over older ones only when 'work'
-    has moved."""
+    """A drain looks over older deliveries only when 'work' has moved."""
     outbox, _, _, rows = failing_outbox(wal, serve)
     outbox.update_endpoint("a", on_dead="hold")
     late = emit(outbox, key="other", delay=1e6)
@@ -3336,8 +3297,7 @@ def test_a_repr_shows_no_secret(wal):
 def failing_outbox(
     path: str, serve: Callable[..., Receiver]
 ) -> tuple[Outbox, Clock, Receiver, list[Any]]:
-    """Return an outbox with six failed rows: of two endpoints, two types, two reasons, 100 seconds
-    apart."""
+    """An outbox with six failed rows of two endpoints, types and reasons, 100 seconds apart."""
     clock = Clock()
     receiver = serve(lambda self, sock, r: not sock.sendall(self.answers[r.line.split()[1]]))
     receiver.answers = {"/a": answer(500), "/b": ABORT}
@@ -3353,8 +3313,8 @@ def failing_outbox(
     return outbox, clock, receiver, rows
 
 
-def test_failed_rows_say_what_happened_and_can_be_filtered_and_paged(database, serve):
-    outbox, clock, _, rows = failing_outbox(database, serve)
+def test_failed_rows_say_what_happened_and_can_be_filtered_and_paged(either, serve):
+    outbox, clock, _, rows = failing_outbox(either, serve)
     first = next(row for row in rows if row.endpoint_id == "b")
     known = "id event_id endpoint_id type key attempts reason status_code response first_attempt_at"
     assert fields(first, known) == (
@@ -3373,7 +3333,7 @@ def test_failed_rows_say_what_happened_and_can_be_filtered_and_paged(database, s
         "both": ({"endpoint": "a", "type": "user.*"},
             lambda row: (row.endpoint_id, row.type) == ("a", "user.created")),
     }  # fmt: skip
-    dump = emit_dump(database)
+    dump = emit_dump(either)
     for name, (options, holds) in filters.items():
         expected = [row for row in rows if holds(row)]
         assert outbox.failed(**options) == expected, name
@@ -3388,7 +3348,7 @@ def test_failed_rows_say_what_happened_and_can_be_filtered_and_paged(database, s
         refuses(PayloadError, verb, endpoint=None, words="all=True")
         refuses(PayloadError, verb, reason="bad luck", words="reason")
         assert verb(all=True, dry_run=True) == 6
-    assert emit_dump(database) == dump
+    assert emit_dump(either) == dump
 
 
 @pytest.mark.filterwarnings("ignore:The default datetime adapter")
@@ -3406,8 +3366,8 @@ def test_a_time_that_is_no_number_discards_nothing(wal, serve):
     assert outbox.failed() == rows
 
 
-def test_replay_and_discard_take_exactly_what_the_filter_says(database, serve):
-    outbox, _, receiver, rows = failing_outbox(database, serve)
+def test_replay_and_discard_take_exactly_what_the_filter_says(either, serve):
+    outbox, _, receiver, rows = failing_outbox(either, serve)
     gone = [row for row in rows if row.type == "order.paid"]
     assert outbox.discard(type="order.paid") == 2
     assert outbox.failed() == [row for row in rows if row not in gone]
@@ -3423,9 +3383,9 @@ def test_replay_and_discard_take_exactly_what_the_filter_says(database, serve):
     assert outbox.discard(all=True) == 2 and outbox.failed() == [] and outbox.discard(all=True) == 0
 
 
-def test_a_replay_is_the_same_event_with_a_fresh_budget_and_the_current_secret(database, serve):
+def test_a_replay_is_the_same_event_with_a_fresh_budget_and_the_current_secret(either, serve):
     receiver = serve([answer(500)] * 5 + [OK])
-    outbox = make_outbox(database, retry=RetryPolicy((0, 0)))
+    outbox = make_outbox(either, retry=RetryPolicy((0, 0)))
     old = outbox.add_endpoint(receiver.url(), id="crm").secret
     id = emit(outbox, data={"n": 1})
     assert outbox.drain(once=True).failed == 1
@@ -3436,16 +3396,15 @@ def test_a_replay_is_the_same_event_with_a_fresh_budget_and_the_current_secret(d
         assert [(d.status, d.attempts) for d in outbox.deliveries()] == [("pending", 0)]
         report = outbox.drain(once=True)
     assert (report.retried, report.delivered, outbox.failed()) == (1, 1, [])
-    assert {(r.headers["webhook-id"], r.body) for r in receiver.requests} == {
-        (id, receiver.requests[0].body)
-    }
+    sent = {(r.headers["webhook-id"], r.body) for r in receiver.requests}
+    assert sent == {(id, receiver.requests[0].body)}
     for number, request in enumerate(receiver.requests):
         verify(request.body, request.headers, old if number < 2 else new)
     assert [attempt.reason for attempt in outbox.attempts(id)] == ["status"] * 5 + [None]
 
 
-def test_resend_delivers_again_whatever_became_of_it(database, serve):
-    outbox, _, receiver, rows = failing_outbox(database, serve)
+def test_resend_delivers_again_whatever_became_of_it(either, serve):
+    outbox, _, receiver, rows = failing_outbox(either, serve)
     receiver.answers["/b"], failed = OK, len(rows)
     id = rows[0].event_id
     assert outbox.resend(id) == 2 and len(outbox.failed()) == failed - 2
@@ -3558,12 +3517,12 @@ def test_what_cannot_be_meant_is_not_cancelled_retried_or_erased(wal):
     assert emit_dump(wal) == dump
 
 
-def test_a_reminder_is_cancelled_by_its_key_in_the_transaction_that_pays_the_order(database, shop):
+def test_a_reminder_is_cancelled_by_its_key_in_the_transaction_that_pays_the_order(either, shop):
     receiver, outbox = shop.open(id="crm", clock=(clock := Clock()))
     for order in ("17", "18"):
         emit(outbox, "order.reminder", {"order": order}, key=order, delay=3600)
     for end in ("ROLLBACK", "COMMIT"):
-        with begun(database) as conn:
+        with begun(either) as conn:
             conn.execute("INSERT INTO orders (total) VALUES (1)")
             assert outbox.cancel(key="17", type="order.reminder", conn=conn) == 1
             conn.execute(end)
@@ -3621,7 +3580,7 @@ def test_a_large_cancel_goes_in_batches_and_leaves_what_is_emitted_meanwhile(wal
     assert outbox.stats().pending == len(waiting)
 
 
-def test_retry_now_makes_due_what_waits_for_its_next_try_and_ends_the_hold(database, shop):
+def test_retry_now_makes_due_what_waits_for_its_next_try_and_ends_the_hold(either, shop):
     """What waits for a delay is not in a hurry, unless somebody names it."""
     clock, receiver, outbox = shop.timed(
         answer(429, b"", "Retry-After: 7200"), path="/a", id="a", tenant="c42",
@@ -3640,13 +3599,13 @@ def test_retry_now_makes_due_what_waits_for_its_next_try_and_ends_the_hold(datab
     def due() -> set[str]:
         sql = "SELECT event_id FROM (SELECT e.id AS event_id, d.due_at FROM webhook_deliveries AS d"
         sql += " JOIN webhook_events AS e ON e.seq = d.event WHERE d.status = 'pending') WHERE due_at <= ?"
-        return {id for (id,) in query(database, sql, clock.now)}
+        return {id for (id,) in query(either, sql, clock.now)}
 
     assert outbox.retry_now(endpoint="a", dry_run=True) == 1 and due() == {held}
     for filters in (
         {"endpoint": "a"}, {"tenant": "c42"}, {"type": "order.paid"}, {"event_id": tried},
     ):  # fmt: skip
-        with begun(database) as conn:
+        with begun(either) as conn:
             assert outbox.retry_now(**filters, conn=conn) == 1
             state = "SELECT id FROM webhook_endpoints WHERE failures + paused_until > 0"
             assert conn.execute(state).fetchall() == [("b",)]
@@ -3683,13 +3642,12 @@ def erase_traces(path: str) -> list[str]:
 
 @pytest.mark.parametrize("on_dead", ["skip", "hold"])
 def test_an_event_that_is_erased_leaves_no_trace_and_is_never_delivered_again(
-    database, shop, on_dead
+    either, shop, on_dead
 ):
     """Delivered, failed and waiting at once; what its receivers answered goes too."""
     quoting = answer(302, ERASE_CANARY.encode(), f"Location: https://example.com/{ERASE_CANARY}")
-    receiver, outbox = shop.open(
-        [answer(200, ERASE_CANARY.encode()), quoting], id="done", retry=ONCE
-    )
+    plays = [answer(200, ERASE_CANARY.encode()), quoting]
+    receiver, outbox = shop.open(plays, id="done", retry=ONCE)
     outbox.drain(once=True)
     private = {
         "key": ERASE_CANARY, "idempotency_key": ERASE_CANARY, "headers": {"x-who": ERASE_CANARY},
@@ -3705,12 +3663,12 @@ def test_an_event_that_is_erased_leaves_no_trace_and_is_never_delivered_again(
     was = {"done": "delivered", "dead": "failed", "line": "failed", "late": "pending"}
     assert statuses(outbox, id) == was
     behind = emit(outbox, key=ERASE_CANARY[:-1])
-    with begun(database) as conn:
+    with begun(either) as conn:
         assert outbox.erase(id, conn=conn) == 1
         conn.execute("ROLLBACK")
-        assert erase_traces(database)
+        assert erase_traces(either)
     assert outbox.erase(id) == outbox.erase(id) == 1
-    assert erase_traces(database) == []
+    assert erase_traces(either) == []
     event = outbox.event(id)
     assert (event.data, event.key) == (None, None) and event.erased_at is not None
     assert statuses(outbox, id) == {**was, "late": "cancelled"}
@@ -3728,12 +3686,12 @@ def test_an_event_that_is_erased_leaves_no_trace_and_is_never_delivered_again(
     assert len(receiver.requests) - before == 5
     assert set(statuses(outbox, behind).values()) == {"delivered"}
     assert outbox.discard(all=True) == 2
-    assert outbox.prune(older_than=0) == 2 and query(database, "SELECT * FROM webhook_erased") == []
+    assert outbox.prune(older_than=0) == 2 and query(either, "SELECT * FROM webhook_erased") == []
 
 
-def test_admin_calls_join_the_callers_transaction(database, serve):
-    outbox, _, _, rows = failing_outbox(database, serve)
-    dump = emit_dump(database)
+def test_admin_calls_join_the_callers_transaction(either, serve):
+    outbox, _, _, rows = failing_outbox(either, serve)
+    dump = emit_dump(either)
 
     def everything(conn: sqlite3.Connection) -> None:
         outbox.add_endpoint(URL, id="new", conn=conn)
@@ -3749,16 +3707,16 @@ def test_admin_calls_join_the_callers_transaction(database, serve):
         assert [e.id for e in outbox.endpoints(conn=conn)] == ["a", "new"]
         assert [e.id for e in outbox.endpoints()] == ["a", "b"] and conn.in_transaction
 
-    with emit_host(database, "legacy") as conn:
+    with emit_host(either, "legacy") as conn:
         conn.execute("INSERT INTO orders (id) VALUES (1)")
         everything(conn)
         conn.rollback()
-        assert emit_dump(database) == dump
+        assert emit_dump(either) == dump
         conn.execute("SAVEPOINT outer")
         everything(conn)
         conn.execute("ROLLBACK TO outer")
         conn.execute("RELEASE outer")
-        assert emit_dump(database) == dump
+        assert emit_dump(either) == dump
         conn.execute("BEGIN")
         refuses(PayloadError, outbox.add_endpoint, URL, id="a", conn=conn, words="already")
         refuses(NotFound, outbox.remove_endpoint, "gone", conn=conn)
@@ -3767,8 +3725,8 @@ def test_admin_calls_join_the_callers_transaction(database, serve):
     assert [endpoint.id for endpoint in outbox.endpoints()] == ["a", "new"]
 
 
-def test_removing_an_endpoint_takes_its_waiting_and_failed_rows_along(database, serve):
-    outbox, _, receiver, rows = failing_outbox(database, serve)
+def test_removing_an_endpoint_takes_its_waiting_and_failed_rows_along(either, serve):
+    outbox, _, receiver, rows = failing_outbox(either, serve)
     receiver.answers["/b"] = OK
     outbox.resend(rows[0].event_id, endpoint="b")
     outbox.drain(once=True)
@@ -3780,8 +3738,8 @@ def test_removing_an_endpoint_takes_its_waiting_and_failed_rows_along(database, 
     assert outbox.drain(once=True).failed == 1
 
 
-def test_the_record_can_be_filtered_and_paged(database, serve):
-    outbox, clock, _, rows = failing_outbox(database, serve)
+def test_the_record_can_be_filtered_and_paged(either, serve):
+    outbox, clock, _, rows = failing_outbox(either, serve)
     waiting = emit(outbox, "order.created", [1], delay=50)
     outbox.disable_endpoint("b")
     clock.advance(100)
@@ -3817,8 +3775,8 @@ def test_the_record_can_be_filtered_and_paged(database, serve):
     assert all(a.at == rows[0].first_attempt_at and 0 <= a.duration < 60 for a in tried)
 
 
-def test_stats_count_what_waits(database, serve):
-    outbox, clock, receiver, _ = failing_outbox(database, serve)
+def test_stats_count_what_waits(either, serve):
+    outbox, clock, receiver, _ = failing_outbox(either, serve)
     for _ in range(3):
         emit(outbox, key="k")
     emit(outbox, delay=1000)
@@ -3862,17 +3820,17 @@ def test_a_busy_endpoint_hides_none_of_the_others_in_the_stats(wal):
     assert history["busy"][8] == 25_000 and sum(history["quiet"]) == history["quiet"][2] == 1
 
 
-def test_prune_removes_what_is_finished_and_old_and_nothing_else(database, serve):
-    outbox, clock, receiver, rows = failing_outbox(database, serve)
+def test_prune_removes_what_is_finished_and_old_and_nothing_else(either, serve):
+    outbox, clock, receiver, rows = failing_outbox(either, serve)
     receiver.answers["/a"] = receiver.answers["/b"] = OK
     delivered, late = emit(outbox), emit(outbox, delay=500)
     half = emit(outbox, "order.half")
     assert outbox.drain(once=True).delivered == 4
     half_key = int(half[4:], 16)
     back = "UPDATE webhook_deliveries SET status = 'pending', due_at = ? WHERE endpoint_id = 'b' AND event = ?"
-    query(database, back, clock.now + 80_000, half_key)
+    query(either, back, clock.now + 80_000, half_key)
     many = "INSERT INTO webhook_emit (type, data, created_at) SELECT 'webhook.own', '1', ? FROM json_each(?)"
-    query(database, many, clock.now, json.dumps([0] * 1200))
+    query(either, many, clock.now, json.dumps([0] * 1200))
     clock.advance(550)
     assert outbox.drain(once=True).delivered == 2
     recent = emit(outbox, "webhook.own")
@@ -3883,17 +3841,16 @@ def test_prune_removes_what_is_finished_and_old_and_nothing_else(database, serve
     refuses(NotFound, outbox.attempts, delivered)
     orphans = "SELECT count(*) FROM webhook_{0} WHERE event NOT IN (SELECT seq FROM webhook_events)"
     for table in ("attempts", "deliveries"):
-        assert query(database, orphans.format(table)) == [(0,)]
+        assert query(either, orphans.format(table)) == [(0,)]
     assert outbox.failed() == rows and len(outbox.attempts(rows[0].event_id)) == 2
     clock.advance(1)
     outbox.discard(all=True)
     assert outbox.prune(0) == 5 and [event.id for event in outbox.events()] == [half]
-    assert query(database, "SELECT count(*) FROM webhook_attempts") == [(2,)]
+    assert query(either, "SELECT count(*) FROM webhook_attempts") == [(2,)]
 
 
 def trigger_statements() -> dict[str, list[str]]:
-    """Return what each trigger does, with parameters for NEW and OLD, so that it can be
-    explained."""
+    """Return what each trigger does, with parameters for NEW and OLD, to be explained."""
     found: dict[str, list[str]] = {}
     for statement in itertools.chain.from_iterable(webhook_outbox._SCHEMA):
         if match := re.match(r"CREATE TRIGGER (\w+)(.*?)\bBEGIN\b(.*)\bEND$", statement, re.S):
@@ -3942,8 +3899,7 @@ TURN_STATEMENTS = {
     "prune": "DELETE FROM main.webhook_events",
     "count": "SELECT paused_until <=",
 }
-# At a start, at an end, and when the clock was set back: these look at each endpoint, and at no
-# other row.
+# At a start, at an end, and when the clock was set back: these look at endpoints alone.
 TURN_ONCE = "pauses", "ahead", "pull back", "count"
 TURN_WAYS = (  # how deliveries may be found; a key without a bound is that of max()
     r"PRIMARY KEY( \((event[=>]|\(event,endpoint_id\)>)|$)|_due\b|_queue \(endpoint_id=\? AND queue=\?"
@@ -3951,8 +3907,7 @@ TURN_WAYS = (  # how deliveries may be found; a key without a bound is that of m
 
 
 def turn_statements(outbox: Outbox, clock: Clock) -> list[str]:
-    """Return what the connection of a drain runs, from the first look to retention, in a run that
-    sees it all."""
+    """Return what the connection of a drain runs, from the first look to retention."""
     statements, drain = list[str](), webhook_outbox._Drain(outbox._settings(), "once")
     drain.file.open()
     db, now = drain.file.db, clock.now
@@ -4005,9 +3960,8 @@ def test_every_statement_of_a_turn_finds_its_rows_through_an_index(wal, shop, se
     found: dict[str, list[str]] = {name: [] for name in TURN_STATEMENTS}
     for sql in turn_statements(outbox, clock):
         names = [name for name, part in TURN_STATEMENTS.items() if part in sql]
-        names = [
-            name for name in names if name not in ("endpoints by id", "ahead", "pauses")
-        ] or names[-1:]
+        others = [n for n in names if n not in ("endpoints by id", "ahead", "pauses")]
+        names = others or names[-1:]
         if re.match("SELECT|WITH|INSERT|UPDATE|DELETE", sql):
             assert names, f"a statement that is new: {sql}"
         for name in names:
@@ -4019,13 +3973,11 @@ def test_every_statement_of_a_turn_finds_its_rows_through_an_index(wal, shop, se
         for name, sqls in found.items():
             for sql in sqls:
                 parameters = dict.fromkeys(re.findall(r":((?:NEW|OLD)_\w+)", sql))
-                for *_, step in conn.execute(
-                    "EXPLAIN QUERY PLAN " + re.sub(r"\bInf\b", "9e999", sql), parameters
-                ):
+                plan = "EXPLAIN QUERY PLAN " + re.sub(r"\bInf\b", "9e999", sql)
+                for *_, step in conn.execute(plan, parameters):
                     step = re.sub(r"\bTABLE |\bAS (\w+)", "", step)
-                    large = "deliveries|events|attempts|failed" + (
-                        "" if name in TURN_ONCE else "|endpoints"
-                    )
+                    large = "deliveries|events|attempts|failed"
+                    large += "" if name in TURN_ONCE else "|endpoints"
                     few = r"[deo]" if name in TURN_ONCE else r"[deop]"
                     assert not re.match(rf"SCAN (webhook_({large})|{few})\b", step), (
                         name, step, sql,
@@ -4517,8 +4469,8 @@ def test_an_internal_type_reaches_no_customer_who_did_not_get_it_by_name(wal):
     assert door.events(limit=1)[0].tenant == "c42"
 
 
-def test_forget_leaves_nothing_of_a_customer_and_all_of_the_others(database):
-    outbox, door, other, (theirs, *_) = two_customers(database)
+def test_forget_leaves_nothing_of_a_customer_and_all_of_the_others(either):
+    outbox, door, other, (theirs, *_) = two_customers(either)
     with outbox.transaction() as conn:
         for n in range(450):
             outbox.emit(conn, "order.paid", n, tenant=("c42", "c43", None)[n % 3], key="k")
@@ -4529,8 +4481,8 @@ def test_forget_leaves_nothing_of_a_customer_and_all_of_the_others(database):
     assert door.events() == door.endpoints() == door.deliveries() == door.failed() == []
     seq = int(theirs[4:], 16)
     for table in ("deliveries", "attempts", "failed"):
-        assert query(database, f"SELECT 1 FROM webhook_{table} WHERE event = ?", seq) == []
-    assert query(database, "SELECT count(*) FROM webhook_events WHERE tenant IS 'c42'") == [(0,)]
+        assert query(either, f"SELECT 1 FROM webhook_{table} WHERE event = ?", seq) == []
+    assert query(either, "SELECT count(*) FROM webhook_events WHERE tenant IS 'c42'") == [(0,)]
     assert len(outbox.failed(endpoint="all")) == 2  # of c43 and of nobody
 
 
@@ -4669,9 +4621,8 @@ def test_a_pattern_must_match_a_type_of_the_catalogue(wal):
         assert outbox.add_endpoint(URL, events=[good]).events == (good,)
     id = outbox.endpoints()[0].id
     for bad in ("order.payd", "orders.*", "order", "order.paid.*"):
-        refuses(
-            PayloadError, outbox.add_endpoint, URL, events=["order.paid", bad], words="event type"
-        )
+        both = ["order.paid", bad]
+        refuses(PayloadError, outbox.add_endpoint, URL, events=both, words="event type")
         refuses(PayloadError, outbox.update_endpoint, id, events=[bad], words="event type")
     assert len(outbox.endpoints()) == 6 and outbox.endpoint(id).events == ("*",)
 
@@ -4726,8 +4677,7 @@ def hmac_by_hand(key: bytes, message: bytes) -> bytes:
 def signed_by_hand(
     scheme: str, body: bytes = SIGNED_BODY, *, id: str = "msg_1", at: Any = SIGNED_AT, secret: str = SECRET
 ) -> dict[str, str]:  # fmt: skip
-    """Return the headers of another sender, made from the schemes' own documents without code of
-    ours."""
+    """The headers of another sender, made from the schemes' documents without code of ours."""
     if scheme == "stripe":
         mac = hmac_by_hand(secret.encode(), f"{at}.".encode() + body)
         return {"Stripe-Signature": f"t={at},v1={mac.hex()}"}
@@ -4788,13 +4738,8 @@ def test_sign_refuses_a_key_that_is_short_or_no_base64_without_showing_it():
     short = base64.b64encode(b"c" * 15).decode()
     texts = ["", "whsec_", "whsec_" + short, short, f"{KEY_CANARY}é", f"{KEY_CANARY}\udc80"]
     texts.append(f"whsec_whsec_{KEY_CANARY}")
-    bad = (
-        f"{KEY_CANARY}!",
-        f" {KEY_CANARY}",
-        f"{KEY_CANARY}\n",
-        f"{KEY_CANARY}-_",
-        f"{KEY_CANARY}A",
-    )
+    parts = ("{}!", " {}", "{}\n", "{}-_", "{}A")
+    bad = [part.format(KEY_CANARY) for part in parts]
     texts += [f"whsec_{text}" for text in bad]
     for size in (16, 65_536):
         assert sign(b"c" * size, "msg_1", SIGNED_AT, b"{}").startswith("v1,")
@@ -4809,8 +4754,7 @@ def test_sign_refuses_a_key_that_is_short_or_no_base64_without_showing_it():
 
 @dataclasses.dataclass
 class Caught:
-    """A request off the wire, with the secrets that must verify it and one that must not, in each
-    of its schemes."""
+    """A request off the wire, with the secrets that must verify it and one that must not."""
 
     story: str
     request: Request
@@ -4820,8 +4764,7 @@ class Caught:
 
 
 def catch_on_the_wire(folder: pathlib.Path, serve: Serve) -> Iterator[Caught]:
-    """Send events through a failure, a rotation and the end of its grace, for every kind of
-    signing."""
+    """Send events through a failure, a rotation and the end of its grace, signed in every way."""
     for signing in ("standard", "stripe", "github", "standard+github", "standard+stripe+github"):
         schemes = signing.split("+")
         # The verifiers look at the real time, and take five minutes.
@@ -4829,9 +4772,8 @@ def catch_on_the_wire(folder: pathlib.Path, serve: Serve) -> Iterator[Caught]:
         receiver = serve([answer(500), OK])
         outbox = make_outbox(make_database(folder / f"{signing}.db"), clock=clock, retry=(0, 7))
         endpoint = outbox.add_endpoint(receiver.url(), signing=signing, secret=SECRET)
-        id = emit(
-            outbox, "order.created", {"name": "Žofie ✓ 漢字 \u2028 \U0001f600", "total": 49.99}
-        )
+        data = {"name": "Žofie ✓ 漢字 \u2028 \U0001f600", "total": 49.99}
+        id = emit(outbox, "order.created", data)
         outbox.drain(once=True)
         clock.advance(7)
         assert outbox.drain(once=True).delivered == 1
@@ -4840,14 +4782,10 @@ def catch_on_the_wire(folder: pathlib.Path, serve: Serve) -> Iterator[Caught]:
         yield Caught("retry", second, schemes, [SECRET], SECRET_TWO)
         assert first.body == second.body and "Žofie ✓ 漢字".encode() in first.body
         assert first.headers["webhook-id"] == second.headers["webhook-id"] == id
-        assert (
-            int(second.headers["webhook-timestamp"]) == int(first.headers["webhook-timestamp"]) + 7
-        )
-        names = {
-            "standard": "webhook-signature",
-            "stripe": "stripe-signature",
-            "github": "x-hub-signature-256",
-        }
+        at = [int(request.headers["webhook-timestamp"]) for request in (first, second)]
+        assert at[1] == at[0] + 7
+        names = {"standard": "webhook-signature", "stripe": "stripe-signature"}
+        names["github"] = "x-hub-signature-256"
         assert [scheme for scheme, name in names.items() if name in first.headers] == schemes
         github = {"event": "order.created", "delivery": id} if "github" in schemes else {}
         for word in ("event", "delivery"):
@@ -4857,9 +4795,8 @@ def catch_on_the_wire(folder: pathlib.Path, serve: Serve) -> Iterator[Caught]:
         outbox.drain(once=True)
         # Its one header has room for the new one only.
         both = [scheme for scheme in schemes if scheme != "github"]
-        yield Caught(
-            "in the grace", receiver.requests[-1], both, [SECRET_TWO, SECRET], "whsec_" + "A" * 32
-        )
+        stranger, request = "whsec_" + "A" * 32, receiver.requests[-1]
+        yield Caught("in the grace", request, both, [SECRET_TWO, SECRET], stranger)
         if "github" in schemes:
             yield Caught("in the grace", receiver.requests[-1], ["github"], [SECRET_TWO], SECRET)
         clock.advance(31)
@@ -4967,7 +4904,7 @@ def test_whatever_is_sent_is_accepted_by_verify_and_by_the_libraries_of_others(w
     others = {"standard": accepts_standard, "stripe": accepts_stripe, "github": accepts_github}
     sending = Sending(wal, serve())
 
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(*SEND_WAYS)
     def check(value: Any, body: str, schemes: list[str], rotations: int) -> None:
         request, secrets = sending.send(value, body, schemes, rotations)
@@ -5068,9 +5005,8 @@ def test_what_is_sent_verifies_with_the_libraries_of_node(node_verifiers, tmp_pa
         text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert list(zip(stories, done.stdout.split(), strict=True)) == list(
-        zip(stories, expected, strict=True)
-    )
+    verdicts = zip(stories, done.stdout.split(), strict=True)
+    assert list(verdicts) == list(zip(stories, expected, strict=True))
 
 
 @pytest.mark.parametrize("source", ["env", "file"])
@@ -5104,9 +5040,8 @@ def test_a_secret_outside_the_database_is_read_at_each_attempt(
     assert [a.reason for a in outbox.attempts(id)] == ["internal", "internal", "status", None]
     assert missing.error and name in missing.error and missing.status_code is None
     assert unusable.error and "base64" in unusable.error
-    for request, secret, attempt in zip(
-        receiver.requests, (SECRET, SECRET_TWO), (refused, delivered), strict=True
-    ):
+    sent = zip(receiver.requests, (SECRET, SECRET_TWO), (refused, delivered), strict=True)
+    for request, secret, attempt in sent:
         assert verify(request.body, request.headers, secret, now=attempt.at).id == id
         for scheme in SCHEMES[1:]:
             assert verify(request.body, request.headers, secret, scheme=scheme, now=attempt.at)
@@ -5153,9 +5088,8 @@ def test_what_goes_into_a_header_from_outside_the_file_is_ascii_on_one_line(wal,
             assert good or "X-Key" in attempt.error and "ASCII" in attempt.error, attempt
         report = (emit(outbox, "b", value), outbox.drain(once=True))[1]
         assert report.delivered == (good and value == "token"), value
-    assert {r.headers.get("x-key", r.headers["content-type"]) for r in receiver.requests} == {
-        "token"
-    }
+    sent = {r.headers.get("x-key", r.headers["content-type"]) for r in receiver.requests}
+    assert sent == {"token"}
     for row in outbox.failed():
         assert "content type" in row.error and "'text'" in row.error and "ASCII" in row.error
     for name in ("Müller", "Магазин", "a\nb"):
@@ -5163,8 +5097,7 @@ def test_what_goes_into_a_header_from_outside_the_file_is_ascii_on_one_line(wal,
 
 
 def test_an_empty_secret_signs_nothing(wal, serve, tmp_path, monkeypatch):
-    """Anybody can sign with an empty key, and a file is empty for a moment while an editor writes
-    it."""
+    """Anybody can sign with it, and a file is empty for a moment while an editor writes it."""
     monkeypatch.setenv("WEBHOOK_TEST_SECRET", "")
     (tmp_path / "secret").write_text("\n")
     receiver, outbox = serve(), make_outbox(wal)
@@ -5243,8 +5176,7 @@ def test_one_of_several_secrets_is_enough(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_secret_is_taken_with_white_space_around_it_and_without_its_padding(scheme):
-    """A copied secret, or the content of a file, is the same key; the signature's own base64 stays
-    strict."""
+    """A copied secret, or a file's content, is the same key; the signature's base64 stays strict."""
     padded = "whsec_" + base64.b64encode(bytes(range(25))).decode()  # ends with ==
     spellings = [f" {padded}", f"{padded}\n", f"\t{padded}\r\n"]
     if scheme == "standard":
@@ -5279,8 +5211,7 @@ def test_svixs_names_of_the_headers_are_read_where_none_of_todays_is_there():
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_secret_of_the_wrong_type_opens_no_door(scheme):
-    """bytes(32) is a key of 32 zeros, and a bytearray a list of numbers: whoever guesses that signs
-    with zeros."""
+    """bytes(32) is a key of 32 zeros: whoever guesses that signs with zeros."""
     for secret in (
         None, "", b"", 5, 32, 1.5, [], (), {}, object(), [""], [None], [b""], [SECRET_TWO, None], [[SECRET]],
     ):  # fmt: skip
@@ -5313,8 +5244,7 @@ def test_the_tolerance_holds_both_ways_to_the_second(scheme):
 
 @pytest.mark.parametrize("scheme", ["standard", "stripe"])
 def test_only_a_canonical_timestamp_is_read(scheme):
-    """Whoever parses leniently signs one text and checks another; so here even a right signature
-    does not help."""
+    """Lenient parsing signs one text and checks another: here a right signature does not help."""
     lenient = signed_by_hand(scheme, at=12)
     odd = [
         " 12 ", "12 ", "\t12", "12\n", "1_2", "+12", "012", "00", "-1", "12.0", "1e1", "0x0c", "",
@@ -5341,9 +5271,8 @@ def test_a_signature_has_one_spelling():
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
     left_over = text[:-2] + alphabet[alphabet.index(text[-2]) ^ 1] + "="
     assert base64.b64decode(left_over) == base64.b64decode(text)
-    spellings = [
-        f"{text[:9]}{junk}{text[9:]}" for junk in ("!", "\n", "=", "\0", "é", "\udcff", ",")
-    ]
+    junks = ("!", "\n", "=", "\0", "é", "\udcff", ",")
+    spellings = [f"{text[:9]}{junk}{text[9:]}" for junk in junks]
     spellings += [
         left_over, text + "AAAA", text[:-1], text + "=", "\t" + text, "", text[:20],
         base64.b64decode(text).hex(),
@@ -5392,10 +5321,8 @@ def test_each_header_is_needed_and_must_not_come_twice_with_two_values(scheme):
             {},
         ):  # fmt: skip
             assert "missing" in str(refusal(headers, scheme=scheme))
-        for pairs in (
-            [(name.upper(), "other"), *good.items()],
-            [*good.items(), (name.upper(), "other")],
-        ):
+        other = (name.upper(), "other")
+        for pairs in ([other, *good.items()], [*good.items(), other]):
             assert "twice" in str(refusal(pairs, scheme=scheme))
 
 
@@ -5466,8 +5393,7 @@ def test_an_events_id_comes_from_what_is_signed(scheme, body, id):
 
 
 def test_signatures_are_compared_in_constant_time():
-    """No test on a noisy machine can measure it, so read the source: every scheme goes through
-    compare_digest."""
+    """It cannot be measured on a noisy machine, so read the source: all go through compare_digest."""
     tree = ast.parse((ROOT / "webhook_outbox.py").read_text(encoding="utf-8"))
     defs = (node for node in tree.body if isinstance(node, ast.FunctionDef))
     functions = {node.name: list(ast.walk(node)) for node in defs}
@@ -5640,21 +5566,16 @@ def test_a_fuzzer_led_by_coverage_finds_no_open_door_and_no_other_error(capsys):
     trace = edges_into(seen)
 
     def signed(scheme: str, body: bytes, **options: Any) -> list[tuple[bytes, bytes]]:
-        return [
-            (name.encode(), value.encode())
-            for name, value in signed_by_hand(scheme, body, **options).items()
-        ]
+        headers = signed_by_hand(scheme, body, **options)
+        return [(name.encode(), value.encode()) for name, value in headers.items()]
 
     corpus = [(scheme, SIGNED_BODY, signed(scheme, SIGNED_BODY)) for scheme in SCHEMES]
 
     def changed(text: bytes) -> bytes:
         at, end = sorted(rng.randrange(len(text) + 1) for _ in range(2))
         token = rng.choice((*FUZZ_TOKENS, b"", rng.randbytes(2), rng.choice(corpus)[1]))
-        return (
-            text[:at]
-            + rng.choice((token, text[at:end] * 3))
-            + text[rng.choice((at, at + 1, end)) :]
-        )[:4096]
+        middle = rng.choice((token, text[at:end] * 3))
+        return (text[:at] + middle + text[rng.choice((at, at + 1, end)) :])[:4096]
 
     for _ in range(runs):
         scheme, body, headers = corpus[int(len(corpus) * rng.random() ** 0.5)]  # mostly what is new
@@ -5667,9 +5588,8 @@ def test_a_fuzzer_led_by_coverage_finds_no_open_door_and_no_other_error(capsys):
             elif how < 0.6:
                 body = changed(body)
             elif how < 0.9:
-                pair = rng.choice(
-                    (map(changed, headers[place]), (headers[place][0], changed(headers[place][1])))
-                )
+                one = (headers[place][0], changed(headers[place][1]))
+                pair = rng.choice((map(changed, headers[place]), one))
                 headers = [*headers[:place], tuple(pair), *headers[place + 1 :]]
             else:
                 headers = rng.choice((headers[:place], headers)) + rng.choice(corpus)[2]
@@ -5685,17 +5605,14 @@ def test_a_fuzzer_led_by_coverage_finds_no_open_door_and_no_other_error(capsys):
             genuine += 1
             mac = signed(scheme, body, id=event.id, at=event.timestamp)[-1][1].rpartition(b",")[2]
             assert event.body == body and any(mac in value for _, value in headers)
-            assert abs((event.timestamp or SIGNED_AT) - SIGNED_AT) <= 300 and (
-                event.id or scheme != "standard"
-            )
+            assert abs((event.timestamp or SIGNED_AT) - SIGNED_AT) <= 300
+            assert event.id or scheme != "standard"
         if not seen <= edges:
             corpus.append((scheme, body, headers))
             edges |= seen
         seen.clear()
-    took, found = (
-        time.monotonic() - began,
-        f"{genuine} genuine, {len(edges)} edges, {len(corpus)} cases",
-    )
+    took = time.monotonic() - began
+    found = f"{genuine} genuine, {len(edges)} edges, {len(corpus)} cases"
     with capsys.disabled():
         print(f"\nverify(): {runs} executions in {took:.0f} s, {found}")
     assert genuine > runs // 50 and len(edges) > 100
@@ -5914,8 +5831,7 @@ def test_retry_after_holds_the_whole_endpoint_and_no_other(hint, status, wal, se
 
 
 def test_retry_after_is_not_lifted_by_an_answer_that_was_on_its_way(wal, serve):
-    """A limit is reached while earlier requests are still being worked on; their 200 does not mean:
-    come again."""
+    """The 200 of a request that was accepted before the limit does not mean: come again."""
     clock = Clock()
     outbox = make_outbox(wal, clock=clock)
 
@@ -6006,8 +5922,7 @@ def test_an_answer_may_end_its_delivery_or_hold_the_endpoint(shop, first, one, t
 
 @pytest.mark.parametrize("break_", [False, True], ids=["without a break", "with a success between"])
 def test_a_delivery_expires_when_its_endpoint_failed_for_its_whole_window(shop, break_):
-    """Retry-After can stretch a schedule beyond its window of here 30 s; a success in between
-    starts it anew."""
+    """Retry-After can stretch a schedule beyond its window of 30 s; a success starts it anew."""
     slow = answer(503, b"", "Retry-After: 29")
     clock, receiver, outbox = shop.timed(
         [slow, OK, answer(500)] if break_ else [slow, answer(500)],
@@ -6117,7 +6032,7 @@ def test_a_row_that_was_sent_again_by_hand_just_as_it_expired_is_not_given_up(wa
     assert statuses(outbox, id) == {"a": "pending"} and not outbox.failed()
 
 
-def test_a_drain_that_was_off_for_a_week_delivers(database, shop):
+def test_a_drain_that_was_off_for_a_week_delivers(either, shop):
     clock, receiver, outbox = shop.timed(
         [answer(500), answer(500), OK], id="crm", max_in_flight=1, retry=RetryPolicy()
     )
@@ -6168,8 +6083,7 @@ def test_a_clock_that_was_ahead_for_a_minute_delays_nothing_for_years(ahead, run
 
 
 def test_a_drain_does_not_end_before_it_saw_that_the_clock_was_set_back(shop, monkeypatch):
-    """Not even where another endpoint has outcomes to record first: these end in the turn that
-    starts them."""
+    """Not even where another endpoint has outcomes to record first, in the turn that starts them."""
     monkeypatch.delenv("NOWHERE", raising=False)
     clock, receiver, outbox = shop.timed([answer(429, b"", "Retry-After: 900"), OK, OK], id="busy")
     clock.advance(3 * DAY)
@@ -6184,10 +6098,8 @@ def test_a_drain_does_not_end_before_it_saw_that_the_clock_was_set_back(shop, mo
 def test_an_event_of_a_clock_that_was_ahead_is_delayed_as_it_was_meant(shop):
     clock, _, outbox = shop.timed(retry=RetryPolicy())
     clock.advance(7300 * DAY)
-    meant = {
-        emit(outbox, delay=delay): min(delay, RetryPolicy().longest)
-        for delay in (0.0, 60.0, 2 * DAY)
-    }
+    longest = RetryPolicy().longest
+    meant = {emit(outbox, delay=delay): min(delay, longest) for delay in (0.0, 60.0, 2 * DAY)}
     clock.advance(-7300 * DAY)
     assert outbox.drain(once=True) == DrainReport(1, 0, 0, 2)
     for event, delay in meant.items():
@@ -6197,8 +6109,7 @@ def test_an_event_of_a_clock_that_was_ahead_is_delayed_as_it_was_meant(shop):
 
 
 def test_a_clock_that_stands_still_moves_nothing(wal, serve):
-    """Neither a try that was put off for as long as can be, nor a delay that the host asked for
-    just now."""
+    """Neither a try that was put off as long as can be, nor a delay that the host asked for."""
     clock, busy = Clock(), serve(answer(429, b"", f"Retry-After: {DAY:.0f}"))
     outbox = make_outbox(wal, busy.url(), id="busy", clock=clock, retry=RetryPolicy())
     now, first = clock.now, emit(outbox)
@@ -6218,9 +6129,8 @@ def test_every_other_status_is_retried_and_redirects_are_named_and_not_followed(
     secret_place, clock = serve(), Clock()
     outbox = make_outbox(wal, clock=clock, resolver=lambda host, port: pytest.fail("a lookup"))
     place, redirects = secret_place.url("/inside"), (301, 302, 303, 307, 308)
-    first = {
-        status: answer(status, b"why", f"Location: {place}?token=canary") for status in redirects
-    }
+    location = f"Location: {place}?token=canary"
+    first = {status: answer(status, b"why", location) for status in redirects}
     for status in (400, 401, 403, 404, 405, 409, 413, 418, 422, 451):
         first[status] = answer(status, b"why")
     first[304] = answer(304)
@@ -6243,9 +6153,9 @@ def test_every_other_status_is_retried_and_redirects_are_named_and_not_followed(
 
 
 @pytest.fixture
-def inbox(database: str) -> Inbox:
-    made = Inbox(database)
-    query(database, "CREATE TABLE invoices (id INTEGER PRIMARY KEY, event TEXT NOT NULL)")
+def inbox(either: str) -> Inbox:
+    made = Inbox(either)
+    query(either, "CREATE TABLE invoices (id INTEGER PRIMARY KEY, event TEXT NOT NULL)")
     return made
 
 
@@ -6256,21 +6166,21 @@ def receiving(path: str, **options: Any) -> Iterator[sqlite3.Connection]:
         yield conn
 
 
-def test_an_event_is_accepted_once(inbox, database):
-    with receiving(database) as conn:
+def test_an_event_is_accepted_once(inbox, either):
+    with receiving(either) as conn:
         assert inbox.accept(conn, "msg_1") is True
         assert inbox.accept(conn, "msg_1") is False
         assert inbox.accept(conn.cursor(), "msg_2") is True
-    with receiving(database) as conn:
+    with receiving(either) as conn:
         conn.row_factory = sqlite3.Row
         conn.text_factory = bytes
         new = [inbox.accept(conn, id) for id in ("msg_1", "msg_2", "msg_3", "MSG_1", "'; --")]
         assert new == [False, False, True, True, True]
-        assert [Inbox(database).accept(conn, id) for id in ("msg_3", "msg_1")] == [False, False]
+        assert [Inbox(either).accept(conn, id) for id in ("msg_3", "msg_1")] == [False, False]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_request_that_was_overheard_is_handled_once(inbox, database, scheme):
+def test_a_request_that_was_overheard_is_handled_once(inbox, either, scheme):
     signed, accepted = signed_by_hand(scheme), 0
     names = ("webhook-id", "X-GitHub-Delivery", "X-GitHub-Event", "svix-id")
     changes = [{}, {}, *({name: f"msg_{n}"} for name in names for n in range(3))]
@@ -6279,41 +6189,41 @@ def test_a_request_that_was_overheard_is_handled_once(inbox, database, scheme):
             event = verify(SIGNED_BODY, {**signed, **change}, SECRET, scheme=scheme, now=SIGNED_AT)
         except SignatureError:
             continue
-        with receiving(database) as conn:
+        with receiving(either) as conn:
             accepted += inbox.accept(conn, event.id)
     assert accepted == 1
 
 
-def test_a_handler_that_fails_leaves_no_trace(inbox, database):
-    with pytest.raises(ZeroDivisionError), receiving(database) as conn:
+def test_a_handler_that_fails_leaves_no_trace(inbox, either):
+    with pytest.raises(ZeroDivisionError), receiving(either) as conn:
         assert inbox.accept(conn, "msg_1")
         conn.execute("INSERT INTO invoices (event) VALUES ('msg_1')")
         raise ZeroDivisionError
     for table in ("webhook_inbox", "invoices"):
-        assert query(database, f"SELECT * FROM {table}") == []
-    with receiving(database) as conn:
+        assert query(either, f"SELECT * FROM {table}") == []
+    with receiving(either) as conn:
         conn.execute("SAVEPOINT handler")
         assert inbox.accept(conn, "msg_1")
         conn.execute("ROLLBACK TO handler")
         assert inbox.accept(conn, "msg_1")
-    with receiving(database) as conn:
+    with receiving(either) as conn:
         assert not inbox.accept(conn, "msg_1")
 
 
-def test_accept_needs_the_receivers_transaction(inbox, database, tmp_path):
+def test_accept_needs_the_receivers_transaction(inbox, either, tmp_path):
     options: list[dict[str, Any]] = [{"isolation_level": None}]
     if sys.version_info >= (3, 12):
         options.append({"autocommit": True})
     for option in options:
-        with contextlib.closing(sqlite3.connect(database, **option)) as conn:
+        with contextlib.closing(sqlite3.connect(either, **option)) as conn:
             refuses(NotInTransaction, inbox.accept, conn, "msg_1")
             conn.execute("BEGIN")
             assert inbox.accept(conn, "msg_1")
             assert conn.in_transaction
             conn.execute("ROLLBACK")
-    assert query(database, "SELECT * FROM webhook_inbox") == []
+    assert query(either, "SELECT * FROM webhook_inbox") == []
     for id in ("", "a" * 257, "a\nb", None, 5, b"msg_1"):
-        with receiving(database) as conn, pytest.raises(PayloadError):
+        with receiving(either) as conn, pytest.raises(PayloadError):
             inbox.accept(conn, id)  # type: ignore[arg-type]
     with receiving(str(tmp_path / "other.db")) as conn, pytest.raises(SchemaError):
         inbox.accept(conn, "msg_1")
@@ -6321,7 +6231,7 @@ def test_accept_needs_the_receivers_transaction(inbox, database, tmp_path):
         refuses(SchemaError, Inbox, nowhere)
 
 
-def test_of_two_that_accept_at_once_one_wins(inbox, database):
+def test_of_two_that_accept_at_once_one_wins(inbox, either):
     """In every third round the first to accept fails afterwards; then the other must win."""
     rounds = 12
     barrier = threading.Barrier(2)
@@ -6331,7 +6241,7 @@ def test_of_two_that_accept_at_once_one_wins(inbox, database):
     def receive(number: int) -> None:
         for turn in range(rounds):
             barrier.wait(30)
-            with contextlib.suppress(ZeroDivisionError), receiving(database) as conn:
+            with contextlib.suppress(ZeroDivisionError), receiving(either) as conn:
                 if not inbox.accept(conn, f"msg_{turn}"):
                     continue
                 conn.execute("INSERT INTO invoices (event) VALUES (?)", (f"msg_{turn}",))
@@ -6345,7 +6255,7 @@ def test_of_two_that_accept_at_once_one_wins(inbox, database):
     assert [len(each) for each in won] == [1] * rounds
     assert [len(each) for each in lost] == [1, 0, 0] * (rounds // 3)
     count = "SELECT count(*), count(DISTINCT event) FROM invoices"
-    assert query(database, count) == [(rounds, rounds)]
+    assert query(either, count) == [(rounds, rounds)]
 
 
 # How a receiver's transaction begins: options of connect, and what it executes first.
@@ -6356,20 +6266,19 @@ BEGINNINGS: list[tuple[dict[str, Any], str]] = [
 BEGINNINGS += [({"autocommit": False}, "")] if sys.version_info >= (3, 12) else []
 
 
-def test_accept_waits_for_whoever_writes_however_its_transaction_began(inbox, database):
-    """A deferred transaction that reads before it writes does not wait: SQLite answers "database is
-    locked" at once."""
+def test_accept_waits_for_whoever_writes_however_its_transaction_began(inbox, either):
+    """One that reads before it writes does not wait: SQLite says "database is locked" at once."""
     for number, (options, begin) in enumerate(BEGINNINGS):
-        with contextlib.closing(sqlite3.connect(database, check_same_thread=False)) as other:
+        with contextlib.closing(sqlite3.connect(either, check_same_thread=False)) as other:
             inbox.accept(other, f"msg_{number}")
             end = threading.Timer(0.1, other.rollback if number % 2 else other.commit)
             end.start()
-            with receiving(database, **options) as conn:
+            with receiving(either, **options) as conn:
                 conn.execute(begin)
                 assert inbox.accept(conn, f"msg_{number}") is bool(number % 2), begin
                 assert inbox.accept(conn, f"new_{number}")
             end.join()
-    assert query(database, "SELECT count(*) FROM webhook_inbox") == [(2 * len(BEGINNINGS),)]
+    assert query(either, "SELECT count(*) FROM webhook_inbox") == [(2 * len(BEGINNINGS),)]
 
 
 def test_a_file_that_is_not_the_inboxs_is_refused_and_left_alone(inbox, tmp_path):
@@ -6383,9 +6292,8 @@ def test_a_file_that_is_not_the_inboxs_is_refused_and_left_alone(inbox, tmp_path
             assert conn.execute("SELECT count(*) FROM webhook_inbox").fetchone() == (0,)
 
 
-def test_receivers_in_several_processes_make_one_invoice_an_event(inbox, database):
-    """Each event comes twice to each of them; handlers fail after accept; and one is killed
-    there."""
+def test_receivers_in_several_processes_make_one_invoice_an_event(inbox, either):
+    """Each event comes twice to each; handlers fail after accept; one is killed there."""
     code = """
     import itertools, json, sqlite3, sys, webhook_outbox
     number, path, (options, begin) = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
@@ -6401,22 +6309,22 @@ def test_receivers_in_several_processes_make_one_invoice_an_event(inbox, databas
         except ZeroDivisionError:
             pass
     """
-    with run_python(code, "-1", database, json.dumps(BEGINNINGS[1]), stdin=subprocess.PIPE) as dies:
+    with run_python(code, "-1", either, json.dumps(BEGINNINGS[1]), stdin=subprocess.PIPE) as dies:
         dies.says("msg_0")
-        herd = [run_python(code, str(n), database, json.dumps(b)) for n, b in enumerate(BEGINNINGS)]
+        herd = [run_python(code, str(n), either, json.dumps(b)) for n, b in enumerate(BEGINNINGS)]
         dies.strike()
         for process in herd:
             process.ends(within=120)
-    assert query(database, "SELECT count(*), count(DISTINCT event) FROM invoices") == [(24, 24)]
+    assert query(either, "SELECT count(*), count(DISTINCT event) FROM invoices") == [(24, 24)]
 
 
-def test_an_inbox_that_power_loss_could_empty_says_so_once(inbox, database, caplog):
+def test_an_inbox_that_power_loss_could_empty_says_so_once(inbox, either, caplog):
     told = []
     for id, level, number in (
         ("a", "FULL", 2), ("b", "EXTRA", 3), ("c", "NORMAL", 1), ("d", "NORMAL", 1), ("e", "OFF", 0),
         ("f", "FULL", 2),
     ):  # fmt: skip
-        with receiving(database) as conn:
+        with receiving(either) as conn:
             conn.execute(f"PRAGMA synchronous = {level}")
             inbox.accept(conn, id)
             assert conn.execute("PRAGMA synchronous").fetchone() == (number,)
@@ -6425,19 +6333,18 @@ def test_an_inbox_that_power_loss_could_empty_says_so_once(inbox, database, capl
     assert told == [0, 0, 1, 1, 1, 1]
 
 
-def test_the_inbox_forgets_what_is_older_than_told(inbox, database):
-    with receiving(database) as conn:
+def test_the_inbox_forgets_what_is_older_than_told(inbox, either):
+    with receiving(either) as conn:
         for id in ("old", "new"):
             inbox.accept(conn, id)
         conn.execute("UPDATE webhook_inbox SET received_at = received_at - 1000 WHERE id = 'old'")
     assert (inbox.prune(5000), inbox.prune(500), inbox.prune(500)) == (0, 1, 0)
-    with receiving(database) as conn:
+    with receiving(either) as conn:
         assert (inbox.accept(conn, "old"), inbox.accept(conn, "new")) == (True, False)
 
 
-def test_an_order_makes_one_invoice_however_often_it_comes(inbox, database, serve, tmp_path):
-    """The README's example over real sockets: the first handler dies after accept, the second
-    answer gets lost."""
+def test_an_order_makes_one_invoice_however_often_it_comes(inbox, either, serve, tmp_path):
+    """Over real sockets: the first handler dies after accept, the second answer gets lost."""
     clock, results = Clock(time.time()), []
 
     def invoice(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
@@ -6447,7 +6354,7 @@ def test_an_order_makes_one_invoice_however_often_it_comes(inbox, database, serv
             sock.sendall(answer(400))
             return True
         try:
-            with receiving(database) as conn:
+            with receiving(either) as conn:
                 first = inbox.accept(conn, event.id)
                 if first:
                     conn.execute("INSERT INTO invoices (event) VALUES (?)", (event.id,))
@@ -6471,12 +6378,12 @@ def test_an_order_makes_one_invoice_however_often_it_comes(inbox, database, serv
     outbox.resend(id)
     assert outbox.drain(once=True).delivered == 1
     assert results == ["failed", "invoice", "duplicate", "duplicate"]
-    assert query(database, "SELECT event FROM invoices") == [(id,)]
+    assert query(either, "SELECT event FROM invoices") == [(id,)]
     url, body = receiver.url(), receiver.requests[0].body
     forged = {"webhook-id": "msg_x", "webhook-timestamp": str(int(time.time()))}
     forged["webhook-signature"] = "v1,AAAA"
     assert requests.post(url, data=body, headers=forged, timeout=10).status_code == 400
-    assert query(database, "SELECT event FROM invoices") == [(id,)]
+    assert query(either, "SELECT event FROM invoices") == [(id,)]
 
 
 # ── network guard ─────────────────────────────────────────────────────────────────────────────────
@@ -6802,8 +6709,7 @@ def test_a_host_is_refused_as_far_as_its_name_tells(host, scheme, admitted, refu
 
 
 def transport_resolver(table: dict[str, Any]) -> Callable[[str, int], Any]:
-    """Answer from a table; a list of lists is played one answer a lookup, an exception is
-    raised."""
+    """Answer from a table: lists of lists one answer a lookup, exceptions are raised."""
 
     def resolver(host: str, port: int) -> Any:
         value = table[host]
@@ -7158,10 +7064,8 @@ def test_localhost_may_be_reached_where_loopback_is_allowed(wal, serve, authorit
 def test_a_certificate_that_is_not_trusted_is_refused_before_a_byte(
     wal, serve, authority, tmp_path
 ):
-    stranger, alone, unknown = (
-        trustme.CA(),
-        *(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) for _ in "ab"),
-    )
+    stranger = trustme.CA()
+    alone, unknown = (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) for _ in "ab")
     own = stranger.private_key_pem.bytes() + stranger.cert_pem.bytes()
     (tmp_path / "alone.pem").write_bytes(own)
     alone.load_cert_chain(tmp_path / "alone.pem")
@@ -7194,8 +7098,7 @@ def test_a_certificate_that_is_not_trusted_is_refused_before_a_byte(
 
 @pytest.mark.parametrize("form", ["root", "intermediate", "own", "other", "other own"])
 def test_a_ca_may_be_any_certificate_of_the_receivers_chain(wal, serve, tmp_path, form):
-    """A private authority is often known by its intermediate, and a single server by the
-    certificate that it shows."""
+    """An authority is often known by its intermediate, a server by the certificate that it shows."""
     root = trustme.CA()
     middle = root.create_child_ca()
     leaf, other = middle.issue_cert("127.0.0.1"), middle.issue_cert("127.0.0.1")
@@ -7274,9 +7177,8 @@ def test_apache_may_ask_for_the_certificate_in_a_location(wal, authority, tmp_pa
     settings = dict(folder=tmp_path, port=port, modules=modules, protocol=protocol)
     (tmp_path / "conf").write_text(APACHE.format(**settings))
     shutil.copy(authority.path, tmp_path / "ca.pem")
-    authority.ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(
-        tmp_path / "server.pem"
-    )
+    own = authority.ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem
+    own.write_to_path(tmp_path / "server.pem")
     process = subprocess.Popen([program, "-f", tmp_path / "conf", "-DFOREGROUND"])
     try:
         eventually((tmp_path / "pid").exists)
@@ -7307,9 +7209,8 @@ def test_a_client_certificate_opens_a_receiver_that_asks(wal, serve, authority, 
         (tmp_path / name).write_text(text)
     pair = (str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"))
     outbox = make_outbox(wal, clock=Clock())
-    outbox.add_endpoint(
-        receiver.url(), ca=authority.path, cert={"path": path, "pair": pair}.get(kind)
-    )
+    cert = {"path": path, "pair": pair}.get(kind)
+    outbox.add_endpoint(receiver.url(), ca=authority.path, cert=cert)
     event_id = emit(outbox)
     outbox.drain(once=True)
     (attempt,) = outbox.attempts(event_id)
@@ -7398,9 +7299,8 @@ def test_the_environment_does_not_touch_a_delivery(wal, serve, authority, tmp_pa
     monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
     outbox = make_outbox(wal, plain.url(), id="plain", max_in_flight=1, retry=ONCE)
-    outbox.add_endpoint(
-        plain.url("/bearer"), id="bearer", headers={"Authorization": "Bearer mine"}, max_in_flight=1
-    )
+    bearer = {"Authorization": "Bearer mine"}
+    outbox.add_endpoint(plain.url("/bearer"), id="bearer", headers=bearer, max_in_flight=1)
     outbox.add_endpoint(secure.url(), id="own", ca=authority.path)
     outbox.add_endpoint(secure.url(), id="default")
     for variable, path in itertools.product(
@@ -7418,11 +7318,9 @@ def test_the_environment_does_not_touch_a_delivery(wal, serve, authority, tmp_pa
     assert victim.connections == 0 and not (tmp_path / "keys").exists()
 
 
-# A network of its own, in which every address is this machine: where connections land is the
-# verdict.
+# A network in which every address is this machine: where connections land is the verdict.
 
-# What the DNS server answers, lookup by lookup, the last for ever; a name among addresses is a
-# CNAME.
+# What the DNS server answers, lookup by lookup, the last for ever; a name is a CNAME.
 NETWORK_ZONE: dict[str, list[list[str]]] = {
     "public.test": [["93.184.216.34"]],
     "public6.test": [["2606:2800:220:1:248:1893:25c8:1946"]],
@@ -7446,8 +7344,7 @@ NETWORK_LITERALS = (
     "93.184.216.34 127.0.0.1 2130706433 0x7f.1 0177.0.0.1 0 10.0.0.1 169.254.169.254 [::1] [::ffff:10.0.0.1] "
     "[64:ff9b::a9fe:a9fe] [fe80::1] [fd00::1] 0.0.0.0 224.0.0.1 localhost"
 ).split()
-# Spellings that parsers read differently, written past registration; every name in them resolves to
-# loopback.
+# Spellings that parsers read differently, past registration; every name resolves to loopback.
 NETWORK_ODD = r"""https://127.0.0.1./ https://[::ffff:7f00:1]/ https://[0:0:0:0:0:ffff:a9fe:a9fe]/ https://[::127.0.0.1]/
 https://0x7f000001/ https://127.0.1/ https://LOCALHOST./ https://public.test.inside.test/ https://127\uff0e0\uff0e0\uff0e1/
 https://\u24db\u24de\u24d2\u24d0\u24db\u24d7\u24de\u24e2\u24e3/ https://\uff11\uff12\uff17.0.0.1/ https://in\u00adside.test/
@@ -7587,8 +7484,7 @@ def test_where_every_address_answers_connections_land_where_they_may(tmp_path, a
 
 
 class ExchangeDeaf(Receiver):
-    """Does with its first connection what `play` says without reading a request, or TLS if that
-    comes `later`."""
+    """Plays to its first connection without reading a request; TLS may come `later`."""
 
     later: ssl.SSLContext | None = None
 
@@ -7604,8 +7500,7 @@ class ExchangeDeaf(Receiver):
 
 @contextlib.contextmanager
 def exchange_lateness() -> Iterator[list[float]]:
-    """How late a thread that sleeps 10 ms woke, at worst: what this machine may add to any time
-    limit."""
+    """How late a thread that sleeps 10 ms woke, at worst: what may add to any time limit."""
     worst, stop = [0.0], threading.Event()
 
     def tick() -> None:
@@ -7639,8 +7534,7 @@ EXCHANGE_FAULTS: dict[str, tuple[Any, Any, int | None]] = {
     "4 plain": (lambda r, s, q: not s.sendall(OK), "tls", None),
     "4 alert": (lambda r, s, q: not s.sendall(b"\x15\x03\x03\x00\x02\x02\x28"), "tls", None),
     "4 close": (lambda *_: False, ("tls", "connect"), None),
-    # Once it has sent something: a reset before that makes older Pythons' ssl forget to close its
-    # socket.
+    # Once it has sent something: else older Pythons' ssl forgets to close its socket.
     "4 reset": (lambda r, s, q: s.recv(9) and resets(r, s, q), ("tls", "connect"), None),
     "5 header drip": (drips(answer(200, b"", "X: " + "x" * 99)), "timeout", None),
     # Where a status was read, it decides; the body may go on for ever.
@@ -7747,8 +7641,7 @@ def exchange_once(name: str, fault: Any) -> Callable[..., bool]:
 def exchange_check(
     attempt: Any, receiver: Receiver, reason: Any, status: int | None, late: float, lasts: bool
 ) -> None:
-    """The attempt came to what the table says, in time, read little, and has one clean line of
-    error."""
+    """The attempt came to what the table says, in time, read little, with one clean line of error."""
     assert attempt.status_code == status, attempt
     assert attempt.reason in (reason if isinstance(reason, tuple) else (reason,)), attempt
     assert attempt.duration < (EXCHANGE_TIMEOUT + 0.5 + 3 * late if lasts else 20), (attempt, late)
@@ -7818,18 +7711,16 @@ def test_no_fault_of_a_receiver_reaches_another_event(wal, serve, authority, tls
         (attempt,) = outbox.attempts(first, ids[name])
         lasts = end[0] == "timeout" or exchange_lasts(name)
         exchange_check(attempt, servers[name], *end, worst[0], lasts)
-        assert (
-            not lasts or servers[name].lasted.get(1, 0) < EXCHANGE_TIMEOUT + 0.5 + 3 * worst[0]
-        ), (name, worst)
+        most = EXCHANGE_TIMEOUT + 0.5 + 3 * worst[0] if lasts else math.inf
+        assert servers[name].lasted.get(1, 0) < most, (name, worst)
     assert victim.connections == 0 and lookups == []
     states = {None: "delivered", "gone": "failed"}
     wanted = {ids[name]: states.get(reason, "pending") for name, (_, reason, _) in faults.items()}
     assert statuses(outbox, first) == wanted | dict.fromkeys(healthy, "delivered")
     others = dict.fromkeys({*wanted, *healthy} - {"1-refused", "1-full"}, "delivered")
     assert statuses(outbox, second) == others | {"19-gone": "held", "6-gone-drip": "held"}
-    assert {
-        d.due_at - clock.now for d in outbox.event(first).deliveries if d.status == "pending"
-    } == {1.0}
+    waits = [d for d in outbox.event(first).deliveries if d.status == "pending"]
+    assert {d.due_at - clock.now for d in waits} == {1.0}
     for name in dead:
         outbox.update_endpoint(ids[name], url=servers[name].url())
     for name in ("19-gone", "6-gone-drip"):
@@ -7927,9 +7818,8 @@ def test_a_connection_is_reused_exactly_when_it_may_be(wal, serve, authority, tl
 
 @pytest.mark.parametrize("tls", [False, True])
 def test_a_connection_that_is_closed_between_requests_costs_nothing(shop, authority, tls):
-    receiver, outbox = shop.open(
-        ca=authority.path, tls=authority.server() if tls else None, workers=1
-    )
+    context = authority.server() if tls else None
+    receiver, outbox = shop.open(ca=authority.path, tls=context, workers=1)
     ids = []
     with outbox:
         for _ in range(4):
@@ -7962,8 +7852,7 @@ class ExchangeHasty(Receiver):
             sock.sendall(OK)
 
 
-@pytest.mark.parametrize("tls", [False, True])
-@pytest.mark.parametrize("size", [20_000, 3_000_000])
+@pytest.mark.parametrize(("size", "tls"), [(3_000_000, False), (20_000, True)])
 def test_a_large_request_refused_on_a_kept_connection_goes_out_once(shop, authority, tls, size):
     receiver, outbox = shop.open(
         ca=authority.path, max_in_flight=1, kind=ExchangeHasty,
@@ -8060,8 +7949,7 @@ def test_an_answer_reads_the_same_however_it_is_cut(data, cuts):
         parts = exchange_read(pieces)
         told = "status headers error reusable"
         assert fields(parts, told) == fields(whole, told)
-        # A success without framing is known once its head is there; of its body we take what came
-        # along.
+        # A success without framing is known by its head; of its body we take what came along.
         assert parts.body == whole.body or 200 <= whole.status < 300 and not whole.reusable
 
 
@@ -8330,8 +8218,7 @@ def test_messages_of_tls_itself_count_against_what_an_answer_may_hold(shop, auth
     assert outbox.ping("a").reason is None
 
 
-# an answer, and what it comes to: reason, error, response, seconds of Retry-After, whether the
-# endpoint is disabled
+# An answer; its reason, error, response, seconds of Retry-After, whether it disables.
 EXCHANGE_JUDGED: list[tuple[bytes, tuple[Any, ...]]] = [
     (answer(200), (None, None, None, None, False)),
     (answer(299, b"ok", "Location: /a"), (None, None, "ok", None, False)),
@@ -8382,9 +8269,8 @@ def test_the_kept_response_is_four_kib_of_printable_text(wal, serve):
     for number, body in enumerate(bodies):
         (attempt,) = outbox.attempts(event_id, str(number))
         assert 0 < len(attempt.response.encode()) <= 4096, number
-        assert attempt.response.isprintable() and (
-            number > 1 or body.decode().startswith(attempt.response)
-        )
+        assert attempt.response.isprintable()
+        assert number > 1 or body.decode().startswith(attempt.response)
 
 
 ECHOED, OTHER = "".join(map(str, range(1_900)))[:4_000], "".join(map(str, range(2_000, 3_000)))
@@ -8408,8 +8294,7 @@ def test_only_what_was_searched_for_secrets_is_kept(status, secrets, body, kept)
 
 
 def test_a_connection_to_the_old_url_carries_nothing_for_the_new_one(wal, serve):
-    """The endpoint moves while an attempt is under way; its connection must not wait for the next
-    delivery."""
+    """The endpoint moves while an attempt is under way: its connection must not be kept."""
     release = threading.Event()
     old = serve(lambda receiver, sock, request: release.wait(20) and not sock.sendall(OK))
     new = serve()
@@ -8449,8 +8334,7 @@ class HeldLoop:
 
 
 def test_an_endpoint_that_disables_itself_as_a_connection_closes_stops_no_drain(shop, serve):
-    """Both become news in one round of the loop, the 410 first: the clock holds the loop until both
-    are there."""
+    """Both become news in one round, the 410 first: the clock holds the loop until then."""
     gone, sent, hold = threading.Event(), threading.Event(), HeldLoop()
     sockets: dict[str, socket.socket] = {}
 
@@ -8506,8 +8390,7 @@ EXCHANGE_SPELLINGS: dict[int, Any] = {  # how receivers write down what they got
 
 
 def exchange_echo(status: int) -> Callable[..., bool]:
-    """Send back all that came and all it knows, as a debugging receiver does, in the body and as a
-    Location."""
+    """Send back all that came and all it knows, in the body and as a Location."""
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
         target = request.line.split(" ")[1]

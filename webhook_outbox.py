@@ -8516,7 +8516,7 @@ class _Finder:
 
     __slots__ = (
         "_elsewhere", "_file", "_ledger", "_looking", "_net", "_settings", "lanes", "monitored",
-        "news", "orphans", "recalled", "schedule",
+        "news", "orphans", "schedule",
     )  # fmt: skip
     _LANES = 2_048  # lanes that are remembered before those without work are forgotten
     _TOLD = 4  # endpoints that the log names of those which the guard refuses
@@ -8534,7 +8534,6 @@ class _Finder:
         # Endpoints that this drain cannot send to, which was said: see _ours.
         self._elsewhere: set[str] = set()
         self.monitored = False  # an endpoint subscribes to webhook.*
-        self.recalled = False  # something was cancelled during this run
         # Ids with deliveries that are no endpoints: written in SQL, or restored.
         self.orphans: list[str] = []
 
@@ -8606,7 +8605,7 @@ class _Finder:
         if cancelled != news.cancelled:
             for lane in self.lanes.values():
                 lane.backlog.recalled()
-            news.cancelled, self.recalled = cancelled, True
+            news.cancelled = cancelled
 
     def _read_news(self, now: float, mono: float) -> None:
         """Read what others committed: first what changed, then new deliveries, a thousand at most;
@@ -9461,9 +9460,10 @@ class _Drain:
 
     def _is_empty(self) -> bool:
         """Say whether nothing is left to send, now or later. What the agenda has for later is what
-        waits; but after something was cancelled it may be gone, so the file is asked."""
-        if not self.finder.schedule.due or not self.finder.recalled:
-            return not self.finder.schedule.due
+        waits; but it may be gone meanwhile (cancelled, removed with its endpoint, deleted in plain
+        SQL) or turn out to be for a sender that is not known here. So the file is asked."""
+        if not self.finder.schedule.due:
+            return True
         with contextlib.suppress(sqlite3.OperationalError):  # locked: asked again in the next turn
             return not _work_left(self.file.db, math.inf, self.settings.senders)
         return False

@@ -9071,7 +9071,8 @@ class _Outcomes:
         self._ledger.rows.append(
             _Row(
                 kind, picked.event, id, status, due_at, at, duration,
-                outcome.status_code, outcome.reason or "", outcome.error or "", outcome.response or "",
+                outcome.status_code, outcome.reason or "", outcome.error or "",
+                outcome.response or "",
             )
         )  # fmt: skip
 

@@ -13233,6 +13233,51 @@ def test_a_child_of_a_draining_process_keeps_its_commits_when_the_parent_stops(d
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_drain_that_forks_and_finds_its_file_gone_ends_alone(wal):
+    """Its own callback forks. The drains of other files go on, and other threads may fork."""
+    code = """
+    import os, sys, threading, warnings
+    from webhook_outbox import Outbox
+    warnings.simplefilter("ignore")  # Python 3.12 warns of fork beside threads
+    def fork():
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    def emit(path, delay):
+        outbox = Outbox(path, senders={"log": lambda event: sent.release()})
+        outbox.ensure_endpoint("call:log", id="log")
+        with outbox.transaction() as conn:
+            outbox.emit(conn, "order.created", {}, delay=delay)
+        return outbox
+    def progress(report):
+        os.unlink(sys.argv[1])
+        fork()
+    sent = threading.Semaphore(0)
+    others = [emit(f"{sys.argv[1]}{n}", 0.0) for n in range(4)]
+    for other in others:
+        other.start()
+        assert sent.acquire(timeout=20)
+    try:
+        emit(sys.argv[1], 3600.0).drain(until_empty=True, progress=progress)
+    except Exception as error:
+        print(type(error).__name__)
+    for other in others:
+        emit(other.path, 0.0)
+        assert sent.acquire(timeout=20)
+    thread = threading.Thread(target=fork, daemon=True)
+    thread.start()
+    thread.join(20)
+    print(thread.is_alive(), flush=True)
+    os._exit(0)
+    """
+    with run_python(code, wal) as process:
+        out, err = process.ends()
+    assert out.split() == ["ProgrammingError", "False"] and "Traceback" not in err
+    assert "cannot be opened again after a fork" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("way", ["return", "raise", "exit"])
 def test_a_child_forked_inside_a_transaction_neither_ends_nor_spoils_it(database, way):
     """The parent's rollback journal must survive: without it a crash would corrupt the file."""

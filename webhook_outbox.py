@@ -4461,11 +4461,18 @@ class _Process:
             drain.park()
 
     def _in_parent(self) -> None:
-        """Step 3, in the thread that forked."""
-        for drain in list(self.drains):
-            drain.unpark()
-        with contextlib.suppress(RuntimeError):  # a server in C may run this hook alone
-            self.forking.release()
+        """Step 3, in the thread that forked. A drain whose file cannot be opened again, because it
+        is gone, say, fails at its next read; that keeps neither the other drains closed nor
+        `forking` locked."""
+        try:
+            for drain in list(self.drains):
+                try:
+                    drain.unpark()
+                except Exception as error:
+                    _log.error("%s cannot be opened again after a fork (%s)", drain.path, error)
+        finally:
+            with contextlib.suppress(RuntimeError):  # a server in C may run this hook alone
+                self.forking.release()
 
     def _in_child(self) -> None:
         """Steps 4 and 5: right after the fork, or when settle() finds out."""

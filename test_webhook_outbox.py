@@ -2297,7 +2297,7 @@ def connect(path):
     typed = other.PARSE_DECLTYPES | other.PARSE_COLNAMES if odd == "converters" else 0
     conn = other.connect(path, isolation_level=None, detect_types=typed)
     if library != "sqlite3" or odd == "factories":
-        conn.row_factory, conn.text_factory = other.Row, bytes
+        conn.row_factory, conn.text_factory = lambda cursor, row: {"row": row}, bytes
     for name in ("TEXT", "INTEGER", "REAL") if typed else ():
         other.register_converter(name, fails)
     if odd == "limits":  # of sqlite.org/security.html; an expression must be less than 10 deep

@@ -1833,14 +1833,19 @@ def test_an_idempotency_key_is_of_its_tenant(either):
     assert {event.id for event in outbox.events()} == set(ids.values())
 
 
+def steps_of(conn: sqlite3.Connection, act: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Return how many steps of SQLite's machine a call takes, and what it returns."""
+    steps = itertools.count(1)
+    conn.set_progress_handler(lambda: next(steps) and None, 1)
+    result = act(*args, **options)
+    conn.set_progress_handler(None, 0)
+    return next(steps), result
+
+
 def emit_steps(path: str, **options: Any) -> int:
-    """Return how many steps of SQLite's machine one emit takes: what it reads."""
-    outbox, steps = make_outbox(path), itertools.count(1)
+    outbox = make_outbox(path)
     with outbox.transaction() as conn:
-        conn.set_progress_handler(lambda: next(steps) and None, 1)
-        outbox.emit(conn, "order.created", {}, **options)
-        conn.set_progress_handler(None, 0)
-    return next(steps)
+        return int(steps_of(conn, outbox.emit, conn, "order.created", {}, **options)[0])
 
 
 @pytest.mark.parametrize("analyzed", [False, True])
@@ -3543,12 +3548,10 @@ def test_cancel_by_event_key_or_endpoint_reads_no_more_the_more_was_delivered(wa
         counts = []
         for filters in ({"key": "k"}, {"event_id": plain}, {"endpoint": "a"}, {"endpoint": "line"}):
             with begun(wal) as conn:
-                count = itertools.count(1)
-                conn.set_progress_handler(lambda count=count: next(count) and None, 1)
-                assert outbox.cancel(**filters, conn=conn) == (2 if "endpoint" in filters else 3)
-                conn.set_progress_handler(None, 0)
+                count, cancelled = steps_of(conn, outbox.cancel, **filters, conn=conn)
                 conn.execute("ROLLBACK")
-            counts.append(next(count))
+            assert cancelled == (2 if "endpoint" in filters else 3)
+            counts.append(count)
         return counts
 
     few = steps()
@@ -6660,27 +6663,18 @@ def test_only_a_url_that_is_spelled_beyond_doubt_is_plain():
 
 
 HOST_NAMES: list[Any] = [  # host, scheme, what is admitted; the refusal
-    ("example.com", "https", "", None),
-    ("example.com.", "https", "", None),
-    ("a" * 63 + ".b", "https", "", None),
-    ("a" * 64 + ".b", "https", "", "label"),
-    ("", "https", "", "label"),
-    ("a..b", "https", "", "label"),
-    ("a..", "https", "", "label"),
-    ("a." * 126 + "a", "https", "", None),
-    ("a." * 126 + "aa", "https", "", "label"),
+    ("example.com", "https", "", None), ("example.com.", "https", "", None),
+    ("a" * 63 + ".b", "https", "", None), ("a" * 64 + ".b", "https", "", "label"),
+    ("", "https", "", "label"), ("a..b", "https", "", "label"), ("a..", "https", "", "label"),
+    ("a." * 126 + "a", "https", "", None), ("a." * 126 + "aa", "https", "", "label"),
     ("example.com", "http", "", "plain http"),
     # Its address may be one of them: that is seen when it is dialled.
-    ("example.com", "http", "networks", None),
-    ("example.com", "http", "http", None),
-    ("10.0.0.1", "https", "", "not a public"),
-    ("10.0.0.1", "http", "networks", None),
-    ("0x0a.1", "https", "", "10.0.0.1 is not a public"),
-    ("8.8.8.8", "https", "", None),
-    ("8.8.8.8", "http", "networks", "plain http"),
-    ("8.8.8.8", "http", "http", None),
+    ("example.com", "http", "networks", None), ("example.com", "http", "http", None),
+    ("10.0.0.1", "https", "", "not a public"), ("10.0.0.1", "http", "networks", None),
+    ("0x0a.1", "https", "", "10.0.0.1 is not a public"), ("8.8.8.8", "https", "", None),
+    ("8.8.8.8", "http", "networks", "plain http"), ("8.8.8.8", "http", "http", None),
     ("::1", "https", "http", "not a public"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("host", "scheme", "admitted", "refusal"), HOST_NAMES)
@@ -8027,28 +8021,19 @@ EXCHANGE_READ = {  # status, whether the connection may be used again: bytes
     ],
 }  # fmt: skip
 EXCHANGE_KNOWN = [  # bytes, whether the outcome is known before the end of the connection, body
-    (b"HTTP/1.1", False, b""),
-    (b"HTTP/2", True, b""),
-    (b"X", True, b""),
-    (b"HTTP/1.1 200", False, b""),
-    (b"HTTP/1.1 200 OK\n", False, b""),
-    (b"HTTP/1.1 200 " + b"y" * 16_371, False, b""),
-    (b"HTTP/1.1 200 " + b"y" * 16_372, True, b""),
-    (b"HTTP/1.1 2x0\r\n", True, b""),
-    (b"HTTP/1,", True, b""),
-    (b"HTTP/1.1 204 X\r\n\r\nxx", True, b""),
-    (b"HTTP/1.1 299 X\r\n\r\nok", True, b"ok"),
+    (b"HTTP/1.1", False, b""), (b"HTTP/2", True, b""), (b"X", True, b""),
+    (b"HTTP/1.1 200", False, b""), (b"HTTP/1.1 200 OK\n", False, b""),
+    (b"HTTP/1.1 200 " + b"y" * 16_371, False, b""), (b"HTTP/1.1 200 " + b"y" * 16_372, True, b""),
+    (b"HTTP/1.1 2x0\r\n", True, b""), (b"HTTP/1,", True, b""),
+    (b"HTTP/1.1 204 X\r\n\r\nxx", True, b""), (b"HTTP/1.1 299 X\r\n\r\nok", True, b"ok"),
     (b"HTTP/1.1 500 X\r\nTransfer-Encoding: gzip\r\n\r\nno", False, b"no"),
-    (EXCHANGE_CHUNKED % 500 + b"2\r\nn", False, b"n"),
-    (b"HTTP/1.1 199 X\r\n\r\n", False, b""),
-    (b"HTTP/1.1 101 X\r\n\r\n", True, b""),
-    (b"HTTP/1.1 200 X\r\n\r\nok", True, b"ok"),
+    (EXCHANGE_CHUNKED % 500 + b"2\r\nn", False, b"n"), (b"HTTP/1.1 199 X\r\n\r\n", False, b""),
+    (b"HTTP/1.1 101 X\r\n\r\n", True, b""), (b"HTTP/1.1 200 X\r\n\r\nok", True, b"ok"),
     (b"HTTP/1.1 300 X\r\n\r\nno", False, b"no"),
     # Heads and framing count too, and each read and each chunk as 64 bytes.
     (b"HTTP/1.1 500 X\r\n\r\n".ljust(65_471, b"y"), False, b"y" * 65_453),
     (b"HTTP/1.1 500 X\r\n\r\n".ljust(65_472, b"y"), True, b"y" * 65_454),
-    (answer(500, b"no")[:-1], False, b"n"),
-    (answer(500, b"no"), True, b"no"),
+    (answer(500, b"no")[:-1], False, b"n"), (answer(500, b"no"), True, b"no"),
     (answer(500, b"no") + b"x", True, b"no"),
     ((EXCHANGE_LONG % 500).ljust(65_471, b"y"), False, b"y" * 8_192),
     ((EXCHANGE_LONG % 500).ljust(65_472, b"y"), True, b"y" * 8_192),
@@ -8068,7 +8053,7 @@ EXCHANGE_KNOWN = [  # bytes, whether the outcome is known before the end of the 
     ((EXCHANGE_CHUNKED % 500 + b"ffff\r\n").ljust(65_408, b"y"), True, b"y" * 8_192),
     (EXCHANGE_CHUNKED % 500 + b"1\r\ny\r\n" * 930, False, b"y" * 930),
     (EXCHANGE_CHUNKED % 500 + b"1\r\ny\r\n" * 940, True, b"y" * 935),
-]
+]  # fmt: skip
 
 
 def test_the_outcome_is_the_valid_status_and_whatever_is_odd_ends_the_connection():

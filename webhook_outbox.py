@@ -227,7 +227,6 @@ _REASONS = (
     "sender",  # a sender of the host's raised
     "internal",  # our side: a secret is missing, a transform misbehaves, a row is damaged
 )
-_CALL = "call:"  # begins the url of an endpoint that is a function of the host's, a sender
 
 # A delivery's states (webhook_deliveries.status):
 #
@@ -1175,7 +1174,7 @@ class Endpoint:
     """
 
     id: str
-    url: str  # https://..., or call:NAME for a sender
+    url: str  # of a receiver, or what names a sender; see add_endpoint
     events: tuple[str, ...] = ("*",)  # patterns: order.created, order.*, *
     tenant: str | None = None  # None: the app's own; "*": sees the events of all
     filter: Mapping[str, Sequence[Any]] | None = None  # path in data -> values; one must be there
@@ -2108,6 +2107,21 @@ def _prepare_url(url: str, guard: _Guard) -> _Target:
     return _Target(f"{scheme}://{netloc}{path}", scheme, host, port, netloc, path)
 
 
+_CALL = "call:"  # begins the url of an endpoint that is a function of the host's, a sender
+_Sender = Callable[[Event], Any]
+
+
+def _is_called(url: str) -> bool:
+    """Say whether an endpoint is a sender: it is called with each event, and no request is made.
+    Whoever treats the two kinds of endpoints differently asks this, or _sender."""
+    return url.startswith(_CALL)
+
+
+def _sender(url: str, senders: Mapping[str, _Sender]) -> _Sender | None:
+    """Return the function that an endpoint's URL names; None where it is not known here."""
+    return senders.get(url.removeprefix(_CALL)) if _is_called(url) else None
+
+
 def _barred(url: str, guard: _Guard) -> str | None:
     """Return why an endpoint is not even tried, or None.
 
@@ -2115,7 +2129,7 @@ def _barred(url: str, guard: _Guard) -> str | None:
     URL that the app admits. An attempt would fail then, and count, for an option that somebody
     forgot on the command line; so what is for such an endpoint is left waiting.
     """
-    if guard.provisional and not url.startswith(_CALL):
+    if guard.provisional and not _is_called(url):
         try:
             _prepare_url(url, guard)
         except UnsafeURL as error:
@@ -2147,7 +2161,7 @@ class _Settings:
     home: str | None  # whose file it is; a drain with another one sends nothing
     master: _MasterKey
     transforms: Mapping[str, Callable[[Event], Any]]  # by the name that an endpoint's body gives
-    senders: Mapping[str, Callable[[Event], Any]]  # by the name in call:NAME
+    senders: Mapping[str, _Sender]  # by the name in call:NAME
     observer: Callable[[Notice], Any] | None
     clock: Callable[[], float]  # UTC seconds
     rng: Callable[[], float]  # 0 to 1
@@ -3124,7 +3138,7 @@ class _Wire:
     source: str  # of a CloudEvent
     hidden: list[str]  # of the URL and the secrets: what an echo must not carry into the tables
     slow: bool  # building a request may block or run the host's code: the loop hands it to a thread
-    call: Callable[[Event], Any] | None = None  # the sender that is called instead of a request
+    call: _Sender | None = None  # the sender that is called instead of a request
     origin: _Origin | None = None  # kept here by the carrier, so that it is looked up once
     master: _MasterKey | None = None  # None: a sender, which signs nothing
     derived: dict[str, str] = dataclasses.field(default_factory=dict)  # secrets made of it so far
@@ -3137,7 +3151,7 @@ class _Wire:
         A row may be unusable though it was checked when it was written: plain SQL wrote it, or this
         process has other transforms, senders or allow_networks than the one that registered it.
         """
-        if endpoint.url.startswith(_CALL):
+        if _is_called(endpoint.url):
             return cls._of_sender(endpoint, secrets, settings)
         target = _prepare_url(endpoint.url, settings.guard)
         cert = (endpoint.cert,) if isinstance(endpoint.cert, str) else tuple(endpoint.cert or ())
@@ -3176,12 +3190,11 @@ class _Wire:
     @classmethod
     def _of_sender(cls, endpoint: Endpoint, secrets: _Secrets, settings: _Settings) -> _Wire:
         """Return the wire of an endpoint that is a sender: nothing of HTTP plays a part."""
-        name = endpoint.url.removeprefix(_CALL)
-        if name not in settings.senders:
+        name, call = endpoint.url.removeprefix(_CALL), _sender(endpoint.url, settings.senders)
+        if call is None:
             raise _Unready(f"no sender is called {name!r} here; run the drain with --app")
         origin_key = _OriginKey("call", name, 0, None, ())
         hidden = [secret for secret, _ in secrets]
-        call = settings.senders[name]
         return cls(endpoint, secrets, origin_key, b"", (), None, "", hidden, slow=True, call=call)
 
     def deliver(self, picked: _Picked) -> None:
@@ -4119,7 +4132,7 @@ class _Known(NamedTuple):
     guard: _Guard  # which URLs are allowed
     bodies: tuple[str, ...]  # values of `body`: those built in, and the host's transforms by name
     catalogue: _Catalogue  # which event types patterns may name
-    senders: tuple[str, ...] = ()  # names that may follow call: in a URL
+    senders: Mapping[str, _Sender]  # by the names that may follow call: in a URL
 
 
 def _checked_url(url: Any, known: _Known) -> str:
@@ -4128,8 +4141,8 @@ def _checked_url(url: Any, known: _Known) -> str:
     A URL is stored as it was given. The guard looks at the host that it names, and raises UnsafeURL
     for a good message at once; what counts is its look at the address of each connection.
     """
-    if isinstance(url, str) and url.startswith(_CALL):
-        if url.removeprefix(_CALL) not in known.senders:
+    if isinstance(url, str) and _is_called(url):
+        if _sender(url, known.senders) is None:
             there = f"there are {', '.join(known.senders)}" if known.senders else "there is none"
             raise PayloadError(
                 f"no sender has the name in {_line('url', url, 200)}: {there}; name it in "
@@ -4180,7 +4193,7 @@ def _checked_home(home: Any) -> str | None:
     return _line("home", home, 100, 1)
 
 
-def _checked_senders(senders: Any) -> dict[str, Callable[[Event], Any]]:
+def _checked_senders(senders: Any) -> dict[str, _Sender]:
     """Return senders, name to function, as a dict. One that is async is refused: to call it only
     makes a coroutine, which nobody awaits, and the drain would take that for success."""
     for name, call in dict(senders or {}).items():
@@ -8698,9 +8711,7 @@ class _Finder:
         """
         url = "" if isinstance(row.endpoint, str) else row.endpoint.url
         barred = _barred(url, self._settings.guard) if url else None
-        if barred is None and (
-            not url.startswith(_CALL) or url.removeprefix(_CALL) in self._settings.senders
-        ):
+        if barred is None and (not _is_called(url) or _sender(url, self._settings.senders)):
             return True
         if row.id not in self._elsewhere:
             self._elsewhere.add(row.id)
@@ -10551,9 +10562,7 @@ class Outbox:
     def _columns(self, options: Mapping[str, Any], update: bool = False) -> dict[str, Any]:
         """Return checked column values for endpoint options, the url among them. update: refuse
         those that are fixed for life."""
-        known = _Known(
-            self._guard, (*_BODIES, *self.transforms), self._catalogue, tuple(self.senders)
-        )
+        known = _Known(self._guard, (*_BODIES, *self.transforms), self._catalogue, self.senders)
         return _checked_options(options, known, update)
 
     def add_endpoint(
@@ -14773,7 +14782,7 @@ def _endpoint_add(outbox: Outbox, options: Any) -> None:
     for."""
     given = _given(options, " ".join(("id", "secret", *_OPTIONS)))
     endpoint = outbox.add_endpoint(given.pop("url"), **given)
-    if endpoint.url.startswith(_CALL):
+    if _is_called(endpoint.url):
         return _say(endpoint.id)
     _say(
         f"{endpoint.id}\nsecret {endpoint.secret}\n"

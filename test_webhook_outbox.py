@@ -11952,7 +11952,8 @@ def test_what_makes_an_old_delivery_due_is_counted_and_what_does_not_is_not(wal,
         news.begin(db)
         assert news.new(db) == []
         before = news.counters(db)
-        act(types.SimpleNamespace(outbox=outbox, ids=ids, query=shop.query, write=write))
+        does = functools.partial(query, wal)
+        act(types.SimpleNamespace(outbox=outbox, ids=ids, query=does, write=write))
         names = ("version", "removed", "work", "cancelled")
         counters = zip(names, before, news.counters(db), strict=True)
         changed = [name for name, was, now in counters if was != now]

@@ -8996,6 +8996,17 @@ def test_a_transform_that_fails_in_any_way_costs_only_its_own_attempts(wal, tmp_
     assert plain.headers["content-type"] == "text/plain; charset=utf-8"
 
 
+@pytest.mark.parametrize("body", ["standard", "own"])
+def test_a_lane_is_full_while_two_threads_make_its_requests_and_no_longer(shop, body):
+    """As many attempts are under way with a transform as without, though none has ended yet."""
+    gate = Gate()
+    _, outbox = shop.open(gate, transforms={"own": lambda event: b"1"}, body=body)
+    emit_numbers(outbox, range(8))
+    with draining(outbox, once=True):
+        eventually(lambda: gate.inside == 8, within=4)
+        gate.opened.set()
+
+
 @pytest.mark.long
 def test_transforms_that_never_end_cost_the_others_no_opener_and_their_rows_fail(wal, serve):
     """Nobody can end a thread. Two of an endpoint are let go; its later attempts end at once."""

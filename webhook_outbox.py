@@ -6322,7 +6322,8 @@ class _DrainFile:
 #     _Teller     the observer's thread        it hears of nothing that is not in the file
 #     _Carrier    attempts under way           what begin() was given, ended() returns exactly once
 #     _Schedule   where a lane waits           a lane that is full or parked waits nowhere: the end
-#                                              of an attempt, or a connection, brings it back
+#                                              of an attempt, a request that a thread has made, or
+#                                              a connection brings it back
 #     _Places     the places, `workers`        no more attempts are under way than there are places
 #     _Finder     the lanes, the file's news   an endpoint has one lane at most
 #     _Outcomes   what an outcome means        an outcome is in the ledger until it is recorded
@@ -7847,7 +7848,8 @@ class _Carrier:
         self.openers, self.exchanges = _Openers(self._opener.open, ring), _Exchanges()
         self.origins: dict[_OriginKey, _Origin] = {}
         self.attempts: set[_Attempt] = set()
-        # Lanes that were parked at an origin which has room again; the loop takes them from here.
+        # Lanes that may have room again though none of their attempts ended: parked ones whose
+        # origin has room, and those for which a thread has made a request. The loop takes them.
         self.freed: list[_Lane] = []
         self.crowded: dict[_Origin, None] = {}  # where lanes are parked, or were
         self.stopping = False  # no connection is kept, nothing is begun on a new one
@@ -8091,7 +8093,8 @@ class _Carrier:
 
     def _made(self, attempt: _Attempt, result: Any, mono: float) -> None:
         """A thread has made a request, or could not. Where the attempt's time was over before, the
-        thread is lost no more, and what it made is thrown away."""
+        thread is lost no more, and what it made is thrown away. A lane was full where two threads
+        made its requests, so it is freed."""
         if attempt.step == "ended":  # its time was over before
             attempt.lane.lost -= 1
             return
@@ -8103,6 +8106,7 @@ class _Carrier:
             self._finish(attempt, None)
         else:
             attempt.request, attempt.hidden = result
+            self.freed.append(attempt.lane)
             self._await_connection(attempt, mono)
 
     def _called(self, attempt: _Attempt, result: Any) -> None:
@@ -8307,8 +8311,9 @@ class _Schedule:
                  file says so, and a clock may be set
         slots    until its rate allows the next attempt. Monotonic: a rate has nothing to do with
                  what the clock says
-        nowhere  it is disabled; or full, and the end of one of its attempts brings it back; or it
-                 has nothing to do, and news does; or its origin parked it, and a connection does
+        nowhere  it is disabled; or full, and the end of one of its attempts brings it back, or a
+                 request that a thread has made; or it has nothing to do, and news does; or its
+                 origin parked it, and a connection does
 
     put() finds out which. Whoever changes what that depends on calls it: it is cheap, and to call
     it once too often changes nothing.
@@ -8575,7 +8580,7 @@ class _Finder:
         return rest if self.news.at is None else min(rest, max(0.0, self._looking.at - mono))
 
     def find(self, freed: Iterable[_Lane], now: float, mono: float) -> None:
-        """Put lanes into the schedule that have something to do: those that have room again
+        """Put lanes into the schedule that have something to do: those that may have room again
         (freed), those whose time has come, and those for which there is something new in the file.
 
         Any of the reads may fail, in rollback mode while the host commits, say. Then nothing may be

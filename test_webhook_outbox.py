@@ -1833,7 +1833,7 @@ def test_an_idempotency_key_is_of_its_tenant(either):
     assert {event.id for event in outbox.events()} == set(ids.values())
 
 
-def steps_of(conn: sqlite3.Connection, act: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def steps_of(conn: Any, act: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
     """Return how many steps of SQLite's machine a call takes, and what it returns."""
     steps = itertools.count(1)
     conn.set_progress_handler(lambda: next(steps) and None, 1)

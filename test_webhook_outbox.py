@@ -11539,6 +11539,8 @@ def test_a_statement_holds_no_more_rows_than_every_sqlite_takes(wal):
             ledger.count(lane.id, "internal")
             row = ("outcome", n, lane.id, "failed", 0.0, 1.0, 0.0, None, "internal")
             ledger.rows.append(webhook_outbox._Row(*row))
+            if lane.disable:
+                ledger.note(webhook_outbox.Notice("disabled", lane.id))
     left = []
     with contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as db:
         if sys.version_info >= (3, 11):
@@ -11546,6 +11548,9 @@ def test_a_statement_holds_no_more_rows_than_every_sqlite_takes(wal):
         while ledger or ledger.counts:
             ledger.write(db)
             left.append((len(ledger.rows), len(ledger.states), len(ledger.counts)))
+            for notice in ledger.told():
+                enabled = "SELECT enabled FROM webhook_endpoints WHERE id = ?"
+                assert query(wal, enabled, notice.endpoint_id) == [(0,)]
     assert left == [(264, 1288, 1800), (0, 776, 528), (0, 264, 0), (0, 0, 0)]
     columns = "failures, failing_since, paused_until, enabled"
     states = f"SELECT {columns}, count(*) FROM webhook_endpoints GROUP BY 4"
@@ -11685,6 +11690,28 @@ def test_while_the_host_writes_commits_are_small(wal, monkeypatch, writes, count
         assert len(drain.ledger.rows) == webhook_outbox._UNRECORDED - count
     # Leaving wrote all of them, in several statements.
     assert outbox.stats().failed == webhook_outbox._UNRECORDED
+
+
+def test_the_observer_hears_of_nothing_that_is_not_in_the_file(wal, monkeypatch):
+    """Beside a host that writes, a statement holds a part of what waits."""
+    monkeypatch.delenv("NOWHERE", raising=False)
+    told = list[tuple[str, str]]()
+
+    def observe(notice: webhook_outbox.Notice) -> None:
+        told.append((notice.kind, statuses(outbox, notice.event_id or "")["broken"]))
+
+    outbox = make_outbox(wal, URL, retry=ONCE, observer=observe, id="broken", secret="env:NOWHERE")
+    emit_numbers(outbox, range(900))
+    with drain_by_hand(outbox) as drain:
+        drain_turn(drain)
+        for unwritten in (150, 0):
+            drain.outcomes.budget.hosts.append(time.monotonic())
+            drain.outcomes.record_at = 0.0
+            drain.outcomes.record(time.monotonic(), False, False)
+            assert len(drain.ledger.rows) == unwritten
+            eventually(lambda: drain.outcomes._teller._notices.empty())
+    eventually(lambda: len(told) == 901)
+    assert collections.Counter(told) == {("gave_up", "failed"): 900, ("failing", "failed"): 1}
 
 
 @contextlib.contextmanager

@@ -7619,7 +7619,8 @@ class _Ledger:
     write() takes the oldest, in one statement, all or nothing: a row leaves memory only after its
     statement committed. If the process dies before, the deliveries are still pending in the file
     and go out once more, with the same ids: that is the promise. What is told to the observer waits
-    here too, so that it hears of nothing that a crash could undo.
+    here too, each notice until what it tells of is written, so that the observer hears of nothing
+    that a crash could undo.
 
     Successes of a queue that went on from memory need care. Recorded in their order, each would be
     the head of its queue, and the trigger would make the next one the head: a write that is wasted,
@@ -7628,7 +7629,7 @@ class _Ledger:
     row leaves the head as it is; the head itself comes last and makes the next one the head, once.
     """
 
-    __slots__ = ("counts", "queues", "rows", "states", "untold")
+    __slots__ = ("_untold", "_written", "counts", "queues", "rows", "states")
 
     def __init__(self) -> None:
         self.rows: list[_Row] = []  # outcomes and notices, in the order in which they came
@@ -7637,7 +7638,9 @@ class _Ledger:
         # By id: endpoints whose health, or that they are disabled, is not in their row yet.
         self.states: dict[str, _Lane] = {}
         self.counts: dict[str, dict[str, float]] = {}  # by endpoint: increments
-        self.untold: list[Notice] = []  # for the observer, when what they tell is recorded
+        self._written = 0  # how many of the rows that there ever were are in the file
+        # Notices for the observer, oldest first, each with the number of the row that it waits for.
+        self._untold: collections.deque[tuple[int, Notice]] = collections.deque()
 
     def __bool__(self) -> bool:
         """Say whether there is a reason to write. Counts alone are none: they go with the next
@@ -7647,6 +7650,23 @@ class _Ledger:
     def forget(self) -> None:
         """Throw everything away: the file that it is about is gone."""
         self.rows, self.queues, self.states, self.counts = [], {}, {}, {}
+        self._untold.clear()
+
+    def note(self, notice: Notice) -> None:
+        """Keep a notice until all the rows that there are now are written."""
+        self._untold.append((self._written + len(self.rows), notice))
+
+    def told(self) -> list[Notice]:
+        """Return the notices of what is written by now, in their order, and forget them. That an
+        endpoint is disabled stands in its state, which may be written after the outcome."""
+        told: list[Notice] = []
+        while self._untold and self._untold[0][0] <= self._written:
+            notice = self._untold[0][1]
+            state = self.states.get(notice.endpoint_id)
+            if notice.kind == "disabled" and state is not None and state.disable:
+                break
+            told.append(self._untold.popleft()[1])
+        return told
 
     def count(self, id: str, name: str, seconds: float | None = None) -> None:
         """Count one more of `name` for an endpoint, and the seconds of a success."""
@@ -7674,6 +7694,7 @@ class _Ledger:
         written = [_Row("count", endpoint_id=id, response=json.dumps(n)) for id, n in counts]
         _write_record(db, [*marks, *batch, *states, *written])
         del self.rows[: len(batch)]
+        self._written += len(batch)
         for lane in lanes:
             lane.disable = None
             del self.states[lane.id]
@@ -9147,7 +9168,7 @@ class _Outcomes:
                 kind, lane.id, picked.id, outcome.reason, outcome.status_code, outcome.error
             )
             if self._settings.observer is not None:
-                self._ledger.untold.append(notice)
+                self._ledger.note(notice)
             # Events about deliveries of such events would go on for ever between two endpoints that
             # fail now and then.
             if (
@@ -9202,9 +9223,8 @@ class _Outcomes:
         self.record_at = mono + (0.001 if hurry else gap)
         self._file.watch.wrote(mono)
         self._finder.recorded(batch, self._settings.clock(), mono)
-        for notice in self._ledger.untold:
+        for notice in self._ledger.told():
             self._teller.tell(notice)
-        self._ledger.untold = []
 
     def leave(self) -> None:
         """Write what is known and not written yet: the grace ran out, say, or the loop ended with

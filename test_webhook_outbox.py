@@ -65,7 +65,7 @@ import tracemalloc
 import types
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 import aiosqlite
@@ -2172,32 +2172,37 @@ def test_a_connection_in_autocommit_is_refused_whatever_its_kind(wal, kind):
     assert outbox.events() == []
 
 
+@contextlib.asynccontextmanager
+async def hosts_async(kind: str, path: str, **options: Any) -> AsyncIterator[Any]:
+    if kind == "aiosqlite":
+        async with aiosqlite.connect(path, **options) as conn:
+            yield conn
+        return
+    engine = create_async_engine(f"sqlite+aiosqlite:///{path}")
+    made: Any = engine.connect() if kind == "AsyncConnection" else AsyncSession(engine)
+    async with made as conn:
+        yield conn
+    await engine.dispose()
+
+
 @pytest.mark.parametrize("kind", ["aiosqlite", "AsyncConnection", "AsyncSession", "sync side"])
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 @pytest.mark.parametrize("alone", [False, True], ids=["beside a row", "alone"])
 def test_aemit_shares_the_fate_of_the_rows_on_asynchronous_connections(either, kind, end, alone):
     outbox = make_outbox(either)
-    order = "SELECT 1" if alone else "INSERT INTO orders (total) VALUES (1)"
+    order = "INSERT INTO orders (total) VALUES (1)"
 
     async def run() -> str:
-        if kind == "aiosqlite":
-            async with aiosqlite.connect(either) as conn:
-                await conn.execute(order)
-                id = await outbox.aemit(conn, "order.created", {}, key="k")
-                await getattr(conn, end)()
-            return id
-        engine = create_async_engine(f"sqlite+aiosqlite:///{either}")
-        make: Any = engine.connect if kind == "AsyncConnection" else lambda: AsyncSession(engine)
-        async with make() as conn:
+        async with hosts_async(kind, either) as conn:
             if not alone:
-                await conn.execute(sqlalchemy.text(order))
+                await conn.execute(order if kind == "aiosqlite" else sqlalchemy.text(order))
+            args = ("order.created", {})
             if kind == "sync side":
-                id = await conn.run_sync(outbox.emit, "order.created", {}, key="k")
+                id = await conn.run_sync(outbox.emit, *args, key="k")
             else:
-                id = await outbox.aemit(conn, "order.created", {}, key="k")
+                id = await outbox.aemit(conn, *args, key="k")
             await getattr(conn, end)()
-        await engine.dispose()
-        return id
+            return str(id)
 
     id = asyncio.run(run())
     assert [(e.id, e.key) for e in outbox.events()] == [(id, "k")] * (end == "commit")
@@ -2235,16 +2240,9 @@ def test_arun_calls_every_verb_in_the_transaction_of_an_asynchronous_connection(
                 await run(wrong)
 
     async def play(end: str) -> None:
-        if kind == "aiosqlite":
-            async with aiosqlite.connect(either) as conn:
-                await verbs(conn)
-                return await getattr(conn, end)()
-        engine = create_async_engine(f"sqlite+aiosqlite:///{either}")
-        make: Any = engine.connect if kind == "AsyncConnection" else lambda: AsyncSession(engine)
-        async with make() as conn:
+        async with hosts_async(kind, either) as conn:
             await verbs(conn)
             await getattr(conn, end)()
-        await engine.dispose()
 
     asyncio.run(play("rollback"))
     assert emit_dump(either) == dump
@@ -2259,16 +2257,9 @@ def test_emit_on_an_asynchronous_connection_says_that_aemit_is_meant(wal, kind):
     outbox = make_outbox(wal)
 
     async def run() -> None:
-        engine = create_async_engine(f"sqlite+aiosqlite:///{wal}")
-        makes: dict[str, Any] = {
-            "aiosqlite": lambda: aiosqlite.connect(wal),
-            "AsyncConnection": engine.connect,
-            "AsyncSession": lambda: AsyncSession(engine),
-        }
-        async with makes[kind]() as conn:
-            with pytest.raises(PayloadError, match=r"is asynchronous: await outbox\.aemit"):
-                outbox.emit(conn, "order.created", {})
-        await engine.dispose()
+        async with hosts_async(kind, wal) as conn:
+            words = r"is asynchronous: await outbox\.aemit"
+            refuses(PayloadError, outbox.emit, conn, "order.created", {}, words=words)
 
     asyncio.run(run())
 
@@ -6944,13 +6935,21 @@ DIALS: list[Any] = [  # what the resolver answers; where the connection goes, or
 ]
 
 
+def dialled(
+    receiver: Receiver, found: Any, *args: Any, host: str = "x.test", patience: float = 20.0, allow: Any = LOOPBACK
+) -> socket.socket:  # fmt: skip
+    """Dial a receiver by a name that resolves to these addresses, where some networks are allowed."""
+    guard = webhook_outbox._Guard(tuple(map(ipaddress.ip_network, allow)))
+    key = webhook_outbox._OriginKey("http", host, receiver.port, None, ())
+    lookups = webhook_outbox._Lookups(found if callable(found) else lambda host, port: found)
+    return webhook_outbox._dial(guard, lookups, key, time.monotonic() + patience, *args)
+
+
 @pytest.mark.parametrize(("addresses", "expected"), DIALS)
 def test_all_addresses_are_judged_before_they_are_dialled_one_by_one(serve, addresses, expected):
-    receiver, guard = serve(), webhook_outbox._Guard((ipaddress.ip_network("127.0.0.0/8"),))
-    lookups = webhook_outbox._Lookups(lambda host, port: addresses)
-    key = webhook_outbox._OriginKey("http", "x.test", receiver.port, None, ())
+    receiver = serve()
     try:
-        with webhook_outbox._dial(guard, lookups, key, time.monotonic() + 20) as sock:
+        with dialled(receiver, addresses) as sock:
             found = str(webhook_outbox._unwrapped(ipaddress.ip_address(sock.getpeername()[0])))
     except (OSError, webhook_outbox._Blocked, webhook_outbox._NoAddress) as error:
         found = type(error).__name__
@@ -6972,15 +6971,12 @@ def black_hole(address: str, port: int) -> Iterator[None]:
 
 
 def test_the_next_address_is_tried_after_a_quarter_second(serve):
-    receiver, guard = serve(), webhook_outbox._Guard((ipaddress.ip_network("127.0.0.0/8"),))
-    holes = [f"127.0.0.{n}" for n in (9, 8, 7)]
-    key = webhook_outbox._OriginKey("http", "x.test", receiver.port, None, ())
+    receiver, holes = serve(), [f"127.0.0.{n}" for n in (9, 8, 7)]
     worked: dict[str, str] = {}
 
     def seconds(addresses: list[str], patience: float = 3.0) -> float:
-        lookups = webhook_outbox._Lookups(lambda host, port: addresses)
         begun = time.monotonic()
-        with webhook_outbox._dial(guard, lookups, key, begun + patience, worked) as sock:
+        with dialled(receiver, addresses, worked, patience=patience) as sock:
             assert sock.getpeername()[0] == "127.0.0.1"
         return time.monotonic() - begun
 
@@ -7019,12 +7015,9 @@ def test_a_host_that_is_an_address_is_not_looked_up(serve, host):
         raise AssertionError(f"{host} was looked up")
 
     receiver = serve(host="::1" if ":" in host else "127.0.0.1")
-    guard = webhook_outbox._Guard(tuple(map(ipaddress.ip_network, LOOPBACK)))
-    key = webhook_outbox._OriginKey("http", host, receiver.port, None, ())
-    lookups = webhook_outbox._Lookups(resolver)
-    webhook_outbox._dial(guard, lookups, key, time.monotonic() + 20).close()
-    with pytest.raises(webhook_outbox._Blocked, match="not a public"):
-        webhook_outbox._dial(webhook_outbox._Guard(), lookups, key, time.monotonic() + 20)
+    dialled(receiver, resolver, host=host).close()
+    words = "not a public"
+    refuses(webhook_outbox._Blocked, dialled, receiver, resolver, host=host, allow=(), words=words)
 
 
 @pytest.mark.parametrize("tls", [False, True])

@@ -20111,6 +20111,9 @@ def a_transaction_with_an_event_costs_little_more(
 
 
 PEAK = "\nprint(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+COMPILED_ONCE = """import sys
+sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[-1]
+"""
 DRAIN_2_S = """import sys, threading, webhook_outbox
 outbox = webhook_outbox.Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"])
 threading.Timer(2.0, outbox.stop).start()
@@ -20230,8 +20233,11 @@ def an_idle_drain_wakes_soon_and_takes_little(bench: Bench, path: pathlib.Path) 
 
 @measured("N6 memory of a drain, more than import requests; <= 15 MB")
 def a_drain_takes_little_memory(bench: Bench, path: pathlib.Path) -> Iterator[float]:
-    bench_file(path, bench.url, 20_000)
-    yield peak_memory(DRAIN_2_S, str(path)) - peak_memory("import requests")
+    bench_file(path, bench.url, 60_000)
+    cache = str(path.with_suffix(".cache"))
+    # The first one compiles, which takes twice the memory of all the rest.
+    used = [peak_memory(COMPILED_ONCE + DRAIN_2_S, str(path), cache) for _ in range(2)]
+    yield used[1] - peak_memory("import requests")
 
 
 def host_writes(
@@ -20474,14 +20480,13 @@ def status_and_import_are_quick(bench: Bench, path: pathlib.Path) -> Iterator[fl
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         assert webhook_outbox.main(arguments) == 0
     yield time.perf_counter() - begun
-    code = """import sys
-sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]
-import requests, time
+    code = """import requests, time
 begun = time.process_time()
 import webhook_outbox
 print(1e3 * (time.process_time() - begun))"""
     # The first one compiles.
-    yield [result(run_python(code, str(path.with_suffix(".cache")))) for _ in range(2)][1]
+    cache = str(path.with_suffix(".cache"))
+    yield [result(run_python(COMPILED_ONCE + code, cache)) for _ in range(2)][1]
 
 
 @measured(

@@ -11401,7 +11401,12 @@ class Outbox:
         """Change those deliveries that wait which filters, and the condition `which`, choose;
         return how many. change: what the UPDATE sets. Whether they still wait is looked at once
         more when they are changed: they were read before. NotFound where a filter names what there
-        is not."""
+        is not.
+
+        Pending ones are read in the order of due_at, a thousand at a time, each thousand after the
+        one before was changed. So a change that makes due_at later needs a `which` that changed
+        rows do not meet: else they are read again and again, for ever. also: see _in_batches; a
+        counter that tells a drain of the change (see _News) is counted up there."""
         with self._reading(conn) as cursor:
             if filters.get("event_id") is not None:
                 self._seq_on(cursor, filters["event_id"])

@@ -1175,21 +1175,23 @@ class Endpoint:
 
     id: str
     url: str  # of a receiver, or what names a sender; see add_endpoint
-    events: tuple[str, ...] = ("*",)  # patterns: order.created, order.*, *
-    tenant: str | None = None  # None: the app's own; "*": sees the events of all
-    filter: Mapping[str, Sequence[Any]] | None = None  # path in data -> values; one must be there
+    # Its options with their defaults; EndpointOptions explains each.
+    events: tuple[str, ...] = ("*",)
+    tenant: str | None = None
+    filter: Mapping[str, Sequence[Any]] | None = None
     description: str = ""
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)  # sent with each attempt
-    body: str = "standard"  # standard, data, cloudevents, or the name of a transform
-    signing: str = "standard"  # a scheme that verify knows, or several joined by +
-    rate: float | None = None  # deliveries per second; None: no limit
-    max_in_flight: int = 16  # attempts under way at once, at the most
-    ordered: bool = False  # all its deliveries are one queue
-    on_dead: str = "skip"  # what a queue does when its head fails for good: go on, or "hold"
-    timeout: float | None = None  # seconds of an attempt; None: the outbox's
-    cert: str | tuple[str, str] | None = None  # for mutual TLS: a file with both, or (cert, key)
-    ca: str | None = None  # path: for a receiver whose authority is private
-    enabled: bool = True  # False: what waits is held, and new events make no delivery
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    body: str = "standard"
+    signing: str = "standard"
+    rate: float | None = None
+    max_in_flight: int = 16
+    ordered: bool = False
+    on_dead: str = "skip"
+    timeout: float | None = None
+    cert: str | tuple[str, str] | None = None
+    ca: str | None = None
+    enabled: bool = True
+    # How it has fared.
     disabled_reason: str = ""  # "" while enabled, or where nobody gave one
     failing_since: float | None = None  # None: the last attempt was a success, or there was none
     failures: int = 0  # in a row
@@ -1216,24 +1218,33 @@ class TenantOptions(TypedDict, total=False):
 
 
 class EndpointOptions(TypedDict, total=False):
-    """What add_endpoint takes, and update_endpoint except for tenant; the defaults are those of
-    Endpoint."""
+    """The options of an endpoint: add_endpoint takes all of them, update_endpoint all but tenant; the
+    defaults are those of Endpoint."""
 
+    # Types (order.created), groups (order.*) or *, at most 100; * does not match webhook.*, events
+    # about deliveries and endpoints.
     events: Sequence[str]
+    # Your customer whose events it gets, for life; None gets those without one, "*" those of all.
     tenant: str | None
+    # Paths in the data and values, {"status": ["paid"], "shop.region": ["eu"]}: it gets the events
+    # that have one of the values at each of the paths, an array counting as its elements.
     filter: Mapping[str, Any] | None
-    enabled: bool
-    description: str
-    headers: Mapping[str, str] | None
+    enabled: bool  # False: what waits is held, and new events make no delivery
+    description: str  # one line for people
+    headers: Mapping[str, str] | None  # sent with each request; a value may be env:NAME
+    # standard (Standard Webhooks), data (the data alone), cloudevents, slack, discord, or the name
+    # of a transform.
     body: str
-    signing: str
-    rate: float | None
-    max_in_flight: int
-    ordered: bool
+    signing: str  # standard, or another scheme that verify knows; joined by + to send several
+    rate: float | None  # attempts per second at the most, retries among them; None: no limit
+    max_in_flight: int  # attempts at once at the most; fewer while it is slow or fails
+    ordered: bool  # True: its deliveries go out strictly one after the other, as with one key
+    # What a queue does when its head ends in the failed table: skip (go on with the next) or hold
+    # (wait until somebody replays or discards it).
     on_dead: str
-    timeout: float | None
-    cert: str | tuple[str, str] | None
-    ca: str | None
+    timeout: float | None  # seconds that an attempt may last; None: the outbox's
+    cert: str | tuple[str, str] | None  # for mutual TLS: path of a file with both, or (cert, key)
+    ca: str | None  # path, for a receiver whose authority is private
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -4266,9 +4277,12 @@ class _Option(NamedTuple):
 
 
 # All options. A new one is a row here, a column of webhook_endpoints (with its default), a field of
-# Endpoint and a key of EndpointOptions, all of the same name; reading, writing and the command line
-# follow from the row. Where an option is not given nothing is stored, so its default is the
-# column's. The action "switch" is --name and --no-name; the command line's parser defines it.
+# Endpoint and a key of EndpointOptions, which explains it, all of the same name; reading, writing
+# and the command line follow from the row. The column comes with a new entry of _SCHEMA. Where a
+# drain heeds the option, the entry also has a trigger like webhook_endpoints_update for it, or a
+# drain that runs would not see that it changed. Where an option is not given nothing is stored, so
+# its default is the column's. The action "switch" is --name and --no-name; the command line's
+# parser defines it.
 _OPTIONS: dict[str, _Option] = {
     "url": _Option(_checked_url, dict(metavar="URL", help="where events go from now on")),
     "events": _Option(
@@ -10612,26 +10626,7 @@ class Outbox:
         secret         whsec_ and base64 of 24 to 64 bytes; of env:NAME and file:PATH the name is
                        stored, and read at send time; None: one is made, or derived from the
                        master key
-        events         types (order.created), groups (order.*) or *, at most 100; * does not match
-                       webhook.*, events about deliveries and endpoints
-        tenant         your customer whose events it gets, for life; None gets those without one,
-                       '*' all
-        filter         paths in the data and values, {"status": ["paid"], "shop.region": ["eu"]}: it
-                       gets the events that have one of the values at each of the paths, an array
-                       counting as its elements
-        enabled        False: register it without sending
-        description    one line for people
-        headers        sent with each request; a value may be env:NAME
-        body           standard (Standard Webhooks), data (the data alone), cloudevents, slack,
-                       discord or the name of a transform
-        signing        standard, or another scheme that verify knows; joined by + to send several
-        rate           attempts per second at the most, retries among them; None: no limit
-        max_in_flight  attempts at once at the most (16); fewer while it is slow or fails
-        ordered        True: its deliveries go out strictly one after the other, as with one key
-        on_dead        what a queue does when its head ends in the failed table: skip (go on with
-                       the next) or hold (wait until somebody replays or discards it)
-        timeout        seconds that an attempt may last; None: the outbox's
-        cert, ca       paths, for mutual TLS (one, or certificate and key) and a private authority
+        options        those of EndpointOptions, which explains each; Endpoint has their defaults
 
         UnsafeURL: the url is malformed, or points where webhooks must not go. Its name is not
         looked up here; what counts is the address at each attempt. PayloadError: an option cannot

@@ -857,11 +857,12 @@ def test_processes_may_open_a_fresh_file_at_once(either, tmp_path):
     assert answers == [(Outbox(either)._identity + "\n", "", 0)] * 4
 
 
-# A second version, as the next release may add one.
+# A version more, as the next release may add one.
+NEXT = len(webhook_outbox._SCHEMA) + 1
 NEXT_VERSION = (
     "CREATE TABLE webhook_next (id INTEGER PRIMARY KEY)",
     "CREATE INDEX webhook_endpoints_next ON webhook_endpoints (created_at)",
-    "UPDATE webhook_meta SET value = 2 WHERE key = 'schema_version'",
+    f"UPDATE webhook_meta SET value = {NEXT} WHERE key = 'schema_version'",
 )
 NEXT_RELEASE = f"""
 import sys, webhook_outbox
@@ -873,7 +874,7 @@ def test_a_file_of_an_older_version_is_upgraded_with_its_rows(database, serve, m
     make_outbox(database).add_endpoint(serve().url(), id="old")
     emit(make_outbox(database))
     monkeypatch.setattr(webhook_outbox, "_SCHEMA", (*webhook_outbox._SCHEMA, NEXT_VERSION))
-    with pytest.raises(SchemaError, match=r"older webhook_outbox \(schema 1\); .* init"):
+    with pytest.raises(SchemaError, match=rf"older webhook_outbox \(schema {NEXT - 1}\); .* init"):
         Outbox(database, create=False)
     opens = NEXT_RELEASE + "webhook_outbox.Outbox(sys.argv[1])"
     for process in [run_python(opens, database) for _ in "ab"]:
@@ -885,7 +886,7 @@ def test_a_file_of_an_older_version_is_upgraded_with_its_rows(database, serve, m
     assert make_outbox(database, create=False).drain(once=True).delivered == 1
     monkeypatch.undo()
     for create in (True, False):
-        words = r"newer webhook_outbox \(schema 2, this file knows 1\); update"
+        words = rf"newer webhook_outbox \(schema {NEXT}, this file knows {NEXT - 1}\); update"
         with pytest.raises(SchemaError, match=words):
             Outbox(database, create=create)
 
@@ -899,7 +900,7 @@ def test_an_upgrade_that_is_cut_off_leaves_the_older_version_whole(wal, monkeypa
     assert emit_dump(wal) == dump
     query(wal, "DROP TABLE webhook_endpoints_next")
     Outbox(wal)
-    assert query(wal, "SELECT value FROM webhook_meta WHERE key = 'schema_version'") == [(2,)]
+    assert query(wal, "SELECT value FROM webhook_meta WHERE key = 'schema_version'") == [(NEXT,)]
 
 
 @pytest.mark.parametrize("after", range(len(NEXT_VERSION) + 1))
@@ -914,8 +915,8 @@ import itertools, os, signal
 def statements():
     yield from itertools.islice(webhook_outbox._SCHEMA_OF_NEXT, int(sys.argv[2]))
     os.kill(os.getpid(), signal.SIGKILL)
-webhook_outbox._SCHEMA_OF_NEXT = webhook_outbox._SCHEMA[1]
-webhook_outbox._SCHEMA = (webhook_outbox._SCHEMA[0], statements())
+webhook_outbox._SCHEMA_OF_NEXT = webhook_outbox._SCHEMA[-1]
+webhook_outbox._SCHEMA = (*webhook_outbox._SCHEMA[:-1], statements())
 webhook_outbox.Outbox(sys.argv[1])
 """
     with run_python(NEXT_RELEASE + dying, either, str(after)) as process:
@@ -923,7 +924,7 @@ webhook_outbox.Outbox(sys.argv[1])
     assert emit_dump(either) == dump
     monkeypatch.setattr(webhook_outbox, "_SCHEMA", (*webhook_outbox._SCHEMA, NEXT_VERSION))
     assert len(Outbox(either).events()) == 1
-    assert query(either, "SELECT value FROM webhook_meta WHERE key = 'schema_version'") == [(2,)]
+    assert query(either, "SELECT value FROM webhook_meta WHERE key = 'schema_version'") == [(NEXT,)]
     assert query(either, "PRAGMA integrity_check") == [("ok",)]
 
 

@@ -4278,11 +4278,11 @@ class _Option(NamedTuple):
 
 # All options. A new one is a row here, a column of webhook_endpoints (with its default), a field of
 # Endpoint and a key of EndpointOptions, which explains it, all of the same name; reading, writing
-# and the command line follow from the row. The column comes with a new entry of _SCHEMA. Where a
-# drain heeds the option, the entry also has a trigger like webhook_endpoints_update for it, or a
-# drain that runs would not see that it changed. Where an option is not given nothing is stored, so
-# its default is the column's. The action "switch" is --name and --no-name; the command line's
-# parser defines it.
+# and the command line follow from the row. The column comes with a new entry of _SCHEMA. Where the
+# drain heeds the option, that entry makes webhook_endpoints_update anew, with the column, or a drain
+# that runs would not see that it changed. Where an option is not given nothing is stored, so its
+# default is the column's. The action "switch" is --name and --no-name; the command line's parser
+# defines it.
 _OPTIONS: dict[str, _Option] = {
     "url": _Option(_checked_url, dict(metavar="URL", help="where events go from now on")),
     "events": _Option(

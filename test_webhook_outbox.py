@@ -9290,26 +9290,57 @@ def test_an_observer_that_raises_is_logged_and_ignored(shop, caplog, error):
     assert "observer's own trouble" in caplog.text
 
 
-def test_an_observer_that_blocks_holds_up_neither_deliveries_nor_stop(shop, caplog):
-    end, seen = threading.Event(), list[str]()
+def test_an_observer_that_blocks_holds_up_neither_deliveries_nor_stop(shop, monkeypatch):
+    """It has missed some deliveries then, and nothing that somebody has to act upon."""
+    monkeypatch.setattr(webhook_outbox, "_UNOBSERVED", 100)
+    end, seen = threading.Event(), list[webhook_outbox.Notice]()
 
     def observe(notice: webhook_outbox.Notice) -> None:
-        seen.append(notice.event_id or "")
+        seen.append(notice)
         end.wait(30)
 
     _, outbox = shop.open(observer=observe)
+    gone = outbox.add_endpoint(shop.serve(answer(410)).url(), id="gone", events=["other"])
     try:
         outbox.start()
-        ids = emit_numbers(outbox, range(1100)).values()
+        ids = emit_numbers(outbox, range(300)).values()
         eventually(lambda: outbox.stats().pending == 0, within=30)
-        assert len(seen) == 1 and "the observer is 1000 behind" in caplog.text
+        assert len(seen) == 1
+        emit(outbox, "other")
+        eventually(lambda: not outbox.endpoint(gone.id).enabled)
         started = time.monotonic()
         outbox.stop()
         assert not outbox.running and time.monotonic() - started < 8
     finally:
         end.set()
-    eventually(lambda: len(seen) >= 1001)
-    assert set(seen) < set(ids)
+    eventually(lambda: len(seen) == 103)
+    assert [notice.kind for notice in seen] == [*["delivered"] * 101, "gave_up", "disabled"]
+    assert {notice.event_id for notice in seen[:101]} < set(ids)
+
+
+def test_what_an_observer_misses_is_logged_once_and_counted_when_it_keeps_up(caplog, monkeypatch):
+    monkeypatch.setattr(webhook_outbox, "_UNOBSERVED", 3)
+    busy, go = threading.Event(), threading.Semaphore(0)
+    teller = webhook_outbox._Teller(lambda notice: (busy.set(), go.acquire(timeout=20)))
+    delivered, gave_up = (webhook_outbox.Notice(kind, "a") for kind in ("delivered", "gave_up"))
+    teller.tell(delivered)
+    assert busy.wait(20)  # with the first one; the others wait
+    for waiting in (1, 2, 3, 3, 3):
+        teller.tell(delivered)
+        assert teller._notices.qsize() == waiting
+    for waiting in (4, 5, 6, 6):
+        teller.tell(gave_up)
+        assert teller._notices.qsize() == waiting
+    go.release(4)
+    eventually(lambda: teller._notices.qsize() == 2)
+    teller.tell(delivered)  # which is no reason yet to say that it keeps up
+    go.release(2)
+    eventually(lambda: teller._notices.qsize() == 1)
+    teller.tell(delivered)
+    go.release(99)
+    teller.close()
+    said = [record.getMessage().partition(";")[0] for record in caplog.records]
+    assert said == ["the observer is 3 behind", "the observer missed 3 notices"]
 
 
 def test_two_processes_that_drain_until_empty_share_the_work_without_duplicates(wal, shop):

@@ -6363,7 +6363,11 @@ _QUICK = 1.0
 # to the next, and from the last one to now.
 _STEADY = 3, 10.0
 _FIRST_LIMIT = 8  # attempts at once to an endpoint that nothing is known about
-_UNOBSERVED = 1_000  # notices that may wait for the observer; more are dropped
+# So many notices may wait for the observer, and as many again of the seldom ones: see _Teller. They
+# are a few megabytes. What one commit tells of is at most 2,000 outcomes and what they led to, so
+# an observer that keeps up on average misses nothing.
+_UNOBSERVED = 10_000
+_EACH_ATTEMPT = ("delivered", "attempt_failed")  # kinds of which each attempt brings one
 _UNRECORDED = 2_000  # outcomes that may wait for the write lock; with more, nothing is started
 # Upper bounds in seconds, from emit to success, of the histogram that metrics() prints.
 _BUCKETS = tuple(map(float, "0.01 0.05 0.1 0.5 1 5 30 60 300 3600 21600 86400 inf".split()))
@@ -7794,21 +7798,34 @@ class _Teller:
     wakes it with a notice, or with None for the end. What an observer raises is logged.
 
     What is told is recorded already. What is recorded may stay untold: when the process dies,
-    notices that wait here are lost; an observer that falls a thousand behind misses some, which is
-    logged; and what is recorded only when the drain leaves (_Outcomes.leave) is never told.
+    notices that wait here are lost; an observer that falls behind misses some, which is logged; and
+    what is recorded only when the drain leaves (_Outcomes.leave) is never told.
+
+    An observer that falls 10,000 behind first misses what each attempt brings: such notices come by
+    the thousand, and whoever counts is better served by metrics(). Those that somebody has to act
+    upon (gave_up, failing, recovered, disabled) are few, and have room of their own behind that.
     """
 
-    __slots__ = ("_notices", "_observer", "_thread")
+    __slots__ = ("_missed", "_notices", "_observer", "_thread")
 
     def __init__(self, observer: Callable[[Notice], Any] | None) -> None:
         self._observer = observer
         self._notices: queue.SimpleQueue[Notice | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._missed = 0  # notices, since it last kept up
 
     def tell(self, notice: Notice) -> None:
-        """Pass a notice on, without waiting."""
-        if self._notices.qsize() >= _UNOBSERVED:
-            return _log.error("the observer is %d behind; it misses %s", _UNOBSERVED, notice)
+        """Pass a notice on, without waiting. Where the observer misses some, the first is logged,
+        and when it has half caught up, how many they were."""
+        behind = self._notices.qsize()
+        if behind >= _UNOBSERVED * (1 if notice.kind in _EACH_ATTEMPT else 2):
+            self._missed += 1
+            if self._missed == 1:
+                _log.error("the observer is %d behind; it misses %s", behind, notice)
+            return
+        if self._missed and behind <= _UNOBSERVED // 2:
+            _log.error("the observer missed %d notices", self._missed)
+            self._missed = 0
         self._notices.put(notice)
         if self._thread is None:
             # No room for a thread: the next notice tries again.
@@ -10311,8 +10328,8 @@ class Outbox:
     master_key        env:NAME or file:PATH of a key of 32 characters at least. Secrets are derived
                       from it, so that neither the file nor a copy of it holds one
     observer          called with each Notice, in order, after it was recorded, in a thread of its
-                      own. What it raises is logged and ignored; one that falls 1,000 notices behind
-                      misses some
+                      own. What it raises is logged and ignored. One that falls 10,000 behind misses
+                      some, first of delivered and attempt_failed; that is logged
     clock             for tests: a function that returns UTC seconds
     rng               for tests: a function that returns a number from 0 to 1
     resolver          for tests: (host, port) -> list of addresses; raises OSError where there is

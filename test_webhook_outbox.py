@@ -12537,26 +12537,56 @@ def test_an_attempt_ends_at_its_deadline_wherever_it_is(wal, serve, where):
             eventually(lambda: carrier.wait(0.01) or lane.lost == 0)
 
 
-def test_a_sender_that_stops_begins_nothing_more_and_lets_what_was_sent_end(wal, serve):
-    gate, go = Gate(), threading.Event()
-    receiver = serve(gate)
+def test_what_has_no_connection_when_a_drain_stops_comes_back_untried_at_once(
+    wal, serve, monkeypatch
+):
+    """Whether a thread opens one for it, makes its request, or nobody does anything for it yet, and
+    though it was sent once, on a connection that was dead. What was sent or called goes on."""
+    monkeypatch.setattr(webhook_outbox._Lookups, "_PATIENCE", 20.0)
+    gate, kept, go, all_there = Gate(), Gate(), threading.Event(), threading.Barrier(4)
+    receiver, restarted = serve(gate), serve(kept)
 
     def resolve(host: str, port: int) -> list[str]:
-        assert host == "a.test" or go.wait(20)
+        assert host == "a.test" or not kept.opened.is_set() or go.wait(20)
         return ["127.0.0.1"]
 
-    with carrier_of(wal, resolver=resolve) as carrier:
-        first, second = (lane_to(carrier, receiver.url(host=f"{n}.test")) for n in "ab")
-        carrier.begin(first, row_of(1), time.time())
+    options: dict[str, Any] = {"transforms": {"own": lambda event: go.wait(20) and b"1"}}
+    options["senders"] = {"calls": lambda event: go.wait(20)}
+    with carrier_of(wal, resolver=resolve, timeout=20, **options) as carrier:
+        sending, opening = (lane_to(carrier, receiver.url(host=f"{n}.test")) for n in "ab")
+        again = lane_to(carrier, restarted.url(host="c.test"))
+        making = lane_to(carrier, receiver.url(), body="own")
+        calling = lane_to(carrier, "call:calls")
+
+        def begin(lane: Any, *events: int) -> None:
+            for event in events:
+                carrier.begin(lane, row_of(event), time.time())
+
+        begin(again, 1, 2, 3, 4)
+        sent(carrier, until=lambda: kept.inside == 4)
+        kept.opened.set()
+        assert {outcome for _, outcome in sent(carrier)} == {200}
+        restarted.play = lambda *_: all_there.wait(20) < 0  # closes when all are there
+        begin(again, 5, 6, 7, 8)
+        waiting = carrier.origin(again.wire).waiting
+        sent(carrier, until=lambda: len(waiting) == 4)
+        assert all(attempt.resent for attempt in waiting)
+        begin(sending, 9)
         sent(carrier, until=lambda: gate.inside == 1)
-        for event in (2, 3, 4):  # the last waits without a thread
-            carrier.begin(second, row_of(event), time.time())
+        begin(opening, 10, 11, 12)  # for the last there is no thread
+        begin(making, 13)
+        begin(calling, 14)
         carrier.stop()
-        assert [(a.picked.event, outcome) for a, outcome in carrier.ended()] == [(4, None)]
+        untried = {attempt.picked.event: outcome for attempt, outcome in carrier.ended()}
+        assert untried == dict.fromkeys([5, 6, 7, 8, 10, 11, 12, 13])
+        assert {attempt.picked.event for attempt in carrier.attempts} == {9, 14}
+        assert (making.making, making.lost) == (0, 1)
         go.set(), gate.opened.set()
-        assert sorted(sent(carrier)) == [(1, 200), (2, None), (3, None)]
+        assert dict(sent(carrier)) == {9: 200, 14: None}
+        # What threads bring now is thrown away.
+        eventually(lambda: carrier.wait(0.01) or carrier.openers.busy == making.lost == 0)
         assert len(receiver.requests) == 1 and not carrier.exchanges.idle
-        assert first.active == second.active == 0
+        assert {lane.active for lane in (sending, opening, again, making, calling)} == {0}
 
 
 def test_origins_that_nobody_uses_are_forgotten_when_there_are_many(wal, monkeypatch):
@@ -12716,6 +12746,8 @@ UNTIL = [  # what there is; seconds until the loop has something to do that nobo
     *(({}, 0.2), ({"rows": 0.1}, 0.1), ({"rows": 0.3}, 0.2), ({"rows": -1.0}, 0.0)),
     *(({"stale": 1}, 0.0), ({"freed": 1}, 0.0), ({"slot": 0.05}, 0.05)),
     *(({"due": 0.07}, 0.07), ({"looking": 0.03}, 0.03)),
+    *(({"stop": 9, "rows": 0.1}, 0.1), ({"stop": 9, "stale": 1}, 0.2)),  # nothing is begun
+    *(({"stop": 9, "freed": 1}, 0.2), ({"stop": 9, "due": 0.07}, 0.2)),
 ]
 
 

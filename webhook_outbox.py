@@ -8036,7 +8036,7 @@ class _Carrier:
         for attempt in (
             [a for a in origin.waiting if not a.opening][:_OPENERS_EACH] if origin.waiting else ()
         ):
-            if self.stopping or not origin.has_room(mono):
+            if not origin.has_room(mono):
                 break
             attempt.opening = True
             origin.opening += 1
@@ -8154,8 +8154,6 @@ class _Carrier:
         self.openers.busy -= 1
         if isinstance(result, BaseException):
             self._finish(attempt, _failure(result))
-        elif self.stopping:
-            self._finish(attempt, None)
         else:
             attempt.request, attempt.hidden = result
             self.freed.append(attempt.lane)
@@ -8180,8 +8178,7 @@ class _Carrier:
 
         It could: 1. the attempt still waits and gets it; 2. another one waits and gets it; 3. lanes
         are parked here, or connections of the origin do bring answers: it is kept; 4. nobody needs
-        it, or the drain is stopping: it is shut. While stopping, only what was sent once already
-        goes on.
+        it, or the drain is stopping, when nothing waits any more: it is shut.
         """
         origin = attempt.origin
         assert origin is not None
@@ -8199,10 +8196,10 @@ class _Carrier:
                 self._finish(attempt, _failure(result, attempt.hidden))
         else:
             connection = self.exchanges.add(result, origin)
-            if waits and (attempt.resent or not self.stopping):
+            if waits:
                 del origin.waiting[attempt]
                 self._carry(connection, attempt, mono)
-            elif origin.waiting and not self.stopping:
+            elif origin.waiting:
                 self._carry(connection, origin.first_waiting(), mono)
             elif not self.stopping and (
                 any(origin.parked) or (origin.proven and origin.keeps(mono))
@@ -8210,8 +8207,6 @@ class _Carrier:
                 self._keep(connection, mono)  # shut, one would be opened again in a moment
             else:
                 self.exchanges.shut(connection)
-                if waits:
-                    self._finish(attempt, None)
         self._serve(origin, mono)
 
     # Time.
@@ -8256,8 +8251,7 @@ class _Carrier:
 
     def _expire(self, attempt: _Attempt, mono: float) -> None:
         """End an attempt whose time is over. Where a status was read, of an answer that never ends,
-        that decides; else it is a timeout, which says what it waited for. A thread in the host's
-        code cannot be stopped: it counts as lost until it comes back."""
+        that decides; else it is a timeout, which says what it waited for."""
         connection = attempt.connection
         if connection is not None and connection.ended:
             return  # the next wait() tells what came of it
@@ -8265,18 +8259,23 @@ class _Carrier:
             return self._carried(connection, attempt, connection.answer.cut(), mono)
         if connection is not None:
             self.exchanges.shut(connection)
-        elif attempt.step == "making":
-            self.openers.busy -= 1
-            attempt.lane.making -= 1
-            attempt.lane.lost += 1
-        elif attempt.step == "calling":
-            attempt.lane.lost += 1
+        self._lose_thread(attempt)
         waited = "for a connection" if connection is None else "for the answer"
         waited = "for its sender" if attempt.step == "calling" else waited
         error = f"no time left after {mono - attempt.started:.1f} s, waiting {waited}"
         self._finish(attempt, _Outcome(reason="timeout", error=error))
         if attempt.origin is not None:
             self._serve(attempt.origin, mono)
+
+    def _lose_thread(self, attempt: _Attempt) -> None:
+        """Go on without the thread that makes an attempt's request, or calls its sender, if there
+        is one. A thread in the host's code cannot be stopped: it counts as lost until it comes
+        back."""
+        if attempt.step in ("making", "calling"):
+            attempt.lane.lost += 1
+        if attempt.step == "making":
+            attempt.lane.making -= 1
+            self.openers.busy -= 1
 
     def chores(self, mono: float) -> None:
         """Close connections that were idle for a minute. Free parked lanes where there is room by
@@ -8289,13 +8288,14 @@ class _Carrier:
                 del self.crowded[origin]
 
     def stop(self) -> None:
-        """Begin nothing more. What waits for a connection and has no thread that opens one comes
-        back untried, unless it was sent once already; what is under way goes on."""
+        """Begin nothing more. What has no connection comes back untried, at once: also where a
+        thread opens one for it or makes its request, and where it was sent on a connection that
+        was dead, for then it would be sent again in any case. What a connection carries, and a
+        sender that was called, goes on. From now on nothing waits for a connection."""
         if not self.stopping:
             self.stopping = True
-            for attempt in [
-                a for a in self.attempts if a.step == "waiting" and not (a.opening or a.resent)
-            ]:
+            for attempt in [a for a in self.attempts if a.step in ("making", "waiting")]:
+                self._lose_thread(attempt)
                 self._finish(attempt, None)
 
     def close(self) -> None:
@@ -9570,9 +9570,10 @@ class _Drain:
     def _until_work(self, mono: float) -> float:
         """Return the seconds until the loop has something to do that nobody will wake it for; the
         next poll is not among it."""
-        if self.carrier.freed:
-            return 0.0
-        until = min(self.chores_at - mono, self.finder.rest(self.settings.clock(), mono))
+        until = self.chores_at - mono
+        if not self.stopping:  # else nothing is begun
+            rest = 0.0 if self.carrier.freed else self.finder.rest(self.settings.clock(), mono)
+            until = min(until, rest)
         if self.ledger:
             until = min(until, self.outcomes.record_at - mono)
         return max(0.0, until)

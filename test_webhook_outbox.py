@@ -1,8 +1,8 @@
 """Tests of webhook_outbox: real files, sockets, TLS, processes; nothing of ours is mocked.
 
 `pytest` runs the plain ones in random order; `pytest -m long` the storms; `pytest -m bench -s`
-prints the measurements. Sections follow the module's banners, then properties, crashes, command
-line, README and packaging.
+prints the measurements. Sections follow the module's banners, then properties, crashes, README,
+packaging, the module's shape and measurements.
 """
 
 from __future__ import annotations

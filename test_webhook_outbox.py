@@ -12619,6 +12619,45 @@ def test_one_attempt_outside_a_drain_ends_like_any_other(wal, serve):
         assert (outcome.status_code or outcome.reason) == expected
 
 
+OF_THE_HOST: dict[str, tuple[Callable[[Any], Any], str | None, str | None]] = {
+    # What the host's code does; the reason and error that a ping of its transform then has.
+    "returns": (lambda event: b"1", None, None),
+    "exits": (fails_with(SystemExit("x")), "internal", "SystemExit: x"),
+    "is cancelled": (fails_with(asyncio.CancelledError("x")), "internal", "CancelledError: x"),
+    "interrupts": (fails_with(KeyboardInterrupt("x")), "internal", "KeyboardInterrupt: x"),
+    "hangs": (lambda event: time.sleep(2), "timeout", "no time left, waiting for its request"),
+}
+
+
+@pytest.mark.parametrize("what", OF_THE_HOST)
+def test_whatever_the_hosts_code_does_ends_a_ping_and_not_its_caller(wal, serve, what):
+    call, reason, error = OF_THE_HOST[what]
+    outbox = make_outbox(wal, transforms={"own": call}, senders={"own": call}, timeout=0.5)
+    outbox.add_endpoint("call:own", id="sender")
+    outbox.add_endpoint(serve().url(), id="transform", body="own")
+    made, called = outbox.ping("transform"), outbox.ping("sender")
+    assert (made.reason, made.error) == (reason, error)
+    assert called.reason == ("sender" if reason == "internal" else reason)
+    assert called.error == (error and error.replace("request", "sender"))
+    assert made.duration < 1.5 and called.duration < 1.5
+
+
+@pytest.mark.parametrize("while_", ["sending", "making"])
+def test_ctrl_c_interrupts_a_ping(wal, serve, while_):
+    pressed = threading.Event()
+
+    def press(*_: Any) -> bool:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return pressed.wait(20)
+
+    transforms = {"own": press if while_ == "making" else lambda event: b"1"}
+    outbox = make_outbox(wal, transforms=transforms, timeout=20)
+    outbox.add_endpoint(serve(press).url(), id="a", body="own")
+    with pytest.raises(KeyboardInterrupt):
+        outbox.ping("a")
+    pressed.set()
+
+
 def test_what_is_left_is_reckoned_from_the_last_count(wal):
     outbox = make_outbox(wal)
     for name, options in (("a", {}), ("b", {"ordered": True}), ("off", {"enabled": False})):

@@ -8304,24 +8304,37 @@ class _Carrier:
         self.exchanges.close()
 
 
-def _call_once(wire: _Wire, picked: _Picked, deadline: float) -> _Outcome:
-    """Call a sender in a thread of its own, and wait for it until the deadline (monotonic). What it
-    raises is raised here; at the deadline the thread is left alone."""
-    done: concurrent.futures.Future[None] = concurrent.futures.Future()
+def _make_once(
+    wire: _Wire, picked: _Picked, now: float, deadline: float
+) -> tuple[bytes, list[str]] | _Outcome:
+    """Make a request, or call a sender, outside any drain. Return the request and what it hides; or
+    an outcome, where the attempt ends here.
 
-    def call() -> None:
+    The host's code runs in a thread of its own, as in a drain: its SystemExit is a failed attempt
+    and does not end the caller, and at the deadline (monotonic) the thread is left alone.
+    """
+    if not wire.slow:
+        return wire.request(picked, now)
+    does: Callable[[], Any] = functools.partial(wire.request, picked, now)
+    if wire.call is not None:
+        does = functools.partial(wire.deliver, picked)
+    done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
         try:
-            wire.deliver(picked)
-            done.set_result(None)
+            done.set_result(does())
         except BaseException as error:
-            done.set_exception(error)
+            done.set_result(error)
 
-    _start_thread(call, name="webhook_outbox ping")
+    _start_thread(run, name="webhook_outbox ping")
     try:
-        done.result(deadline - _monotonic())
+        made = done.result(deadline - _monotonic())
     except concurrent.futures.TimeoutError:
-        return _Outcome(reason="timeout", error="no time left, waiting for its sender")
-    return _Outcome()
+        what = "request" if wire.call is None else "sender"
+        return _Outcome(reason="timeout", error=f"no time left, waiting for its {what}")
+    if isinstance(made, BaseException):
+        return _failure(made, wire.hidden)
+    return _Outcome() if wire.call is not None else made
 
 
 def _send_once(
@@ -8334,11 +8347,11 @@ def _send_once(
     hidden: Sequence[str] = ()
     try:
         wire = _Wire.make(endpoint, secrets, settings)
-        if wire.call is not None:
-            hidden = wire.hidden
-            return _call_once(wire, picked, deadline)
+        made = _make_once(wire, picked, now, deadline)
+        if isinstance(made, _Outcome):
+            return made
         attempt = _Attempt(_Lane(endpoint.id), wire, None, picked, now, mono, deadline)
-        attempt.request, hidden = wire.request(picked, now)
+        attempt.request, hidden = made
         connection = exchanges.add(opener.open(wire.origin_key, deadline), _Origin(wire.origin_key))
         exchanges.begin(connection, attempt, mono)
         exchanges.flush()

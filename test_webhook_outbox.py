@@ -13953,6 +13953,43 @@ def test_what_was_read_ahead_is_not_sent_once_it_was_cancelled(wal, shop, word, 
     assert all(found[n] == rest for n in found if n not in under_way)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("key", [None, "k"])
+def test_an_attempt_that_comes_back_untried_is_not_begun_again_once_it_was_cancelled(
+    shop, count, key
+):
+    """A transform holds it up until the cancellation is heard of, and then there is no descriptor
+    for a connection. Of one event nothing else is read ahead, of three the others are."""
+    made, go, full = list[int](), threading.Event(), [True]
+
+    def transform(event: Any) -> bytes:
+        made.append(event.data["n"])
+        go.wait(20)
+        return b"{}"
+
+    def resolve(host: str, port: int) -> list[str]:
+        if full.pop() if full else False:
+            raise OSError(errno.EMFILE, "too many open files")
+        return ["127.0.0.1"]
+
+    receiver, outbox = shop.open(
+        id="a", events=["order.*"], transforms={"slow": transform}, resolver=resolve
+    )
+    url = receiver.url(host="x.test")
+    outbox.update_endpoint("a", url=url, body="slow", max_in_flight=1)
+    outbox.add_endpoint(receiver.url(), id="b", events=["other"])
+    with outbox:
+        emit_numbers(outbox, range(count), key=key)
+        eventually(lambda: made == [0])
+        outbox.cancel(endpoint="a")
+        emit(outbox, "other")
+        eventually(lambda: len(receiver.requests) == 1)
+        go.set()
+        eventually(lambda: not full)
+        drain_delivered(outbox, emit_numbers(outbox, [9], key=key)[9])
+    assert made == [0, 9] and len(receiver.requests) == 2
+
+
 CANCELLED_UNDER_WAY = [  # what is answered, how the delivery ends, attempts that it may have
     *((OK, "delivered", 2), (answer(500), "cancelled", 2), (answer(500), "cancelled", 1)),
     (answer(400, b"", "webhook-delivery: abort-message"), "cancelled", 2),

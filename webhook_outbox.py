@@ -6676,7 +6676,13 @@ class _Backlog:
 
     def put_back(self, picked: _Picked) -> None:
         """Take back a delivery that was not tried: it goes first again. Large data is read anew
-        then, so that many that wait do not hold it."""
+        then, so that many that wait do not hold it. Where the file may have changed while it was
+        under way (it was cancelled, say), it is forgotten, and the file is asked."""
+        if picked.event in self.doubtful:
+            self.recorded(picked.event, None)
+            if picked.queue is not None:
+                self.leave(picked.queue)
+            return self.appeared(-math.inf)
         if picked.data is not None and len(picked.data) > _LARGE:
             picked = picked._replace(data=None, valid=None)
         self.read.appendleft(picked)
@@ -6738,10 +6744,13 @@ class _Backlog:
 
     def recalled(self) -> None:
         """Read again what was read and not tried: some of it may be cancelled. Called after any
-        cancel in the file, for each lane, so a lane that read nothing ahead pays nothing."""
+        cancel in the file, for each lane, so one that read nothing ahead reads nothing now; what it
+        has under way is doubtful all the same, for it may come back untried."""
         if self.read or self.queues or self.ends:
             self.reread()
             self.appeared(-math.inf)
+        else:
+            self.doubtful |= self.known
 
 
 class _Lane:

@@ -11743,6 +11743,42 @@ def test_the_observer_hears_of_nothing_that_is_not_in_the_file(wal, monkeypatch)
     assert collections.Counter(told) == {("gave_up", "failed"): 900, ("failing", "failed"): 1}
 
 
+def test_where_the_room_for_outcomes_is_tight_only_endpoints_without_a_backlog_begin(wal, serve):
+    """Beside a host that writes, backlogs bring more outcomes than our commits take; the others
+    would wait with them from one commit to the next."""
+    outbox = make_outbox(wal)
+    for id in ("large", "small"):
+        outbox.add_endpoint(serve(hangs).url(), id=id, events=[id])
+    little, most = webhook_outbox._LITTLE, webhook_outbox._UNRECORDED
+    with outbox.transaction() as conn:
+        for id, count in (("large", little + 1), ("small", 1)):
+            for number in range(count):
+                outbox.emit(conn, id, number)
+
+    with drain_by_hand(outbox) as drain:
+
+        def under_way() -> dict[str, int]:
+            drain_find(drain)
+            drain_turn(drain)
+            return {lane.id: lane.active for lane in drain.finder.lanes.values() if lane.active}
+
+        def unrecorded(count: int) -> None:
+            drain.ledger.rows = [webhook_outbox._Row()] * count
+            drain.carrier.hold_up(drain.outcomes.tight())
+
+        large = drain.finder.lanes["large"]
+        large.backlog.put_back(large.backlog.take(drain.file.db, time.time()))
+        assert len(large.backlog.known) == little + 1
+        unrecorded(most * 7 // 8)
+        assert under_way() == {"small": 1} and large.round is None
+        emit(outbox, "small")
+        drain.finder.news.stale = True
+        assert under_way() == {"small": 2}
+        unrecorded(most * 7 // 8 - 1)
+        assert drain.carrier.freed == [large] and under_way().keys() == {"large", "small"}
+        drain.ledger.forget()
+
+
 @contextlib.contextmanager
 def watched(path: str) -> Iterator[tuple[sqlite3.Connection, sqlite3.Connection]]:
     """Yield a connection of ours, and a host's."""

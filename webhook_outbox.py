@@ -1218,7 +1218,7 @@ class TenantOptions(TypedDict, total=False):
 
 
 class EndpointOptions(TypedDict, total=False):
-    """The options of an endpoint: add_endpoint takes all of them, update_endpoint all but tenant; the
+    """The options of an endpoint: add_endpoint takes all, update_endpoint all but tenant; the
     defaults are those of Endpoint."""
 
     # Types (order.created), groups (order.*) or *, at most 100; * does not match webhook.*, events
@@ -4279,10 +4279,10 @@ class _Option(NamedTuple):
 # All options. A new one is a row here, a column of webhook_endpoints (with its default), a field of
 # Endpoint and a key of EndpointOptions, which explains it, all of the same name; reading, writing
 # and the command line follow from the row. The column comes with a new entry of _SCHEMA. Where the
-# drain heeds the option, that entry makes webhook_endpoints_update anew, with the column, or a drain
-# that runs would not see that it changed. Where an option is not given nothing is stored, so its
-# default is the column's. The action "switch" is --name and --no-name; the command line's parser
-# defines it.
+# drain heeds the option, that entry makes webhook_endpoints_update anew, with the column; else a
+# drain that runs does not see that it changed. Where an option is not given nothing is stored, so
+# its default is the column's. The action "switch" is --name and --no-name; the command line's
+# parser defines it.
 _OPTIONS: dict[str, _Option] = {
     "url": _Option(_checked_url, dict(metavar="URL", help="where events go from now on")),
     "events": _Option(

@@ -3922,7 +3922,7 @@ def turn_statements(outbox: Outbox, clock: Clock) -> list[str]:
         drain.finder.news.stale = True
         drain.finder.find([], now, time.monotonic())
         drain.outcomes._hopeless(drain.finder.lanes["a"], now + 1e9)
-        webhook_outbox._work_left(db, math.inf)
+        webhook_outbox._work_left(db, math.inf, drain.settings)
         clock.advance(-1e8)
         drain.clock_seen = math.inf
         drain._chores(clock.now, time.monotonic())
@@ -9172,6 +9172,26 @@ def test_a_drain_without_a_sender_leaves_its_rows_waiting(wal, serve, cli, caplo
     assert ended.returncode == 0 and "webhook.ping" in ended.stdout and "delivered" in ended.stdout
 
 
+@pytest.mark.parametrize("mode", ["once", "until_empty"])
+@pytest.mark.parametrize("kind", ["a sender", "a network"])
+def test_what_is_left_to_the_app_is_no_work_of_a_drain_at_the_command_line(wal, serve, kind, mode):
+    """Neither what is due, nor what is due later, nor while another process drains."""
+    url = "call:audit" if kind == "a sender" else serve().url()
+    make_outbox(wal, url, senders={"audit": print})
+    bare = make_outbox(wal, allow_networks=[])
+    bare._guard = dataclasses.replace(bare._guard, provisional=True)
+    for delay in (0.0, 86_400.0):
+        emit(bare, delay=delay)
+        with draining(bare, **{mode: True}) as reports:
+            eventually(lambda: reports == [DrainReport(0, 0, 0, 1)], within=5)
+        lock = webhook_outbox._Lock(wal)
+        assert lock.acquire()
+        with draining(bare, **{mode: True}) as reports:
+            eventually(lambda: reports == [DrainReport(0, 0, 0, 1)], within=5)
+        lock.release()
+        bare.cancel(all=True)
+
+
 @pytest.mark.parametrize(
     ("senders", "error"),
     [
@@ -12140,7 +12160,7 @@ def test_work_is_left_where_an_enabled_endpoint_has_something_due(wal, before, c
             conn.execute(state, (enabled, paused))
         conn.execute(insert, ("last", due, status))
     with contextlib.closing(sqlite3.connect(wal)) as db:
-        assert webhook_outbox._work_left(db, until) is expected
+        assert webhook_outbox._work_left(db, until, outbox._settings()) is expected
 
 
 @contextlib.contextmanager
@@ -12841,7 +12861,8 @@ def test_the_loop_sleeps_until_the_next_thing_that_nobody_will_wake_it_for(wal, 
 
 FINISHED = [  # mode, what there is; whether the run is over
     *(("forever", {}, False), ("once", {}, True), ("until_empty", {}, True)),
-    *(("once", {"due": 50.0}, True), ("until_empty", {"due": 50.0}, False)),
+    # Nothing is due in the file then, so what the agenda has is gone.
+    *(("once", {"due": 50.0}, True), ("until_empty", {"due": 50.0}, True)),
     *(("once", {"due": -1.0}, False), ("once", {"slot": 1.0}, False)),
     *(("once", {"round": 1}, False), ("once", {"freed": 1}, False), ("once", {"rows": 1}, False)),
     *(("once", {"state": 1}, False), ("once", {"attempt": 1}, False)),

@@ -5651,12 +5651,28 @@ def _waiting(db: sqlite3.Connection, after: str = "") -> list[_Waiting]:
     return [_Waiting._make(row) for row in rows.fetchall()]
 
 
-def _work_left(db: sqlite3.Connection, until: float, senders: Iterable[str] = ()) -> bool:
-    """Say whether an enabled endpoint that does not pause has a delivery due by `until`.
+def _left_to_the_app(url: str, settings: _Settings) -> str | None:
+    """Return why a drain does not send to an endpoint, and leaves that to a drain of the app's own
+    Outbox; None: it sends.
+
+    A drain that was started at the command line does not know the senders of the app, nor the
+    networks that it allows. If it tried, each attempt would fail, and in the end all of the
+    endpoint's deliveries. Whoever asks what a drain can send, or has left to send, asks this.
+    """
+    if _is_called(url) and _sender(url, settings.senders) is None:
+        return (
+            f"{_one_line(url)} is a sender that is not known here; its deliveries wait for a drain "
+            "of the app's own Outbox (outbox.start(), or drain with --app)"
+        )
+    return _barred(url, settings.guard)
+
+
+def _work_left(db: sqlite3.Connection, until: float, settings: _Settings) -> bool:
+    """Say whether an enabled endpoint that does not pause, and that is not left to the app, has a
+    delivery due by `until`.
 
     A drain that ends by itself asks it: while another one has the lock and may do the work for it,
-    and at its end, where something on its agenda may have been cancelled. until: UTC seconds, inf
-    for any time. Endpoints of senders that are not known here are left to a drain that knows them.
+    and at its end, where what is on its agenda may be gone. until: UTC seconds, inf for any time.
     """
     rows = _waiting(db)
     while rows:
@@ -5664,9 +5680,9 @@ def _work_left(db: sqlite3.Connection, until: float, senders: Iterable[str] = ()
         ids = [
             row.id for row in rows if row.enabled and row.due_at <= until and row.id.isprintable()
         ]
-        ours = f"(url NOT GLOB '{_CALL}*' OR substr(url, 6) IN (SELECT value FROM json_each(?)))"
-        found = f"{_LISTED} WHERE paused_until <= ? AND {ours} LIMIT 1"
-        if _load_endpoints(db, found, json.dumps(ids), until, json.dumps(list(senders))):
+        found = f"SELECT url FROM {_LISTED} WHERE paused_until <= ?"
+        urls = db.execute(found, (json.dumps(ids), until)).fetchall()
+        if any(_left_to_the_app(url, settings) is None for (url,) in urls):
             return True
         rows = _waiting(db, rows[-1].id)
     return False
@@ -8637,7 +8653,7 @@ class _Finder:
         "news", "orphans", "schedule",
     )  # fmt: skip
     _LANES = 2_048  # lanes that are remembered before those without work are forgotten
-    _TOLD = 4  # endpoints that the log names of those which the guard refuses
+    _TOLD = 4  # endpoints that the log names of those which are left to the app
     # Seconds: then all that wait are looked at once more, in case something was missed.
     _LOOK_AGAIN = 60.0
 
@@ -8801,30 +8817,18 @@ class _Finder:
         return [self.lanes[id] for id in ids if id in self.lanes]
 
     def _ours(self, row: _EndpointRow) -> bool:
-        """Say whether this drain can send to an endpoint.
-
-        A drain that was started at the command line does not know the senders of the app, nor the
-        networks that it allows. If it tried, each attempt would fail, and in the end all of the
-        endpoint's deliveries. So they wait for the drain of the app, and that is logged once.
-        """
-        url = "" if isinstance(row.endpoint, str) else row.endpoint.url
-        barred = _barred(url, self._settings.guard) if url else None
-        if barred is None and (not _is_called(url) or _sender(url, self._settings.senders)):
-            return True
-        if row.id not in self._elsewhere:
+        """Say whether this drain sends to an endpoint; why it leaves one to the app is logged once,
+        for the first few. To try a damaged row tells what is wrong with it."""
+        why = isinstance(row.endpoint, Endpoint) and _left_to_the_app(
+            row.endpoint.url, self._settings
+        )
+        if why and row.id not in self._elsewhere:
             self._elsewhere.add(row.id)
-            if barred and len(self._elsewhere) <= self._TOLD:
-                _log.warning("nothing is sent to %s: %s", row.id, barred)
-            elif barred and len(self._elsewhere) == self._TOLD + 1:
+            if len(self._elsewhere) <= self._TOLD:
+                _log.warning("nothing is sent to %s: %s", row.id, why)
+            elif len(self._elsewhere) == self._TOLD + 1:
                 _log.warning("nor to others; `doctor` names them")
-            elif not barred:
-                _log.warning(
-                    "endpoint %s is %s, a sender that is not known here: its deliveries wait for a "
-                    "drain of the app's own Outbox (outbox.start(), or drain with --app)",
-                    row.id,
-                    url,
-                )
-        return False
+        return not why
 
     def _configure(self, lane: _Lane, row: _EndpointRow, mono: float) -> None:
         """Take over an endpoint's row, for a new lane or one whose endpoint changed. The health of
@@ -9455,7 +9459,7 @@ class _Drain:
             self._refused()
             until = math.inf if self.mode == "until_empty" else self.settings.clock()
             if self.mode != "forever" and not self.file.patiently(
-                functools.partial(_work_left, self.file.db, until, self.settings.senders)
+                functools.partial(_work_left, self.file.db, until, self.settings)
             ):
                 return False  # whoever drains has done it
             self.carrier.wait(_TAKEOVER_POLL)
@@ -9583,11 +9587,11 @@ class _Drain:
     def _is_empty(self) -> bool:
         """Say whether nothing is left to send, now or later. What the agenda has for later is what
         waits; but it may be gone meanwhile (cancelled, removed with its endpoint, deleted in plain
-        SQL) or turn out to be for a sender that is not known here. So the file is asked."""
+        SQL) or be for an endpoint that is left to the app. So the file is asked."""
         if not self.finder.schedule.due:
             return True
         with contextlib.suppress(sqlite3.OperationalError):  # locked: asked again in the next turn
-            return not _work_left(self.file.db, math.inf, self.settings.senders)
+            return not _work_left(self.file.db, math.inf, self.settings)
         return False
 
     # Waiting.

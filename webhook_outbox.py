@@ -8094,8 +8094,8 @@ class _Carrier:
         self._look_at = min(self._look_at, attempt.look_at)
 
     def hold_up(self, tight: bool) -> None:
-        """Take note whether there is little room left for outcomes (_Outcomes.tight). While it is so,
-        endpoints with a backlog are parked; when it ends they come back as freed."""
+        """Take note whether there is little room left for outcomes (_Outcomes.tight). As long as it
+        is so, endpoints with a backlog are parked; when it ends they come back as freed."""
         self.tight = tight
         if self.held_up and not tight:
             self.freed += self.held_up
@@ -8422,7 +8422,7 @@ class _Schedule:
                  what the clock says
         nowhere  it is disabled; or full, and the end of one of its attempts brings it back, or a
                  request that a thread has made; or it has nothing to do, and news does; or its
-                 origin parked it, and a connection does; or it is held up, and a commit of ours does
+                 origin parked it, and a connection does; or it is held up, and our next commit does
 
     put() finds out which. Whoever changes what that depends on calls it: it is cheap, and to call
     it once too often changes nothing.

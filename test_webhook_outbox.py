@@ -14183,6 +14183,40 @@ def test_a_running_drain_hears_of_the_end_of_a_hold(wal, serve, verb):
         eventually(lambda: statuses(outbox, first) == {"a": "delivered"} or verb != "retry_now")
 
 
+DISABLES = "webhook-delivery: disable"
+OF_OLD_URL = [  # what is answered there, attempts that it may have; reason, and how it ends
+    (OK, 2, None, "delivered"),
+    (answer(200, b"", DISABLES), 2, None, "delivered"),
+    (answer(410), 2, "status", "delivered"),
+    (answer(410), 1, "status", "failed"),
+    (answer(400, b"", DISABLES), 2, "status", "delivered"),
+    (answer(400, b"", "webhook-delivery: abort-message"), 2, "status", "delivered"),
+    (answer(503, b"", "Retry-After: 3600"), 2, "status", "delivered"),
+]
+
+
+@pytest.mark.parametrize("case", OF_OLD_URL)
+def test_an_answer_of_the_old_url_says_nothing_about_the_endpoint(shop, case):
+    """The endpoint gets another URL while an attempt is under way. A success counts for the
+    delivery; after a failure it goes to the new URL, as often as the policy says."""
+    said, tries, reason, status = case
+    receiver, outbox = shop.open(gate := Gate(said), retry=(0,) * tries, id="a", events=["order.*"])
+    new, other = shop.serve(), outbox.add_endpoint(shop.serve().url(), events=["other"])
+    query(shop.path, "UPDATE webhook_endpoints SET failures = 2, failing_since = 1.0")
+    before = fields(outbox.endpoint("a"), health := "enabled failures failing_since paused_until")
+    with outbox:
+        id = emit(outbox)
+        eventually(lambda: gate.inside)
+        outbox.update_endpoint("a", url=new.url())
+        drain_delivered(outbox, emit(outbox, "other"))  # so the drain has heard of it
+        gate.opened.set()
+        eventually(lambda: statuses(outbox, id) == {"a": status})
+    assert next(iter(outbox.attempts(id))).reason == reason
+    assert len(receiver.requests) == 1 and len(new.requests) == (tries == 2 and reason == "status")
+    assert new.requests or fields(outbox.endpoint("a"), health) == before
+    assert outbox.endpoint("a").enabled and outbox.endpoint(other.id).failures == 0
+
+
 def test_an_endpoint_that_is_removed_gets_nothing_more_and_again_only_what_is_new(either, shop):
     """Its deliveries were read ahead."""
     receiver, outbox = shop.open(gate := Gate(), path="/old", workers=4, id="a")

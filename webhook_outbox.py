@@ -3623,6 +3623,13 @@ class _Outcome(NamedTuple):
         success and failure)."""
         return self.reason == "timeout" or self.status_code in (429, 502, 504)
 
+    def of_old_url(self) -> _Outcome:
+        """Return what it means where the endpoint has another URL by now. A success is one: the
+        host asked for it to go there then. A failure is one that is tried again, whatever the
+        receiver there asked for, since it may not speak for the endpoint any more."""
+        reason = "status" if self.reason in ("gone", "aborted") else self.reason
+        return self._replace(reason=reason, hint=None, disable=False)
+
 
 def _as_text(body: bytearray, most: int) -> str:
     """Return what bytes say; those that are no text are spelled out. Each of these costs as much as
@@ -6844,6 +6851,10 @@ class _Lane:
         else:
             self.next_slot = 0.0
 
+    def is_at(self, wire: _Wire | None) -> bool:
+        """Say whether requests that `wire` writes go to the endpoint's URL as it is now."""
+        return wire is None or wire.endpoint.url == self.endpoint.url
+
     def full(self) -> bool:
         """Say whether something of its own must end before one more may begin: an attempt, where as
         many are under way as `limit` says; or, where two threads make its requests, one of those.
@@ -9077,7 +9088,8 @@ class _Outcomes:
     def end(self, attempt: _Attempt, outcome: _Outcome, now: float, mono: float) -> None:
         """Decide what an attempt's outcome means for its delivery and its endpoint.
 
-        1. the lane learns from it: how long it held its place, health, limit, rank
+        1. the lane learns from it: how long it held its place, health, limit, rank. Where the
+           endpoint got another URL meanwhile, it learns only about the place
         2. the verdict: delivered, pending (again later) or failed. Three rules stand above it:
            a row that is damaged does not heal, so it fails at once; what was cancelled meanwhile is
            not given up (pending, in the words of the ledger, leaves its status as it is); and what
@@ -9089,9 +9101,12 @@ class _Outcomes:
         7. the endpoint's new state is for the ledger too; a disabled one is retired
         """
         lane, picked, policy = attempt.lane, attempt.picked, self._settings.retry
-        was_enabled, health = lane.enabled, lane.health
+        was_enabled, health, change = lane.enabled, lane.health, None
         lane.held(mono - attempt.started + attempt.reading)
-        change = lane.learn(outcome, now, mono, policy)
+        if current := attempt.wire is lane.wire or lane.is_at(attempt.wire):
+            change = lane.learn(outcome, now, mono, policy)
+        else:
+            outcome = outcome.of_old_url()
         first_at = attempt.wall if picked.first_attempt_at is None else picked.first_attempt_at
         status, due_at, reason = _verdict(
             picked.attempts + 1,
@@ -9113,7 +9128,7 @@ class _Outcomes:
         self._add_row(
             picked, lane.id, status, due_at, attempt.wall, mono - attempt.started, outcome
         )
-        if status == "failed" and lane.enabled and (why := self._hopeless(lane, now)):
+        if status == "failed" and current and lane.enabled and (why := self._hopeless(lane, now)):
             lane.disable, lane.enabled = why, False
         if picked.queue is not None or lane.endpoint.ordered:
             self._next_of_queue(lane, picked, status == "delivered", now)
@@ -10836,9 +10851,11 @@ class Outbox:
         """Change options of an endpoint, or its url, named as in add_endpoint; return it.
 
         What is left out stays; url=None leaves it too. Deliveries that wait go out under the new
-        options; which events are given to it changes for those emitted from now on. Its tenant is
-        for life: add another endpoint. The secret is rotate_secret's. enabled: as enable_endpoint
-        and disable_endpoint do. Raises NotFound, UnsafeURL, PayloadError.
+        options. An attempt that is under way to another url counts for its delivery alone: a 410
+        there disables nothing, and is tried again at the new one. Which events are given to the
+        endpoint changes for those emitted from now on. Its tenant is for life: add another
+        endpoint. The secret is rotate_secret's. enabled: as enable_endpoint and disable_endpoint
+        do. Raises NotFound, UnsafeURL, PayloadError.
         """
         columns = self._columns(changes if url is None else {**changes, "url": url}, update=True)
         return self._set(conn, id, columns)

@@ -6091,16 +6091,14 @@ class _Watch:
     """
 
     __slots__ = (
-        "_inotify", "_last_nap", "_nap", "_poll_at", "_polled_at", "_seen_at", "_version", "hints",
+        "_inotify", "_last_nap", "_nap", "_poll_at", "_seen_at", "_version", "hints",
     )  # fmt: skip
     # Seconds: what naps are doubled from, and the longest one after a commit, and after a hint.
     _FIRST_NAP, _LAST_NAP, _LAST_UNSEEN = 0.0001, 0.0064, 0.0512
-    _ENOUGH = 0.0003  # seconds: a poll so fresh is enough before attempts begin
 
     def __init__(self) -> None:
         self._version = -1  # what data_version was; -1: not asked yet
         self._poll_at = 0.0  # monotonic: when it is time again
-        self._polled_at = -math.inf  # monotonic: the last poll
         self._seen_at = -math.inf  # monotonic: when a commit was seen, or hinted at
         self._nap = 0.0  # until the next poll after a hint; 0: no hint is fresh
         self._last_nap = self._LAST_NAP  # the longest of them
@@ -6143,22 +6141,16 @@ class _Watch:
             self._nap = max(self._nap, 0.0016)
             self._poll_at = min(self._poll_at, mono + self._nap)
 
-    def is_due(self, mono: float, early: bool = False) -> bool:
-        """Say whether it is time for a poll. early: attempts are about to begin, and what was
-        cancelled must not be among them. Then the next poll is not waited for, unless the last one
-        was 0.3 ms ago at most: polls would cost a tenth of attempts that begin one by one."""
-        return mono >= self._poll_at or (early and mono >= self._polled_at + self._ENOUGH)
-
     def poll(
         self, db: sqlite3.Connection, mono: float, sending: bool, early: bool = False
     ) -> str | None:
         """Return who committed since the last poll: "host" for anybody else, "first" for the first
         look at all, or None, also where it is not time for a poll. sending: attempts are under way.
-        Where nothing is seen early, the time of the next poll stays."""
-        if not self.is_due(mono, early):
+        early: poll now, whether it is time or not; where nothing is seen, the time of the next poll
+        stays."""
+        if mono < self._poll_at and not early:
             return None
         (version,) = db.execute("PRAGMA data_version").fetchone()
-        self._polled_at = mono
         if version == self._version:
             if mono < self._poll_at:
                 return None
@@ -9645,12 +9637,14 @@ class _Drain:
         return max(0.0, until)
 
     def _poll(self, early: bool = False) -> None:
-        """See whether somebody committed, if it is time for that; early: attempts are about to
-        begin. A commit of the host's is noted for the budget."""
+        """See whether somebody committed, if it is time for that, or attempts are about to begin
+        (early): none may begin that was cancelled before. A commit of the host's is noted for the
+        budget. Another SQLite library is looked for less often, since that costs as much."""
         mono = _monotonic()
-        if not self.file.watch.is_due(mono, early):
+        if not self.file.watch.rest(mono):
+            self.file.check()
+        elif not early:
             return
-        self.file.check()
         who = self.file.watch.poll(self.file.db, mono, bool(self.carrier.attempts), early)
         if who is not None:
             self.finder.news.stale = True

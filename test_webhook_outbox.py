@@ -6966,6 +6966,34 @@ def test_the_last_addresses_of_a_host_serve_while_its_lookup_hangs_or_fails(answ
     play.settle()
 
 
+def test_the_last_addresses_serve_also_at_the_moment_in_which_new_ones_take_their_place():
+    class Slow(dict[str, list[str]]):
+        def pop(self, *key: Any) -> Any:
+            popped.set()
+            try:
+                return super().pop(*key)
+            finally:
+                asks.join(0.5)  # it waits for the lock meanwhile
+
+    popped, found = threading.Event(), list[Any]()
+    lookups = webhook_outbox._Lookups(lambda host, port: ["192.0.2.1"])
+    lookups._last = Slow({"a.test": ["192.0.2.9"]})
+    failure = webhook_outbox._NoAddress("the resolver is down")
+
+    def ask() -> None:
+        popped.wait(20)
+        try:
+            found.extend(lookups._again("a.test", failure))
+        except webhook_outbox._NoAddress as error:
+            found.append(error)
+
+    asks = threading.Thread(target=ask)
+    asks.start()
+    assert lookups.find("a.test", 1, time.monotonic() + 9) == ["192.0.2.1"]
+    asks.join()
+    assert found == ["192.0.2.1"]
+
+
 def test_a_host_whose_lookup_hung_rests_whatever_the_port_and_costs_nothing_meanwhile():
     play = LookupsPlay()
     play.answers["hung.test"] = "hangs"
@@ -9125,6 +9153,40 @@ def test_transforms_that_never_end_cost_the_others_no_opener_and_their_rows_fail
     finally:
         held.set()
     eventually(lambda: not any("_open_for" in thread.name for thread in threading.enumerate()))
+
+
+def test_two_threads_of_an_endpoint_get_stuck_and_no_more_while_a_drain_lives(shop):
+    """However their attempts follow each other, and though it is disabled and removed meanwhile."""
+    held, calls = threading.Event(), list[Any]()
+
+    def stuck(event: Event) -> bytes:
+        if event.data["n"] == 1:  # so that the two get stuck one after the other
+            held.wait(0.1)
+        else:
+            calls.append(event)
+            held.wait(60)
+        return b"1"
+
+    _, outbox = shop.open(
+        transforms={"stuck": stuck}, body="stuck", id="a", retry=ONCE, timeout=0.2
+    )
+    with draining(outbox):
+        (drain,) = eventually(lambda: outbox._drains)
+        for number in range(4):
+            emit_numbers(outbox, range(4))
+            eventually(lambda: outbox.stats().pending == 0)
+            assert len(calls) == 2
+            if number % 2:
+                outbox.remove_endpoint("a")
+            else:
+                outbox.disable_endpoint("a")
+            eventually(lambda: not drain.finder.lanes["a"].enabled)
+            if number % 2:
+                outbox.add_endpoint(shop.receiver.url(), body="stuck", id="a")
+            else:
+                outbox.enable_endpoint("a")
+        held.set()
+        eventually(lambda: drain.finder.lanes["a"].lost == 0)
 
 
 class Mute(Exception):
@@ -12346,6 +12408,7 @@ RETIRED = [  # what the lane has; whether it stays
     ({"active": 1}, True),
     ({"known": {1}}, True),
     ({"state": True}, True),
+    ({"lost": 1}, True),  # a thread is stuck
     ({"read": True}, False),  # it stays in the table as it is
 ]
 
@@ -12358,7 +12421,7 @@ def test_one_endpoint_has_one_lane_while_something_of_it_is_unrecorded(wal, has,
         lane = finder.lanes["a"]
         if has.get("read"):
             lane.backlog.put_back(lane.backlog.take(finder._file.db, time.time()))
-        lane.active = has.get("active", 0)
+        lane.active, lane.lost = has.get("active", 0), has.get("lost", 0)
         lane.backlog.known |= has.get("known", set())
         if has.get("state"):
             finder._ledger.states["a"] = lane
@@ -12748,6 +12811,34 @@ def test_what_has_no_connection_when_a_drain_stops_comes_back_untried_at_once(
         eventually(lambda: carrier.wait(0.01) or carrier.openers.busy == making.lost == 0)
         assert len(receiver.requests) == 1 and not carrier.exchanges.idle
         assert {lane.active for lane in (sending, opening, again, making, calling)} == {0}
+
+
+NO_THREAD = [RuntimeError("can't start new thread"), OSError(errno.ENOMEM, "x"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", NO_THREAD, ids=repr)
+@pytest.mark.parametrize("body", ["data", "own"])
+def test_where_no_thread_can_be_started_an_attempt_comes_back_untried(
+    wal, serve, monkeypatch, error, body
+):
+    receiver, told = serve(), list[Any]()
+    with carrier_of(wal, transforms={"own": lambda event: b"1"}) as carrier:
+        lane, teller = (
+            lane_to(carrier, receiver.url(), body=body),
+            webhook_outbox._Teller(told.append),
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fails_with(error))
+            carrier.begin(lane, row_of(1), time.time())
+            assert [outcome for _, outcome in carrier.ended()] == [None]
+            assert not carrier.may_begin(lane, 1.0, 0, time.monotonic())
+            teller.tell(Notice("delivered", "a", "m", None, None, None))
+        assert lane.active == lane.making == carrier.openers.busy == 0
+        carrier.begin(lane, row_of(1), time.time())
+        assert sent(carrier) == [(1, 200)]
+        teller.tell(Notice("delivered", "a", "m", None, None, None))
+        teller.close()
+        assert len(told) == 2
 
 
 def test_origins_that_nobody_uses_are_forgotten_when_there_are_many(wal, monkeypatch):

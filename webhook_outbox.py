@@ -2228,10 +2228,13 @@ def _getaddrinfo(host: str, port: int) -> list[str]:
 
 _THREAD_ROOM = 16 << 20  # bytes of memory that a new thread may need: its stack, and its first step
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+# What _start_thread raises when there is no room for one. A RuntimeError is that also where the
+# interpreter is ending.
+_NO_THREAD = (RuntimeError, OSError, MemoryError)
 
 
 def _start_thread(run: Callable[..., Any], *args: Any, name: str | None = None) -> threading.Thread:
-    """Start a daemon thread; raise what _is_exhaustion knows when there is no room for one.
+    """Start a daemon thread; raise one of _NO_THREAD when there is no room for one.
 
     Where the new thread finds no memory for its first step, start() waits for ever (CPython issue
     140746). So as much is asked of the system first, and given back.
@@ -2281,8 +2284,8 @@ class _Lookups:
 
     def __init__(self, resolver: _Resolver | None) -> None:
         self._resolver = resolver or _getaddrinfo
-        # Guards changes of the three below; _last is read without it too. Askers and lookups hold
-        # it for dictionary work only.
+        # Guards the three below: a host whose addresses are found anew leaves _last for a moment.
+        # Askers and lookups hold it for dictionary work only.
         self._lock = threading.Lock()
         self._running: dict[str, concurrent.futures.Future[list[str]]] = {}
         self._last: dict[str, list[str]] = {}  # addresses of hosts, the one found last at the end
@@ -2294,7 +2297,7 @@ class _Lookups:
         host = host.lower()
         try:
             answer = self._ask(host, port)
-            patience = self._PATIENCE if host in self._last else _LOOKUP_TIMEOUT
+            patience = _LOOKUP_TIMEOUT if self._had(host) is None else self._PATIENCE
             addresses = answer.result(max(0.0, min(patience, deadline - _monotonic())))
         except concurrent.futures.TimeoutError:
             with self._lock:
@@ -2333,10 +2336,14 @@ class _Lookups:
 
     def _again(self, host: str, failure: _NoAddress) -> list[str]:
         """Return the addresses that a host had last; raise the failure where it had none."""
-        addresses = self._last.get(host)
+        addresses = self._had(host)
         if addresses is None:
             raise failure from None
         return addresses
+
+    def _had(self, host: str) -> list[str] | None:
+        with self._lock:
+            return self._last.get(host)
 
     def _look_up(self, host: str, port: int, answer: concurrent.futures.Future[list[str]]) -> None:
         """Run one lookup, in its own thread; wake those who wait for the answer.
@@ -6849,11 +6856,11 @@ class _Lane:
 
     def full(self) -> bool:
         """Say whether something of its own must end before one more may begin: an attempt, where as
-        many are under way as `limit` says; or, where two threads make its requests, one of those.
-        While it struggles (ten failures in a row), one attempt at a time finds out whether it is
+        many are under way as `limit` says; or, where two threads make its requests (one, while
+        another is stuck), one of those. While it struggles (ten failures in a row), one attempt at a time finds out whether it is
         well again."""
         most = 1 if self.health.failures >= _STRUGGLING else self.limit
-        return self.active + 1 > most or self.making >= _OPENERS_EACH
+        return self.active + 1 > most or self.making + bool(self.lost) >= _OPENERS_EACH
 
     def may_start(self, now: float, mono: float) -> bool:
         """Say whether one more attempt may start now, as far as this endpoint alone is
@@ -7272,8 +7279,8 @@ class _Openers:
         return self.busy < min(_OPENERS, _OPENERS * share + proven) and self.starved_until <= mono
 
     def submit(self, errand: _Errand) -> None:
-        """Give an errand to a thread. Where none waits and none can be started, raise what
-        _is_exhaustion knows; the errand is the caller's again then."""
+        """Give an errand to a thread. Where none waits and none can be started, raise one of
+        _NO_THREAD; the errand is the caller's again then."""
         with self._lock:
             waits = self.spare > 0
             self.spare -= waits
@@ -7862,7 +7869,7 @@ class _Teller:
         self._notices.put(notice)
         if self._thread is None:
             # No room for a thread: the next notice tries again.
-            with contextlib.suppress(RuntimeError, OSError):
+            with contextlib.suppress(*_NO_THREAD):
                 self._thread = _start_thread(self._run, name="webhook_outbox observer")
 
     def _run(self) -> None:
@@ -8033,7 +8040,7 @@ class _Carrier:
         try:
             self.openers.submit(errand)
             return True
-        except (RuntimeError, OSError) as error:
+        except _NO_THREAD as error:
             self._starve(errand.attempt, error)
             return False
 
@@ -8635,8 +8642,9 @@ class _Finder:
 
     A lane is made when its endpoint has something due, and is forgotten when it has nothing left
     and there are many; what must survive that stands in the endpoint's row. While something of it
-    is under way or unrecorded it stays, also when the endpoint is disabled or removed: one
-    endpoint, one lane. Were there two, each would hold a half of what must not go out twice.
+    is under way or unrecorded, or a thread of it is stuck, it stays, also when the endpoint is
+    disabled or removed: one endpoint, one lane. Were there two, each would hold a half of what must
+    not go out twice.
 
     What it reads, and how it learns that there is something to read (see _News):
 
@@ -8860,11 +8868,7 @@ class _Finder:
         spare = [
             lane
             for lane in self.lanes.values()
-            if not (
-                lane.active or lane.backlog.known or lane.lost or lane.id in self._ledger.states
-            )
-            and lane.backlog.due > now
-            and lane.next_slot <= mono
+            if not self._keeps(lane) and lane.backlog.due > now and lane.next_slot <= mono
         ]
         for lane in spare[: len(self.lanes) - self._LANES // 2]:
             if lane.backlog.due < math.inf and lane.enabled:
@@ -8907,7 +8911,8 @@ class _Finder:
 
     def retire(self, id: str) -> None:
         """Start nothing more for a disabled or removed endpoint. What was not tried stays in the
-        table as it is. What is under way goes on and is recorded, and for that the lane stays."""
+        table as it is. What is under way goes on and is recorded; for that the lane stays, and
+        while a thread of it is stuck."""
         self.schedule.due.drop(id)
         lane = self.lanes.get(id)
         if lane is not None:
@@ -8915,8 +8920,16 @@ class _Finder:
             lane.backlog.reread()
             lane.backlog.due = math.inf
             self.schedule.drop(lane)
-            if not (lane.active or lane.backlog.known or id in self._ledger.states):
+            if not self._keeps(lane):
                 del self.lanes[id]
+
+    def _keeps(self, lane: _Lane) -> bool:
+        """Say whether a lane must stay though nothing more is to begin: something of it is under
+        way or unrecorded, or a thread is stuck in the host's code. Were that forgotten with it,
+        each lane that the endpoint gets after it would let two more threads get stuck."""
+        return bool(
+            lane.active or lane.backlog.known or lane.lost or lane.id in self._ledger.states
+        )
 
     def recorded(self, batch: Iterable[_Row], now: float, mono: float) -> None:
         """Note what our own commit made due, which the watch on commits of others does not tell: a

@@ -8678,10 +8678,9 @@ def test_only_an_endpoint_of_every_tenant_is_told_whose_event_it_is(wal, serve, 
 # ── drain ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_drain_once_sends_what_is_due_now_and_leaves_retries_and_delays_for_later(database, serve):
-    clock, receiver = Clock(), serve(Fails(n2=1, n3=9))
-    outbox = make_outbox(database, clock=clock, retry=RetryPolicy((0, 10, 10), jitter=0.0))
-    outbox.add_endpoint(receiver.url())
+def test_drain_once_sends_what_is_due_now_and_leaves_retries_and_delays_for_later(database, shop):
+    clock = shop.clock
+    receiver, outbox = shop.open(Fails(n2=1, n3=9), clock=clock, retry=(0, 10, 10))
     emit_numbers(outbox, (1, 2, 3))
     emit_numbers(outbox, [4], delay=60)
     for after, *counts in (  # delivered, retried, failed, pending
@@ -8695,7 +8694,7 @@ def test_drain_once_sends_what_is_due_now_and_leaves_retries_and_delays_for_late
 
 def test_drain_until_empty_waits_for_retries_and_delays(wal, serve):
     receiver = serve(Fails(n1=2, n2=9))
-    outbox = make_outbox(wal, receiver.url(), retry=RetryPolicy((0, 0.1, 0.1), jitter=0.0))
+    outbox = make_outbox(wal, receiver.url(), retry=(0, 0.1, 0.1))
     emit_numbers(outbox, (1, 2))
     emit_numbers(outbox, [3], delay=0.5)
     assert outbox.drain(until_empty=True) == DrainReport(2, 4, 1, 0)
@@ -8913,8 +8912,7 @@ def test_who_subscribes_by_name_is_told_of_failing_recovery_disabling_and_failed
 ):
     monitor = serve()
     receiver = serve([answer(500), answer(500), answer(500), OK, answer(410)])
-    outbox = make_outbox(database, retry=RetryPolicy((0, 0, 0)))
-    outbox.add_endpoint(receiver.url(), id="crm", events=["order.*"])
+    outbox = make_outbox(database, receiver.url(), retry=(0, 0, 0), id="crm", events=["order.*"])
     outbox.add_endpoint(serve().url(), id="all")
     for _ in range(2):
         emit(outbox)
@@ -9023,7 +9021,7 @@ def test_slack_and_discord_get_messages_that_they_take_and_that_can_mention_nobo
 
 
 def test_slack_may_be_the_monitor(wal, serve):
-    outbox, slack = make_outbox(wal, retry=RetryPolicy((0, 0, 0))), serve(says(as_slack))
+    outbox, slack = make_outbox(wal, retry=(0, 0, 0)), serve(says(as_slack))
     outbox.add_endpoint(slack.url(), id="slack", events=["webhook.*"], body="slack")
     outbox.add_endpoint(serve(answer(500)).url(), id="crm")
     id = emit(outbox)
@@ -9139,7 +9137,7 @@ def test_transforms_that_never_end_cost_the_others_no_opener_and_their_rows_fail
     """Nobody can end a thread. Two of an endpoint are let go; its later attempts end at once."""
     held, receiver = threading.Event(), serve(answer(200, b"", "Connection: close"))
     transforms = {"stuck": lambda event: held.wait(60)}
-    outbox = make_outbox(wal, transforms=transforms, retry=RetryPolicy((0, 0)))
+    outbox = make_outbox(wal, transforms=transforms, retry=(0, 0))
     for number in range(12):  # with two threads each more than there are openers
         outbox.add_endpoint(receiver.url("/stuck"), id=f"s{number}", body="stuck", timeout=0.2)
     outbox.add_endpoint(receiver.url("/good"), id="good", timeout=5)
@@ -9226,7 +9224,7 @@ def test_a_sender_that_fails_in_any_way_is_retried_and_ends_in_the_failed_table(
     (sender, error), reason = SENDERS_FAIL[what], "sender"
     name, mended = what.replace(" ", "-"), list[Any]()
     senders = {name: lambda event: mended.append(event) if mended else sender(event)}
-    outbox = make_outbox(wal, retry=RetryPolicy((0, 0)), senders=senders)
+    outbox = make_outbox(wal, retry=(0, 0), senders=senders)
     outbox.add_endpoint(f"call:{name}", id="audit", secret=SECRET)
     id = emit(outbox, data={"n": "x" * 100_000}, key="k")
     assert outbox.drain(until_empty=True).failed == 1
@@ -9263,7 +9261,7 @@ def test_a_sender_gets_events_in_order_at_its_rate_and_no_more_at_once_than_it_m
         if event.data == 50 and seen.count((event.key, event.data)) == 1:
             raise ValueError("the first time")
 
-    outbox = make_outbox(wal, retry=RetryPolicy((0, 0)), senders={"f": sender})
+    outbox = make_outbox(wal, retry=(0, 0), senders={"f": sender})
     outbox.add_endpoint("call:f", id="f", max_in_flight=3)
     with outbox.transaction() as conn:
         for n in range(200):
@@ -9284,7 +9282,7 @@ def test_a_sender_gets_events_in_order_at_its_rate_and_no_more_at_once_than_it_m
 def test_a_sender_that_never_returns_costs_the_others_nothing(wal, serve):
     held, good = threading.Event(), list[Any]()
     senders = {"stuck": lambda event: held.wait(60), "good": good.append}
-    outbox = make_outbox(wal, senders=senders, retry=RetryPolicy((0, 0)))
+    outbox = make_outbox(wal, senders=senders, retry=(0, 0))
     for number in range(4):
         outbox.add_endpoint("call:stuck", id=f"s{number}", timeout=0.2)
     outbox.add_endpoint("call:good", id="good")
@@ -9413,7 +9411,7 @@ def test_metrics_are_what_prometheus_reads_and_survive_restarts_and_pruning(data
     clock = Clock()
     receiver = serve([answer(500), OK, answer(500), answer(410)])
     for _ in range(2):  # each with a drain of its own
-        outbox = make_outbox(database, retry=RetryPolicy((0, 30), jitter=0.0), clock=clock)
+        outbox = make_outbox(database, retry=(0, 30), clock=clock)
         if not outbox.endpoints():
             outbox.add_endpoint(receiver.url(), id="crm", events=["order.*"])
             outbox.add_endpoint(receiver.url(), id="idle", events=["other"])
@@ -9465,7 +9463,7 @@ def test_an_observer_that_raises_is_logged_and_ignored(shop, caplog, error):
         raise error("observer's own trouble")
 
     seen, plays = list[str](), [answer(500), answer(500), answer(500), OK]
-    receiver, outbox = shop.open(plays, observer=observe, retry=RetryPolicy((0, 0, 0, 0)))
+    receiver, outbox = shop.open(plays, observer=observe, retry=(0, 0, 0, 0))
     told = {"attempt_failed": 3, "failing": 1, "recovered": 1, "delivered": 3}
     with outbox:
         for number in range(3):
@@ -10410,8 +10408,7 @@ def test_a_damaged_page_is_one_line_and_costs_only_the_endpoint_of_its_rows(wal,
         file.seek(page)
         file.write(b"\\xff" * 4)  # the number of the row's next page
     """
-    clock = shop.clock
-    receiver, outbox = shop.open(path="/a", clock=clock, id="a", events=["order.*"])
+    clock, receiver, outbox = shop.timed(path="/a", id="a", events=["order.*"])
     outbox.add_endpoint(receiver.url("/b"), id="b", events=["well"])
     emit(outbox, data="x" * 100_000, delay=60)
     assert query(wal, "PRAGMA wal_checkpoint(TRUNCATE)") == [(0, 0, 0)]
@@ -13012,14 +13009,17 @@ def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):
 
 def drain_given(drain: Any, there: dict[str, float]) -> float:
     """Have a drain find these things to do, in so many seconds; return now."""
-    mono, wall, schedule, lane = time.monotonic(), drain.settings.clock(), None, lane_of("b")
+    mono, wall, lane = time.monotonic(), drain.settings.clock(), lane_of("b")
     schedule, puts = drain.finder.schedule, dict[str, Callable[[float], Any]]()
     puts["rows"] = lambda seconds: drain.ledger.rows.append(webhook_outbox._Row())
     puts["state"] = lambda seconds: drain.ledger.states.update(b=lane)
     puts["freed"] = lambda seconds: drain.carrier.freed.append(lane)
     puts["round"] = lambda seconds: schedule.turns.join(lane, 1)
     puts["slot"] = lambda seconds: schedule.slots.set("a", mono + seconds)
-    puts["due"] = lambda seconds: schedule.due.set("a", wall + seconds)
+    waits = f"{DELIVERY} VALUES (1, 'a', ?)"  # which the file says too
+    puts["due"] = lambda seconds: (
+        schedule.due.set("a", wall + seconds), query(drain.settings.path, waits, wall + seconds)
+    )  # fmt: skip
     puts["attempt"] = lambda seconds: drain.carrier.attempts.add(attempt_of())
     puts["stop"] = drain.stop
     find(drain.finder)
@@ -13073,7 +13073,7 @@ FINISHED = [  # mode, what there is; whether the run is over
 @pytest.mark.parametrize(("mode", "there", "expected"), FINISHED)
 def test_a_run_is_over_when_nothing_is_left_that_it_has_to_wait_for(wal, mode, there, expected):
     clock = Clock()
-    with drain_by_hand(make_outbox(wal, clock=clock), mode) as drain:
+    with drain_by_hand(make_outbox(wal, URL, clock=clock, id="a"), mode) as drain:
         drain_given(drain, there)
         assert drain._finished(clock.now) is expected
         drain.ledger.forget()
@@ -13188,8 +13188,7 @@ def test_a_hold_that_somebody_ended_is_not_brought_back_by_the_unrecorded(wal, u
 
 
 def test_a_drain_prunes_by_itself_and_prune_beside_it_takes_nothing_that_waits(wal, shop):
-    clock = shop.clock
-    receiver, outbox = shop.open(Fails(n1=9), clock=clock, retention=100, retry=ONCE)
+    clock, receiver, outbox = shop.timed(Fails(n1=9), retention=100, retry=ONCE)
     old = emit_numbers(outbox, (0, 1))
     waiting = emit_numbers(outbox, [2], delay=1000)
     outbox.drain(once=True)
@@ -14889,7 +14888,7 @@ def test_poison_in_a_column_ends_no_drain_and_stops_nobody_who_looks(
             continue  # refused: as good
         stored += 1
         what, clock = (table, column, value), Clock(time.time())
-        outbox = make_outbox(path, retry=RetryPolicy((0, 60)), clock=clock)
+        outbox = make_outbox(path, retry=(0, 60), clock=clock)
         good = emit(outbox, "well")
         outbox.drain(once=True)
         assert statuses(outbox, good) == {"good": "delivered"}, what
@@ -15365,7 +15364,7 @@ def power_bytes(path: str, *suffixes: str) -> list[bytes]:
 
 def power_outbox(path: Any, receiver: Receiver, clock: Clock) -> Outbox:
     """An outbox with an ordered endpoint and one that is not."""
-    outbox = make_outbox(str(path), clock=clock, retry=RetryPolicy((0, 5), jitter=0.0))
+    outbox = make_outbox(str(path), clock=clock, retry=(0, 5))
     if not outbox.endpoints():
         outbox.add_endpoint(receiver.url("/queue"), id="queue", ordered=True)
         outbox.add_endpoint(receiver.url("/free"), id="free")
@@ -18010,7 +18009,7 @@ def test_status_fits_its_terminal_and_is_whole_in_a_pipe(wal, serve, encoding):
     """A row a line; errors in the last column, or below where 80 columns have no room for them. In
     C, Python itself chooses UTF-8; what cannot be shown is shown in another way, never as an
     escape."""
-    outbox, long = make_outbox(wal, retry=RetryPolicy((0, 60))), "x" * 60
+    outbox, long = make_outbox(wal, retry=(0, 60)), "x" * 60
     outbox.add_endpoint(serve(answer(302, b"", "Location: /" + "y" * 150)).url(), id=long)
     outbox.add_endpoint(serve([OK, answer(500)]).url())
     ids = [emit(outbox), emit(outbox)]
@@ -18110,9 +18109,9 @@ def test_a_success_rate_of_100_percent_means_that_nothing_failed(wal, cli):
 def test_what_waits_is_cancelled_tried_now_or_erased_by_its_command(cli, wal, serve):
     receiver = serve([answer(500), OK])
     cli("endpoint add", receiver.url(), "--id", "crm")
-    make_outbox(wal, retry=RetryPolicy((0, 3600))).drain(once=True)
+    make_outbox(wal, retry=(0, 3600)).drain(once=True)
     first, second, third = (cli(f"emit a.b 1 --key {key}").strip() for key in "xyy")
-    outbox = make_outbox(wal, retry=RetryPolicy((0, 3600)))
+    outbox = make_outbox(wal, retry=(0, 3600))
     assert cli("events cancel --key y --dry-run") == "2 deliveries would be cancelled\n"
     assert cli(f"events cancel {second}") == "1 deliveries cancelled\n"
     assert cli(f"events cancel --event-id {third} --endpoint crm").startswith("1 ")
@@ -18455,8 +18454,7 @@ PHASES: dict[str, tuple[Any, dict[str, Any], str]] = {  # what answers, how it i
 def test_the_live_line_tells_the_truth_in_every_phase(database, serve, phase):
     """In 80 columns, however much there is to say."""
     play, options, words = PHASES[phase]
-    outbox = make_outbox(database, retry=RetryPolicy((0, 300, 300), jitter=0.0))
-    outbox.add_endpoint(serve(play).url(), id="crm", rate=100)
+    outbox = make_outbox(database, serve(play).url(), retry=(0, 300, 300), id="crm", rate=100)
     lock = options.pop("lock", False) if (options := dict(options)) else False
     emit_numbers(outbox, range(options.pop("count", 40)), **options)
     drain, lines = webhook_outbox._Drain(outbox._settings(), "forever"), list[str]()
@@ -18657,7 +18655,7 @@ def test_listen_fails_at_first_and_takes_its_time_when_told_to(wal, tmp_path):
     environment = {**os.environ, "LISTEN_SECRET": SECRET}
     with cli_running(tmp_path, line, env=environment) as control:
         url = re.findall(r"http://\S+", control(seen="http://"))[0]
-        outbox = make_outbox(wal, url, retry=RetryPolicy((0, 0, 0)), secret=SECRET)
+        outbox = make_outbox(wal, url, retry=(0, 0, 0), secret=SECRET)
         id = emit(outbox)
         assert outbox.drain(until_empty=True).delivered == 1
         attempts = outbox.attempts(id)

@@ -8744,7 +8744,7 @@ def test_start_and_stop_may_come_in_any_order_and_number(shop):
     assert not outbox.running
 
 
-@pytest.mark.parametrize("rounds", [25, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", few((25, 200), 1))
 def test_many_starts_and_stops_leave_nothing_behind(shop, rounds):
     receiver, outbox = shop.open()
     before = descriptors()
@@ -9624,7 +9624,7 @@ def test_commits_of_anybody_wake_the_drain(database, shop):
         soon(3)
 
 
-@pytest.mark.parametrize("seconds", [0.7, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seconds", few((0.7, 8), 1))
 def test_outcomes_wait_for_a_lock_of_others_and_nothing_is_sent_twice(
     either, shop, caplog, seconds
 ):
@@ -10095,9 +10095,9 @@ def test_two_drains_never_run_because_somebody_deleted_the_lock_file(wal, serve,
 
 # The lock. Where a kernel has no open-file-description locks, flock does their work.
 LOCK_KINDS = {"ofd": "pass", "flock": "import fcntl; del fcntl.F_OFD_GETLK"}
-every_lock = pytest.mark.parametrize("kind", LOCK_KINDS if sys.platform == "linux" else ["ofd"])
-FLOCK = [pytest.param("flock", marks=pytest.mark.long)] if sys.platform == "linux" else []
-each_lock = pytest.mark.parametrize("kind", ["ofd", *FLOCK])  # where processes are started
+KINDS = LOCK_KINDS if sys.platform == "linux" else ["ofd"]
+every_lock = pytest.mark.parametrize("kind", KINDS)
+each_lock = pytest.mark.parametrize("kind", few(KINDS, 1))  # where processes are started
 LOCK_DRAINS = DRAIN_FOREVER.replace(
     "time.sleep(600)",
     """
@@ -11215,7 +11215,7 @@ PLACES_STRANGERS = {  # how many, how each of them answers, whether it answered 
 
 
 @pytest.mark.parametrize("strangers", PLACES_STRANGERS)
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
+@pytest.mark.parametrize("seed", few(range(3), 1))
 def test_places_are_shared_by_time_so_that_strangers_keep_none_from_the_quick(strangers, seed):
     rng, play = random.Random(seed), PlacesPlay()
     well = [play.endpoint(f"w{n}", itertools.repeat((0.003, None))) for n in range(50)]
@@ -12538,7 +12538,7 @@ class Refusing(sqlite3.Connection):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("step", few((5, 1), 1))
 def test_a_host_that_commits_at_any_statement_costs_no_delivery(wal, serve, monkeypatch, step):
     """Whatever the turn had read before is not forgotten: `until_empty` would end without it."""
     begun = threading.Event()
@@ -13498,7 +13498,7 @@ outbox.stop()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
-@pytest.mark.parametrize("what", ["descriptors", pytest.param("threads", marks=pytest.mark.long)])
+@pytest.mark.parametrize("what", few(("descriptors", "threads"), 1))
 def test_a_process_without_threads_or_descriptors_delivers_later(wal, serve, what):
     outbox = make_outbox(wal, serve().url(), id="open", events=["order.created"])
     for n in range(8):
@@ -13820,15 +13820,15 @@ def test_a_process_without_descriptors_gives_back_idle_connections(wal, serve):
 
 LONG_PREFORK = [(1, False, 60, 0.05), (3, False, 200, 0.02), (1, True, 60, 0.05)]
 LONG_PREFORK += [(2, True, 200, 0.02), (1, False, 9, 0.4)]
-LONG_PREFORK = [(1, False, 60, 0.05, 1), (3, False, 200, 0.02, 1), (1, True, 60, 0.05, 1)]
 LONG_PREFORK += [(2, True, 200, 0.02, 1), (1, False, 9, 0.4, 1)]
 PREFORK = [  # workers, TLS, events, seconds of work, endpoints
     *((1, False, 20, 0.0, 1), (3, True, 20, 0.0, 1), (1, False, 40, 0.0, 3)),
-    *(pytest.param(case, marks=pytest.mark.long) for case in LONG_PREFORK),
+    *((1, False, 60, 0.05, 1), (3, False, 200, 0.02, 1), (1, True, 60, 0.05, 1)),
+    *((2, True, 200, 0.02, 1), (1, False, 9, 0.4, 1)),
 ]
 
 
-@pytest.mark.parametrize("case", PREFORK)
+@pytest.mark.parametrize("case", few(PREFORK, 3))
 def test_an_origin_with_few_workers_gets_a_burst_once(wal, serve, authority, case):
     """Without a timeout or a duplicate: on a second connection, a request would wait for the end of
     the first."""
@@ -13952,10 +13952,7 @@ def drain_hears(receiver: Receiver, do: Callable[[str], str], line: str, number:
     eventually(lambda: number in numbers_of(receiver), within=1.0)
 
 
-MORE_JOURNALS = [pytest.param(mode, marks=pytest.mark.long) for mode in ("truncate", "persist")]
-
-
-@pytest.mark.parametrize("journal", ["wal", "delete", *MORE_JOURNALS])
+@pytest.mark.parametrize("journal", few(("wal", "delete", "truncate", "persist"), 2))
 def test_a_commit_of_another_process_is_heard_soon_whatever_it_did_before(tmp_path, serve, journal):
     """Also one with more pages than its cache holds, which are written long before the commit."""
     path = make_database(tmp_path / "app.db", journal)
@@ -14133,11 +14130,10 @@ DRAIN_WORK: dict[str, tuple[Callable[[Outbox, dict[int, str]], Any], set[int]]] 
         lambda o, ids: query(o.path, "DELETE FROM webhook_events WHERE id = ?", ids[0]), {1},
     ),
 }  # fmt: skip
-BY_ANOTHER = [False, pytest.param(True, marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize("word", DRAIN_WORK)
-@pytest.mark.parametrize("another", BY_ANOTHER, ids=["this process", "another"])
+@pytest.mark.parametrize("another", few((False, True), 1), ids=["this process", "another"])
 def test_whatever_makes_an_old_delivery_due_has_a_running_drain_send_it_soon(
     wal, shop, word, another
 ):
@@ -14178,7 +14174,7 @@ DRAIN_RECALLS: dict[str, Callable[[Outbox], Any]] = {
 
 @pytest.mark.parametrize("word", DRAIN_RECALLS)
 @pytest.mark.parametrize("key", [None, "k"])
-@pytest.mark.parametrize("another", BY_ANOTHER, ids=["this process", "another"])
+@pytest.mark.parametrize("another", few((False, True), 1), ids=["this process", "another"])
 def test_what_was_read_ahead_is_not_sent_once_it_was_cancelled(wal, shop, word, key, another):
     """What is under way ends as it ends; the next event goes out at once."""
     receiver, outbox = shop.open(gate := Gate(), id="a", max_in_flight=2)
@@ -14325,7 +14321,7 @@ def test_the_answer_to_an_event_that_was_erased_under_way_is_not_kept(database, 
     assert [statuses(outbox, ids[n]) for n in range(2)] == [{"a": "delivered"}] * 2
 
 
-@pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", few((4, 100), 1))
 def test_no_attempt_begins_after_its_cancellation_has_committed(wal, serve, rounds):
     """The commit falls where a turn of the loop begins, when it asks for the time. Times are those
     of the attempts on record."""
@@ -14637,7 +14633,7 @@ def test_what_is_emitted_to_a_queue_that_has_just_ended_goes_out_at_once(wal, sh
 
 
 @pytest.mark.parametrize("journal", ["wal", "delete"])
-@pytest.mark.parametrize("rounds", [3, pytest.param(25, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", few((3, 25), 1))
 def test_a_queue_goes_on_in_order_after_sigkill(tmp_path, serve, journal, rounds):
     path = make_database(tmp_path / "app.db", journal)
     receiver, outbox = serve(), make_outbox(path)
@@ -14811,8 +14807,7 @@ POISON_VALUES = {
 POISON_TABLES = ("endpoints", "events", "deliveries", "attempts", "failed", "counts", "patterns")
 
 
-POISON_CASES = [slice(0, None, 291)]  # an eightieth of them; the long round has one in seven
-POISON_CASES += [pytest.param(slice(n, None, 97), marks=pytest.mark.long) for n in range(14)]
+POISON_CASES = [slice(0, None, 291), *(slice(n, None, 97) for n in range(14))]
 
 
 def poison_shop(path: str, receiver: Receiver) -> None:
@@ -14863,7 +14858,7 @@ def poison_looked_at(path: str, outbox: Outbox, capsys: Any) -> None:
         assert all(c.isprintable() or c == "\n" for c in out + err), (command_line, out)
 
 
-@pytest.mark.parametrize("cases", POISON_CASES)
+@pytest.mark.parametrize("cases", few(POISON_CASES, 1))
 def test_poison_in_a_column_ends_no_drain_and_stops_nobody_who_looks(
     tmp_path, serve, capsys, cases
 ):
@@ -15024,7 +15019,7 @@ def herd(tmp_path: pathlib.Path) -> Iterator[CrashesHerd]:
         assert "Traceback" not in (said := stderr.read()), said
 
 
-@pytest.mark.parametrize("stopped", [0.6, pytest.param(3.0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stopped", few((0.6, 3.0), 1))
 def test_a_standby_takes_over_within_half_a_second_of_a_death(either, shop, herd, stopped):
     """As promised; a poll of 0.1 s is expected. The median of seven leaves room."""
     receiver, outbox = shop.open(gate := Gate())
@@ -15220,7 +15215,7 @@ class CrashesStorm:
         return {what: found for what, found in wrong.items() if found}, numbers
 
 
-@pytest.mark.parametrize("rounds", [12, pytest.param(120, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", few((12, 120), 1))
 def test_a_storm_of_kills_stops_and_locks_loses_nothing(either, serve, herd, tmp_path, rounds):
     """Nor repeats anything without a cause. WEBHOOK_OUTBOX_SEED repeats what the storm chose, not
     how its processes interleaved: a failure may not return at once."""
@@ -15258,7 +15253,7 @@ def test_killed_between_answer_and_recording_each_attempt_is_repeated_once(datab
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("forks", [8, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("forks", few((8, 60), 1))
 def test_forks_and_pools_of_processes_at_any_moment_lose_and_repeat_nothing(either, shop, forks):
     code = """
     import os, sqlite3, sys, time, warnings
@@ -15501,7 +15496,7 @@ def test_a_power_cut_anywhere_in_the_wal_keeps_what_was_acknowledged(tmp_path, s
     times_received(receiver.requests)  # the same id, the same bytes, in every state
 
 
-@pytest.mark.parametrize("images", [2, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("images", few((2, 20), 1))
 def test_a_power_cut_in_rollback_mode_takes_the_whole_transaction_back(tmp_path, serve, images):
     """In the middle of a transaction that spills: any of the new pages may be on the disk, since
     what was there is in the part of the journal that was synced; the rest of the journal is cut
@@ -15630,7 +15625,7 @@ for n in itertools.count(int(every), int(every)):
 
 
 @pytest.mark.parametrize("how", ["KILL", "EIO", "ENOSPC"])
-@pytest.mark.parametrize("every", [30, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", few((30, 1), 1))
 def test_struck_at_any_write_nothing_is_halved_lost_or_repeated(database, serve, how, every):
     known = ["x86_64", "aarch64"] if how == "KILL" else ["x86_64"]
     if sys.platform != "linux" or platform.machine() not in known:
@@ -15684,7 +15679,7 @@ for number in range(int(sys.argv[2])):
 """
 
 
-@pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", few((10, 100), 1))
 def test_kill_9_while_the_tables_are_made_leaves_all_or_nothing(database, rounds):
     """And the next open completes."""
     with run_python(CRASHES_CREATE, database, str(rounds)) as process:
@@ -17566,7 +17561,7 @@ class OutboxMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("examples", [3, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", few((3, 60), 1))
 def test_the_outbox_does_what_a_model_of_dicts_says(examples: int, tmp_path: pathlib.Path) -> None:
     """Transactions, answers, crashes, clocks and operators together, in any order."""
     options = settings(max_examples=examples, stateful_step_count=50)
@@ -18001,10 +17996,7 @@ def test_status_is_a_table_that_a_person_can_read(cli, wal, serve, monkeypatch):
     assert line.startswith("crm ") and "66 %" in line and line.endswith("HTTP 500") and "█" in line
 
 
-ENCODINGS = ["ascii", *(pytest.param(c, marks=pytest.mark.long) for c in ("utf-8", "latin-1", "C"))]
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", few(("ascii", "utf-8", "latin-1", "C"), 1))
 def test_status_fits_its_terminal_and_is_whole_in_a_pipe(wal, serve, encoding):
     """A row a line; errors in the last column, or below where 80 columns have no room for them. In
     C, Python itself chooses UTF-8; what cannot be shown is shown in another way, never as an
@@ -18578,14 +18570,14 @@ def test_drain_elsewhere_logs_lines(wal, shop):
     assert "\x1b" not in ended.stderr and ended.returncode == 0 and ended.stdout.count("\n") == 1
 
 
-INTERRUPT = pytest.param(signal.SIGINT, 1, marks=pytest.mark.long)
+SIGNALS = ((signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 1))  # and how often
 
 
-@pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), INTERRUPT])
-def test_a_signal_lets_a_drain_end_what_is_under_way_and_a_second_one_not(wal, shop, number, times):
+@pytest.mark.parametrize("sent", few(SIGNALS, 2))
+def test_a_signal_lets_a_drain_end_what_is_under_way_and_a_second_one_not(wal, shop, sent):
     """What is under way at the first signal is finished and recorded, and nothing new begins; the
     second one stops waiting for it."""
-    receiver, outbox = shop.open(gate := Gate(), max_in_flight=2)
+    (number, times), (receiver, outbox) = sent, shop.open(gate := Gate(), max_in_flight=2)
     ids, done = emit_numbers(outbox, range(4)), 2 if times == 1 else 0
     with drain_command(wal) as process:
         eventually(lambda: gate.inside == 2)
@@ -18642,10 +18634,7 @@ def test_status_watch_repeats_until_ctrl_c(wal, serve, tmp_path):
     assert code in (0, 130) and err == ""
 
 
-WATCHES = pytest.param("status --watch --json", marks=pytest.mark.long)
-
-
-@pytest.mark.parametrize("line", ["schema", "drain --once", WATCHES])
+@pytest.mark.parametrize("line", few(("schema", "drain --once", "status --watch --json"), 2))
 def test_a_reader_that_leaves_is_no_error(wal, line):
     make_outbox(wal)
     process = Child("-m", "webhook_outbox", "--db", wal, *line.split())

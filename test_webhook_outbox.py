@@ -679,6 +679,16 @@ def drain_process(path: str, name: str = "", code: str = DRAIN_FOREVER, **option
     return run_python(code, path, name, **options)
 
 
+def forking(code: str, path: str, *args: str, **options: Any) -> Child:
+    """A process that forks, of which Python 3.12 would warn where it has threads."""
+    prelude = """import os, sqlite3, sys, threading, time, warnings
+from webhook_outbox import Outbox
+warnings.simplefilter("ignore")
+path = sys.argv[1]
+"""
+    return run_python(prelude + textwrap.dedent(code), path, *args, **options)
+
+
 def drain_command(path: str, *args: str) -> Child:
     options = ("--db", path, "--allow-network", "127.0.0.0/8")
     return Child("-m", "webhook_outbox", *options, "drain", *args)
@@ -13515,10 +13525,7 @@ def test_a_process_without_threads_or_descriptors_delivers_later(wal, serve, wha
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_runs_nothing_until_it_starts_its_own(either, shop):
     code = """
-    import os, sys, time, warnings
-    from webhook_outbox import Outbox
-    warnings.simplefilter("ignore")  # Python 3.12 warns of fork beside threads
-    outbox = Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"])
+    outbox = Outbox(path, allow_networks=["127.0.0.0/8"])
     def send():
         with outbox.transaction() as conn:
             id = outbox.emit(conn, "order.created", {"n": os.getpid()})
@@ -13559,9 +13566,7 @@ def test_a_forked_child_runs_nothing_until_it_starts_its_own(either, shop):
     print("done", flush=True)
     """
     receiver, _ = shop.open()
-    with drain_process(either, "", code) as process:
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out.split("\n"), err) == (0, ["standing by", "done", ""], "")
+    assert forking(code, either).ends() == ("standing by\ndone\n", "")
     assert len(receiver.requests) == 6
     assert query(either, "PRAGMA integrity_check") == [("ok",)]
 
@@ -13572,10 +13577,6 @@ def test_a_child_of_a_draining_process_keeps_its_commits_when_the_parent_stops(d
     believes them takes no lock of its own, so whoever closes the file next deletes the WAL under
     it, with the child's commits."""
     code = """
-    import os, sqlite3, sys, time, warnings
-    from webhook_outbox import Outbox
-    warnings.simplefilter("ignore")
-    path = sys.argv[1]
     def write(number):
         with conn:
             conn.execute("INSERT INTO orders VALUES (?, 1.0)", (number,))
@@ -13599,9 +13600,7 @@ def test_a_child_of_a_draining_process_keeps_its_commits_when_the_parent_stops(d
     conn.close()
     os.write(to_child[1], b"x"); os.wait()
     """
-    with drain_process(database, "", code) as process:
-        out, err = process.communicate(timeout=60)
-    assert (out, err) == ("[1, 2]\n", "")
+    assert forking(code, database).ends() == ("[1, 2]\n", "")
     assert query(database, "SELECT id FROM orders") == [(1,), (2,)]
     assert query(database, "SELECT count(*) FROM webhook_events") == [(2,)]
 
@@ -13610,9 +13609,6 @@ def test_a_child_of_a_draining_process_keeps_its_commits_when_the_parent_stops(d
 def test_a_drain_that_forks_and_finds_its_file_gone_ends_alone(wal):
     """Its own callback forks. The drains of other files go on, and other threads may fork."""
     code = """
-    import os, sys, threading, warnings
-    from webhook_outbox import Outbox
-    warnings.simplefilter("ignore")  # Python 3.12 warns of fork beside threads
     def fork():
         pid = os.fork()
         if pid == 0:
@@ -13645,8 +13641,7 @@ def test_a_drain_that_forks_and_finds_its_file_gone_ends_alone(wal):
     print(thread.is_alive(), flush=True)
     os._exit(0)
     """
-    with run_python(code, wal) as process:
-        out, err = process.ends()
+    out, err = forking(code, wal).ends()
     assert out.split() == ["ProgrammingError", "False"] and "Traceback" not in err
     assert "cannot be opened again after a fork" in err
 
@@ -13656,10 +13651,7 @@ def test_a_drain_that_forks_and_finds_its_file_gone_ends_alone(wal):
 def test_a_child_forked_inside_a_transaction_neither_ends_nor_spoils_it(database, way):
     """The parent's rollback journal must survive: without it a crash would corrupt the file."""
     code = """
-    import os, sqlite3, sys
-    from webhook_outbox import Outbox
-    path, way = sys.argv[1:]
-    outbox = Outbox(path)
+    outbox, way = Outbox(path), sys.argv[2]
     for commits in (True, False):
         pid = 0
         try:
@@ -13694,9 +13686,7 @@ def test_a_child_forked_inside_a_transaction_neither_ends_nor_spoils_it(database
         if pid == 0:
             sys.exit(0)
     """
-    with drain_process(database, way, code) as process:
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (0, "", "")
+    assert forking(code, database, way).ends() == ("", "")
     assert query(database, "SELECT count(*) FROM orders") == [(1,)]
     assert query(database, "SELECT count(*) FROM webhook_events") == [(1,)]
     assert query(database, "PRAGMA integrity_check") == [("ok",)]
@@ -15256,12 +15246,9 @@ def test_killed_between_answer_and_recording_each_attempt_is_repeated_once(datab
 @pytest.mark.parametrize("forks", few((8, 60), 1))
 def test_forks_and_pools_of_processes_at_any_moment_lose_and_repeat_nothing(either, shop, forks):
     code = """
-    import os, sqlite3, sys, time, warnings
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
-    from webhook_outbox import Outbox
-    warnings.simplefilter("ignore")  # Python 3.12 warns of fork beside threads
-    path, forks = sys.argv[1], int(sys.argv[2])
+    forks = int(sys.argv[2])
     outbox, standby = (Outbox(path, allow_networks=["127.0.0.0/8"]) for _ in range(2))
     def emit(n):
         conn = sqlite3.connect(path, timeout=30)
@@ -15296,7 +15283,7 @@ def test_forks_and_pools_of_processes_at_any_moment_lose_and_repeat_nothing(eith
     standby.stop()
     """
     receiver, outbox = shop.open()
-    with drain_process(either, str(forks), code, stdin=subprocess.PIPE) as process:
+    with forking(code, either, str(forks), stdin=subprocess.PIPE) as process:
         for n in itertools.count():  # so that a fork finds the drain picking, sending, recording
             with outbox.transaction() as conn:
                 conn.execute("INSERT INTO orders VALUES (?, 1.0)", (n,))
@@ -15928,6 +15915,18 @@ class DashParser(html.parser.HTMLParser):
 
 
 @contextlib.contextmanager
+def serving(server: Any) -> Iterator[None]:
+    """Have a server of the standard library serve in a thread."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+
+
+@contextlib.contextmanager
 def dash_served(app: Any) -> Iterator[str]:
     """Serve a WSGI application on loopback with threads; yield its address."""
     import socketserver
@@ -15940,14 +15939,9 @@ def dash_served(app: Any) -> Iterator[str]:
     class Server(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
         daemon_threads = True  # a browser keeps connections open that it may need
 
-    with wsgiref.simple_server.make_server("127.0.0.1", 0, app, Server, Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    make = wsgiref.simple_server.make_server
+    with make("127.0.0.1", 0, app, Server, Handler) as server, serving(server):
+        yield f"http://127.0.0.1:{server.server_port}"
 
 
 class DashVisitor:
@@ -18666,14 +18660,8 @@ def cli_local_server(patience: float) -> Iterator[tuple[str, int]]:
         start_response("200 OK", [("Content-Type", "text/plain")])
         return [b"fine"]
 
-    with webhook_outbox._local_server(app, 0, patience=patience) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            yield server.server_address
-        finally:
-            server.shutdown()
-            thread.join()
+    with webhook_outbox._local_server(app, 0, patience=patience) as server, serving(server):
+        yield server.server_address
 
 
 def test_clients_that_say_nothing_keep_nobody_from_a_local_server():

@@ -13026,10 +13026,9 @@ def drain_given(drain: Any, there: dict[str, float]) -> float:
     puts["freed"] = lambda seconds: drain.carrier.freed.append(lane)
     puts["round"] = lambda seconds: schedule.turns.join(lane, 1)
     puts["slot"] = lambda seconds: schedule.slots.set("a", mono + seconds)
-    waits = f"{DELIVERY} VALUES (1, 'a', ?)"  # which the file says too
-    puts["due"] = lambda seconds: (
-        schedule.due.set("a", wall + seconds), query(drain.settings.path, waits, wall + seconds)
-    )  # fmt: skip
+    puts["due"] = lambda seconds: schedule.due.set("a", wall + seconds)
+    waits = f"{DELIVERY} VALUES (1, 'a', ?)"
+    puts["file"] = lambda seconds: query(drain.settings.path, waits, wall + seconds)
     puts["attempt"] = lambda seconds: drain.carrier.attempts.add(attempt_of())
     puts["stop"] = drain.stop
     find(drain.finder)
@@ -13063,8 +13062,9 @@ def test_the_loop_sleeps_until_the_next_thing_that_nobody_will_wake_it_for(wal, 
 
 FINISHED = [  # mode, what there is; whether the run is over
     *(("forever", {}, False), ("once", {}, True), ("until_empty", {}, True)),
-    # Nothing is due in the file then, so what the agenda has is gone.
+    # What the agenda has is gone where nothing is due in the file.
     *(("once", {"due": 50.0}, True), ("until_empty", {"due": 50.0}, True)),
+    ("until_empty", {"due": 50.0, "file": 50.0}, False),
     *(("once", {"due": -1.0}, False), ("once", {"slot": 1.0}, False)),
     *(("once", {"round": 1}, False), ("once", {"freed": 1}, False), ("once", {"rows": 1}, False)),
     *(("once", {"state": 1}, False), ("once", {"attempt": 1}, False)),

@@ -12444,7 +12444,7 @@ def test_an_endpoint_that_changes_keeps_nothing_that_was_read_and_the_others_kee
         outbox.remove_endpoint("b")
         find(finder)
         assert (a.enabled, b.enabled) == (False, False) and standing(finder) == {}
-        assert set(finder.lanes) == {"a", "b"}  # something of them is under way
+        assert set(finder.lanes) == {"a"}  # something of it is under way
         outbox.enable_endpoint("a")
         find(finder)
         assert a.enabled and standing(finder) == {"a": 1}
@@ -14434,6 +14434,40 @@ def test_an_answer_of_the_old_url_says_nothing_about_the_endpoint(shop, case):
     assert len(receiver.requests) == 1 and len(new.requests) == (tries == 2 and reason == "status")
     assert new.requests or fields(outbox.endpoint("a"), health) == before
     assert outbox.endpoint("a").enabled and outbox.endpoint(other.id).failures == 0
+
+
+@pytest.mark.parametrize("said", [OK, answer(500), answer(410)])
+@pytest.mark.parametrize(("key", "at_once"), [(None, True), ("k", True), (None, False)])
+def test_an_attempt_of_a_removed_endpoint_is_none_of_another_with_its_id(shop, said, key, at_once):
+    """By a clock that stands, both are registered at the same time."""
+    notices = list[webhook_outbox.Notice]()
+    clock, _, outbox = shop.timed(
+        gate := Gate(said), id="a", events=["order.*"], retry=ONCE, observer=notices.append
+    )
+    new = shop.serve()
+    again = functools.partial(outbox.add_endpoint, new.url(), id="a", events=["order.*"])
+    outbox.add_endpoint(shop.serve().url(), id="b", events=["other"])
+    with outbox:
+        ids = emit_numbers(outbox, range(2), key=key)
+        eventually(lambda: gate.inside == (1 if key else 2))
+        with outbox.transaction() as conn:
+            outbox.remove_endpoint("a", conn=conn)
+            if at_once:
+                again(secret=SECRET, conn=conn)
+        if not at_once:
+            drain_delivered(outbox, emit(outbox, "other"))  # so the drain has heard of it
+            again(secret=SECRET)
+        assert outbox.backfill("a", since=clock() - 1) == 2
+        eventually(lambda: sorted(numbers_of(new)) == [0, 1])
+        gate.opened.set()
+        eventually(lambda: not gate.inside)
+        drain_delivered(outbox, emit(outbox, "other"))
+    for id in ids.values():
+        assert statuses(outbox, id) == {"a": "delivered"}
+        assert [attempt.reason for attempt in outbox.attempts(id)] == [None]
+    assert outbox.endpoint("a").enabled and outbox.endpoint("a").failures == 0
+    assert {notice.kind for notice in notices} == {"delivered"}
+    assert len([n for n in notices if n.endpoint_id == "a"]) == len(new.requests) == 2
 
 
 def test_an_endpoint_that_is_removed_gets_nothing_more_and_again_only_what_is_new(either, shop):

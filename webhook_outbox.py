@@ -597,8 +597,9 @@ _FIRST_SCHEMA = (
   bad INTEGER NOT NULL DEFAULT 0,              -- and failures
   paused_until REAL NOT NULL DEFAULT 0,        -- Retry-After, or the pause before the next probe
   version INTEGER NOT NULL DEFAULT 0,          -- kept by triggers: of what the drain must know
+  registered INTEGER NOT NULL DEFAULT 0,       -- kept by a trigger: its first version, for life
 {_numbers("rate timeout created_at failing_since unsteady_since paused_until")},
-{_wholes("max_in_flight ordered enabled failures good bad version")},
+{_wholes("max_in_flight ordered enabled failures good bad version registered")},
 {_texts("id url events body signing secrets on_dead disabled_reason description headers")},
   CHECK (max_in_flight > 0)
 )""",
@@ -791,6 +792,7 @@ SELECT type, data, tenant, key, idempotency_key, 0.0 AS delay, 0.0 AS expires, h
 END""",
     f"""CREATE TRIGGER webhook_endpoints_insert AFTER INSERT ON webhook_endpoints
 BEGIN{_SUBSCRIBE}{_TOUCH}
+  UPDATE webhook_endpoints SET registered = version WHERE id = NEW.id;
 END""",
     f"""CREATE TRIGGER webhook_endpoints_subscribe AFTER UPDATE OF events, filter, ordered, enabled
 ON webhook_endpoints WHEN OLD.events <> NEW.events OR OLD.filter IS NOT NEW.filter
@@ -5449,6 +5451,7 @@ class _EndpointRow(NamedTuple):
     unsteady_since: float | None = None
     good: int = 0
     bad: int = 0
+    registered: int = 0  # tells it from another endpoint that had the id before, or gets it later
 
     @property
     def id(self) -> str:
@@ -5486,7 +5489,7 @@ def _load_endpoints(db: sqlite3.Connection, source: str, *values: Any) -> list[_
     options and secrets, so that it keeps nobody from reading the others."""
     rows = db.execute(
         f"""SELECT {_ENDPOINT_COLUMNS}, secrets, enabled, version, failures, failing_since,
-                   paused_until, unsteady_since, good, bad
+                   paused_until, unsteady_since, good, bad, registered
               FROM {source}""",
         values,
     )
@@ -6799,14 +6802,15 @@ class _Lane:
 
     __slots__ = (
         "active", "answered_at", "backlog", "broken", "disable", "enabled", "endpoint", "health",
-        "holds", "id", "limit", "lost", "making", "next_slot", "proven_until", "round", "streak",
-        "tell_at", "told", "usual", "wire",
+        "holds", "id", "limit", "lost", "making", "next_slot", "proven_until", "registered",
+        "round", "streak", "tell_at", "told", "usual", "wire",
     )  # fmt: skip
 
     def __init__(self, id: str) -> None:
         """Begin with nothing known; configure() takes over what the endpoint's row says."""
         self.id = id
         self.endpoint = Endpoint(id, "")
+        self.registered = 0  # as the row says; 0: the endpoint was removed
         self.enabled = True
         self.wire: _Wire | None = None
         self.broken: BaseException | None = None  # why there is no wire: each attempt fails with it
@@ -6842,6 +6846,7 @@ class _Lane:
             self.wire, self.broken = _Wire.make(row.endpoint, row.secrets, settings), None
         except Exception as error:
             self.wire, self.broken = None, error
+        self.registered = row.registered
         self.limit = min(self.limit, self.endpoint.max_in_flight)
         # This may be a new lane, or a new drain: one before it may have used the rate's slot of
         # this moment, so the first attempt waits for the next.
@@ -7063,6 +7068,7 @@ class _Attempt:
     resent: bool = False  # its kept-alive connection turned out to be dead; this is the second try
     hangs: bool = False  # it takes long, and room that others made did not help
     look_at: float = 0.0  # monotonic: when the loop looks at it again, its deadline at the latest
+    registered: int = 0  # the lane's when it began: for which endpoint of that id it is
     reading: float = 0.0  # seconds that reading its answer counts for, beside those that it took
 
 
@@ -7710,6 +7716,16 @@ class _Ledger:
         self.rows, self.queues, self.states, self.counts = [], {}, {}, {}
         self._untold.clear()
 
+    def drop(self, id: str) -> None:
+        """Throw away what is about an endpoint that was removed. Its rows become ones that do
+        nothing, since notices count on the places of the others."""
+        self.rows = [_Row() if row.endpoint_id == id else row for row in self.rows]
+        self.queues = {key: queue for key, queue in self.queues.items() if key[0] != id}
+        self.states.pop(id, None)
+        self.counts.pop(id, None)
+        untold = [each for each in self._untold if each[1].endpoint_id != id]
+        self._untold = collections.deque(untold)
+
     def note(self, notice: Notice) -> None:
         """Keep a notice until all the rows that there are now are written."""
         self._untold.append((self._written + len(self.rows), notice))
@@ -8008,7 +8024,7 @@ class _Carrier:
         deadline = mono + (lane.endpoint.timeout or self.settings.timeout)
         origin = None if wire is None or wire.call is not None else self.origin(wire)
         attempt = _Attempt(lane, wire, origin, picked, now, mono, deadline)
-        attempt.look_at = min(deadline, mono + _QUICK)
+        attempt.look_at, attempt.registered = min(deadline, mono + _QUICK), lane.registered
         self.attempts.add(attempt)
         self._look_at = min(self._look_at, attempt.look_at)
         lane.active += 1
@@ -8644,7 +8660,8 @@ class _Finder:
     and there are many; what must survive that stands in the endpoint's row. While something of it
     is under way or unrecorded, or a thread of it is stuck, it stays, also when the endpoint is
     disabled or removed: one endpoint, one lane. Were there two, each would hold a half of what must
-    not go out twice.
+    not go out twice. An endpoint that is added under the id of a removed one takes over the lane,
+    without its deliveries and its health.
 
     What it reads, and how it learns that there is something to read (see _News):
 
@@ -8735,13 +8752,13 @@ class _Finder:
         old deliveries that are due again, others that were cancelled."""
         db, news = self._file.db, self.news
         version, removed, work, cancelled = news.counters(db)
+        if removed != news.removed:
+            self._drop_removed()
+            news.removed = removed
         if version != news.version:
             if refusal := _refusal(db, self._settings.path, self._settings.home):
                 raise OutboxError(refusal)  # adopted meanwhile, by another home
             self._reconfigure(version, now, mono)
-        if removed != news.removed:
-            self._drop_removed()
-            news.removed = removed
         if work != news.work:
             for lane in self.lanes.values():
                 lane.backlog.reread(queues_only=True)
@@ -8884,6 +8901,8 @@ class _Finder:
         due: dict[str, float] = {}
         for row in rows:
             lane = self.lanes.get(row.id)
+            if lane is not None and lane.registered != row.registered:
+                self._forget(lane)
             # Our word of disabling may not be in the row yet.
             if not row.enabled or (lane is not None and lane.disable) or not self._ours(row):
                 self.retire(row.id)
@@ -8902,12 +8921,26 @@ class _Finder:
         self._work_for(due, now, mono)
 
     def _drop_removed(self) -> None:
-        """Forget lanes whose endpoints are gone."""
-        there = self._file.db.execute(
-            f"SELECT id FROM {_LISTED}", (json.dumps(list(self.lanes)),)
-        ).fetchall()
-        for id in self.lanes.keys() - {row[0] for row in there}:
-            self.retire(id)
+        """Retire lanes whose endpoints are gone, also where another endpoint has the id by now: it
+        is news too, and takes the lane over then."""
+        there = dict(
+            self._file.db.execute(
+                f"SELECT id, registered FROM {_LISTED}", (json.dumps(list(self.lanes)),)
+            ).fetchall()
+        )
+        for lane in list(self.lanes.values()):
+            if there.get(lane.id) != lane.registered:
+                self._forget(lane)
+                self.retire(lane.id)
+
+    def _forget(self, lane: _Lane) -> None:
+        """Forget what was of an endpoint that was removed, here and in the ledger. What is under
+        way goes on, and what comes of it is thrown away (_Drain._take_ended): it would be taken for
+        an outcome of the endpoint that gets the id next. That one gets the lane, which counts what
+        still holds a place or a thread."""
+        lane.registered, lane.disable, lane.told = 0, None, False
+        lane.backlog = _Backlog(lane.id)
+        self._ledger.drop(lane.id)
 
     def retire(self, id: str) -> None:
         """Start nothing more for a disabled or removed endpoint. What was not tried stays in the
@@ -9711,12 +9744,16 @@ class _Drain:
     # Outcomes.
 
     def _take_ended(self, now: float, mono: float) -> None:
-        """Take the attempts that ended: outcomes are judged; what was not tried goes back to the
-        front of its backlog, or is forgotten if the endpoint is disabled by now. Then the lane
-        waits where it belongs now; one that is well and stands in the round of the quick belongs
-        there still, as most do, and that saves the call."""
+        """Take the attempts that ended: what was of an endpoint that is removed by now is thrown
+        away, whoever has its id; outcomes are judged; what was not tried goes back to the front of
+        its backlog, or is forgotten if the endpoint is disabled by now. Then the lane waits where
+        it belongs now; one that is well and stands in the round of the quick belongs there still,
+        as most do, and that saves the call."""
         for attempt, outcome in self.carrier.ended():
-            if outcome is not None:
+            if attempt.registered != attempt.lane.registered:
+                if not attempt.lane.enabled:
+                    self.finder.retire(attempt.lane.id)
+            elif outcome is not None:
                 self.outcomes.end(attempt, outcome, now, mono)
             elif attempt.lane.enabled:
                 attempt.lane.backlog.put_back(attempt.picked)

@@ -29,6 +29,7 @@ import html
 import html.parser
 import importlib
 import importlib.machinery
+import inspect
 import io
 import ipaddress
 import itertools
@@ -2611,6 +2612,45 @@ def test_importing_the_module_imports_no_framework():
 
 URL = "https://example.com/hooks?token=canary-query"
 ABORT = answer(400, b"no", "webhook-delivery: abort-message")
+
+
+async def too_late(event: Any) -> None: ...
+
+
+# Values of each option of the constructor that are of a wrong kind, or out of its bounds.
+NO_FUNCTION = (5, 0, "", [print], too_late)
+WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "database": (5, None, ["app.db"]),
+    **dict.fromkeys(("create", "allow_http", "sqlite_only"), ("no", None, 2, [])),
+    "retry": (5, 0, (0, 5), "5", RetryPolicy),
+    **dict.fromkeys(("timeout", "connect_timeout"), ("5", None, 0, True, math.nan, 3601, [5])),
+    **dict.fromkeys(("workers", "max_body"), ("5", None, 0, True, 2.5, math.inf)),
+    **dict.fromkeys(("retention", "failed_retention"), ("5", -1, True, math.nan, [5])),
+    "allow_networks": (5, None, [5], [None], ["10.0.0.0/33"], "x", b"::1", {"10.0.0.0/8": 1, 2: 3}),
+    "proxy": (5, "", "https://a:1", b"http://a:1", ["http://a:1"]),
+    "app_name": (5, None, "a\nb", "ü", ["a"]),
+    "transforms": (5, 0, "", [], [1], {"a": 5}, {5: print}, {"a b": print}, {"a": too_late}),
+    "senders": (5, 0, "", [], [1], {"a": 5}, {5: print}, {"a b": print}, {"a": too_late}),
+    "event_types": (5, "a", [5], [["a"]], [], {"a": 5}, {5: EventType()}, ["a b"]),
+    "home": (5, "", ["a"], "a\nb"),
+    "master_key": (5, "", "key", ["env:A"]),
+    **dict.fromkeys(("json_default", "observer", "resolver"), NO_FUNCTION),
+    **dict.fromkeys(("clock", "rng"), (None, *NO_FUNCTION)),
+}
+
+
+def test_each_option_of_the_constructor_is_checked_before_anything_is_written(tmp_path):
+    assert WRONG_OPTIONS.keys() == inspect.signature(Outbox).parameters.keys()
+    for name, values in WRONG_OPTIONS.items():
+        for value in values:
+            options = {"database": tmp_path / "app.db", name: value}
+            said = refuses(PayloadError, Outbox, options.pop("database"), **options)
+            assert name.removesuffix("s") in said, (name, value)
+    assert not list(tmp_path.iterdir())
+    network = ipaddress.ip_network("10.0.0.0/8")  # which is no list of its addresses
+    for networks in (network, [network], "10.0.0.0/8", iter(["10.0.0.0/8"])):
+        outbox = Outbox(tmp_path / "app.db", allow_networks=networks, workers=5.0, retry=None)
+        assert outbox._guard.allow_networks == (network,) and outbox.workers == 5
 
 
 def test_endpoints_are_added_listed_updated_and_removed(either):
@@ -9207,9 +9247,6 @@ def fails_with(error: BaseException) -> Callable[[Any], None]:
         raise error
 
     return sender
-
-
-async def too_late(event: Any) -> None: ...
 
 
 class TooLate:

@@ -3789,8 +3789,9 @@ class _Catalogue:
         if not isinstance(given, Mapping):
             if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
                 raise PayloadError("event_types must be names, or a mapping of names to EventType")
-            given = dict.fromkeys(given, EventType())
-        self.types = {name: _checked_event_type(name, of) for name, of in given.items()}
+            given = [(name, EventType()) for name in given]
+        items = given.items() if isinstance(given, Mapping) else given
+        self.types = {name: _checked_event_type(name, of) for name, of in items}
         if not self.types:
             raise PayloadError("event_types names no type; leave it out to allow every type")
         self.internal = frozenset(name for name, of in self.types.items() if of.internal)
@@ -4197,9 +4198,11 @@ def _checked_retention(seconds: Any) -> float | None:
 
 def _checked_proxy(proxy: Any) -> str | None:
     """Return the URL of the proxy that all connections go through; None: there is none."""
-    if proxy is not None and not re.fullmatch(r"http://[^/\s]+/?", proxy):
+    if proxy is not None and not (
+        isinstance(proxy, str) and re.fullmatch(r"http://[^/\s]+/?", proxy)
+    ):
         raise PayloadError("proxy must be http://host:port")
-    return proxy  # type: ignore[no-any-return]
+    return proxy
 
 
 def _checked_app_name(name: Any) -> str:
@@ -4220,20 +4223,58 @@ def _checked_home(home: Any) -> str | None:
     return _line("home", home, 100, 1)
 
 
-def _checked_senders(senders: Any) -> dict[str, _Sender]:
-    """Return senders, name to function, as a dict. One that is async is refused: to call it only
-    makes a coroutine, which nobody awaits, and the drain would take that for success."""
-    for name, call in dict(senders or {}).items():
+def _checked_retry(policy: Any) -> RetryPolicy:
+    """Return the policy; None: the standard one."""
+    if policy is None:
+        return RetryPolicy()
+    if not isinstance(policy, RetryPolicy):
+        raise PayloadError("retry must be a RetryPolicy, such as RetryPolicy((0, 5, 300))")
+    return policy
+
+
+def _checked_function(what: str, call: Any, takes: str) -> Any:
+    """Return a function of the host's. takes: the names of its arguments. One that is async is
+    refused: to call it only makes a coroutine, which nobody awaits, and what it raises is never
+    seen."""
+    if not callable(call):
+        raise PayloadError(f"{what} must be a function f({takes})")
+    if any(map(inspect.iscoroutinefunction, (call, type(call).__call__))):
+        name = what.rpartition(" ")[2]
+        raise PayloadError(
+            f"{what} is async; give a function that runs it: "
+            f"lambda {takes}: asyncio.run({name}({takes}))"
+        )
+    return call
+
+
+# Options that are one function each: the names of its arguments, and whether None may be given.
+_FUNCTIONS = {
+    "json_default": ("value", True),
+    "observer": ("notice", True),
+    "clock": ("", False),
+    "rng": ("", False),
+    "resolver": ("host, port", True),
+}
+
+
+def _function(option: str, call: Any) -> Any:
+    """Return what was given for one of these options."""
+    takes, or_none = _FUNCTIONS[option]
+    return None if call is None and or_none else _checked_function(option, call, takes)
+
+
+def _checked_functions(option: str, given: Any) -> dict[str, Callable[[Event], Any]]:
+    """Return functions by name, transforms or senders, as a dict; None: there are none."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise PayloadError(f"{option} must map names to functions f(event)")
+    kind = option.removesuffix("s")
+    for name, call in given.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
-            raise PayloadError("the name of a sender must be 1 to 64 letters, digits, _, . and -")
-        if not callable(call):
-            raise PayloadError(f"the sender {name} must be a function that takes an Event")
-        if any(map(inspect.iscoroutinefunction, (call, type(call).__call__))):
-            raise PayloadError(
-                f"the sender {name} is async; give a function that runs it: "
-                f"lambda event: asyncio.run({name}(event))"
-            )
-    return dict(senders or {})
+            raise PayloadError(f"the name of a {kind} must be 1 to 64 letters, digits, _, . and -")
+        _checked_function(f"the {kind} {name}", call, "event")
+    return dict(given)
 
 
 def _checked_signing(signing: Any) -> str:
@@ -6862,8 +6903,8 @@ class _Lane:
     def full(self) -> bool:
         """Say whether something of its own must end before one more may begin: an attempt, where as
         many are under way as `limit` says; or, where two threads make its requests (one, while
-        another is stuck), one of those. While it struggles (ten failures in a row), one attempt at a time finds out whether it is
-        well again."""
+        another is stuck), one of those. While it struggles (ten failures in a row), one attempt at
+        a time finds out whether it is well again."""
         most = 1 if self.health.failures >= _STRUGGLING else self.limit
         return self.active + 1 > most or self.making + bool(self.lost) >= _OPENERS_EACH
 
@@ -10084,6 +10125,8 @@ def _emit_times(
 def _path(database: str | os.PathLike[str]) -> str:
     """Return the one name by which we open a database, with symbolic links followed, as SQLite does
     it: the lock of the drain stands beside the file of that name."""
+    if not isinstance(database, (str, bytes, os.PathLike)):
+        raise PayloadError("database must be the path of a file")
     path = os.fsdecode(os.fspath(database))
     if path in ("", ":memory:") or path.startswith("file:"):
         raise SchemaError(
@@ -10093,17 +10136,21 @@ def _path(database: str | os.PathLike[str]) -> str:
     return os.path.realpath(path)
 
 
-def _networks(networks: Iterable[str | _Network]) -> tuple[_Network, ...]:
-    """Return networks, parsed where they are text; PayloadError where one is none. A single text is
-    taken as one network, and not as a list of its characters."""
-    if isinstance(networks, str):
+def _guard(networks: Any, http: Any) -> _Guard:
+    """Return the guard that two options of the constructor make. Networks may be texts; a single
+    one is taken as that, and not as a list of its characters, or of its addresses."""
+    if isinstance(networks, (str, _Network)):
         networks = [networks]
     try:
-        return tuple(ipaddress.ip_network(n) if isinstance(n, str) else n for n in networks)
-    except ValueError as error:
+        for network in (networks := tuple(networks)):
+            if not isinstance(network, (str, _Network)):
+                raise TypeError(f"{_one_line(repr(network), 60)} is none")
+        admitted = tuple(ipaddress.ip_network(n) if isinstance(n, str) else n for n in networks)
+    except (TypeError, ValueError) as error:
         raise PayloadError(
             f"allow_networks must hold networks such as 10.1.0.0/16: {error}"
         ) from None
+    return _Guard(admitted, bool(_checked_switch("allow_http", http)))
 
 
 class EmitOptions(TypedDict, total=False):
@@ -10488,27 +10535,28 @@ class Outbox:
         resolver: _Resolver | None = None,
     ) -> None:
         """Check the options, and make or check the tables. The class says what each option is."""
-        self.path, self.retry = _path(database), retry or RetryPolicy()
+        self.path, self.retry = _path(database), _checked_retry(retry)
         self.timeout = _number("timeout", timeout, 0.01, 3600)
         self.connect_timeout = _number("connect_timeout", connect_timeout, 0.01, 3600)
-        self.workers = int(_number("workers", workers, 1, 10_000))
-        self.max_body = int(_number("max_body", max_body, 1, 1 << 30))
+        self.workers = _whole("workers", workers, 1, 10_000)
+        self.max_body = _whole("max_body", max_body, 1, 1 << 30)
         self.retention = _number("retention", retention, 0, 1e11)
         self.failed_retention = _checked_retention(failed_retention)
-        self.app_name = _checked_app_name(app_name)
+        self.app_name, self.proxy = _checked_app_name(app_name), _checked_proxy(proxy)
         self.home, self.master = _checked_home(home), _MasterKey(master_key)
-        self.proxy = _checked_proxy(proxy)
-        self.observer, self.json_default = observer, json_default
-        self.transforms = {**_TRANSFORMS, **(transforms or {})}
-        self.senders = _checked_senders(senders)
-        self.clock, self.rng, self.resolver = clock, rng, resolver
-        self._guard = _Guard(_networks(allow_networks), allow_http)
-        self._catalogue = _Catalogue(event_types)
+        self.observer = _function("observer", observer)
+        self.json_default = _function("json_default", json_default)
+        self.transforms = {**_TRANSFORMS, **_checked_functions("transforms", transforms)}
+        self.senders = _checked_functions("senders", senders)
+        self.clock, self.rng = _function("clock", clock), _function("rng", rng)
+        self.resolver = _function("resolver", resolver)
+        self._guard, self._catalogue = _guard(allow_networks, allow_http), _Catalogue(event_types)
         self._open(create, sqlite_only)
 
     def _open(self, create: bool, sqlite_only: bool) -> None:
         """Make or check the tables; have the process know of this outbox, for its forks."""
-        if sqlite_only:
+        _checked_switch("create", create)
+        if _checked_switch("sqlite_only", sqlite_only):
             _PROCESS.sqlite_only.add(self.path)
         self._identity = _prepare_file(self.path, create)
         self._forget_drains()

@@ -16809,6 +16809,10 @@ def test_a_form_that_is_wrong_comes_back_with_what_was_typed_and_why(wal, catalo
             ({"events": "webhook.*"}, "no event type webhook"),
             ({"events": "audit.login"} if catalogue else {"events": "a b.*.c"}, "vent"),
             ({"events": ""}, "Choose at least one."),
+            (
+                {"events": "order.payd"} if catalogue else {"events": ""},
+                r"order.paid\?[^.]|least one",
+            ),
             ({"description": "two\nlines"}, "one line"),
         ):
             typed = {**fields, "url": URL, "events": "order.paid", "description": "D & D", **change}
@@ -17997,6 +18001,14 @@ def test_ping_sends_now_and_its_exit_code_is_the_answer(cli, wal, serve):
     assert "no examples" in cli("endpoint ping one --type order.paid", code=1)
 
 
+def test_emit_by_hand_says_whose_endpoints_there_are_none_of(wal):
+    make_outbox(wal, URL, tenant="c42")
+    for more, whose in (("", "without a tenant"), (" --tenant c43", "of tenant c43")):
+        said = command(f"--db {wal} emit order.created {{}}{more}")
+        assert said.stdout.startswith("msg_") and f"no enabled endpoint {whose} " in said.stderr
+    assert command(f"--db {wal} emit order.created {{}} --tenant c42").stderr == ""
+
+
 def test_emit_drain_and_the_record_by_hand(cli, wal, serve):
     receiver = serve()
     cli(f"endpoint add {receiver.url()} --id one")
@@ -18334,6 +18346,8 @@ CLI_ERRORS = [  # command line, exit code (None: of the parser or of the library
     ("drain --onec", 2, "drain has no option --onec; did you mean --once?"),
     ("endpoint add https://example.com/ --evnts=a", 2, "did you mean --events?"),
     ("status twice", 2, "status does not take twice"),
+    ("", 2, "needs a command; there are adopt,"),
+    ("endpoint", 2, "endpoint needs a command; there are add,"),
     ("endpoint add --events order.*", 2, "add: the following arguments are required: URL"),
 ]
 
@@ -18354,6 +18368,7 @@ def test_an_error_is_one_line_and_an_exit_code(cli):
 )
 def test_a_file_that_is_not_the_outbox_is_refused_in_one_line(cli, wal, tmp_path, wrong):
     path, words = str(tmp_path / wrong), {"newer": "newer", "none": "--db"}.get(wrong, "")
+    words = "is it a folder?" if wrong == "folder" else words
     if wrong == "empty":
         make_database(tmp_path / wrong)
     elif wrong == "text":
@@ -18415,8 +18430,12 @@ def make_outbox():
 class Shop:
     def __init__(self):
         self.outbox = outbox
+class Flask(Shop):
+    def __call__(self, environ, start_response):
+        raise NotImplementedError
 def create_app(debug=False):
     return Shop()
+app = Flask()
 def needs(what):
     return outbox
 """
@@ -18437,7 +18456,7 @@ def test_app_is_the_hosts_own_outbox_with_its_transforms(cli, tmp_path, serve, m
     # `outbox` is the usual name, and another --db beside it is a mistake
     assert "nobody" in cli("--app hostapp endpoint show nobody", code=1)
     assert "leave out --db" in cli("--db /nowhere/else.db --app hostapp status", code=2)
-    for made in ("make_outbox", "create_app", "Shop"):
+    for made in ("make_outbox", "create_app", "Shop", "app"):
         assert "0 pending" in cli(f"--app hostapp:{made} status")
     for wrong, words in (("nothing", "NoneType"), ("needs", "what"), ("Outbox", "database")):
         assert words in cli(f"--app hostapp:{wrong} status", code=1)

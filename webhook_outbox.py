@@ -4680,7 +4680,8 @@ def _open(path: str, patience: float = 5.0, create: bool = False) -> sqlite3.Con
             path, timeout=patience, isolation_level=None, check_same_thread=False
         )
     except sqlite3.Error as error:
-        raise SchemaError(f"{path} cannot be opened ({error}); does its folder exist?") from None
+        hint = "is it a folder?" if os.path.isdir(path) else "does its folder exist?"
+        raise SchemaError(f"{path} cannot be opened ({error}); {hint}") from None
     db.text_factory = _lenient_text
     _PROCESS.pin(db)
     if not _temporary_folder():  # or a statement of ours would fail there
@@ -12982,7 +12983,7 @@ body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: 
   var(--text); font: 0.9375rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; line-height: 1.3 } h2 { font-size: 1.0625rem; margin: 2.25rem 0 0.75rem }
 h3 { font-size: 1em } a { color: var(--link) } small, .soft, dt { color: var(--soft) }
-small { font-size: 0.8125rem; display: block }
+small { font-size: 0.8125rem; font-weight: 400; display: block }
 .row { display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; align-items: center }
 .ends { justify-content: space-between }
 .card, table, .tiles > div { background: var(--card); border: 1px solid var(--line); border-radius:
@@ -13849,10 +13850,11 @@ def _field_of(text: str, end: bool) -> str:
 
 def _fault(text: str | None) -> _Html:
     """Return what is wrong with a field, or nothing. Errors of the library begin with a small
-    letter, and stand here as a sentence."""
+    letter and end without a full stop; they stand here as a sentence."""
     if not text:
         return _Html("")
-    return _fill('<p class="fault" role="alert">{}</p>', text[:1].upper() + text[1:])
+    text = text[:1].upper() + text[1:] + "." * (not text.endswith((".", "?")))
+    return _fill('<p class="fault" role="alert">{}</p>', text)
 
 
 def _box(value: str, text: str, hint: str, chosen: Sequence[str]) -> _Html:
@@ -14029,7 +14031,8 @@ class _PortalPages(_Site):
         types = {"": "webhook.ping"} | {type: type for type in self.types()}
         example = self.form(
             self.url(f"{at}/ping"),
-            _fill('<div class="row pick">{}<button>Send it</button></div>',
+            _fill('<div class="row pick">{}<button>Send it</button></div>'
+                  "<small>Your server cannot tell an example from a real event.</small>",
                   _select("type", "Which", types, "")),
         )  # fmt: skip
         rotate = self.form(
@@ -14272,7 +14275,7 @@ class _Portal(_PortalPages):
             try:
                 self.door._check(name, value)
             except OutboxError as error:
-                found[name] = f"{error}."
+                found[name] = str(error)
         if typed.get("events") == []:
             found["events"] = "Choose at least one."
         return found
@@ -14295,7 +14298,7 @@ class _Portal(_PortalPages):
                 endpoint = self.door.add_endpoint(**typed, id=id)
                 return self.secret_page("The endpoint is added", endpoint)
             except OutboxError as error:  # of no one field: as many endpoints as may be
-                faults = {"": f"{error}."}
+                faults = {"": str(error)}
         page = self.edit_page("Add an endpoint", "add", {**typed, "once": form["once"]}, faults)
         return _Reply("400 Bad Request", page)
 
@@ -14316,7 +14319,7 @@ class _Portal(_PortalPages):
                 self.door.update_endpoint(id, **changes)
                 return self.done(id, "saved")
             except PayloadError as error:
-                faults = {"": f"{error}."}
+                faults = {"": str(error)}
         page = self.edit_page("Edit the endpoint", f"endpoint/{id}/edit", typed, faults)
         return _Reply("400 Bad Request", page)
 
@@ -14782,9 +14785,9 @@ def _emit_by_hand(outbox: Outbox, options: Any) -> None:
         )
     _say(id)
     if not outbox.event(id).deliveries:
-        whose = f" of tenant {options.tenant}" if options.tenant else ""
+        whose = f"of tenant {options.tenant}" if options.tenant else "without a tenant"
         print(
-            f"no enabled endpoint{whose} takes it; `endpoint list` shows their patterns",
+            f"no enabled endpoint {whose} takes it; `endpoint list` shows tenants and patterns",
             file=sys.stderr,
         )
 
@@ -15639,9 +15642,10 @@ def _demo(_: None, options: Any) -> int:
 def _load_app(name: str) -> Outbox:
     """Return the host's own Outbox, by MODULE:NAME (NAME is "outbox" where it is left out).
 
-    What the name stands for may be, in the order of the code: an Outbox; a function that returns
-    one, or an app; an app that has the Outbox as its attribute `outbox`. Modules are looked for in
-    the working directory first. Whatever the host's code raises is one line, an OutboxError.
+    What the name stands for may be: an Outbox; an app that has the Outbox as its attribute
+    `outbox`, and is not called, though a Flask is callable; a function that returns one of the two.
+    Modules are looked for in the working directory first. Whatever the host's code raises is one
+    line, an OutboxError.
     """
     import importlib
 
@@ -15655,7 +15659,7 @@ def _load_app(name: str) -> Outbox:
     sys.path.insert(0, "")
     try:
         found = getattr(importlib.import_module(module), attribute or "outbox")
-        if not is_outbox(found) and callable(found):
+        if not is_outbox(found) and not is_outbox(getattr(found, "outbox", 0)) and callable(found):
             found = found()
         if not is_outbox(found):
             found = getattr(found, "outbox", found)
@@ -15924,7 +15928,7 @@ def _no_command(group: str, word: str) -> str:
     if near:
         return f"there is no command {group} {word}; did you mean {' or '.join(meant)}?"
     names = verbs if group else dict.fromkeys(words.partition(" ")[0] for words in all)
-    what = f"there is no command {group} {word}" if word else f"{group} what?".strip()
+    what = f"there is no command {group} {word}" if word else f"{group} needs a command".lstrip()
     return f"{what}; there are {', '.join(sorted(names))}"
 
 

@@ -19530,7 +19530,7 @@ def accounting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accounting]:
 RECEIVES = """
 import sys, time, billing, webhook_outbox
 body, now = b'{"type": "order.created", "data": {"order_id": "1", "total": 49.99}}', int(time.time())
-signature = webhook_outbox.sign(billing.SECRET, "msg_1", now, body)
+signature = webhook_outbox.sign(billing.SECRET[0], "msg_1", now, body)
 headers = {"webhook-id": "msg_1", "webhook-timestamp": str(now), "webhook-signature": signature}
 assert [billing.received(body, headers) for _ in range(2)] == [204, 204]
 print("made", flush=True)
@@ -19757,9 +19757,9 @@ def test_the_readmes_shop_gives_each_customer_a_page(tmp_path, serve):
                 visitor.session.get(f"{base}/login/customer/{who}", timeout=30)
                 assert "No endpoints yet" in visitor.get().text
                 action, fields = visitor.form("add", path="/add")
-                added = visitor.post(action, {**fields, "url": url, "events": "order.paid"})
+                added = visitor.post(action, {**fields, "url": url, "events": "order.created"})
                 assert "whsec_" in added.text
-                assert visitor.session.post(f"{base}/orders/7/pay", timeout=30).status_code == 204
+                assert visitor.session.post(f"{base}/orders/7", timeout=30).status_code == 204
             (endpoint,) = one.get().links[1:]
             assert two.session.get(base + endpoint, timeout=30).status_code == 404
             environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
@@ -19768,9 +19768,9 @@ def test_the_readmes_shop_gives_each_customer_a_page(tmp_path, serve):
             )
             assert drained.returncode == 0, drained.stderr
             shown = one.get(endpoint.removeprefix("/webhooks"))
-            assert "order.paid" in shown.text and "delivered" in shown.text
+            assert "order.created" in shown.text and "delivered" in shown.text
             assert "disabled" in two.get().text and "410 Gone" in two.get().text
-    assert json.loads(theirs.requests[0].body)["data"] == {"order_id": "7"}
+    assert json.loads(theirs.requests[0].body)["data"] == {"order_id": "7", "total": 49.99}
     listed = command("--app", "run:outbox", "types", cwd=tmp_path, env=environment)
     assert "How risky an order is." in listed.stdout
 

@@ -11761,7 +11761,7 @@ def test_the_successes_of_a_queue_are_marked_last_one_first_and_recorded_in_thei
                  INSERT INTO heads VALUES (NEW.event);
                END"""
         )
-        written = [(row.event, row.endpoint_id) for row in ledger.write(db)]
+        written = [(row.event, row.endpoint_id) for row in ledger.write(db, 0)]
     assert not ledger and written == [(keys[n], id) for n, id, _ in outcomes]
     heads = query(wal, "SELECT event FROM heads")
     assert heads == [(keys[3],), (keys[4],)]  # none of those that were delivered too
@@ -11821,12 +11821,12 @@ def test_a_statement_holds_no_more_rows_than_every_sqlite_takes(wal):
         if sys.version_info >= (3, 11):
             db.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 32_766)
         while ledger or ledger.counts:
-            ledger.write(db)
+            ledger.write(db, 0)
             left.append((len(ledger.rows), len(ledger.states), len(ledger.counts)))
             for notice in ledger.told():
                 enabled = "SELECT enabled FROM webhook_endpoints WHERE id = ?"
                 assert query(wal, enabled, notice.endpoint_id) == [(0,)]
-    assert left == [(264, 1288, 1800), (0, 776, 528), (0, 264, 0), (0, 0, 0)]
+    assert left == [(264, 1289, 1800), (0, 778, 528), (0, 267, 0), (0, 0, 0)]
     columns = "failures, failing_since, paused_until, enabled"
     states = f"SELECT {columns}, count(*) FROM webhook_endpoints GROUP BY 4"
     assert query(wal, states) == [(1, 5.0, 6.0, 0, 900), (1, 5.0, 6.0, 1, 900)]
@@ -11847,10 +11847,10 @@ def test_a_row_leaves_memory_only_after_its_statement_committed(wal):
     with contextlib.closing(host), contextlib.closing(db):
         host.execute("BEGIN IMMEDIATE")
         with pytest.raises(sqlite3.OperationalError, match="locked"):
-            ledger.write(db)
+            ledger.write(db, 0)
         assert len(ledger.rows) == len(ledger.states) == len(ledger.counts) == 1 and lane.disable
         host.execute("COMMIT")
-        assert len(ledger.write(db)) == 1 and not ledger and not ledger.counts
+        assert len(ledger.write(db, 0)) == 1 and not ledger and not ledger.counts
     counts = query(wal, "SELECT name, value FROM webhook_counts ORDER BY name")
     assert counts == [("le 1", 2.0), ("seconds", 0.75)]
     assert query(wal, "SELECT disabled_reason FROM webhook_endpoints") == [("410 Gone",)]
@@ -14505,6 +14505,30 @@ def test_an_attempt_of_a_removed_endpoint_is_none_of_another_with_its_id(shop, s
     assert outbox.endpoint("a").enabled and outbox.endpoint("a").failures == 0
     assert {notice.kind for notice in notices} == {"delivered"}
     assert len([n for n in notices if n.endpoint_id == "a"]) == len(new.requests) == 2
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_is_unrecorded_of_a_removed_endpoint_is_not_recorded_for_another(
+    wal, monkeypatch, leaves
+):
+    """All of it happens before the drain looks at the file again."""
+    monkeypatch.delenv("NOWHERE", raising=False)
+    outbox = make_outbox(wal, URL, retry=ONCE, id="a", secret="env:NOWHERE")
+    outbox.add_endpoint(URL, id="b", secret="env:NOWHERE")
+    ids = emit_numbers(outbox, range(2)).values()
+    with drain_by_hand(outbox) as drain:
+        drain_turn(drain)
+        assert len(drain.ledger.rows) == 4 and set(drain.ledger.states) == {"a", "b"}
+        with outbox.transaction() as conn:
+            outbox.remove_endpoint("a", conn=conn)
+            outbox.add_endpoint(URL, id="a", conn=conn)
+        assert outbox.backfill("a", since=0.0) == 2
+        drain.outcomes.leave() if leaves else drain.outcomes.record(time.monotonic(), False, False)
+        assert not drain.ledger and not drain.ledger.counts
+    for id in ids:
+        assert statuses(outbox, id) == {"a": "pending", "b": "failed"}
+        assert [attempt.endpoint_id for attempt in outbox.attempts(id)] == ["b"]
+    assert [outbox.endpoint(name).failures for name in "ab"] == [0, 2]
 
 
 def test_an_endpoint_that_is_removed_gets_nothing_more_and_again_only_what_is_new(either, shop):

@@ -524,6 +524,8 @@ _AFTER_TRY = """
    WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id
      AND (status = 'pending' OR status = 'queued'{});"""
 _AFTER_ANY_TRY = _AFTER_TRY.format(" OR status = 'cancelled'")
+# Said where the drain writes and has not heard yet that an endpoint was removed.
+_UNHEARD = "webhook_record: an endpoint was removed meanwhile"
 # The row of webhook_failed, after the delivery became 'failed'. Its event may be missing: somebody
 # may have deleted rows by hand.
 _GIVE_UP = """
@@ -933,6 +935,14 @@ WHEN NEW.kind = 'outcome' BEGIN
      AND (SELECT attempts FROM webhook_deliveries
            WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id) > 2;
 {_GIVE_UP}
+END""",
+    # The first row of a batch, whose event is how many removals the drain has heard of. Where there
+    # were more, nothing of the batch is written: it may be about an endpoint whose id another one
+    # has by now, and the drain has to look first.
+    f"""CREATE TRIGGER webhook_record_heard INSTEAD OF INSERT ON webhook_record
+WHEN NEW.kind = 'heard' BEGIN
+  SELECT RAISE(ABORT, '{_UNHEARD}')
+   WHERE NEW.event <> (SELECT value FROM webhook_meta WHERE key = 'endpoints_removed');
 END""",
     # What was worth nothing any more when its turn came: given up without an attempt. Where
     # somebody has replayed or resent it since it was picked, expires_at is NULL, and it is left
@@ -7665,6 +7675,8 @@ class _Row(NamedTuple):
     _write_record). A trigger for each kind says what becomes of it:
 
         kind      written for              what its trigger does
+        heard     each batch, first        refuses all of the batch, where an endpoint was removed
+                                           of which the drain has not heard
         outcome   an attempt; a delivery   adds a row to webhook_attempts; updates the delivery
                   whose endpoint is gone   (status, due_at, attempts + 1, first_attempt_at,
                                            delivered_at); adds a row to webhook_failed, where the
@@ -7685,7 +7697,8 @@ class _Row(NamedTuple):
     was cancelled stays so after a failure. When a delivery of a queue gets another status, the
     triggers of webhook_deliveries make the next one the head.
 
-    What a column means depends on the kind:
+    What a column means depends on the kind. Of heard there is only the event: the counter
+    endpoints_removed, as the drain knows it.
 
         kind         outcome, mark,     endpoint        count               notice
                      expired
@@ -7701,7 +7714,8 @@ class _Row(NamedTuple):
         response     of the answer      unsteady_since  JSON of increments  JSON data of the event
     """
 
-    kind: str | None = None  # outcome, expired, mark, endpoint, count or notice; None: filling
+    # heard, outcome, expired, mark, endpoint, count or notice; None: filling
+    kind: str | None = None
     event: int | None = None
     endpoint_id: str | None = None
     status: str | None = None
@@ -7714,9 +7728,9 @@ class _Row(NamedTuple):
     response: str | float | None = None
 
 
-# The most outcomes, with their marks, and the most rows in all of one statement. A row has 11
-# parameters, and SQLite takes 32,766 of them.
-_BATCH, _MOST_ROWS = (1_536, 2_048)
+# The most outcomes, with their marks, and the most rows in all of one statement, which are filled
+# up to 2,048 (one is of the kind heard). A row has 11 parameters, and SQLite takes 32,766 of them.
+_BATCH, _MOST_ROWS = (1_536, 2_047)
 
 
 class _Ledger:
@@ -7793,9 +7807,10 @@ class _Ledger:
         if seconds is not None:
             of["seconds"] = of.get("seconds", 0.0) + seconds
 
-    def write(self, db: sqlite3.Connection, most: int = _BATCH) -> list[_Row]:
+    def write(self, db: sqlite3.Connection, heard: int, most: int = _BATCH) -> list[_Row]:
         """Write at most so many outcomes and what goes with them; return those written. Raise
-        sqlite3.Error where the file is locked or cannot be written: then nothing has changed."""
+        sqlite3.Error where the file is locked or cannot be written, or says _UNHEARD: then nothing
+        has changed. heard: the counter endpoints_removed, as it was last taken in."""
         batch, marks = self._batch(most)
         lanes = list(self.states.values())[: _MOST_ROWS - _BATCH]
         states = [
@@ -7808,7 +7823,7 @@ class _Ledger:
         ]  # fmt: skip
         counts = list(self.counts.items())[: _MOST_ROWS - len(batch) - len(marks) - len(states)]
         written = [_Row("count", endpoint_id=id, response=json.dumps(n)) for id, n in counts]
-        _write_record(db, [*marks, *batch, *states, *written])
+        _write_record(db, [_Row("heard", heard), *marks, *batch, *states, *written])
         del self.rows[: len(batch)]
         self._written += len(batch)
         for lane in lanes:
@@ -8795,8 +8810,7 @@ class _Finder:
         db, news = self._file.db, self.news
         version, removed, work, cancelled = news.counters(db)
         if removed != news.removed:
-            self._drop_removed()
-            news.removed = removed
+            self.drop_removed()
         if version != news.version:
             if refusal := _refusal(db, self._settings.path, self._settings.home):
                 raise OutboxError(refusal)  # adopted meanwhile, by another home
@@ -8962,9 +8976,11 @@ class _Finder:
         self.monitored = _monitored(self._file.db)
         self._work_for(due, now, mono)
 
-    def _drop_removed(self) -> None:
+    def drop_removed(self) -> None:
         """Retire lanes whose endpoints are gone, also where another endpoint has the id by now: it
-        is news too, and takes the lane over then."""
+        is news too, and takes the lane over then. The counter is read first: what is removed after
+        that counts it up once more."""
+        _, removed, _, _ = self.news.counters(self._file.db)
         there = dict(
             self._file.db.execute(
                 f"SELECT id, registered FROM {_LISTED}", (json.dumps(list(self.lanes)),)
@@ -8974,6 +8990,7 @@ class _Finder:
             if there.get(lane.id) != lane.registered:
                 self._forget(lane)
                 self.retire(lane.id)
+        self.news.removed = removed
 
     def _forget(self, lane: _Lane) -> None:
         """Forget what was of an endpoint that was removed, here and in the ledger. What is under
@@ -9373,7 +9390,7 @@ class _Outcomes:
             return
         begun = time.thread_time()
         try:
-            batch = self._ledger.write(self._file.db, self.budget.most(mono))
+            batch = self._write(self.budget.most(mono))
         except sqlite3.Error as error:
             if not _is_busy(error):
                 if self.storing:
@@ -9402,6 +9419,18 @@ class _Outcomes:
         for notice in self._ledger.told():
             self._teller.tell(notice)
 
+    def _write(self, most: int = _BATCH) -> list[_Row]:
+        """Write what waits, `most` outcomes at most; return them. Where an endpoint was removed of
+        which the drain has not heard, what is of it is forgotten first: it would be written about
+        another one that has the id by now."""
+        while True:
+            try:
+                return self._ledger.write(self._file.db, self._finder.news.removed, most)
+            except sqlite3.IntegrityError as error:
+                if _UNHEARD not in str(error):
+                    raise
+                self._finder.drop_removed()
+
     def leave(self) -> None:
         """Write what is known and not written yet: the grace ran out, say, or the loop ended with
         an error. Here a second of waiting for the lock is fine. What cannot be written now is
@@ -9411,7 +9440,7 @@ class _Outcomes:
             with contextlib.suppress(Exception):
                 self._file.db.execute("PRAGMA busy_timeout = 1000")
                 while self._ledger or self._ledger.counts:
-                    self._ledger.write(self._file.db)
+                    self._write()
 
     def close(self) -> None:
         """Let the observer see what it was told."""

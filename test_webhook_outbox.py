@@ -14705,8 +14705,10 @@ IN_ORDER = list(range(11))
 # What somebody does while 2 of a queue 0 to 9 is under way (0 and 1 are recorded, 3 to 9 were
 # read), and the order in which everything is received. 10 is emitted after it.
 DRAIN_MIDDLE: dict[str, tuple[Callable[[Outbox, dict[int, str]], Any], list[int]]] = {
-    "resend an older one": (lambda o, ids: o.resend(ids[0]), [0, 1, 2, 0, 3, 4, 5, 6, 7, 8, 9, 10]),
-    "disable and enable": (lambda o, _: (o.disable_endpoint("a"), o.enable_endpoint("a")), IN_ORDER),
+    "resend an older one": (lambda o, ids: o.resend(ids[0]), [0, 1, 2, 0, *range(3, 11)]),
+    "disable and enable": (
+        lambda o, _: (o.disable_endpoint("a"), o.enable_endpoint("a")), IN_ORDER,
+    ),
     "rotate": (lambda o, ids: o.rotate_secret("a"), IN_ORDER),
     "unordered and ordered again": (lambda o, ids: drain_unordered_for_a_moment(o), IN_ORDER),
 }  # fmt: skip
@@ -18957,7 +18959,8 @@ class Basket(db.Model):
 flask_migrate.Migrate(app, db, OPTION)
 with app.app_context():
     flask_migrate.init(), flask_migrate.migrate(), flask_migrate.upgrade()
-print(*sorted(set(re.findall("webhook_(events|accept)", open(*glob.glob("migrations/versions/*.py")).read()))))
+made = open(*glob.glob("migrations/versions/*.py")).read()
+print(*sorted(set(re.findall("webhook_(events|accept)", made))))
 """
 
 
@@ -19315,7 +19318,8 @@ while True:
     last = last if entries else ">"
     for entry, fields in entries:
         with outbox.transaction() as conn:
-            outbox.emit(conn, fields["type"], json.loads(fields["data"]), idempotency_key=fields["id"])
+            data = json.loads(fields["data"])
+            outbox.emit(conn, fields["type"], data, idempotency_key=fields["id"])
         client.xack("events", "app", entry)
 """,
 }
@@ -19351,7 +19355,7 @@ outbox.drain()
 
 @readme
 @pytest.mark.long
-def test_a_broker_that_is_killed_loses_nothing_that_the_readmes_sender_hands_over_and_the_way_in_neither(
+def test_a_broker_that_is_killed_loses_nothing_of_the_readmes_sender_and_of_the_way_in(
     tmp_path, broker
 ):
     """Out: 2,000 events while the broker is killed and started again; order by key, and duplicates
@@ -19506,8 +19510,13 @@ def test_the_readmes_triggers_emit_what_happens_to_a_row_and_the_doctor_lists_th
     query(database, "ALTER TABLE orders RENAME TO purchases")
     assert said() == [listed.replace("on orders", "on purchases")]
     assert [type for type, _ in came("UPDATE purchases SET total = 30")] == ["updated"]
-    rebuild = ("CREATE TABLE new (id INTEGER PRIMARY KEY, total REAL)", "INSERT INTO new SELECT id, total FROM purchases",
-               "DROP TABLE purchases", "ALTER TABLE new RENAME TO purchases", "UPDATE purchases SET total = 31")  # fmt: skip
+    rebuild = (
+        "CREATE TABLE new (id INTEGER PRIMARY KEY, total REAL)",
+        "INSERT INTO new SELECT id, total FROM purchases",
+        "DROP TABLE purchases",
+        "ALTER TABLE new RENAME TO purchases",
+        "UPDATE purchases SET total = 31",
+    )
     assert came(*rebuild) == [] and said() == []
 
 
@@ -19555,7 +19564,8 @@ def accounting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accounting]:
 
 RECEIVES = """
 import sys, time, billing, webhook_outbox
-body, now = b'{"type": "order.created", "data": {"order_id": "1", "total": 49.99}}', int(time.time())
+now = int(time.time())
+body = b'{"type": "order.created", "data": {"order_id": "1", "total": 49.99}}'
 signature = webhook_outbox.sign(billing.SECRET[0], "msg_1", now, body)
 headers = {"webhook-id": "msg_1", "webhook-timestamp": str(now), "webhook-signature": signature}
 assert [billing.received(body, headers) for _ in range(2)] == [204, 204]
@@ -19568,7 +19578,7 @@ sys.stdin.read()
 def test_the_readmes_invoice_sends_one_email_though_it_comes_twice_and_the_process_dies_before_it(
     tmp_path, accounting, monkeypatch
 ):
-    """Killed while its mail server says nothing; then again with the real one, and the duplicate."""
+    """Killed while its mail server says nothing; again with the real one, and the duplicate."""
     readme_files(tmp_path)
 
     monkeypatch.setenv("BILLING_SECRET", SECRET)
@@ -19759,7 +19769,8 @@ def test_the_readmes_nginx_admits_only_the_senders_address_and_certificate(
 README_LOGIN = """
 from shop import *
 from webhook_outbox import RetryPolicy
-outbox._guard, outbox.retry = Outbox("app.db", allow_networks=["127.0.0.0/8"])._guard, RetryPolicy((0, 0))
+outbox._guard = Outbox("app.db", allow_networks=["127.0.0.0/8"])._guard
+outbox.retry = RetryPolicy((0, 0))
 CSRF
 @app.get("/login/<name>/<value>")
 def login(name, value):
@@ -19811,13 +19822,16 @@ def own_errors(event):
     except PayloadError as error:
         return f"{type(error).__module__} {event.type}".encode(), "text/plain"
 
-outbox = Outbox("app.db", retry=RetryPolicy((0, 0.1)), allow_networks=["127.0.0.0/8"], transforms={"own": own_errors})
+outbox = Outbox("app.db", retry=RetryPolicy((0, 0.1)), allow_networks=["127.0.0.0/8"],
+                transforms={"own": own_errors})
 frame = sys._getframe()  # imported by the command that runs: whose classes does it use?
 while frame and frame.f_code.co_name != "_load_app":
     frame = frame.f_back
 if frame:
-    same = isinstance(outbox, frame.f_globals["Outbox"]) and frame.f_globals["PayloadError"] is PayloadError
-    print("same classes" if same and "webhook_outbox" not in sys.modules else "others", file=sys.stderr)
+    its = frame.f_globals
+    same = isinstance(outbox, its["Outbox"]) and its["PayloadError"] is PayloadError
+    same = same and "webhook_outbox" not in sys.modules
+    print("same classes" if same else "others", file=sys.stderr)
 """
 
 
@@ -19913,8 +19927,10 @@ def test_in_django_the_readmes_dashboard_and_portal_stand_behind_the_login(wal):
         import django.conf
         csrf = "django.middleware.csrf.CsrfViewMiddleware"
         apps = ["django.contrib.contenttypes", "django.contrib.auth"]
-        django.conf.settings.configure(ROOT_URLCONF="__main__", ALLOWED_HOSTS=["127.0.0.1"], SECRET_KEY="x" * 50,
-                                       INSTALLED_APPS=apps, MIDDLEWARE=["__main__.login", csrf])
+        django.conf.settings.configure(
+            ROOT_URLCONF="__main__", ALLOWED_HOSTS=["127.0.0.1"], SECRET_KEY="x" * 50,
+            INSTALLED_APPS=apps, MIDDLEWARE=["__main__.login", csrf],
+        )
         django.setup()
         from django.core.handlers.wsgi import WSGIHandler
         import webhook_outbox
@@ -20169,14 +20185,17 @@ def test_import_does_nothing(tmp_path):
         import requests  # what it does at import is not ours
         def state():
             handlers = [signal.getsignal(n) for n in signal.valid_signals() if n not in (9, 19)]
-            loggers = *logging.root.handlers, *logging.getLogger("webhook_outbox").handlers, logging.root.level
+            ours = logging.getLogger("webhook_outbox")
+            loggers = *logging.root.handlers, *ours.handlers, logging.root.level
             descriptors = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
-            return threading.enumerate(), descriptors, handlers, loggers, os.listdir("."), dict(os.environ), sys.path[:]
+            around = os.listdir("."), dict(os.environ), sys.path[:]
+            return threading.enumerate(), descriptors, handlers, loggers, around
         before, modules = state(), set(sys.modules)
         import webhook_outbox
         assert state() == before, (state(), before)
         new = set(sys.modules) - modules
-        assert not new & {"argparse", "http.server", "tempfile", "asyncio", "importlib.metadata"}, new
+        for_commands = {"argparse", "http.server", "tempfile", "asyncio", "importlib.metadata"}
+        assert not new & for_commands, new
         ours, process = (webhook_outbox.Outbox, webhook_outbox.Inbox), webhook_outbox._PROCESS
         assert not any(isinstance(value, ours) for value in vars(webhook_outbox).values())
         assert process.pid == 0 and not process.pinned  # no hook of forks is set
@@ -20367,7 +20386,8 @@ def bench_receiver(certificate: str) -> None:
 
 BENCH_NGINX = """pid {0}/pid; error_log {0}/error.log; worker_processes 1;
 worker_rlimit_nofile 8192; events {{ worker_connections 4096; }}
-http {{ access_log off; keepalive_requests 1000000000; keepalive_timeout 600; client_body_temp_path {0}/1;
+http {{ access_log off; keepalive_requests 1000000000; keepalive_timeout 600;
+client_body_temp_path {0}/1;
 proxy_temp_path {0}/2; fastcgi_temp_path {0}/3; uwsgi_temp_path {0}/4; scgi_temp_path {0}/5;
 server {{ listen {1}; listen {2} ssl; ssl_certificate {3}; ssl_certificate_key {3};
 location / {{ return 200 ok; }} location /close {{ keepalive_timeout 0; return 200 ok; }} }} }}"""
@@ -20385,7 +20405,8 @@ def start_nginx(folder: pathlib.Path, certificate: str) -> tuple[subprocess.Pope
 
 def elsewhere(function: Callable[..., Any], *args: Any) -> subprocess.Popen[str]:
     """Call a function of this file in a process of its own."""
-    code = f"import json, sys, {__name__} as t; print(json.dumps(t.{function.__name__}(*json.loads(sys.argv[1]))))"
+    call = f"t.{function.__name__}(*json.loads(sys.argv[1]))"
+    code = f"import json, sys, {__name__} as t; print(json.dumps({call}))"
     return run_python(code, json.dumps(args))
 
 
@@ -20438,7 +20459,8 @@ class Bench:
         self.rows[row] = (*what.split(" ", 1), f"{text(statistics.median)} {unit}", between, *asked)
 
     def table(self) -> str:
-        versions = f"SQLite {sqlite3.sqlite_version}, requests {requests.__version__}, urllib3 {urllib3.__version__}"
+        versions = f"SQLite {sqlite3.sqlite_version}, requests {requests.__version__}"
+        versions += f", urllib3 {urllib3.__version__}"
         receiver = "nginx" if len(self.processes) > 1 else "a small Python server"
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # N14 and N15 depend on it
         machine = f"{os.uname().machine}, {os.cpu_count()} cores, {files} open files"
@@ -20676,7 +20698,9 @@ def a_transaction_with_an_event_costs_little_more(
     yield statistics.median(took[1]) / statistics.median(took[0])
 
 
-PEAK = "\nprint(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+PEAK = """
+status = open("/proc/self/status")
+print(next(line for line in status if line.startswith("VmHWM")).split()[1])"""
 COMPILED_ONCE = """import sys
 sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[-1]
 """
@@ -20736,7 +20760,8 @@ def host_emits(
 
 def latencies(path: str, committed: dict[str, float]) -> list[float]:
     """Return the milliseconds from each commit to the moment that the receiver answered with."""
-    sql = "SELECT e.id, a.response FROM webhook_attempts AS a JOIN webhook_events AS e ON e.seq = a.event"
+    sql = """SELECT e.id, a.response FROM webhook_attempts AS a
+               JOIN webhook_events AS e ON e.seq = a.event"""
     received = dict(query(path, sql))
     assert set(received) >= set(committed)
     return [1e3 * (float(received[id]) - at) for id, at in committed.items()]
@@ -20908,7 +20933,8 @@ def healthy(bench: Bench, path: pathlib.Path, trouble: bool) -> tuple[float, flo
     bench_fill(path, 200, *[f"ok{number}" for number in range(50)])
     bench_fill(path, 20, *hang)
     bench_fill(path, BENCH_ROWS // 10 if trouble else 0, "refuse")
-    pending = "SELECT 1 FROM webhook_deliveries WHERE status = 'pending' AND endpoint_id BETWEEN 'ok' AND 'ol' LIMIT 1"
+    pending = """SELECT 1 FROM webhook_deliveries
+                  WHERE status = 'pending' AND endpoint_id BETWEEN 'ok' AND 'ol' LIMIT 1"""
     begun = time.time()
     outbox.start()
     eventually(lambda: not query(path, pending), within=120)
@@ -20918,8 +20944,9 @@ def healthy(bench: Bench, path: pathlib.Path, trouble: bool) -> tuple[float, flo
         emit(outbox, f"ok.{number % 50}", BENCH_DATA)
     eventually(lambda: not query(path, pending), within=120)
     outbox.stop(0.1)
-    sql = "SELECT delivered_at - created_at FROM webhook_events JOIN webhook_deliveries ON event = seq "
-    took = [1e3 * row[0] for row in query(path, sql + "WHERE type GLOB 'ok*'")]
+    sql = """SELECT delivered_at - created_at
+               FROM webhook_events JOIN webhook_deliveries ON event = seq WHERE type GLOB 'ok*'"""
+    took = [1e3 * row[0] for row in query(path, sql)]
     return 10_000 / (ended - begun), part(took, 0.99)
 
 

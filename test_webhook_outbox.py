@@ -4705,6 +4705,61 @@ def test_what_a_door_lists_costs_the_same_however_much_other_tenants_have(wal, a
         assert after <= 1.3 * before + 60, name
 
 
+class Between(sqlite3.Connection):
+    """Does something once, after so many connections were closed: between two transactions."""
+
+    left = 0
+    act: Callable[[], Any]
+
+    def close(self) -> None:
+        super().close()
+        Between.left -= 1
+        if Between.left == 0:
+            Between.act()
+
+
+DOOR_ACTS: dict[str, Callable[[Any], Any]] = {
+    "remove": lambda door: door.remove_endpoint("x"),
+    "ping": lambda door: door.ping("x"),
+    "backfill": lambda door: door.backfill("x", since=0.0),
+    "forget": lambda door: door.forget(),
+}
+
+
+@pytest.mark.parametrize("verb", DOOR_ACTS)
+def test_whatever_a_door_does_it_does_to_its_own_endpoint_if_another_gets_the_id_meanwhile(
+    wal, serve, monkeypatch, verb
+):
+    own, others = serve(), serve()
+    outbox = make_outbox(wal)
+
+    def swap() -> None:
+        with contextlib.suppress(NotFound):
+            outbox.remove_endpoint("x")
+        emit(outbox, tenant="c43")
+        outbox.add_endpoint(others.url(), id="x", tenant="c43")
+        emit(outbox, tenant="c43")
+        query(wal, "UPDATE webhook_endpoints SET failures = 12")
+
+    monkeypatch.setattr(sqlite3, "Connection", Between)
+    monkeypatch.setattr(Between, "act", staticmethod(swap), raising=False)
+    monkeypatch.setattr(Between, "left", 0)
+    for left in itertools.count(1):
+        emit(outbox, tenant="c42")
+        outbox.add_endpoint(own.url(), id="x", tenant="c42")
+        emit(outbox, tenant="c42")
+        Between.left = left
+        with contextlib.suppress(NotFound):
+            DOOR_ACTS[verb](outbox.tenant("c42"))
+        if Between.left > 0:
+            break
+        endpoint = outbox.endpoint("x")
+        assert fields(endpoint, "tenant enabled failures") == ("c43", True, 12)
+        assert outbox.stats().pending == 1 and others.requests == []
+        outbox.remove_endpoint("x")
+    assert left > 2
+
+
 # ── catalogue ─────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -10183,6 +10183,11 @@ def _guard(networks: Any, http: Any) -> _Guard:
     return _Guard(admitted, bool(_checked_switch("allow_http", http)))
 
 
+# Returns an endpoint as the cursor's transaction sees it; raises NotFound, also where there is one
+# that is not for whoever asks.
+_Find = Callable[[sqlite3.Cursor, str], Endpoint]
+
+
 class EmitOptions(TypedDict, total=False):
     """What aemit takes beside connection, type and data; each means what it means in emit."""
 
@@ -10799,6 +10804,14 @@ class Outbox:
             with _session(self.path) as db:
                 yield sqlite3.Cursor(db)
 
+    @contextlib.contextmanager
+    def _looking(self, conn: Any = None) -> Iterator[sqlite3.Cursor]:
+        """The same, but all statements see one state of the file: for what belongs together."""
+        with self._reading(conn) as cursor:
+            if conn is None:
+                cursor.execute("BEGIN")
+            yield cursor
+
     def _select(self, sql: str, *values: Any) -> list[Any]:
         """Return the rows of a query, read on a connection of our own."""
         with self._reading() as cursor:
@@ -10998,16 +11011,34 @@ class Outbox:
         on record, until another endpoint gets the id: that one starts empty. Without conn it works
         in batches, so that no commit of the host waits long; cut off between, it leaves the
         endpoint disabled (reason "being removed"). Raises NotFound."""
-        if conn is None:
-            self.disable_endpoint(id, "being removed")  # so that no new delivery comes meanwhile
-            for waiting in ("queue IS NOT NULL AND status = 'queued'", "status = 'pending'"):
-                batch = f"""DELETE FROM main.webhook_deliveries WHERE (event, endpoint_id) IN (
-                              SELECT event, endpoint_id FROM main.webhook_deliveries
-                               WHERE endpoint_id = ? AND {waiting} LIMIT 1000)"""
-                self._in_batches(batch, (id,))
+        self._remove(id, conn, self._endpoint_on)
+
+    def _remove(self, id: str, conn: Any, find: _Find) -> None:
+        """Remove the endpoint that `find` returns; raise what it raises. Where that takes several
+        transactions, each of them makes sure that the endpoint is the one that was found."""
         with self._writing(conn) as cursor:
-            self._endpoint_on(cursor, id)
-            cursor.execute("DELETE FROM main.webhook_endpoints WHERE id = ?", (id,))
+            find(cursor, id)
+            same = self._registered(cursor, id)
+            if conn is None:  # so that no new delivery comes meanwhile
+                self._set(cursor, id, {"enabled": 0, "disabled_reason": "being removed"})
+        for waiting in ("queue IS NOT NULL AND status = 'queued'", "status = 'pending'"):
+            batch = f"""DELETE FROM main.webhook_deliveries WHERE (event, endpoint_id) IN (
+                          SELECT event, endpoint_id FROM main.webhook_deliveries
+                           WHERE endpoint_id = ? AND {waiting} LIMIT 1000)
+                           AND EXISTS (SELECT 1 FROM main.webhook_endpoints
+                                        WHERE id = ? AND registered = ?)"""
+            if conn is None:
+                self._in_batches(batch, (id, id, same))
+        with self._writing(conn) as cursor:
+            of = "id = ? AND registered = ?"
+            cursor.execute(f"DELETE FROM main.webhook_endpoints WHERE {of}", (id, same))
+            if not _changes(cursor):
+                raise self._no_endpoint(id)
+
+    def _registered(self, cursor: sqlite3.Cursor, id: str) -> int:
+        """Return what tells an endpoint that is there from another one that gets its id later."""
+        cursor.execute("SELECT registered FROM main.webhook_endpoints WHERE id = ?", (id,))
+        return int(cursor.fetchone()[0])
 
     def _clear_removed(self, id: str) -> None:
         """Delete what a removed endpoint left on record, before another one gets its id. A trigger
@@ -11207,11 +11238,16 @@ class Outbox:
         PayloadError where there is no such example, and OutboxError, with nothing sent, from a file
         of another home.
         """
+        return self._ping(id, type, self._endpoint_on)
+
+    def _ping(self, id: str, type: str | None, find: _Find) -> Attempt:
+        """Ping the endpoint that `find` returns; raise what it raises."""
         data = "{}" if type is None else _dumps(self._catalogue.example(type))
         if refusal := self._refusal():
             raise OutboxError(refusal)
-        with self._reading() as cursor:
-            endpoint, endpoint_secrets = self._endpoint_on(cursor, id), self._secrets_on(cursor, id)
+        with self._looking() as cursor:
+            endpoint, endpoint_secrets = find(cursor, id), self._secrets_on(cursor, id)
+            same = self._registered(cursor, id)
         now, started = self.clock(), _monotonic()
         key = self._keys.new(now)
         # A delivery that is in no table: due now, never tried, in no queue.
@@ -11232,7 +11268,7 @@ class Outbox:
         outcome = _send_once(self._settings(), endpoint, endpoint_secrets, picked)
         status, seconds = outcome.status_code, _monotonic() - started
         if outcome.reason is None:
-            self._end_hold({"endpoint": id})
+            self._end_hold({"endpoint": id}, same=same)
         return Attempt(
             picked.id, id, now, status, outcome.reason, outcome.error, seconds, outcome.response
         )
@@ -11711,9 +11747,12 @@ class Outbox:
             self._end_hold(filters, conn)
         return count
 
-    def _end_hold(self, filters: Mapping[str, Any], conn: Any = None) -> None:
-        """Forget the failures of endpoints, so that they are not on hold any more: of a named one,
-        or of those for which something waits that filters choose. `enabled`, set to what it is, is
+    def _end_hold(
+        self, filters: Mapping[str, Any], conn: Any = None, same: int | None = None
+    ) -> None:
+        """Forget the failures of endpoints, so that they are not on hold any more: of a named one
+        (same: if it is still what was registered so), or of those for which something waits that
+        filters choose. `enabled`, set to what it is, is
         among the columns because a trigger on it has a drain read the row again; the state itself
         is the drain's own writing, which it does not read back."""
         where, values = _chosen(_OF_WAITING, filters)
@@ -11721,7 +11760,8 @@ class Outbox:
                               JOIN main.webhook_events AS e ON e.seq = d.event
                              WHERE d.endpoint_id = p.id AND d.status = 'pending' AND {where})"""
         if filters.get("endpoint") is not None:
-            waits, values = "p.id = ?", [filters["endpoint"]]
+            waits = "p.id = ? AND p.registered = coalesce(?, p.registered)"
+            values = [filters["endpoint"], same]
         with self._reading(conn) as cursor:
             cursor.execute(
                 f"""SELECT +p.id FROM main.webhook_endpoints AS p
@@ -11826,14 +11866,24 @@ class Outbox:
         deleted. dry_run only counts. Without conn it works in batches; cut off between, run it
         again. Raises NotFound, PayloadError.
         """
-        since, now = _number("since", since, -1e12, 1e12), float(self.clock())
-        where, chosen = _chosen(_OF_EVENT, {"since": since, "until": until, "type": type})
+        chosen = {"since": since, "until": until, "type": type}
+        return self._backfill(endpoint, chosen, dry_run, conn, self._endpoint_on)
+
+    def _backfill(
+        self, endpoint: str, filters: Mapping[str, Any], dry_run: bool, conn: Any, find: _Find
+    ) -> int:
+        """Backfill the endpoint that `find` returns; raise what it raises. Each batch makes sure
+        that the endpoint is the one that was found."""
+        since, now = _number("since", filters["since"], -1e12, 1e12), float(self.clock())
+        where, chosen = _chosen(_OF_EVENT, {**filters, "since": since})
         values = list(chosen)
-        with self._reading(conn) as cursor:
-            tenant = self._endpoint_on(cursor, endpoint).tenant
+        with self._looking(conn) as cursor:
+            tenant = find(cursor, endpoint).tenant
+            same = self._registered(cursor, endpoint)
             events = self._events_for(tenant)
             rows = f"main.webhook_endpoints AS p, {events}"
-            missed = f"""p.id = ? AND {where} AND NOT {_WAS_ERASED.format("e.seq")} AND {_MAY_HAVE}
+            missed = f"""p.id = ? AND p.registered = {same} AND {where} AND {_MAY_HAVE}
+              AND NOT {_WAS_ERASED.format("e.seq")}
               AND {_LETS_THROUGH} AND coalesce(e.expires_at > {now!r}, 1)
               AND EXISTS (SELECT 1 FROM json_each(p.events) AS one
                            WHERE e.type GLOB one.value
@@ -12361,9 +12411,7 @@ class Tenant:
     def remove_endpoint(self, id: str, *, conn: Any = None) -> None:
         """Delete an endpoint with its waiting deliveries and its failed rows. See
         Outbox.remove_endpoint."""
-        # Whose it is is looked at by itself: the removal takes several transactions.
-        self.endpoint(id, conn=conn)
-        self._outbox.remove_endpoint(id, conn=conn)
+        self._outbox._remove(id, conn, self._own_endpoint)
 
     def rotate_secret(
         self, id: str, *, secret: str | None = None, grace: float = 86_400.0, conn: Any = None
@@ -12379,12 +12427,11 @@ class Tenant:
     def ping(self, id: str, *, type: str | None = None) -> Attempt:
         """Send a webhook.ping, or the catalogue's example of a type, at once, and return what
         happened. See Outbox.ping."""
-        self.endpoint(id)
         if type is not None:
             self._outbox._catalogue.public().example(type)
         if self._outbox._refusal():  # it names the file
             raise OutboxError("nothing is sent from here now; ask who runs this")
-        return _for_customer(self._outbox.ping(id, type=type))
+        return _for_customer(self._outbox._ping(id, type, self._own_endpoint))
 
     # Events.
 
@@ -12535,8 +12582,8 @@ class Tenant:
     ) -> int:
         """Give an endpoint the customer's recorded events of a time that match it and that it has
         no delivery for, as Outbox.backfill; return how many. It joins no transaction."""
-        self.endpoint(endpoint)
-        return self._outbox.backfill(endpoint, since=since, until=until, type=type, dry_run=dry_run)
+        chosen = {"since": since, "until": until, "type": type}
+        return self._outbox._backfill(endpoint, chosen, dry_run, None, self._own_endpoint)
 
     def _check(self, name: str, value: Any) -> None:
         """Raise what is wrong with one option that a customer chose. For a form, which says at each
@@ -12554,7 +12601,7 @@ class Tenant:
                      ORDER BY seq DESC LIMIT 1 OFFSET 9999"""
         found = self._outbox._select(oldest, self.id)
         since = max(endpoint.created_at, found[0][0] if found else 0.0)
-        return self._outbox.backfill(endpoint.id, since=since, dry_run=True)
+        return self.backfill(endpoint.id, since=since, dry_run=True)
 
     def stats(self) -> Stats:
         """Return the numbers of the customer's endpoints, as Outbox.stats; errors of our own side
@@ -12574,7 +12621,8 @@ class Tenant:
         # their failed rows, which are those of '*' endpoints now: a trigger deletes an event's
         # deliveries and attempts with it, but no failed row.
         for endpoint in self.endpoints():
-            outbox.remove_endpoint(endpoint.id)
+            with contextlib.suppress(NotFound):  # removed meanwhile
+                self.remove_endpoint(endpoint.id)
         count = 0
         for ends in outbox._ranges(outbox._events_for(self.id), "e.seq", "1", (), 200, None):
             started = _monotonic()

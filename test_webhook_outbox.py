@@ -4493,6 +4493,25 @@ def test_what_a_customer_chose_is_never_a_reference_nor_the_operators(wal, what)
     assert outbox.endpoints() == before
 
 
+OPERATORS = ["audit.login", "audit.*", "webhook.endpoint.disabled"]
+
+
+@pytest.mark.parametrize("verb", ["update", "ensure"])
+@pytest.mark.parametrize("pattern", OPERATORS)
+def test_what_a_customer_changes_keeps_what_only_the_operator_may_give(wal, pattern, verb):
+    outbox = make_outbox(wal, event_types=CATALOGUE)
+    outbox.add_endpoint(URL, id="a", tenant="c42", events=[pattern, "order.paid"])
+    door = outbox.tenant("c42")
+    for chosen in (["order.sent"], ["order.*", "order.paid"], ["*"]):
+        if verb == "update":
+            endpoint = door.update_endpoint("a", events=chosen)
+        else:
+            endpoint = door.ensure_endpoint(URL, id="a", events=chosen)
+        assert endpoint.events == outbox.endpoint("a").events == (*chosen, pattern)
+        assert door.update_endpoint("a", description="x").events == (*chosen, pattern)
+    assert outbox.update_endpoint("a", events=["*"]).events == ("*",)  # the operator takes it away
+
+
 def test_a_customer_may_add_as_many_endpoints_as_the_host_says(wal):
     outbox = make_outbox(wal)
     door = outbox.tenant("c42", max_endpoints=2)
@@ -4727,8 +4746,9 @@ DOOR_ACTS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("verb", DOOR_ACTS)
+@pytest.mark.parametrize("whose", ["c43", "*"])
 def test_whatever_a_door_does_it_does_to_its_own_endpoint_if_another_gets_the_id_meanwhile(
-    wal, serve, monkeypatch, verb
+    wal, serve, monkeypatch, whose, verb
 ):
     own, others = serve(), serve()
     outbox = make_outbox(wal)
@@ -4737,7 +4757,7 @@ def test_whatever_a_door_does_it_does_to_its_own_endpoint_if_another_gets_the_id
         with contextlib.suppress(NotFound):
             outbox.remove_endpoint("x")
         emit(outbox, tenant="c43")
-        outbox.add_endpoint(others.url(), id="x", tenant="c43")
+        outbox.add_endpoint(others.url(), id="x", tenant=whose)
         emit(outbox, tenant="c43")
         query(wal, "UPDATE webhook_endpoints SET failures = 12")
 
@@ -4754,7 +4774,7 @@ def test_whatever_a_door_does_it_does_to_its_own_endpoint_if_another_gets_the_id
         if Between.left > 0:
             break
         endpoint = outbox.endpoint("x")
-        assert fields(endpoint, "tenant enabled failures") == ("c43", True, 12)
+        assert fields(endpoint, "tenant enabled failures") == (whose, True, 12)
         assert outbox.stats().pending == 1 and others.requests == []
         outbox.remove_endpoint("x")
     assert left > 2
@@ -16917,16 +16937,20 @@ def test_a_form_that_is_wrong_comes_back_with_what_was_typed_and_why(wal, catalo
         assert outbox.endpoint(id).url == URL
 
 
-def test_an_internal_type_that_the_operator_gave_stays_while_a_customer_changes_no_box(wal):
+def test_an_internal_type_that_the_operator_gave_stays_whatever_boxes_a_customer_changes(wal):
     outbox = make_outbox(wal, event_types=CATALOGUE)
     both = ("order.paid", "audit.login")
+    hidden = ("audit.*", "webhook.endpoint.disabled", "order.paid")
+    outbox.add_endpoint(URL, id="hidden", tenant="c42", events=hidden)
     outbox.add_endpoint(URL, id="both", tenant="c42", events=both)
     outbox.add_endpoint(URL, id="inside", tenant="c42", events=["audit.login"])
     with portal_of(outbox) as visitor:
         for id, boxes, events in (
             ("both", ["order.paid"], both),
             ("inside", [], ("audit.login",)),
-            ("both", ["order.sent"], ("order.sent",)),
+            ("both", ["order.sent"], ("order.sent", "audit.login")),
+            ("hidden", ["order.paid"], hidden),
+            ("hidden", ["order.sent"], ("order.sent", *hidden[:2])),
         ):
             path = f"endpoint/{id}/edit"
             action, fields = visitor.form(path, path="/" + path)
@@ -16934,6 +16958,27 @@ def test_an_internal_type_that_the_operator_gave_stays_while_a_customer_changes_
             assert visitor.post(action, sent).status_code == 303
             found = outbox.endpoint(id)
             assert (found.events, found.description) == (events, f"for {boxes}")
+
+
+def test_where_patterns_are_text_the_operators_are_not_in_it_and_stay(wal):
+    outbox = make_outbox(wal)
+    operators = "webhook.endpoint.disabled"
+    outbox.add_endpoint(URL, id="both", tenant="c42", events=[operators, "order.*"])
+    outbox.add_endpoint(URL, id="inside", tenant="c42", events=[operators])
+    with portal_of(outbox) as visitor:
+        for id, shown, written, events in (
+            ("both", "order.*", "order.*", (operators, "order.*")),
+            ("both", "order.*", "a, b", ("a", "b", operators)),
+            ("inside", "", "", (operators,)),
+        ):
+            path = f"endpoint/{id}/edit"
+            action, fields = visitor.form(path, path="/" + path)
+            assert fields["events"] == shown
+            sent = {**fields, "description": written, "events": written}
+            assert visitor.post(action, sent).status_code == 303
+            found = outbox.endpoint(id)
+            assert (found.events, found.description) == (events, written)
+        assert visitor.form("add", path="/add")[1]["events"] == "*"
 
 
 def test_a_customer_sees_what_was_sent_and_why_it_is_disabled_and_sends_what_was_missed(wal, serve):

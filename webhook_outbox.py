@@ -3813,6 +3813,12 @@ class _Catalogue:
             seen.types = {name: of for name, of in self.types.items() if not of.internal}
         return seen
 
+    def is_operators(self, pattern: str) -> bool:
+        """Say whether only the operator may give an endpoint of a customer's this pattern: it
+        matches internal types alone, or the outbox's own."""
+        matched = {type for type in self.types or () if _covers(pattern, type)}
+        return pattern.startswith("webhook.") or bool(matched) and matched <= self.internal
+
     def check(self, type: str) -> None:
         """Raise PayloadError for a type that is not in the catalogue, and name the nearest. The
         outbox's own types (webhook.*) need not be in it."""
@@ -12359,7 +12365,9 @@ class Tenant:
         # NotFound: there is none of that id, or it is somebody else's. Then it is added, and the
         # second case ends there.
         with contextlib.suppress(NotFound), self._customers_words():
-            self._keep_credentials(self.endpoint(id, conn=conn), url)
+            endpoint = self.endpoint(id, conn=conn)
+            self._keep_credentials(endpoint, url)
+            checked = self._keep_patterns(endpoint, checked)
             return _without_credentials(
                 self._outbox.ensure_endpoint(
                     url, id=id, secret=secret, tenant=self.id, conn=conn, **checked
@@ -12372,13 +12380,24 @@ class Tenant:
     ) -> Endpoint:
         """Change an endpoint's url, events, description or filter; return it. Where the operator
         gave it headers or a certificate, its url stays (PayloadError): another receiver would get
-        them."""
+        them. Patterns that only the operator may give stay beside the new ones."""
         checked = self._checked(url, changes)
         with self._customers_words(), self._at_own_endpoint(id, conn) as (own, endpoint):
             self._keep_credentials(endpoint, url)
             return _without_credentials(
-                self._outbox.update_endpoint(id, url=url, conn=own, **checked)
+                self._outbox.update_endpoint(
+                    id, url=url, conn=own, **self._keep_patterns(endpoint, checked)
+                )
             )
+
+    def _keep_patterns(self, endpoint: Endpoint, checked: Mapping[str, Any]) -> Any:
+        """Return options that a customer chose for an endpoint; among its events, those patterns
+        too that the customer may neither give nor, therefore, take away."""
+        if "events" not in checked:
+            return checked
+        own = self._outbox._catalogue.is_operators
+        kept = [pattern for pattern in endpoint.events if own(pattern)]
+        return {**checked, "events": [*checked["events"], *kept]}
 
     def _keep_credentials(self, endpoint: Endpoint, url: str | None) -> None:
         """Refuse a new url where the endpoint's credentials would go there."""
@@ -14269,9 +14288,15 @@ class _Portal(_PortalPages):
         typed = {
             "url": endpoint.url,
             "description": endpoint.description,
-            "events": endpoint.events,
+            "events": self.chosen(endpoint),
         }
         return self.edit_page("Edit the endpoint", f"endpoint/{id}/edit", typed, {})
+
+    def chosen(self, endpoint: Endpoint) -> list[str]:
+        """Return those of an endpoint's patterns that are the customer's to change. Those that only
+        the operator may give have no box: a customer is not to read the names of internal types."""
+        own = self.outbox._catalogue.is_operators
+        return [pattern for pattern in endpoint.events if not own(pattern)]
 
     def edit_page(
         self, title: str, path: str, typed: Mapping[str, Any], faults: Mapping[str, str]
@@ -14296,19 +14321,19 @@ class _Portal(_PortalPages):
                 self.url(path),
                 _fill(hidden, typed["once"]) if path == "add" else "",
                 field("url", "URL", "url", "Where your server takes requests: https://..."),
-                self.events_field(typed.get("events", ()), faults.get("events")),
+                self.events_field(typed.get("events"), faults.get("events")),
                 field("description", "Description", "text", "For you; may be empty."),
                 _fill('<p class="field"><button class="main">{}</button></p>', button),
             ),
         )
 
-    def events_field(self, chosen: Sequence[str], fault: str | None) -> _Html:
+    def events_field(self, chosen: Sequence[str] | None, fault: str | None) -> _Html:
         """Let the customer tick types of the catalogue, or write patterns where there is none.
+        chosen: what the form has so far; None: nothing was chosen yet.
 
         An endpoint may have patterns that are no type of the catalogue: a group (order.*), a type
         that was taken out. They get a box too, ticked, because the form says all that the endpoint
-        is to get: what has no box is lost when the boxes are changed. Internal types have none: the
-        door refuses them, and a customer is not to read their names.
+        is to get, beside what is the operator's alone: see `chosen`.
         """
         types = self.types()
         if not types:
@@ -14317,11 +14342,12 @@ class _Portal(_PortalPages):
                 "<small>Types such as order.created, groups such as order.*, or * for all; "
                 "with spaces between them.</small>"
                 '<input id="events" name="events" value="{}">{}</div>',
-                " ".join(chosen) or "*",
+                "*" if chosen is None else " ".join(chosen),
                 _fault(fault),
             )
+        chosen = chosen or ()
         groups: dict[str, list[_Html]] = {"": [_box("*", "All events", "", chosen)]}
-        others = {*chosen} - {*types} - {"*"} - self.outbox._catalogue.internal
+        others = {*chosen} - {*types} - {"*"}
         groups[""] += [_box(pattern, pattern, "", chosen) for pattern in sorted(others)]
         for type, of in types.items():
             old = "deprecated" if of.deprecated else ""
@@ -14384,12 +14410,12 @@ class _Portal(_PortalPages):
 
         Only changes are checked and saved. So a description can be mended although the URL would be
         refused today, and what the operator changed in the meantime stays. Patterns come in the
-        order of the boxes, as a list, which never equals the endpoint's tuple: as sets they do. An
-        internal type, which the operator gave and no box shows, is lost only if a box is changed.
+        order of the boxes, as a list, which never equals the endpoint's tuple: as sets they do.
+        What the operator gave, and no box shows, stays in any case: the door sees to that.
         """
         endpoint, typed = self.door.endpoint(id), self.typed(form)
         changes = {n: v for n, v in typed.items() if v != getattr(endpoint, n)}
-        if set(typed["events"]) == set(endpoint.events) - self.outbox._catalogue.internal:
+        if set(typed["events"]) == set(self.chosen(endpoint)):
             del changes["events"]
         if not (faults := self.faults(changes)):
             try:

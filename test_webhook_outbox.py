@@ -1686,6 +1686,18 @@ def test_a_key_that_another_process_was_quicker_with_is_made_anew_at_once(wal, m
     assert query(wal, "SELECT count(*) FROM orders") == [(3,)]
 
 
+def test_a_key_that_comes_again_by_chance_is_made_anew(wal):
+    """Made by another process in the same millisecond, or of an event that was deleted."""
+    one, two = (make_outbox(wal, clock=Clock()) for _ in range(2))
+    keys = []
+    for outbox in (one, two, one):
+        outbox._keys._chance.seed(7)
+        keys.append(emit_key(outbox))
+        if outbox is two:
+            query(wal, "DELETE FROM webhook_events")
+    assert len(set(keys)) == 3 and keys[1] > keys[0] < keys[2]
+
+
 def test_a_new_event_stands_in_its_queue_behind_what_is_open_or_held(either):
     """Decided at the insert, in plain SQL too; behind what was delivered it is the head."""
     outbox = make_outbox(either)
@@ -3685,6 +3697,20 @@ def test_a_large_cancel_goes_in_batches_and_leaves_what_is_emitted_meanwhile(wal
     waiting = {pair for pair, status in what_waits(wal).items() if status != "cancelled"}
     assert told and waiting == {(id, event) for id in ("a", "line") for event in told}
     assert outbox.stats().pending == len(waiting)
+
+
+def test_a_large_cancel_leaves_what_was_delivered_after_it_looked(wal):
+    outbox = make_outbox(wal, URL, id="a")
+    with outbox.transaction() as conn:
+        ids = [outbox.emit(conn, "order.created", n, key="k") for n in range(1_100)]
+        conn.execute(  # in place of a drain, while the first thousand are cancelled
+            """CREATE TRIGGER drain AFTER UPDATE OF status ON webhook_deliveries
+               WHEN NEW.status = 'cancelled' BEGIN
+                 UPDATE webhook_deliveries SET status = 'delivered'
+                  WHERE event = (SELECT max(seq) FROM webhook_events) AND status = 'queued'; END"""
+        )
+    assert outbox.cancel(key="k") == 1_099
+    assert [statuses(outbox, id)["a"] for id in ids[-2:]] == ["cancelled", "delivered"]
 
 
 def test_retry_now_makes_due_what_waits_for_its_next_try_and_ends_the_hold(either, shop):
@@ -8515,6 +8541,18 @@ def test_only_what_was_searched_for_secrets_is_kept(status, secrets, body, kept)
     assert webhook_outbox._judge(reader, secrets, 0.0).response == kept
 
 
+def test_what_a_short_answer_echoes_is_kept_of_each_endpoint_without_its_own_secrets(wal, serve):
+    """Though the same bytes are read only once."""
+    receiver, secret = serve(answer(200, b"t0k3n!")), {"X-Token": "t0k3n!"}
+    outbox = make_outbox(wal, receiver.url(), id="knows_no_secret")
+    outbox.add_endpoint(receiver.url(), id="gave_it", headers=secret)
+    for _ in range(2):
+        id = emit(outbox)
+        outbox.drain(once=True)
+        kept = {attempt.endpoint_id: attempt.response for attempt in outbox.attempts(id)}
+        assert kept == {"knows_no_secret": "t0k3n!", "gave_it": "[redacted]"}
+
+
 def test_a_connection_to_the_old_url_carries_nothing_for_the_new_one(wal, serve):
     """The endpoint moves while an attempt is under way: its connection must not be kept."""
     release = threading.Event()
@@ -10391,6 +10429,7 @@ def test_a_look_at_the_lock_says_who_drains_and_takes_nothing(wal, lock_kind):
     assert webhook_outbox._drainer(wal) is None and not os.path.exists(wal + "-webhooks")
     lock, other = webhook_outbox._Lock(wal), webhook_outbox._Lock(wal)
     for _ in range(2):
+        pathlib.Path(wal + "-webhooks").write_text("12345678901\n")  # of whoever drained before
         assert lock.acquire() and not other.acquire() and not lock.lost()
         assert webhook_outbox._drainer(wal) == os.getpid()
         assert not other.acquire()
@@ -11793,6 +11832,17 @@ def test_what_an_exchange_comes_to(exchanging, used, data, end, expected, size):
         assert exchanging.ended()[2] is not None
 
 
+def test_a_piece_of_an_answer_that_looks_like_a_whole_one_is_a_piece(exchanging):
+    connection, theirs = exchanging.open()
+    exchanging.exchanges.begin(connection, attempt_of(), 5.0)
+    exchanging.exchanges.flush()
+    theirs.sendall(b"HTTP/1.1 500 No\r\nContent-Length: %d\r\n\r\n" % len(OK))
+    assert exchanging.exchanges.wait(5) == []
+    theirs.sendall(OK)
+    assert exchanging.ended()[2].status == 500
+    exchanging.exchanges.shut(connection)
+
+
 def test_the_connection_used_last_is_used_next_and_the_longest_idle_closed_first(exchanging):
     exchanges, origin = exchanging.exchanges, exchanging.origin
     connections = [exchanging.open()[0] for _ in range(5)]
@@ -11929,6 +11979,25 @@ def test_a_row_leaves_memory_only_after_its_statement_committed(wal):
     counts = query(wal, "SELECT name, value FROM webhook_counts ORDER BY name")
     assert counts == [("le 1", 2.0), ("seconds", 0.75)]
     assert query(wal, "SELECT disabled_reason FROM webhook_endpoints") == [("410 Gone",)]
+
+
+def test_a_notice_waits_for_the_row_that_it_tells_of(wal):
+    ledger, told = webhook_outbox._Ledger(), []
+    make_outbox(wal, URL, id="a")
+    for n in range(3):
+        ledger.rows.append(webhook_outbox._Row("outcome", n, "a", "failed", 0.0, 1.0, 0.0))
+        ledger.note(webhook_outbox.Notice("gave_up", str(n)))
+    with contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as db:
+        for _ in range(3):
+            ledger.write(db, 0, 1)
+            told.append([notice.endpoint_id for notice in ledger.told()])
+    assert told == [["0"], ["1"], ["2"]]
+
+
+def test_counts_that_stand_alone_are_written_when_the_drain_leaves(wal):
+    with drain_by_hand(make_outbox(wal, URL, id="a")) as drain:
+        drain.ledger.count("a", "internal")
+    assert query(wal, "SELECT * FROM webhook_counts") == [("a", "internal", 1.0)]
 
 
 BUDGET = [  # host commits of a second, seconds that ours took, whether we send; seconds to the next
@@ -12183,6 +12252,18 @@ def test_polls_grow_apart_and_are_rare_where_hints_work(wal, quiet, hints, sendi
         assert watch.poll(ours, watch.rest(0.0) - 1e-6, sending) is None  # not yet: it did not look
         watch.hints = hints
         assert polls(watch, ours, quiet + 0.001, sending, len(expected)) == expected
+
+
+def test_before_attempts_begin_the_watch_looks_at_once_and_the_next_look_stays_in_its_time(wal):
+    watch = webhook_outbox._Watch()
+    with watched(wal) as (ours, host):
+        assert watch.poll(ours, 0.0, False) == "first"  # the next one comes after 0.4 ms
+        assert watch.poll(ours, 0.0001, False, early=True) is None
+        assert watch.rest(0.0) == 0.0004
+        host.execute("INSERT INTO orders DEFAULT VALUES")
+        host.commit()
+        assert watch.poll(ours, 0.0002, False) is None  # it did not look
+        assert watch.poll(ours, 0.0002, False, early=True) == "host"
 
 
 def test_a_hint_has_the_watch_look_at_once_and_then_at_growing_distances(wal):
@@ -13129,6 +13210,7 @@ def test_of_a_deliverys_attempts_the_first_and_the_last_answer_are_kept(shop, tr
     outbox.replay(all=True)
     outbox.drain(until_empty=True)
     assert [a.response for a in outbox.attempts(id)] == ["0", *[None] * (tries - 2), last, "well"]
+    assert fields(outbox.attempts(id)[-1], "reason error") == (None, None)
 
 
 def test_an_endpoint_that_finds_no_opener_keeps_its_turn(wal, serve):
@@ -14404,6 +14486,19 @@ def test_an_attempt_cancelled_under_way_is_recorded_and_is_the_last(either, shop
     assert outbox.event(id).deliveries[0].attempts == 1
     assert [row for row in outbox.failed() if row.event_id == id] == []
     assert "gave_up" not in [notice.kind for notice in notices if notice.event_id == id]
+
+
+def test_a_row_that_was_cancelled_just_as_its_last_attempt_failed_is_not_given_up(wal):
+    """The drain decided, and has not recorded it yet."""
+    outbox = make_outbox(wal, URL, id="a")
+    id = emit(outbox)
+    (seq,) = query(wal, "SELECT seq FROM webhook_events")[0]
+    outbox.cancel(event_id=id)
+    with contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as db:
+        row = webhook_outbox._Row("outcome", seq, "a", "failed", 2e9, 2e9, 0.0, 500, "status")
+        webhook_outbox._write_record(db, [row])
+    assert statuses(outbox, id) == {"a": "cancelled"} and not outbox.failed()
+    assert len(outbox.attempts(id)) == 1
 
 
 def drain_remove_on(outbox: Outbox, endpoint: str) -> None:

@@ -3010,7 +3010,7 @@ def test_the_options_of_an_endpoint_are_the_same_everywhere(wal):
     assert ["url", *webhook_outbox.EndpointOptions.__annotations__] == options
     make_outbox(wal)
     columns = {row[1] for row in query(wal, "PRAGMA table_info(webhook_endpoints)")}
-    inside = {"secrets", "version", "unsteady_since", "good", "bad"}
+    inside = {"secrets", "version", "registered", "unsteady_since", "good", "bad"}
     assert columns == {*options, *state, *inside}
     update = "SELECT sql FROM sqlite_master WHERE name = 'webhook_endpoints_update'"
     ((trigger,),) = query(wal, update)

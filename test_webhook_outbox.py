@@ -4023,7 +4023,7 @@ TURN_STATEMENTS = {
     "endpoints by id": "CROSS JOIN webhook_endpoints ON id = listed",
     "endpoints by version": "WHERE version >",
     "who pauses": "WHERE paused_until <=",
-    "removed": "SELECT id FROM (SELECT value AS listed",
+    "removed": "SELECT id, registered FROM (SELECT value AS listed",
     "monitored": "SELECT EXISTS (SELECT 1 FROM webhook_patterns",
     "pick": "AND (d.due_at, d.event) >",
     "pick queue": "AND d.queue = CAST",

@@ -11043,7 +11043,7 @@ class Outbox:
 
     def _registered(self, cursor: sqlite3.Cursor, id: str) -> int:
         """Return what tells an endpoint that is there from another one that gets its id later."""
-        cursor.execute("SELECT registered FROM main.webhook_endpoints WHERE id = ?", (id,))
+        cursor.execute("SELECT +registered FROM main.webhook_endpoints WHERE id = ?", (id,))
         return int(cursor.fetchone()[0])
 
     def _clear_removed(self, id: str) -> None:

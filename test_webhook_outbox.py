@@ -1688,6 +1688,16 @@ def test_a_key_that_another_process_was_quicker_with_is_made_anew_at_once(wal, m
     assert query(wal, "SELECT count(*) FROM orders") == [(3,)]
 
 
+def test_a_host_that_seeds_the_global_generator_gets_no_key_twice(tmp_path):
+    keys = []
+    for name in ("one", "two"):
+        outbox = make_outbox(make_database(tmp_path / f"{name}.db"), clock=Clock())
+        random.seed(7)
+        keys.append(emit_key(outbox))
+    random.seed()
+    assert keys[0] != keys[1]
+
+
 def test_a_key_that_comes_again_by_chance_is_made_anew(wal):
     """Made by another process in the same millisecond, or of an event that was deleted."""
     one, two = (make_outbox(wal, clock=Clock()) for _ in range(2))
@@ -2748,8 +2758,9 @@ def test_rotation_signs_with_both_secrets_until_the_grace_ends(either, shop):
     assert signs(SECRET_TWO, new) == [True, True]
     clock.advance(99)
     assert signs(SECRET_TWO, new) == [True, True]
+    third = outbox.rotate_secret("crm").secret  # which does not put off the end of the first
     clock.advance(1)
-    assert signs(SECRET_TWO, new) == [False, True]
+    assert signs(SECRET_TWO, new, third) == [False, True, True]
     assert outbox.rotate_secret("crm", secret=SECRET, grace=0).secret == SECRET
     ((kept,),) = query(either, "SELECT secrets FROM webhook_endpoints")
     assert json.loads(kept) == [[SECRET, None]] and signs(SECRET) == [True]

@@ -27,8 +27,8 @@ What holds
     across power loss when you commit with PRAGMA synchronous=FULL. After a rollback nothing is ever
     sent. An event may arrive twice after a crash, a timeout or a replay, always with the same id
     (the header webhook-id) and the same bytes: receivers deduplicate (Inbox does it for you). Bytes
-    go only to addresses that the guard allows; one attempt ends within its timeout and half a
-    second. An endpoint that hangs, fails or is slow costs the others little.
+    go only to addresses that the guard allows. An attempt ends half a second after its timeout at
+    the latest. An endpoint that hangs, fails or is slow costs the others little.
 
 What does not hold
     No order between events, except between those of one endpoint with one key (or an endpoint that
@@ -46,16 +46,16 @@ Words
     delivery    one event to one endpoint, the unit of state; its states stand above the schema
     attempt     one HTTP try of a delivery, or one call of a sender; its result is an outcome
     failed row  a delivery that was given up, in webhook_failed, until somebody replays or discards
-                it; the names gave_up and on_dead mean the same
+                it. gave_up names that moment, on_dead what its queue does then
     queue       deliveries of one endpoint that go out strictly one after the other, from its head:
                 those with one key, or all of an endpoint that is ordered
-    held        a delivery is, while its endpoint is disabled. Two other things have a like name: an
-                endpoint is on hold while it pauses (Retry-After, or after failures in a row); and a
-                queue with on_dead=hold waits behind a failed row
+    held        said of a delivery that waits while its endpoint is disabled. Two other things have
+                a like name: an endpoint is on hold while it pauses (Retry-After, or after failures
+                in a row); and a queue with on_dead=hold waits behind a failed row
     host        the app whose file and process we live in; receiver: the server at the other end
     tenant      a customer of the host; an endpoint of a tenant gets that tenant's events only
     origin      scheme, host, port, certificate and CA: what connections belong to
-    door        the object Tenant: the verbs, for what belongs to one customer
+    door        an object of the class Tenant: the outbox's verbs, for one customer's things only
     home        the name of the place where a file is used (production, say): no other place sends
                 from it, so a copy is harmless
     guard       decides which addresses may be reached: public ones, and those of allow_networks
@@ -189,7 +189,7 @@ _monotonic = (
 # ── defaults and schema ───────────────────────────────────────────────────────────────────────────
 # Promises: the tables are the whole state; each trigger is one rule of the product, so that plain
 # SQL (the sqlite3 shell, another language) gets the same rules. The SQL knows nothing about Python.
-# Before it stand the numbers that several sections use.
+# The numbers that several sections use stand first.
 
 _SQLITE_NEEDED = (3, 34, 0)
 _MAX_BODY = 262_144  # bytes of an event's data
@@ -205,8 +205,8 @@ _READ_TIME = 0.002  # seconds of CPU in one turn for answers that took more than
 _READ_RESPONSE = 65_536  # bytes that are read of an answer in all, with its heads and framing
 _READ_HEAD = 16_384  # bytes of status line and headers that are read
 _READ_COST = 64  # bytes
-# Bytes of an answer, counted like that, which are as bad for the others as one more second in which
-# its attempt holds its place: see _Places.
+# So many bytes of an answer, counted like that, cost the other endpoints as much as an attempt that
+# holds its place for a second more: see _Places.
 _READ_SECOND = 16_384
 # Seconds until an idle connection is closed, so that DNS changes are followed.
 _IDLE_CONNECTION = 60.0
@@ -219,8 +219,8 @@ _REASONS = (
     "timeout",  # the attempt's time was over
     "protocol",  # what came back is no HTTP answer that can be read
     "status",  # the answer is no success
-    "gone",  # it is 410: the endpoint is disabled
-    "aborted",  # it says webhook-delivery: abort-message, so this delivery is given up
+    "gone",  # the answer is 410: the endpoint is disabled
+    "aborted",  # the answer says webhook-delivery: abort-message: this delivery is given up
     # The event is worth nothing any more (emit's expires), or its endpoint has failed for as long
     # as the retry schedule lasts.
     "expired",
@@ -313,7 +313,7 @@ def _settle(row: str) -> str:
 # pattern that another one of the same endpoint covers is left out, so that a type matches at most
 # one row of an endpoint and makes one delivery.
 #
-# The first two statements check what plain SQL wrote; add_endpoint has checked it before.
+# The first two statements are for what plain SQL writes; add_endpoint checks the same in Python.
 _SUBSCRIBE = """
   SELECT RAISE(ABORT, 'webhook_endpoints: at most 100 patterns an endpoint')
    WHERE json_array_length(NEW.events) > 100;
@@ -345,12 +345,12 @@ _NOW = "(julianday('now') - 2440587.5) * 86400"
 _EVENT_ID = "printf('msg_%016x', {})"
 _CHANCE_BITS = 20  # the lowest bits of a seq, which are random; above them stand the milliseconds
 _CHANCE = f"abs(random() % {1 << _CHANCE_BITS})"
-# The latest time that a seq can say, in the year 2109. A later clock (one that gives milliseconds
+# The latest time that a seq can hold, in the year 2109. A later clock (one that gives milliseconds
 # instead of seconds, say) is taken for it: its seq would not fit into SQLite's 63 bits. From then
 # on each seq is the one before and a random step, with room for trillions of events.
 _LAST_MILLISECOND = (1 << 42) - 1
-# Likewise the latest time of an event, in seconds. Its deliveries are due the longest delay after
-# it at the latest, and the CHECKs of the tables below let that through.
+# Likewise the latest time of an event, in seconds. The CHECKs of the tables below have room above
+# it for the longest delay, after which a delivery may be due.
 _LAST_SECOND = 1e12
 
 
@@ -644,8 +644,9 @@ _FIRST_SCHEMA = (
 )""",
     """CREATE INDEX webhook_events_of ON webhook_events (tenant, seq) WHERE tenant IS NOT NULL""",
     """CREATE INDEX webhook_events_key ON webhook_events (key) WHERE key IS NOT NULL""",
-    # Which events were erased. It is asked for each answer that is recorded, and is mostly empty. A
-    # column of webhook_events would cost three times that: the event's row would have to be read.
+    # Which events were erased. It is looked into for each answer that is recorded, and is mostly
+    # empty. To look at a column of webhook_events instead would cost three times as much, since it
+    # would read the event's row.
     """CREATE TABLE webhook_erased (            -- events whose data is gone: never delivered again
   event INTEGER PRIMARY KEY,                   -- webhook_events.seq
   erased_at REAL NOT NULL
@@ -890,7 +891,7 @@ WHEN OLD.status <> 'pending' AND OLD.status <> 'queued' OR NEW.status = 'cancell
 END""",
     # Whoever deletes a failed row, discard or plain SQL, gives its delivery up for good: it stays
     # on record, and a queue that it held goes on. Where the row goes because its delivery waits
-    # again, that is not 'failed' any more, and is left alone.
+    # again, the delivery is not 'failed' any more, and this leaves it alone.
     """CREATE TRIGGER webhook_failed_discard AFTER DELETE ON webhook_failed BEGIN
   UPDATE webhook_deliveries SET status = 'discarded'
    WHERE event = OLD.event AND endpoint_id = OLD.endpoint_id AND status = 'failed';
@@ -936,9 +937,9 @@ WHEN NEW.kind = 'outcome' BEGIN
            WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id) > 2;
 {_GIVE_UP}
 END""",
-    # The first row of a batch, whose event is how many removals the drain has heard of. Where there
-    # were more, nothing of the batch is written: it may be about an endpoint whose id another one
-    # has by now, and the drain has to look first.
+    # The first row of a batch. Its column event says how many removals of endpoints the drain has
+    # heard of. Where there were more, nothing of the batch is written: it may be about an endpoint
+    # whose id another one has by now, and the drain has to look first.
     f"""CREATE TRIGGER webhook_record_heard INSTEAD OF INSERT ON webhook_record
 WHEN NEW.kind = 'heard' BEGIN
   SELECT RAISE(ABORT, '{_UNHEARD}')
@@ -1438,7 +1439,7 @@ class _Scheme(NamedTuple):
     """One way to sign, with HMAC-SHA256: what is signed, and the header that says so."""
 
     header: str  # carries the signature
-    begins: str  # the signature; base64 follows for standard, hexadecimal digits for the others
+    begins: str  # the signature's first characters; base64 (standard) or hexadecimal digits follow
     lead: Callable[[str, int], str]  # id, timestamp -> what is signed before the body
 
 
@@ -1870,7 +1871,7 @@ class RetryPolicy:
 
 
 def _held(failures: int, paused_until: float, now: float) -> str:
-    """Say that an endpoint is on hold, why and for how long; '' where it is not.
+    """Return words for people: why an endpoint is on hold, and for how long; '' where it is not.
 
     paused_until, now: UTC seconds. Ten failures in a row make it wait for its next probe; before
     that only its own Retry-After does.
@@ -2425,8 +2426,8 @@ def _connect(address: str, port: int, patience: float) -> socket.socket:
 class _Race:
     """Connections under way to the addresses of one name; one thread runs it and closes it.
 
-    start() and wait() either add to those under way, return a winner, or take a loser away. What
-    is under way is registered with the selector, and close() closes it.
+    start() adds one, wait() returns a winner. Either takes away those that failed, and the caller
+    sees by `under_way` that there were some. The selector has all that are under way.
     """
 
     def __init__(self, port: int) -> None:
@@ -2946,7 +2947,7 @@ def _discord_body(event: Event) -> bytes:
     return _dumps({"content": text, "allowed_mentions": {"parse": []}}).encode()
 
 
-# Those that are built in; the host's own with the same name win.
+# The transforms that are built in; one of the host's with the same name is taken instead.
 _TRANSFORMS: dict[str, Callable[[Event], Any]] = {"slack": _slack_body, "discord": _discord_body}
 
 
@@ -3117,11 +3118,11 @@ _LEAST_HIDDEN = 6  # characters; shorter ones would blacken words that mean noth
 
 
 def _hidden_of(target: _Target, secrets: _Secrets, login: Mapping[str, str]) -> list[str]:
-    """Return what of an endpoint's URL and secrets an echo must not carry into the tables.
+    """Return what must be hidden where a receiver sends it back, in an error page say: the tables
+    keep what it sent, and people read it in listings.
 
-    Receivers send back what they got, in error pages say, and people read that in listings. The
-    query, each of its parts and each value count, as they were written and decoded; so do the
-    secrets and the login at the proxy.
+    That is the URL's query as a whole, each of its parts and each value, as written and decoded;
+    the secrets; and the login at the proxy.
     """
     query = target.path.partition("?")[2]  # as it goes over the wire, percent-encoded
     hidden = (
@@ -3166,7 +3167,7 @@ class _Wire:
     schemes: tuple[str, ...]  # of _SCHEMES: each signs
     transform: Callable[[Event], Any] | None  # None: the body is one of _BODIES
     source: str  # of a CloudEvent
-    hidden: list[str]  # of the URL and the secrets: what an echo must not carry into the tables
+    hidden: list[str]  # of the URL and the secrets: see _hidden_of
     slow: bool  # building a request may block or run the host's code: the loop hands it to a thread
     call: _Sender | None = None  # the sender that is called instead of a request
     origin: _Origin | None = None  # kept here by the carrier, so that it is looked up once
@@ -3643,9 +3644,9 @@ class _Outcome(NamedTuple):
         return self.reason == "timeout" or self.status_code in (429, 502, 504)
 
     def of_old_url(self) -> _Outcome:
-        """Return what it means where the endpoint has another URL by now. A success is one: the
-        host asked for it to go there then. A failure is one that is tried again, whatever the
-        receiver there asked for, since it may not speak for the endpoint any more."""
+        """Return what it means where the endpoint has another URL by now. A success stays one: the
+        host wanted it sent there then. A failure is one that is tried again, whatever the receiver
+        there asked for, since it may not speak for the endpoint any more."""
         reason = "status" if self.reason in ("gone", "aborted") else self.reason
         return self._replace(reason=reason, hint=None, disable=False)
 
@@ -3754,8 +3755,8 @@ def _result(
 
 
 def _covers(pattern: str, type: str) -> bool:
-    """Say whether a pattern matches a type of the catalogue. Of the events that are emitted the
-    GLOB in the schema says the same."""
+    """Say whether a pattern matches a type of the catalogue. For events that are emitted, the GLOB
+    in the schema decides, by the same rule."""
     if pattern == "*":
         return not type.startswith("webhook.")
     return type == pattern or (pattern.endswith(".*") and type.startswith(pattern[:-1]))
@@ -4204,7 +4205,7 @@ def _checked_events(events: Any, known: _Known) -> str:
     return _dumps(patterns)
 
 
-# Options of the constructor, which no endpoint has. They are checked in the same words.
+# Options of the constructor, checked in the same way; no endpoint has them.
 
 
 def _checked_retention(seconds: Any) -> float | None:
@@ -4470,8 +4471,8 @@ def _endpoint(row: Sequence[Any], lenient: bool = False) -> Endpoint:
     """Return the Endpoint of a row of _ENDPOINT_COLUMNS; ValueError where plain SQL damaged it.
 
     lenient: for listings and pages, where one damaged row must not hide the others. A field that
-    cannot be read is then empty. The drain is never lenient: without a header, say, it
-    would send something else than what was asked for, so each attempt fails and says why.
+    cannot be read is then empty. The drain is never lenient: without a header, say, it would send
+    something else than what was asked for, so each attempt fails and says why.
     """
     values = dict(zip(_ENDPOINT_FIELDS, row, strict=True))
     for name, load in _LOADS:
@@ -6805,7 +6806,7 @@ class _Backlog:
 
     def leave(self, queue: str) -> None:
         """Forget what was read along a queue: after a failure, say, the file has to say who is
-        next. That the last one is known stays, until its outcome is recorded."""
+        next. The last one that was tried stays known until its outcome is recorded."""
         self.known.difference_update([row.event for row in self.queues.pop(queue, ())])
         self.ends.pop(queue, None)
 
@@ -7056,9 +7057,8 @@ _ORDER_KNOWN = 0.1
 _CROWDED = 1.0
 _ROOM_HELPS = 0.25  # an answer so soon after room was made proves that room was lacking
 _CROWDED_FOR = 30.0  # the origin then gets no more connections than brought answers, for so long
-# This one has nothing to do with _Origin: so many seconds an endpoint rests when its name could not
-# be looked up, because all lookups that there may be are under way. It is no failure of the
-# receiver's.
+# Not of _Origin: seconds that an endpoint rests when its name could not be looked up, because as
+# many lookups as there may be are under way. That is no failure of the receiver's.
 _ROOM_MAY_COME = 0.5
 
 
@@ -7255,10 +7255,10 @@ class _Origin:
     def answered(self, connection: _Connection, attempt: _Attempt, mono: float) -> None:
         """Learn from an answer, before its connection is kept or closed.
 
-        Did it come right after room was made for it? Then connections are limited for a while.
-        Which connections have a worker? Those that brought an answer. How long does the endpoint
-        usually take? A mean that falls fast and rises slowly; what an answer waited for a worker is
-        left out as well as that can be known.
+        1. it came right after room was made for it: connections are limited for a while
+        2. its connection is proven: it has a worker
+        3. how long the endpoint usually takes, a mean that falls fast and rises slowly. An answer
+           that most likely had to wait for a worker is left out
         """
         made, lane = self.pressing.get(attempt), attempt.lane
         quick = 0 < lane.usual < _ROOM_HELPS  # else it may just take that long
@@ -7870,7 +7870,7 @@ class _Budget:
     2/h). Beside 3 commits a second that is no bound, beside 100 it is two hundredths of the time.
 
     The host is quiet: 10 ms between two commits while we send, so that outcomes gather, else 1 ms.
-    Less than that starves a host that begins to write, in SQLite's busy handler, which sleeps
+    Shorter distances starve a host that begins to write, in SQLite's busy handler, which sleeps
     between its tries (p99 of its commits 35 to 160 ms, instead of 1.2).
     """
 
@@ -8306,12 +8306,12 @@ class _Carrier:
         """A thread has opened a connection for an attempt, or could not. The attempt may have found
         another one meanwhile, or ended (it does not wait any more).
 
-        It could not, and the attempt still waits: this process ran out of something, or all lookups
-        were taken: the attempt ends untried. Else that is its outcome.
+        It could not. Where the attempt still waits, it ends: untried, if this process ran out of
+        something or all lookups were taken; else with the error as its outcome.
 
-        It could: 1. the attempt still waits and gets it; 2. another one waits and gets it; 3. lanes
-        are parked here, or connections of the origin do bring answers: it is kept; 4. nobody needs
-        it, or the drain is stopping, when nothing waits any more: it is shut.
+        It could. In this order: the attempt gets the connection, if it still waits; another one
+        that waits gets it; it is kept, where lanes are parked here or connections of the origin do
+        bring answers; it is shut. A drain that is stopping shuts it, as nothing waits any more.
         """
         origin = attempt.origin
         assert origin is not None
@@ -8348,10 +8348,10 @@ class _Carrier:
         """Look at attempts that have been under way for long: those that began first come first.
 
         Each is looked at when its `look_at` has come: after a second, and then at its deadline. Its
-        lane learns that the place is held for so long before the attempt ends, so an endpoint that
-        hangs loses its rank after a second. Before the deadline, it may press for room. At the
-        deadline it ends; while it has no connection it gets another quarter of a second, for a
-        thread that opens one ends by then, and says better what went wrong.
+        lane learns how long the place is held already, so that an endpoint that hangs loses its
+        rank after a second. Before the deadline, the attempt may press for room. At the deadline it
+        ends; while it has no connection it gets another quarter of a second, for a thread that
+        opens one ends by then, and says better what went wrong.
         """
         if mono < self._look_at:
             return
@@ -8593,10 +8593,10 @@ class _Places:
     200 after fourteen seconds costs the others as much as one that hangs.
 
     The loop's time is lost to them too. An answer of 64 KiB, or one in a thousand chunks, takes as
-    much of it as fifty short ones, and mostly a new connection after it. With a backlog, forty
-    endpoints that answer like that were quick, took all places and openers, and the others waited
-    for these 0.2 seconds. So each 16 KiB that are read count as a second more: one answer that is
-    read to the limit makes an endpoint slow, until it has given a short one.
+    much of it as fifty short ones, and mostly a new connection after it. Forty endpoints with a
+    backlog that answered like that counted as quick, took all places and openers, and the others
+    waited 0.2 seconds for them. So each 16 KiB that are read count as a second more: one answer
+    that is read to the limit makes an endpoint slow, until it has given a short one.
 
     1. Endpoints that are not quick (see _Lane) share a part of the places: they start one only
        while all of them together hold less than half, where nothing is known about the endpoint
@@ -8908,7 +8908,7 @@ class _Finder:
 
     def _ours(self, row: _EndpointRow) -> bool:
         """Say whether this drain sends to an endpoint; why it leaves one to the app is logged once,
-        for the first few. To try a damaged row tells what is wrong with it."""
+        for the first few. A damaged row counts as ours: to try it tells what is wrong with it."""
         why = isinstance(row.endpoint, Endpoint) and _left_to_the_app(
             row.endpoint.url, self._settings
         )
@@ -8921,9 +8921,9 @@ class _Finder:
         return not why
 
     def _configure(self, lane: _Lane, row: _EndpointRow, mono: float) -> None:
-        """Take over an endpoint's row, for a new lane or one whose endpoint changed. The health of
-        the row holds, unless the ledger has a newer one. That a struggle ended (a ping was
-        answered, say) holds in any case."""
+        """Take over an endpoint's row, for a new lane or one whose endpoint changed. The health in
+        the row counts, unless the ledger has a newer one; where it says that a struggle ended (a
+        ping was answered, say), it counts in any case."""
         lane.configure(row, self._settings, mono)
         ended = row.failures == 0 and lane.health.failures >= _STRUGGLING
         if ended or lane.id not in self._ledger.states:
@@ -8965,7 +8965,7 @@ class _Finder:
             lane = self.lanes.get(row.id)
             if lane is not None and lane.registered != row.registered:
                 self._forget(lane)
-            # Our word of disabling may not be in the row yet.
+            # That we disabled it may not be in the row yet.
             if not row.enabled or (lane is not None and lane.disable) or not self._ours(row):
                 self.retire(row.id)
                 continue
@@ -9460,7 +9460,8 @@ class _Outcomes:
 #
 # The loop sleeps in select, in _Carrier.wait(). What wakes it, and what it does then:
 #
-#     a socket is readable         an answer, or a receiver that closed: read; what ended is a turn
+#     a socket is readable         an answer, or a receiver that closed: read. If that ends an
+#                                  exchange, there is a turn
 #     a socket has room            the rest of a request: sent on
 #     the bell, by
 #       wake(), an emit here       the commit is about to come: poll the file at short distances
@@ -9472,7 +9473,7 @@ class _Outcomes:
 #       the next poll              has anybody committed? Only if so, there is a turn
 #       the next commit            outcomes wait, and the budget allows it
 #       a delivery, a pause, a rate's slot is due    its lane joins a round
-#       the next look              where all that wait are being looked at, 256 endpoints each
+#       the next look              while all that wait are looked at, 256 endpoints at a time
 #       chores                     every 25 ms while attempts are under way, else every 250 ms.
 #                                  They end attempts whose time is over, so up to 25 ms late
 #
@@ -9806,9 +9807,9 @@ class _Drain:
 
     def _take(self, lane: _Lane, now: float) -> _Picked | None:
         """Return the endpoint's next delivery that is worth an attempt. Those before it that have
-        expired end here, until too many outcomes wait to be recorded. most: characters of data to
-        read ahead; the lanes share them, so that two thousand do not fill the memory. It is 0 where
-        something was read before, so that nothing will be read now."""
+        expired end here, until too many outcomes wait to be recorded. The lanes share the
+        characters of data that are read ahead, so that two thousand do not fill the memory; where
+        something was read before, nothing is read now."""
         most = 0 if lane.backlog.read else max(_LARGE, _READ_AHEAD // len(self.finder.lanes))
         picked = lane.backlog.take(self.file.db, now, most)
         while picked is not None and picked.expires_at is not None and picked.expires_at <= now:
@@ -9912,7 +9913,7 @@ class _Drain:
 # transaction when `conn` is given, else in one of its own. Reads and writes tables; knows nothing
 # of sockets.
 
-# The INSERT of emit. The trigger of webhook_accept makes the event and its deliveries of it. Some
+# The INSERT of emit; the trigger of webhook_accept makes of it the event and its deliveries. Some
 # values are taken by their position (in _insert_event and _matched): the first four, from seq to
 # data; idempotency_key, the sixth; and the last two, `matched`, which _insert_event fills in, and
 # `outbox`. What is not given is '' or 0: to bind None costs four times as much (see _ROW_VALUES),
@@ -9935,7 +9936,7 @@ _NEWEST = "SELECT max(seq) FROM main.webhook_events"
 _EMITTED_ONCE = """SELECT +seq FROM main.webhook_events
  WHERE idempotency_key = ? AND coalesce(tenant, '') = coalesce(?, '')"""
 _UNDO = "DELETE FROM main.webhook_events WHERE seq = ?"
-# For a write that makes a delivery due which was due later, or an event that a drain has seen
+# For a write that makes a delivery due sooner, or adds one of an event that a drain may have seen
 # already: the drain looks for what is new behind the newest event, and elsewhere only when this
 # says so.
 _SAY_WORK = _WORK.replace("webhook_meta", "main.webhook_meta")
@@ -10289,7 +10290,7 @@ _OF_EVENT = {
 _PUBLIC_STATUS = """CASE WHEN d.status IN ('pending', 'queued')
        THEN CASE WHEN p.enabled = 0 THEN 'held' ELSE 'pending' END
        WHEN d.status = 'discarded' THEN 'failed' ELSE d.status END"""
-# The same of verbs about deliveries; d is the delivery:
+# The filters of verbs about deliveries, and what each looks at; d is the delivery, e its event:
 _OF_DELIVERY = {
     **_OF_EVENT,
     "event_id": "d.event",
@@ -10334,12 +10335,12 @@ _DELIVERIES = """webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.e
 _OUR_SIDE = ("internal", "sender")  # reasons that are about our side, and not the receiver's
 _NOT_SENT = "it could not be sent"  # what a customer is told of these
 # What `deliveries` of a tenant's door reads: CROSS JOIN has SQLite begin with the tenant's events,
-# whatever it counted of the others'. What '*' endpoints got of them, and what removed endpoints
+# whatever ANALYZE has counted. What '*' endpoints got of them, and what removed endpoints
 # had, is not among these.
 _DELIVERIES_OF_TENANT = """webhook_events AS e CROSS JOIN webhook_deliveries AS d ON d.event = e.seq
                     CROSS JOIN webhook_endpoints AS p
                             ON p.id = d.endpoint_id AND p.tenant = e.tenant"""
-# The same of cancel and retry_now, about deliveries that wait:
+# The filters of cancel and retry_now, which are about deliveries that wait:
 _OF_WAITING = {**_OF_EVENT, "event_id": "e.seq", "endpoint": "d.endpoint_id", "key": "e.key"}
 _OF_WAITING["_of"] = "d.endpoint_id"
 # What erase does to the event :seq, in this order:
@@ -10492,8 +10493,8 @@ _FRESH = {
 class Outbox:
     """The webhooks of one SQLite file: its endpoints, its events, and what became of them.
 
-    To make one makes or upgrades the tables; it starts nothing. It holds no connection, but for a
-    drain that runs. Threads may share it. After a fork the child may use it too: no drain runs
+    The constructor makes or upgrades the tables, and starts nothing. Only a drain that runs holds
+    a connection. Threads may share an Outbox. After a fork the child may use it too: no drain runs
     there until the child calls start() or drain().
 
     database          path of the app's file; a database in memory is refused
@@ -10773,7 +10774,7 @@ class Outbox:
             )
         return await conn._execute(do, conn._conn)
 
-    # Endpoints.
+    # What the verbs read and write with.
 
     @contextlib.contextmanager
     def _on_host(self, db: Any) -> Iterator[sqlite3.Cursor]:
@@ -10822,6 +10823,8 @@ class Outbox:
         """Return the rows of a query, read on a connection of our own."""
         with self._reading() as cursor:
             return cursor.execute(sql, values).fetchall()
+
+    # Endpoints.
 
     def _columns(self, options: Mapping[str, Any], update: bool = False) -> dict[str, Any]:
         """Return checked column values for endpoint options, the url among them. update: refuse
@@ -10969,7 +10972,7 @@ class Outbox:
 
     def _set(self, conn: Any, id: str, columns: Mapping[str, Any]) -> Endpoint:
         """Change columns of an endpoint and return it; raise NotFound. To enable it forgets its
-        failures. Triggers have the drain read it again."""
+        failures. Triggers have the drain read it again. conn: a cursor of ours serves too."""
         with self._writing(conn) as cursor:
             self._endpoint_on(cursor, id)
             columns = {**columns, **(_FRESH if columns.get("enabled") else {})}
@@ -11390,8 +11393,8 @@ class Outbox:
         Without a switch it drains for ever; `once`: until nothing is due now; `until_empty`: until
         nothing is left to send, retries included, which may take days; what a disabled endpoint or
         a failed row (on_dead='hold') holds back is left. stop() from another thread or a signal
-        handler ends each of them. Where another process drains this file
-        it waits: to take over, or, with a switch, until the work is done by whoever does it.
+        handler ends each of them. Where another process drains this file it waits: to take over,
+        or, with a switch, until the work is done by whoever does it.
 
         progress: called in this thread about four times a second with a DrainReport; what it raises
         ends the drain. PayloadError: both switches. OutboxError: another SQLite library is loaded,
@@ -11756,11 +11759,11 @@ class Outbox:
     def _end_hold(
         self, filters: Mapping[str, Any], conn: Any = None, same: int | None = None
     ) -> None:
-        """Forget the failures of endpoints, so that they are not on hold any more: of a named one
-        (same: if it is still what was registered so), or of those for which something waits that
-        filters choose. `enabled`, set to what it is, is
-        among the columns because a trigger on it has a drain read the row again; the state itself
-        is the drain's own writing, which it does not read back."""
+        """Forget the failures of endpoints, so that they are not on hold any more: of a named one,
+        or of those for which something waits that filters choose. same: `registered` of the named
+        one, else it is left alone. The drain writes these columns itself and does not read them
+        back. So `enabled` is set too, to what it is: a trigger on it has a drain read the row
+        again."""
         where, values = _chosen(_OF_WAITING, filters)
         waits = f"""EXISTS (SELECT 1 FROM main.webhook_deliveries AS d
                               JOIN main.webhook_events AS e ON e.seq = d.event
@@ -12094,6 +12097,8 @@ class Outbox:
         for row in self._select(sql, _event_seq(event_id)):
             return _Picked(_event_seq(event_id) or 0, 0.0, 0, None, None, *row)
         raise self._no_event(event_id)
+
+    # Numbers, and the deletion of what is old.
 
     def _stats(self, tenant: str | None = None) -> Stats:
         """Return the numbers of all endpoints, or of a tenant's. A tenant is told neither what went

@@ -14448,7 +14448,7 @@ def test_what_is_cancelled_in_the_moment_before_it_begins_does_not_begin(wal, se
         return time.time()
 
     receiver = serve(says(lambda request: query(wal, "INSERT INTO orders DEFAULT VALUES") or OK))
-    outbox = make_outbox(wal, receiver.url(), clock=clock, id="a", rate=2.0)
+    outbox = make_outbox(wal, receiver.url(), clock=clock, id="a", rate=2.0, max_in_flight=1)
     emit_numbers(outbox, range(2))
     drain = webhook_outbox._Drain(outbox._settings(), "once")
     drain.run()

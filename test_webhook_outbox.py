@@ -16393,6 +16393,13 @@ def test_the_dashboard_says_whose_endpoints_and_events_are(wal, visitor):
     assert ", tenant c42" in visitor.get(f"/event/{theirs}").text
 
 
+def test_a_failed_row_on_the_dashboard_says_whose_endpoint_it_is_of(wal):
+    with visiting(two_customers(wal)[0]) as visitor:
+        page = visitor.get().text
+    assert page.count("to c42, tenant c42") == page.count("to all, tenant *") - 2 == 1
+    assert "to own" in page and "to own, tenant" not in page
+
+
 def test_an_empty_dashboard_says_so(wal):
     with visiting(make_outbox(wal)) as visitor:
         page = visitor.get()
@@ -17144,6 +17151,22 @@ def test_a_customer_sees_what_was_sent_and_why_it_is_disabled_and_sends_what_was
         outbox.erase(ids[0])
         erased = visitor.get(f"/{path}")
         assert "It was erased." in erased.text and not erased.forms
+
+
+def test_what_is_due_says_so_on_the_pages_and_not_since_when(wal):
+    """No drain runs."""
+    clock = Clock()
+    outbox = make_outbox(wal, URL, clock=clock, id="mine", tenant="c42")
+    due = emit(outbox, tenant="c42")
+    later = emit(outbox, tenant="c42", delay=7200 + 480)
+    clock.advance(480)
+    with portal_of(outbox) as visitor:
+        assert "Nextdue now" in visitor.get(f"/endpoint/mine/event/{due}").text
+        listed = visitor.get("/endpoint/mine").text
+        assert listed.count("due now") == listed.count("in 2 h") == 1
+        assert "in 2 h" in visitor.get(f"/endpoint/mine/event/{later}").text
+    with visiting(outbox) as visitor:
+        assert "due now" in visitor.get(f"/event/{due}").text
 
 
 def test_deliveries_are_filtered_by_status_type_and_time_and_paged(wal):
@@ -18264,6 +18287,18 @@ def test_emit_by_hand_says_whose_endpoints_there_are_none_of(wal):
     assert command(f"--db {wal} emit order.created {{}} --tenant c42").stderr == ""
 
 
+def test_a_secret_that_is_not_there_is_a_warning_for_the_drain_may_have_it(wal):
+    make_outbox(wal, URL, id="crm")
+    lines = {"env:NOPE": "environment variable NOPE is not set", "file:no/where": "no/where cannot"}
+    for secret, words in lines.items():
+        for line in ("endpoint add https://example.com/", "endpoint rotate crm"):
+            said = command(f"--db {wal} {line} --secret {secret}")
+            assert said.returncode == 0 and secret in said.stdout
+            assert words in said.stderr and said.stderr.count("\n") == 1
+    here = {"env": {"NOPE": "whsec_" + "A" * 32}}
+    assert command(f"--db {wal} endpoint rotate crm --secret env:NOPE", **here).stderr == ""
+
+
 def test_emit_drain_and_the_record_by_hand(cli, wal, serve):
     receiver = serve()
     cli(f"endpoint add {receiver.url()} --id one")
@@ -18332,6 +18367,25 @@ def test_failed_rows_are_listed_shown_and_discarded(cli, wal):
     assert cli("failed discard --endpoint b").startswith("1 ")
     assert cli("failed discard --all").startswith("2 ")
     assert "nothing failed" in cli("failed list") and make_outbox(wal).stats().pending == 0
+
+
+def test_failed_rows_and_status_say_whose_an_endpoint_is(cli, wal, monkeypatch):
+    outbox = two_customers(wal)[0]
+    head, *rows = cli("failed list").splitlines()
+    assert re.search("ENDPOINT ID +TENANT +TYPE", head)
+    owners = [row.split()[2:4] for row in rows]
+    assert [owner[1] for owner in owners if owner[0] == "own"] == ["-"]
+    assert ["c42", "c42"] in owners and ["all", "*"] in owners
+    shown = {f.endpoint_id: cli(f"failed show {f.id}") for f in outbox.failed()}
+    assert re.search(r"^tenant +c42$", shown["c42"], re.M)
+    assert re.search(r"^tenant +-$", shown["own"], re.M)
+    monkeypatch.setenv("COLUMNS", "80")
+    _, _, *rows = lines = cli("status").splitlines()
+    assert max(map(len, lines)) <= 80 and any(row.startswith("  tenant c42: ") for row in rows)
+    monkeypatch.setenv("COLUMNS", "200")
+    _, head, *rows = cli("status").splitlines()
+    assert head.endswith("  TENANT: LAST ERROR") and len(rows) == 4
+    assert [row.split()[0] for row in rows if "tenant " not in row] == ["own"]
 
 
 def test_every_listing_is_also_json_with_all_fields(cli, wal):

@@ -1382,6 +1382,7 @@ class EndpointStats:
     failing: bool  # enabled, and three failures in a row or a minute of them
     paused_until: float | None  # None: not on hold
     disabled_reason: str
+    tenant: str | None = None  # whose it is; None: the host's own
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -10300,7 +10301,7 @@ _OF_DELIVERY = {
 # What stats tells of each endpoint besides its last hour. Each number is read from one index: rows
 # that wait are counted, and what was delivered is not read.
 _NUMBERS = """SELECT p.id, (SELECT count(*) FROM webhook_failed WHERE endpoint_id = p.id),
-       p.enabled, p.failing_since, p.failures, p.paused_until, p.disabled_reason,
+       p.enabled, p.failing_since, p.failures, p.paused_until, p.disabled_reason, p.tenant,
        (SELECT count(*) FROM webhook_deliveries
          WHERE endpoint_id = p.id AND status = 'pending' AND due_at > :now) +
        (SELECT count(*) FROM webhook_deliveries
@@ -10422,7 +10423,8 @@ def _endpoint_stats(
 ) -> EndpointStats:
     """Return an endpoint's numbers. row: of _NUMBERS. What waits is what is due and what is due
     later, queued rows among the latter. A pause that is over counts as none."""
-    id, failed, enabled, failing_since, failures, paused_until, reason, later, due, oldest = row
+    id, failed, enabled, failing_since, failures, paused_until, reason, tenant, *waits = row
+    later, due, oldest = waits
     good = sorted(hour.took)
     p50, p95 = (good[len(good) * share // 100] if good else None for share in (50, 95))
     history = tuple(map(operator.sub, hour.tried, hour.failed))
@@ -10443,6 +10445,7 @@ def _endpoint_stats(
         failing=bool(enabled) and _Health(failures, failing_since).failing(now),
         paused_until=paused_until if paused_until > now else None,
         disabled_reason=reason,
+        tenant=tenant,
     )
 
 
@@ -12089,6 +12092,13 @@ class Outbox:
             id: (type, at, erased) for id, type, at, erased in self._select(sql, _event_keys(ids))
         }
 
+    def _tenants_of(self, ids: Sequence[str]) -> dict[str, str]:
+        """Return whose endpoints are, by their ids; those that are no tenant's, or are removed, are
+        left out."""
+        sql = """SELECT id, tenant FROM webhook_endpoints
+                  WHERE tenant IS NOT NULL AND id IN (SELECT value FROM json_each(?))"""
+        return dict(self._select(sql, _dumps(ids)))
+
     def _picked(self, event_id: str) -> _Picked:
         """Return an event as a drain picks it, so that a page can show the body as it is sent;
         raise NotFound."""
@@ -13232,6 +13242,14 @@ def _time(at: float | None, now: float) -> _Html:
     return _fill('<time title="{}">{}</time>', _moment(at), words)
 
 
+def _next(delivery: Delivery, now: float) -> _Html:
+    """Return when a delivery is tried next. What is due may wait for its turn, or for a drain: how
+    long ago it became due would read as the time of an attempt."""
+    if delivery.status != "pending":
+        return _Html("-")
+    return _time(delivery.due_at, now) if delivery.due_at > now else _Html("due now")
+
+
 _STATUS_KINDS = {"delivered": "good", "failed": "bad"}  # the others are grey
 
 
@@ -13791,6 +13809,7 @@ class _Dashboard(_Site):
         most = _ON_A_PAGE if self.filters else _FIRST_FAILED
         found = self.outbox.failed(limit=most + 1, after=after, endpoint=endpoint)
         rows = found[:most]
+        tenants = self.outbox._tenants_of([row.endpoint_id for row in rows])
         links = [self.link("All failed rows")] if self.filters else []
         if len(found) > len(rows):
             links.append(self.link("Next page", **{**self.filters, "after": str(rows[-1].id)}))
@@ -13799,20 +13818,22 @@ class _Dashboard(_Site):
             links.append(self.act("replay", f"Replay these {len(rows)}", ids=ids))
         of, shown = (
             f" of {endpoint}" if endpoint else "",
-            [self.failed_row(row, now) for row in rows],
+            [self.failed_row(row, tenants.get(row.endpoint_id), now) for row in rows],
         )
         head = '<div class="row ends"><h2>Failed rows{}, oldest first</h2>'
         return _fill(head + '<div class="row">{}</div></div>{}', of, links, shown or _table((), ()))
 
-    def failed_row(self, row: FailedDelivery, now: float) -> _Html:
-        """Return the card of a failed row. Discarding deletes it for ever and there is no script to
-        ask "Are you sure?", so its button is folded away: it takes a second click."""
+    def failed_row(self, row: FailedDelivery, tenant: str | None, now: float) -> _Html:
+        """Return the card of a failed row. tenant: whose endpoint it is, if anybody's. Discarding
+        deletes it for ever and there is no script to ask "Are you sure?", so its button is folded
+        away: it takes a second click."""
+        whose = f", tenant {tenant}" if tenant else ""
         return _fill(
             '<article class="card"><div class="row ends">'
             '<div class="row">{}<h3>{}</h3><span>to {}</span></div>'
             '<div class="row">{}<details><summary>Discard</summary>{}</details></div></div>'
             '<p class="soft">Given up {}, attempts: {}</p>{}</article>',
-            _judged(row), self.link(row.type, f"event/{row.event_id}"), row.endpoint_id,
+            _judged(row), self.link(row.type, f"event/{row.event_id}"), f"{row.endpoint_id}{whose}",
             self.act("replay", "Replay", ids=row.id),
             self.act("discard", "Delete for good", "bad", ids=row.id),
             _time(row.failed_at, now), row.attempts, _answer_of(row),
@@ -13863,7 +13884,7 @@ class _Dashboard(_Site):
             d.endpoint_id,
             _status_pill(d),
             d.attempts,
-            _time(d.due_at if d.status == "pending" else None, now),
+            _next(d, now),
             _time(d.delivered_at, now),
             _fill('<div class="row">{}</div>', buttons),
         )
@@ -14211,7 +14232,7 @@ class _PortalPages(_Site):
             _time(head[1], now),
             _status_pill(d),
             d.attempts,
-            _time(d.due_at if d.status == "pending" else None, now),
+            _next(d, now),
             _time(d.delivered_at, now),
         )
 
@@ -14249,7 +14270,7 @@ class _PortalPages(_Site):
         facts: dict[str, object] = {
             "Status": _status_pill(found[0]),
             "Attempts": found[0].attempts,
-            "Next": _time(found[0].due_at, now) if found[0].status == "pending" else "",
+            "Next": _next(found[0], now) if found[0].status == "pending" else "",
             "Delivered": _time(found[0].delivered_at, now) if found[0].delivered_at else "",
             "Emitted": _time(created_at, now),
             "Erased": _time(erased_at, now) if erased_at else "",
@@ -14727,13 +14748,23 @@ class _TypeRow:
     deprecated: bool
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _FailedRow(FailedDelivery):
+    """A failed row as people read it; JSON has the fields of a FailedDelivery only."""
+
+    tenant: str | None = None  # whose its endpoint is
+
+
 def _status_note(e: EndpointStats, now: float) -> str:
-    """Say why an endpoint gets nothing, or what went wrong there last; "" where all is well."""
+    """Say whose an endpoint is, and why it gets nothing or what went wrong there last; "" where it
+    is no tenant's and all is well."""
+    whose = f"tenant {e.tenant}" if e.tenant else ""
     if not e.enabled:
         why = f" ({e.disabled_reason})" if e.disabled_reason else ""
-        return f"disabled{why}" + (f", {e.pending} deliveries are held" if e.pending else "")
+        held = f", {e.pending} deliveries are held" if e.pending else ""
+        return ": ".join(filter(None, (whose, f"disabled{why}{held}")))
     held = _held(e.failures, e.paused_until or 0.0, now)
-    return ": ".join(filter(None, (held, e.last_error)))
+    return ": ".join(filter(None, (whose, held, e.last_error)))
 
 
 def _status_row(e: EndpointStats, now: float, columns: int, width: int) -> list[str]:
@@ -14774,7 +14805,8 @@ def _status_text(stats: Stats, now: float, most: float = _STATUS_ROWS, height: f
         return first + "\nno endpoints yet: `endpoint add URL` makes one"
     columns = shutil.get_terminal_size((200, 0)).columns
     width = max(8, min(max(len(e.id) for e in stats.endpoints), columns - 61))
-    last = "     LAST ERROR" if columns - width - 63 >= 30 else ""
+    last = "TENANT: LAST ERROR" if any(e.tenant for e in stats.endpoints) else "LAST ERROR"
+    last = f"     {last}" if columns - width - 63 >= 30 else ""
     titles = "SUCCESS    P50    P95  WAITING  OLDEST  FAILED  LAST HOUR"
     lines = [first, f"{'ENDPOINT':{width}} {titles}{last}"]
     ordered = sorted(stats.endpoints, key=_trouble)
@@ -15091,11 +15123,23 @@ def _drain_here(outbox: Outbox, options: Any) -> int:
     return 1 if refused and mode != "forever" else 0
 
 
+def _warn_of_secret(secret: str | None) -> None:
+    """Say on standard error where a secret's variable or file is not there: that is no error, for
+    the process that drains may have it, but it may be a typo."""
+    try:
+        if secret is not None:
+            _resolve_value(secret)
+    except _Unready as error:
+        said = f"in this process {_one_line(str(error))}; the process that drains needs it"
+        print(said, file=sys.stderr)
+
+
 def _endpoint_add(outbox: Outbox, options: Any) -> None:
     """Register an endpoint; print its id and its secret, which a sender of the host's has no use
     for."""
     given = _given(options, " ".join(("id", "secret", *_OPTIONS)))
     endpoint = outbox.add_endpoint(given.pop("url"), **given)
+    _warn_of_secret(options.secret)
     if _is_called(endpoint.url):
         return _say(endpoint.id)
     _say(
@@ -15145,6 +15189,7 @@ def _endpoint_set(outbox: Outbox, options: Any) -> None:
 
 def _endpoint_rotate(outbox: Outbox, options: Any) -> None:
     endpoint = outbox.rotate_secret(options.id, **_given(options, "secret grace"))
+    _warn_of_secret(options.secret)
     _say(f"secret {endpoint.secret}")
     grace = 86_400.0 if options.grace is None else options.grace
     until = f"too until {_moment(outbox.clock() + grace)}" if grace > 0 else "no more"
@@ -15218,13 +15263,21 @@ def _refuse_typo(outbox: Outbox, options: Any, found: bool) -> None:
         outbox.endpoint(options.endpoint)
 
 
+def _with_tenants(outbox: Outbox, rows: Sequence[FailedDelivery]) -> list[_FailedRow]:
+    """Return failed rows with the tenants whose endpoints they are of."""
+    tenants = outbox._tenants_of([row.endpoint_id for row in rows])
+    return [
+        _FailedRow(**dataclasses.asdict(row), tenant=tenants.get(row.endpoint_id)) for row in rows
+    ]
+
+
 def _failed_list(outbox: Outbox, options: Any) -> None:
     """List the failed rows that the filters choose, a page of them."""
     rows = outbox.failed(**_given(options, "limit after"), **_failed_filters(options))
     _refuse_typo(outbox, options, bool(rows))
     _show(
-        rows,
-        "id event_id endpoint_id type attempts reason error failed_at",
+        rows if options.json else _with_tenants(outbox, rows),
+        "id event_id endpoint_id tenant type attempts reason error failed_at",
         options.json,
         "nothing failed",
     )
@@ -15234,7 +15287,8 @@ def _failed_show(outbox: Outbox, options: Any) -> None:
     rows = outbox.failed(ids=[options.id])
     if not rows:
         raise NotFound(f"there is no failed row {options.id}; `failed list` shows those there are")
-    _show_one(rows[0], options.json)
+    (shown,) = rows if options.json else _with_tenants(outbox, rows)
+    _show_one(shown, options.json)
 
 
 def _failed_act(outbox: Outbox, options: Any) -> None:

@@ -856,9 +856,9 @@ WHEN EXISTS (SELECT 1 FROM webhook_removed WHERE id = NEW.id) BEGIN
   DELETE FROM webhook_removed WHERE id = NEW.id;
 END""",
     # A delivery of a queue ended, or waits again after it had ended: the queue may have another
-    # head. Two changes are left out. One that was 'queued' when it ended was not the head, so the
-    # head stays as it is: a drain that goes through a queue from memory may record a delivery
-    # before those ahead of it. And pending to queued, or back, is what _SETTLE itself does.
+    # head. Two changes are left out: the end of one that was 'queued', and so not the head (a drain
+    # that goes through a queue from memory may record a delivery before those ahead of it); and
+    # pending to queued, or back, which is what _SETTLE itself does.
     f"""CREATE TRIGGER webhook_deliveries_finish AFTER UPDATE OF status ON webhook_deliveries
 WHEN NEW.queue IS NOT NULL AND OLD.status <> 'queued'
  AND (NEW.status NOT IN ('pending', 'queued') OR OLD.status <> 'pending') BEGIN{_settle("NEW")}
@@ -1788,12 +1788,12 @@ _DISABLED_BY_DRAIN = (_GONE, _ASKED, _NO_SUCCESS, _HARDLY_ANY)
 class RetryPolicy:
     """When to try again.
 
-    delays: seconds before each attempt after the one before, one attempt an entry; after the last
-    one the delivery is given up. The standard ten take about 75 hours. jitter: share of its delay
-    by which an attempt comes later, at random, 0.2 for up to 20 %, so that what failed together
-    does not come back together. overload_delay: least seconds to wait after 429, 502, 504 and
-    timeouts, which say that the receiver has too much to do; None means 60 with the standard delays
-    and 0 with your own. Raises PayloadError.
+    delays: one entry for each attempt, the seconds from the attempt before to it (for the first:
+    from the emit); after the last the delivery is given up. The standard ten take about 75 hours.
+    jitter: share of its delay by which an attempt comes later, at random, 0.2 for up to 20 %, so
+    that what failed together does not come back together. overload_delay: least seconds to wait
+    after 429, 502, 504 and timeouts, which say that the receiver has too much to do; None means 60
+    with the standard delays and 0 with your own. Raises PayloadError.
     """
 
     delays: tuple[float, ...] = _STANDARD_DELAYS
@@ -2825,8 +2825,8 @@ def _explain(error: BaseException) -> tuple[str, str]:
 
 # ── exchange ──────────────────────────────────────────────────────────────────────────────────────
 # Promises: the exact bytes of one POST, and the strict reading of its answer. Values in, values
-# out; the sockets are the caller's. HTTP/1.1 by RFC 9112; redirects are never followed, nothing is
-# decoded.
+# out; the sockets are the caller's. HTTP/1.1 by RFC 9112; redirects are never followed, bodies
+# never decompressed.
 #
 # A delivery that is due (_Picked) and the way to write for its endpoint (_Wire) make the bytes of
 # an attempt; the bytes that come back go into an _Answer; _judge makes an _Outcome of that, or
@@ -8922,9 +8922,9 @@ class _Finder:
         return not why
 
     def _configure(self, lane: _Lane, row: _EndpointRow, mono: float) -> None:
-        """Take over an endpoint's row, for a new lane or one whose endpoint changed. The health in
-        the row counts, unless the ledger has a newer one; where it says that a struggle ended (a
-        ping was answered, say), it counts in any case."""
+        """Take over an endpoint's row, for a new lane or one whose endpoint changed. The row's
+        health is taken, unless the ledger has a newer one; where the row says that a struggle ended
+        (a ping was answered, say), it is taken in any case."""
         lane.configure(row, self._settings, mono)
         ended = row.failures == 0 and lane.health.failures >= _STRUGGLING
         if ended or lane.id not in self._ledger.states:
@@ -9809,8 +9809,7 @@ class _Drain:
     def _take(self, lane: _Lane, now: float) -> _Picked | None:
         """Return the endpoint's next delivery that is worth an attempt. Those before it that have
         expired end here, until too many outcomes wait to be recorded. The lanes share the
-        characters of data that are read ahead, so that two thousand do not fill the memory; where
-        something was read before, nothing is read now."""
+        characters of data that may be read ahead, so that two thousand do not fill the memory."""
         most = 0 if lane.backlog.read else max(_LARGE, _READ_AHEAD // len(self.finder.lanes))
         picked = lane.backlog.take(self.file.db, now, most)
         while picked is not None and picked.expires_at is not None and picked.expires_at <= now:
@@ -11086,8 +11085,8 @@ class Outbox:
     ) -> int:
         """Run a statement for each of `ranges`, whose ends come first among its values, or, without
         ranges, until it changes nothing. Return how many rows it changed. also: statements for the
-        same transaction, run where the first changed something, with values that follow the ends of
-        the range, or None for no values at all.
+        same transaction, run where the first changed something; their values follow the ends of the
+        range, and None stands for neither ends nor values.
 
         Without conn each run is a transaction of its own, and then rests as long as it took: a host
         that waits in SQLite's busy handler looks only now and then whether the file is free, and
@@ -11492,10 +11491,9 @@ class Outbox:
         """Return failed rows, oldest first, at most `limit`.
 
         after: the id of the last row of the page before. Filters, which a row must all meet: ids
-        (numbers of rows), endpoint, tenant (of the event), type (or a group: order.*), reason (a
-        word of those in Attempt), since and until (UTC seconds of failed_at, from since on and
-        before until). PayloadError where one cannot be read; TypeError where there is no such
-        filter.
+        (numbers of rows), endpoint, tenant (of the event), type (or a group: order.*), reason (see
+        Attempt), since and until (UTC seconds of failed_at, from since on and before until).
+        PayloadError where one cannot be read; TypeError where there is no such filter.
         """
         return self._failed("webhook_failed", filters, limit, after)
 
@@ -11539,8 +11537,9 @@ class Outbox:
         filters: Mapping[str, Any],
         scope: Mapping[str, Any],
     ) -> int:
-        """Replay what filters choose in a scope. scope: filters that are no choice of the caller's,
-        such as a tenant's door adds: with these alone it is refused all the same."""
+        """Replay what filters choose in a scope. scope: filters that the caller did not give, as a
+        tenant's door adds them. They are no choice: with these alone, and not `all`, it is
+        refused."""
         now = float(self.clock())
         return self._act_on_failed(
             f"""UPDATE main.webhook_deliveries
@@ -12073,10 +12072,10 @@ class Outbox:
     def stats(self) -> Stats:
         """Return the outbox's numbers, as they are now.
 
-        It reads indexes, so it is quick beside a large backlog and a long record; what waits is
-        counted, which is linear in it. What an endpoint did in the last hour is counted in full;
-        p50 and p95, seconds of its successes, are of the newest ones, 20,000 for all endpoints
-        together but 20 at least for each.
+        It reads indexes, so a long record costs it little; what waits is counted, which takes the
+        longer the more it is. What an endpoint did in the last hour is counted in full; p50 and
+        p95, seconds of its successes, are of the newest ones, 20,000 for all endpoints together but
+        20 at least for each.
         """
         return self._stats()
 
@@ -12251,8 +12250,8 @@ def _for_customer(row: _Tried) -> _Tried:
 
 
 def _without_credentials(endpoint: Endpoint) -> Endpoint:
-    """Return an endpoint as its customer may have it: what the operator gave it to log in with, and
-    where that is kept, is left out."""
+    """Return an endpoint as its customer may have it: "..." stands for the value of each header and
+    for the paths of certificates."""
     headers = dict.fromkeys(endpoint.headers, "...")
     cert, ca = ("..." if path else None for path in (endpoint.cert, endpoint.ca))
     return dataclasses.replace(endpoint, headers=headers, cert=cert, ca=ca)

@@ -12092,8 +12092,8 @@ class Outbox:
         }
 
     def _tenants_of(self, ids: Sequence[str]) -> dict[str, str]:
-        """Return whose endpoints are, by their ids; those that are no tenant's, or are removed, are
-        left out."""
+        """Return the tenants of endpoints, by the endpoints' ids. Those that are no
+        tenant's, or were removed, are left out."""
         sql = """SELECT id, tenant FROM webhook_endpoints
                   WHERE tenant IS NOT NULL AND id IN (SELECT value FROM json_each(?))"""
         return dict(self._select(sql, _dumps(ids)))

@@ -16119,6 +16119,16 @@ def test_the_doctor_names_what_is_wrong_in_one_line_and_exits_1(wal, cli, what):
     assert len(problems) <= 2 and not re.search("Traceback|0x", said)
 
 
+def test_the_doctor_says_how_to_admit_what_only_the_apps_outbox_admits(wal):
+    app = make_outbox(wal, "http://127.0.0.1:9999/", id="crm")
+    assert doctor_says(app) == []
+    said = command(f"--db {wal} doctor")
+    (problem,) = (line for line in said.stdout.splitlines() if line.startswith("problem"))
+    assert said.returncode == 1 and "crm cannot be sent to from here: " in problem
+    assert "--allow-network" in problem and problem.endswith("--app MODULE:NAME")
+    assert command(f"--db {wal} {LOCAL} doctor").returncode == 0
+
+
 def test_the_doctor_says_who_has_the_drains_lock_and_whether_deliveries_move(wal):
     outbox, clock, lock = make_outbox(wal), Clock(), webhook_outbox._Lock(wal)
     outbox.add_endpoint("http://127.0.0.1:9999/", id="crm")
@@ -18630,6 +18640,10 @@ CLI_ERRORS = [  # command line, exit code (None: of the parser or of the library
     ("resend msg_none", 1, "msg_none"),
     ("failed show 77", 1, "77"),
     ("failed show one", 2, "one"),
+    ("failed show msg_1", 2, "a failed row's ID is its number in `failed list`, and not msg_1"),
+    ("failed replay --ids 1 x", 2, "a failed row's ID is its number in `failed list`, and not x"),
+    ("failed replay --endpont ep_x", 2, "failed replay has no option --endpont; did you mean --"),
+    ("failed show msg_1 --jsn", 2, "failed show has no option --jsn; did you mean --json?"),
     ("failed list --reason bad-luck", None, "reason"),
     ("failed list --since yesterday", 2, "--since"),
     ("failed list --after 99999999999999999999", None, ""),
@@ -18728,7 +18742,7 @@ def test_a_read_only_folder_is_one_line_and_nothing_is_sent(tmp_path, serve):
 
 
 HOST_APP = """
-import os
+import functools, os
 from webhook_outbox import Outbox, RetryPolicy
 transforms = {"shout": lambda event: (event.type.upper().encode(), "text/shout")}
 outbox = Outbox(os.path.join(os.path.dirname(__file__), "app.db"), allow_networks=["127.0.0.0/8"],
@@ -18742,9 +18756,14 @@ class Shop:
 class Flask(Shop):
     def __call__(self, environ, start_response):
         raise NotImplementedError
+class Bare:
+    def __call__(self, environ, start_response):
+        raise NotImplementedError
 def create_app(debug=False):
     return Shop()
 app = Flask()
+bare = Bare()
+partial = functools.partial(create_app, debug=True)
 def needs(what):
     return outbox
 """
@@ -18765,9 +18784,11 @@ def test_app_is_the_hosts_own_outbox_with_its_transforms(cli, tmp_path, serve, m
     # `outbox` is the usual name, and another --db beside it is a mistake
     assert "nobody" in cli("--app hostapp endpoint show nobody", code=1)
     assert "leave out --db" in cli("--db /nowhere/else.db --app hostapp status", code=2)
-    for made in ("make_outbox", "create_app", "Shop", "app"):
+    for made in ("make_outbox", "create_app", "Shop", "app", "partial"):
         assert "0 pending" in cli(f"--app hostapp:{made} status")
-    for wrong, words in (("nothing", "NoneType"), ("needs", "what"), ("Outbox", "database")):
+    bare = "is no Outbox but Bare; write MODULE:NAME of your Outbox, of an app that has it as its "
+    wrongs = {"nothing": "NoneType", "needs": "what", "Outbox": "database", "bare": bare}
+    for wrong, words in wrongs.items():
         assert words in cli(f"--app hostapp:{wrong} status", code=1)
 
 

@@ -2160,7 +2160,8 @@ def _barred(url: str, guard: _Guard) -> str | None:
         except UnsafeURL as error:
             why = str(error).removeprefix("the URL is refused: ").partition(";")[0]
             how = "--allow-network or WEBHOOK_OUTBOX_ALLOW_NETWORKS"
-            return f"{why}; admit it with {how}, or use the app's own Outbox with --app"
+            own = "use the app's own Outbox with --app MODULE:NAME"
+            return f"{why}; admit it with {how}, or {own}"
     return None
 
 
@@ -13008,6 +13009,8 @@ def _look_at_wires(outbox: Outbox, db: sqlite3.Connection) -> Iterator[_Finding]
         try:
             if isinstance(row.endpoint, str):
                 raise _Unready("its row is damaged; update or remove it")
+            if barred := _barred(row.endpoint.url, settings.guard):
+                raise _Unready(barred)
             wire = _Wire.make(row.endpoint, row.secrets, settings)
             if wire.call is None:
                 wire.keys(outbox.clock())
@@ -15248,10 +15251,21 @@ def _events_show(outbox: Outbox, options: Any) -> None:
     _show(attempts, "at endpoint_id status_code reason error duration", False, "no attempts yet")
 
 
+def _row_id(text: str) -> int:
+    """Return the id of a failed row, as an argument has it. argparse is not told that it is a
+    number: of `failed replay --endpont crm` it would say that crm is none, and not that there is no
+    such option."""
+    try:
+        return int(text)
+    except ValueError:
+        is_number = "a failed row's ID is its number in `failed list`"
+        raise _Usage(f"{is_number}, and not {_cut(text, 80)}") from None
+
+
 def _failed_filters(options: Any) -> Any:
     """Return the filters of failed rows. Ids may stand alone and behind --ids; both count."""
     return _given(options, "endpoint tenant type reason since until") | {
-        "ids": [*options.ids, *options.more_ids] or None
+        "ids": [*map(_row_id, (*options.ids, *options.more_ids))] or None
     }
 
 
@@ -15283,7 +15297,7 @@ def _failed_list(outbox: Outbox, options: Any) -> None:
 
 
 def _failed_show(outbox: Outbox, options: Any) -> None:
-    rows = outbox.failed(ids=[options.id])
+    rows = outbox.failed(ids=[_row_id(options.id)])
     if not rows:
         raise NotFound(f"there is no failed row {options.id}; `failed list` shows those there are")
     (shown,) = rows if options.json else _with_tenants(outbox, rows)
@@ -15804,7 +15818,8 @@ def _load_app(name: str) -> Outbox:
     """Return the host's own Outbox, by MODULE:NAME (NAME is "outbox" where it is left out).
 
     What the name stands for may be: an Outbox; an app that has the Outbox as its attribute
-    `outbox`, and is not called, though a Flask is callable; a function that returns one of the two.
+    `outbox`; a function that returns one of the two. An app is not called, though a Flask is
+    callable: what is called has a name of its own, as functions and classes have, or is a partial.
     Modules are looked for in the working directory first. Whatever the host's code raises is one
     line, an OutboxError.
     """
@@ -15820,7 +15835,9 @@ def _load_app(name: str) -> Outbox:
     sys.path.insert(0, "")
     try:
         found = getattr(importlib.import_module(module), attribute or "outbox")
-        if not is_outbox(found) and not is_outbox(getattr(found, "outbox", 0)) and callable(found):
+        makes = isinstance(found, functools.partial) or hasattr(found, "__name__")
+        has = is_outbox(found) or is_outbox(getattr(found, "outbox", 0))
+        if makes and not has and callable(found):
             found = found()
         if not is_outbox(found):
             found = getattr(found, "outbox", found)
@@ -15829,7 +15846,8 @@ def _load_app(name: str) -> Outbox:
             f"--app {name}: {type(error).__name__}: {error}; write MODULE:NAME of your Outbox"
         ) from None
     if not is_outbox(found):
-        cure = "write MODULE:NAME of your Outbox, or of a function that returns it"
+        cure = "write MODULE:NAME of your Outbox, of an app that has it as its attribute `outbox`, "
+        cure += "or of a function that returns one of them"
         raise OutboxError(f"--app {name} is no Outbox but {type(found).__name__}; {cure}")
     return found  # type: ignore[no-any-return]
 
@@ -15904,9 +15922,9 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "events show id": dict(help="the event's id"),
     "events erase id": dict(help="the event's id"),
     "events list --ids": dict(nargs="+", metavar="ID", help="only these"),
-    "ids": dict(nargs="*", type=int, metavar="ID", help="the failed rows' ids"),
+    "ids": dict(nargs="*", metavar="ID", help="the failed rows' numbers, see `failed list`"),
     "--ids": dict(
-        dest="more_ids", nargs="+", type=int, default=[], metavar="ID", help="the same, by its name"
+        dest="more_ids", nargs="+", default=[], metavar="ID", help="the same, by its name"
     ),
     "--endpoint": dict(metavar="ID", help="only this endpoint's"),
     "--reason": dict(help=", ".join(_REASONS)),
@@ -15918,7 +15936,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
             ("--until", "failed before; times are UTC, or seconds"),
         )
     },
-    "failed show id": dict(type=int, help="the failed row's id"),
+    "failed show id": dict(metavar="ID", help="the failed row's number, see `failed list`"),
     "events cancel id": dict(nargs="?", metavar="ID", help="the event's id"),
     "events cancel --key": dict(help="of events with this key"),
     "--event-id": dict(metavar="ID", help="the same, by its name"),

@@ -17484,7 +17484,7 @@ class OutboxMachine(RuleBasedStateMachine):
     def __init__(self, folder: pathlib.Path) -> None:
         super().__init__()
         self.clock, self.seq = Clock(), itertools.count(1)
-        self.path = str(folder / f"{len(os.listdir(folder))}.db")
+        self.path = os.path.join(tempfile.mkdtemp(dir=folder), "app.db")
         # Id -> order, what it was emitted with.
         self.events: dict[str, tuple[int, dict[str, Any]]] = {}
         self.endpoints: dict[str, ModelEndpoint] = {}

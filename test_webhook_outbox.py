@@ -1703,7 +1703,7 @@ def test_a_key_that_comes_again_by_chance_is_made_anew(wal):
     one, two = (make_outbox(wal, clock=Clock()) for _ in range(2))
     keys = []
     for outbox in (one, two, one):
-        outbox._keys._chance.seed(7)
+        outbox._seqs._chance.seed(7)
         keys.append(emit_key(outbox))
         if outbox is two:
             query(wal, "DELETE FROM webhook_events")
@@ -11120,9 +11120,9 @@ RANKS = [  # what is set; the rank at 5.0
     ({"health": webhook_outbox._Health(1, 0.0), "proven_until": 5.0}, 2),
     ({"active": 3, "proven_until": 5.1}, 0),
     ({"proven_until": 4.9}, 1),
-    ({"proven_until": 5.1, "holds": 1.0}, 0),
-    ({"proven_until": 5.1, "holds": 1.1}, 2),  # by time, not by outcome
-    ({"holds": 1.1}, 2),
+    ({"proven_until": 5.1, "occupies": 1.0}, 0),
+    ({"proven_until": 5.1, "occupies": 1.1}, 2),  # by time, not by outcome
+    ({"occupies": 1.1}, 2),
 ]
 
 
@@ -11286,11 +11286,11 @@ def test_an_endpoint_is_slow_while_its_attempts_hold_their_places_for_long():
     lane = lane_of(proven_until=math.inf)
     seen = []
     for seconds in (0.01, 15.0, 0.01, 0.01, 0.01, 15.0, 0.01, 15.0, 0.01, 0.01, 0.01, 0.01, 1.2):
-        lane.held(seconds)
+        lane.occupied(seconds)
         seen.append(lane.rank(0.0))
     assert seen == [0, 2, 2, 0, 0, 2, 2, 2, 2, 2, 0, 0, 0]
-    lane.held(0.0)
-    lane.held(1.5, ended=False)  # one that is under way for so long already
+    lane.occupied(0.0)
+    lane.occupied(1.5, ended=False)  # one that is under way for so long already
     assert lane.rank(0.0) == 2
 
 
@@ -11342,12 +11342,12 @@ class PlacesPlay:
 
         def look() -> None:
             if attempt in self.attempts:
-                lane.held(self.now - began, ended=False)
+                lane.occupied(self.now - began, ended=False)
 
         def end() -> None:
             self.attempts.discard(attempt)
             lane.active -= 1
-            lane.held(seconds)
+            lane.occupied(seconds)
             outcome = webhook_outbox._Outcome(reason=reason)
             lane.learn(outcome, self.now, self.now, self.policy)
             self.waits[lane.id].append(self.now - emitted)

@@ -759,7 +759,7 @@ SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, expir
              RAISE(ABORT, 'webhook_emit: this idempotency_key was used for another event'))
     FROM webhook_events
    WHERE idempotency_key = NEW.idempotency_key AND coalesce(tenant, '') = coalesce(NEW.tenant, '');
-  SELECT RAISE(ABORT, 'webhook_emit: the key is not new')
+  SELECT RAISE(ABORT, 'webhook_emit: the seq is not new')
    WHERE NEW.seq <= (SELECT max(seq) FROM webhook_events);
   INSERT INTO webhook_events
          (seq, type, tenant, data, key, idempotency_key, headers, created_at, expires_at)
@@ -771,7 +771,7 @@ SELECT seq, type, tenant, data, key, idempotency_key, headers, created_at, expir
    UNION ALL{_MATCH.format("'*'")};
 END""",
     # The way in for plain SQL, for triggers on the host's tables and other languages. It checks the
-    # row, makes the seq as _Keys does, decides filters, and hands over to webhook_accept.
+    # row, makes the seq as _Seqs does, decides filters, and hands over to webhook_accept.
     """CREATE VIEW webhook_emit AS
 SELECT type, data, tenant, key, idempotency_key, 0.0 AS delay, 0.0 AS expires, headers, created_at
   FROM webhook_events""",
@@ -1110,17 +1110,16 @@ def _age(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
 
-class _Keys:
-    """Makes keys for events: milliseconds, then 20 bits of chance, each higher than the one before.
-
-    A key is webhook_events.seq here, the primary key, and not what emit takes as `key`.
+class _Seqs:
+    """Makes the seq of events: milliseconds, then 20 bits of chance, each higher than the one
+    before. It is the primary key of webhook_events.
 
     It works without the write lock, so that an emit holds that as short as can be. Two threads may
-    therefore make the same key, and another process a higher one: the file refuses a key that is
+    therefore make the same seq, and another process a higher one: the file refuses a seq that is
     not higher than its newest, and emit makes another one that follows it.
 
     The random bits come from a generator of our own. The host's tests seed the global one, which
-    then gives the same bits again; after a restore a key could be another event's. They are no
+    then gives the same bits again; after a restore a seq could be another event's. They are no
     secret.
     """
 
@@ -1130,19 +1129,19 @@ class _Keys:
         self._chance, self._last = random.Random(), 0
 
     def new(self, now: float, newest: int = 0) -> int:
-        """Return a key for an event of `now` (UTC seconds); newest: the highest that the file has.
+        """Return a seq for an event of `now` (UTC seconds); newest: the highest that the file has.
 
         Where the clock went back, or a second event falls into the same millisecond with a lower
-        chance, the key follows the last one instead of the time.
+        chance, the seq follows the last one instead of the time.
         """
-        key = int(
+        seq = int(
             min(max(now * 1000, 0), _LAST_MILLISECOND)
         ) << _CHANCE_BITS | self._chance.getrandbits(_CHANCE_BITS)
         last = max(self._last, newest)
-        if key <= last:
-            key = last + 1 + self._chance.getrandbits(_CHANCE_BITS)
-        self._last = key
-        return key
+        if seq <= last:
+            seq = last + 1 + self._chance.getrandbits(_CHANCE_BITS)
+        self._last = seq
+        return seq
 
 
 def _event_id(seq: int) -> str:
@@ -1461,7 +1460,7 @@ _MAX_SIGNATURES = 16  # of a request; verify compares each with what each secret
 _MAX_SECRETS = 10  # that sign one request: the newest ones
 
 
-def _key(secret: str | bytes, least: int = 16, most: int = 1 << 16) -> bytes:
+def _secret_bytes(secret: str | bytes, least: int = 16, most: int = 1 << 16) -> bytes:
     """Return the key bytes of a Standard Webhooks secret: `whsec_` and strict base64, or raw bytes.
 
     Lenient decoders drop foreign characters, so a typo would sign with another key: it is refused
@@ -1495,7 +1494,7 @@ def _halves(scheme: str, secret: str | bytes) -> tuple[Any, Any]:
     hmac.digest, which prepares the key each time. A test compares the two.
     """
     key = (
-        _key(secret)
+        _secret_bytes(secret)
         if scheme == "standard"
         else secret.encode()
         if isinstance(secret, str)
@@ -1525,7 +1524,7 @@ def sign(secret: str | bytes, id: str, timestamp: int, body: bytes) -> str:
     ValueError) otherwise. id: goes into webhook-id; it must hold no dot. timestamp: UTC seconds of
     this attempt. body: the exact bytes that are sent. Standard Webhooks, Signature scheme.
     """
-    _key(secret)  # refuses what is neither text nor bytes: _halves could not remember that
+    _secret_bytes(secret)  # refuses what is neither text nor bytes: _halves could not remember that
     return _signature("standard", secret, id, timestamp, body)
 
 
@@ -3004,7 +3003,7 @@ class _MasterKey:
         self.source: str | None = source
         self._key: bytes | None = None
         with contextlib.suppress(_NoMasterKey):  # a process that only emits may be without it
-            self.check()
+            self.check_value()
 
     @property
     def slow(self) -> bool:
@@ -3028,7 +3027,7 @@ class _MasterKey:
             self._key = key.encode("utf-8", "surrogateescape")
         return hmac.digest(self._key, text.encode(), "sha256")
 
-    def check(self) -> str:
+    def check_value(self) -> str:
         """Return what tells this key from another one, and tells nothing of it."""
         return self._sign("check").hex()[:16]
 
@@ -3036,7 +3035,7 @@ class _MasterKey:
         """Return the secret that `derived`, completed as above, stands for at an endpoint; raise
         _NoMasterKey where the key is not here or is another one."""
         number, identity, check = derived.removeprefix(_DERIVED).split(":")
-        if self.check() != check:
+        if self.check_value() != check:
             self._key = None
             raise _NoMasterKey(
                 "the master key is not the one that this file's secrets were made with"
@@ -3175,7 +3174,7 @@ class _Wire:
     origin: _Origin | None = None  # kept here by the carrier, so that it is looked up once
     master: _MasterKey | None = None  # None: a sender, which signs nothing
     derived: dict[str, str] = dataclasses.field(default_factory=dict)  # secrets made of it so far
-    only: list[str] | None = None  # the one secret that always signs; None: keys() looks each time
+    only: list[str] | None = None  # the one secret that always signs; None: looked up each time
 
     @classmethod
     def make(cls, endpoint: Endpoint, secrets: _Secrets, settings: _Settings) -> _Wire:
@@ -3275,7 +3274,7 @@ class _Wire:
             return _cloudevents_body(picked, self.source, sees_all), "application/cloudevents+json"
         return _standard_body(picked, sees_all), "application/json"
 
-    def keys(self, now: float) -> list[str]:
+    def signing_secrets(self, now: float) -> list[str]:
         """Return the secrets that sign now (UTC seconds), current first, ten at the most; raise
         _Unready where there is none. An old one signs until its grace is over."""
         if self.only is not None:
@@ -3324,7 +3323,7 @@ class _Wire:
         picked.check()
         id = picked.id
         body, content_type = self.body(picked)
-        valid = self.keys(now)
+        valid = self.signing_secrets(now)
         signed = _signature_headers(self.schemes, valid, id, int(now), body)
         custom = (
             self._custom_headers(picked)
@@ -4148,7 +4147,7 @@ def _checked_secret(secret: Any) -> str:
         raise PayloadError(
             "secret must start with whsec_, env: or file:; leave it out to get a good one"
         )
-    _key(secret, 24, 64)
+    _secret_bytes(secret, 24, 64)
     return secret
 
 
@@ -6863,7 +6862,7 @@ class _Lane:
 
     __slots__ = (
         "active", "answered_at", "backlog", "broken", "disable", "enabled", "endpoint", "health",
-        "holds", "id", "limit", "lost", "making", "next_slot", "proven_until", "registered",
+        "id", "limit", "lost", "making", "next_slot", "occupies", "proven_until", "registered",
         "round", "streak", "tell_at", "told", "usual", "wire",
     )  # fmt: skip
 
@@ -6887,7 +6886,7 @@ class _Lane:
         self.round: int | None = None  # the rank in whose round it stands; None: in none
         self.next_slot = 0.0  # monotonic: from when the endpoint's rate allows an attempt
         self.proven_until = 0.0  # monotonic: until then it is known to answer; a timeout ends it
-        self.holds = 0.0  # seconds that its attempts lately held their places, on average
+        self.occupies = 0.0  # seconds that its attempts lately held their places, on average
         self.answered_at = -math.inf  # monotonic: the last success
         self.streak = 0  # quick answers in a row that came within ten seconds of each other
         self.usual = 0.0  # seconds that an answer takes, on average; 0: not known
@@ -6942,7 +6941,7 @@ class _Lane:
     def quick(self, mono: float) -> bool:
         """Say whether it answered lately, and its attempts hold their places for a second at
         most, on average."""
-        return self.proven_until > mono and self.holds <= _QUICK
+        return self.proven_until > mono and self.occupies <= _QUICK
 
     def steady(self, mono: float) -> bool:
         """Say whether it is quick right now: it answered several times in a row, a moment ago."""
@@ -6955,10 +6954,10 @@ class _Lane:
         first attempt is under way. What the ranks get: see _Places."""
         if self.quick(mono):
             return 0
-        untried = self.health.failing_since is None and self.holds <= _QUICK and not self.active
+        untried = self.health.failing_since is None and self.occupies <= _QUICK and not self.active
         return 1 if untried else 2
 
-    def held(self, seconds: float, ended: bool = True) -> None:
+    def occupied(self, seconds: float, ended: bool = True) -> None:
         """Note how long an attempt has held its place, and what reading its answer counts for; it
         may be still under way. The average rises by a quarter and falls by half, so that a receiver
         that hangs at every second request stays slow, and one that hung once is quick again after
@@ -6966,9 +6965,9 @@ class _Lane:
         if seconds > _QUICK:
             self.streak = 0
         if not ended:
-            self.holds = max(self.holds, seconds)
+            self.occupies = max(self.occupies, seconds)
         else:
-            self.holds += (seconds - self.holds) / (4 if seconds > self.holds else 2)
+            self.occupies += (seconds - self.occupies) / (4 if seconds > self.occupies else 2)
 
     def take_slot(self, mono: float) -> None:
         """Use the rate's slot for an attempt that begins, and say when the next one is."""
@@ -8360,7 +8359,7 @@ class _Carrier:
         for attempt in sorted(
             (a for a in self.attempts if a.look_at <= mono), key=lambda a: a.started
         ):
-            attempt.lane.held(mono - attempt.started, ended=False)
+            attempt.lane.occupied(mono - attempt.started, ended=False)
             if mono < attempt.deadline:
                 self._press(attempt, mono)
             elif attempt.connection is None and mono < attempt.deadline + 0.25:
@@ -8671,7 +8670,7 @@ class _Places:
         passed, fat = 0, False  # lanes passed over in a row; one of them for what it holds
         while passed < min(len(round), self._TRIES):
             lane = next(iter(round))
-            if not lane.may_start(now, mono) or (rank == 0 and lane.holds > _QUICK):
+            if not lane.may_start(now, mono) or (rank == 0 and lane.occupies > _QUICK):
                 turns.leave(lane)
                 schedule.put(lane, now, mono)
                 continue
@@ -9207,7 +9206,7 @@ class _Outcomes:
         """
         lane, picked, policy = attempt.lane, attempt.picked, self._settings.retry
         was_enabled, health, change = lane.enabled, lane.health, None
-        lane.held(mono - attempt.started + attempt.reading)
+        lane.occupied(mono - attempt.started + attempt.reading)
         if current := attempt.wire is lane.wire or lane.is_at(attempt.wire):
             change = lane.learn(outcome, now, mono, policy)
         else:
@@ -9969,13 +9968,13 @@ def _matched(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> str:
 
 
 def _insert_event(
-    db: Any, cursor: sqlite3.Cursor, row: tuple[Any, ...], keys: _Keys, now: float
+    db: Any, cursor: sqlite3.Cursor, row: tuple[Any, ...], seqs: _Seqs, now: float
 ) -> int:
     """Insert an event; return its seq, or that of the event which had its idempotency_key before.
 
     The trigger may refuse the row with one of two texts that ask for a second try:
 
-        the key is not new   the seq was made before we had the write lock, and another process made
+        the seq is not new   the seq was made before we had the write lock, and another process made
                              a higher one since: make one that follows the newest
         filters decide       endpoints with a filter are concerned: say which of them get it
 
@@ -9993,9 +9992,9 @@ def _insert_event(
                 cursor.execute(_EMIT, row)
                 inserted = True
             except Exception as error:
-                if "the key is not new" in str(error):
+                if "the seq is not new" in str(error):
                     cursor.execute(_NEWEST)
-                    row = (keys.new(now, cursor.fetchone()[0]), *row[1:])
+                    row = (seqs.new(now, cursor.fetchone()[0]), *row[1:])
                 elif "filters decide" in str(error):
                     row = (*row[:-2], _matched(cursor, row), row[-1])
                 else:
@@ -10229,7 +10228,7 @@ def _row_ids(ids: Any) -> str:
     return _dumps(found)
 
 
-def _event_keys(ids: Iterable[str]) -> str:
+def _event_seqs(ids: Iterable[str]) -> str:
     """Return the seq of each of some events as a JSON list; null, which finds nothing, for an id
     that is no event's."""
     return _dumps([_event_seq(id) for id in ids])
@@ -10241,7 +10240,7 @@ _STATUSES = ("pending", "held", "delivered", "failed", "cancelled")
 # greater than every number in SQLite, so that `until` meant everything.
 _FILTERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "ids": ("{} IN (SELECT value FROM json_each(?))", _row_ids),
-    "events": ("{} IN (SELECT value FROM json_each(?))", _event_keys),
+    "events": ("{} IN (SELECT value FROM json_each(?))", _event_seqs),
     # No event has the seq -1.
     "event_id": ("{} = ?", lambda id: -1 if (seq := _event_seq(id)) is None else seq),
     "endpoint": ("{} = ?", str),
@@ -10621,7 +10620,7 @@ class Outbox:
         they wait for a thread. It can be taken twice by one thread because a signal handler may
         call stop() while start() of the same thread has it.
         """
-        self._keys = _Keys()  # a child makes other ones than its parent
+        self._seqs = _Seqs()  # a child makes other ones than its parent
         self._lock = threading.RLock()
         self._drains: set[_Drain] = set()  # running in this process, in whatever thread
         self._thread: threading.Thread | None = None  # the background thread that start() made last
@@ -10720,7 +10719,7 @@ class Outbox:
         times = _emit_times(now, delay, expires, self.retry.delays[0])
         kept = (key or "", idempotency_key or "", header_text, *times, int(internal), "")
         # What _EMIT takes, without the identity of the file.
-        row = (self._keys.new(now), type, tenant or "", text, *kept)
+        row = (self._seqs.new(now), type, tenant or "", text, *kept)
         if _is_sqlite3(conn):
             return self._insert(row, now, conn)
         return str(_in_its_thread(conn, functools.partial(self._insert, row, now)))
@@ -10740,14 +10739,14 @@ class Outbox:
             if self._identity is None:
                 self._identity = _check_identity(db, cursor, None, self.path)
             try:
-                seq = _insert_event(db, cursor, (*row, self._identity), self._keys, now)
+                seq = _insert_event(db, cursor, (*row, self._identity), self._seqs, now)
             except Exception as error:
                 if "another outbox" in str(error):  # raises where it is really another one
                     self._identity = _check_identity(db, cursor, self._identity, self.path)
                 elif not _BEYOND_LIMIT.search(str(error)):
                     raise
                 with _without_limits(db):
-                    seq = _insert_event(db, cursor, (*row, self._identity), self._keys, now)
+                    seq = _insert_event(db, cursor, (*row, self._identity), self._seqs, now)
         self._wake()
         return _event_id(seq)
 
@@ -11175,7 +11174,7 @@ class Outbox:
         if secret is not None or self.master.source is None:
             return _checked_secret(secret)
         try:
-            self.master.check()
+            self.master.check_value()
         except _NoMasterKey as error:
             raise PayloadError(str(error)) from None
         return None
@@ -11199,7 +11198,7 @@ class Outbox:
         another key than that it is a PayloadError."""
         cursor.execute(
             "INSERT OR IGNORE INTO main.webhook_meta VALUES ('master_check', ?)",
-            (self.master.check(),),
+            (self.master.check_value(),),
         )
         cursor.execute(
             """INSERT INTO main.webhook_meta VALUES ('last_secret', 1)
@@ -11261,7 +11260,7 @@ class Outbox:
             endpoint, endpoint_secrets = find(cursor, id), self._secrets_on(cursor, id)
             same = self._registered(cursor, id)
         now, started = self.clock(), _monotonic()
-        key = self._keys.new(now)
+        key = self._seqs.new(now)
         # A delivery that is in no table: due now, never tried, in no queue.
         picked = _Picked(
             key,
@@ -12089,7 +12088,7 @@ class Outbox:
                    FROM webhook_events LEFT JOIN webhook_erased ON event = seq
                   WHERE seq IN (SELECT value FROM json_each(?))"""
         return {
-            id: (type, at, erased) for id, type, at, erased in self._select(sql, _event_keys(ids))
+            id: (type, at, erased) for id, type, at, erased in self._select(sql, _event_seqs(ids))
         }
 
     def _tenants_of(self, ids: Sequence[str]) -> dict[str, str]:
@@ -13013,7 +13012,7 @@ def _look_at_wires(outbox: Outbox, db: sqlite3.Connection) -> Iterator[_Finding]
                 raise _Unready(barred)
             wire = _Wire.make(row.endpoint, row.secrets, settings)
             if wire.call is None:
-                wire.keys(outbox.clock())
+                wire.signing_secrets(outbox.clock())
                 wire.own_headers()
             if wire.origin_key.scheme == "https":
                 contexts.get(wire.origin_key.ca, wire.origin_key.cert)
@@ -15499,7 +15498,7 @@ def _listen(_: None, options: Any) -> None:
     """
     secret = _resolve_value(options.secret) if options.secret else None
     if secret:
-        _key(secret)
+        _secret_bytes(secret)
     _number("status", options.status, 200, 599)
     delay = _number("delay", options.delay, 0, 3600)
     to_fail = iter(range(_whole("fail", options.fail, 0, 1_000_000)))

@@ -16403,6 +16403,30 @@ def test_the_dashboard_says_whose_endpoints_and_events_are(wal, visitor):
     assert ", tenant c42" in visitor.get(f"/event/{theirs}").text
 
 
+@pytest.mark.parametrize(
+    ("age", "words"),
+    [(0.4, "just now"), (-0.4, "in 1 s"), (63.4, "63 s ago"), (-9.6, "in 10 s"), (480, "8 m ago")],
+)
+def test_pages_say_how_long_ago_in_whole_seconds(age, words):
+    assert f">{words}<" in webhook_outbox._time(1000.0 - age, 1000.0)
+
+
+def test_attempts_before_a_replay_are_told_from_those_since(wal, serve, cli):
+    receiver = serve(answer(500))
+    outbox = make_outbox(wal, receiver.url(), retry=(0, 0), id="a", tenant="c42")
+    id = emit(outbox, tenant="c42")
+    outbox.drain(until_empty=True)
+    both, note = "2 since it was sent again, 4 in all", "(attempts since the last replay or resend"
+    with visiting(outbox) as operator, portal_of(outbox) as customer:
+        pages = (operator, f"/event/{id}"), (customer, f"/endpoint/a/event/{id}")
+        assert not any("in all" in visitor.get(path).text for visitor, path in pages)
+        assert note not in cli(f"events show {id}")
+        outbox.replay(endpoint="a")
+        outbox.drain(until_empty=True)
+        assert all(both in visitor.get(path).text for visitor, path in pages)
+    assert outbox.deliveries()[0].attempts == 2 and note in cli(f"events show {id}")
+
+
 def test_a_failed_row_on_the_dashboard_says_whose_endpoint_it_is_of(wal):
     with visiting(two_customers(wal)[0]) as visitor:
         page = visitor.get().text
@@ -17026,7 +17050,8 @@ def test_a_customer_adds_an_endpoint_sees_its_secret_once_tries_it_and_edits_it(
         changed = outbox.endpoint(endpoint.id)
         assert (changed.description, changed.events, changed.url) == ("ERP", ("*",), endpoint.url)
         rotate, sent = visitor.form(f"endpoint/{endpoint.id}/rotate", path=at)
-        assert sent["grace"] == "86400"
+        assert sent["grace"] == "86400" and "The old secret" in visitor.get(at).text
+        assert "ends at once" in visitor.get(at).text
         page = visitor.post(rotate, {**sent, "grace": "3600"}).text
         (renewed,) = re.findall(r"whsec_[\w+/=]+", html.unescape(page))
         outbox.ping(endpoint.id)
@@ -17052,6 +17077,7 @@ def test_a_form_that_is_wrong_comes_back_with_what_was_typed_and_why(wal, catalo
             ({"url": "https://10.0.0.1/<x>"}, "10.0.0.1 is not a public address."),
             ({"url": "http://example.com/"}, "plain http is refused, use https."),
             ({"url": "call:audit"}, "write https:"),
+            ({"url": "https://me:pw@example.com/"}, "do not belong in the host; write https:"),
             ({"url": ""}, "write https:"),
             ({"events": "webhook.*"}, "no event type webhook"),
             ({"events": "audit.login"} if catalogue else {"events": "a b.*.c"}, "vent"),
@@ -18663,6 +18689,11 @@ CLI_ERRORS = [  # command line, exit code (None: of the parser or of the library
     ("endpiont list", 2, "did you mean endpoint?"),
     ("endpoint lits", 2, "there is no command endpoint lits; did you mean endpoint list?"),
     ("ping crm", 2, "did you mean endpoint ping?"),
+    ("endpoint rm crm", 2, "there is no command endpoint rm; did you mean endpoint remove?"),
+    ("endpoint delete crm", 2, "did you mean endpoint remove?"),
+    ("endpoint create https://example.com/", 2, "did you mean endpoint add?"),
+    ("failed rm 1", 2, "did you mean failed discard?"),
+    ("delete crm", 2, "did you mean endpoint remove?"),
     ("replay --all", 2, "did you mean failed replay?"),
     ("--allow-networks 10.0.0.0/8 status", 2, "there is no option --allow-networks; did you mean"),
     ("status --wacth", 2, "status has no option --wacth; did you mean --watch?"),
@@ -18801,8 +18832,8 @@ def test_headers_and_ids_are_options_by_the_names_of_the_library(cli, serve):
     assert (headers["traceparent"], headers["x-b"]) == ("00-1", "2")
     cli("endpoint enable a")
     assert "there are no such" in cli("failed replay --ids 77", code=1)
-    assert cli("failed replay --ids 1 --dry-run").startswith("1 failed rows would be")
-    assert cli("failed replay 1").startswith("1 failed rows")
+    assert cli("failed replay --ids 1 --dry-run") == "1 failed row would be replayed\n"
+    assert cli("failed replay 1") == "1 failed row replayed\n"
     cli("drain --once")
     assert receiver.requests[1].headers["webhook-id"] == id
 

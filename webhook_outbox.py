@@ -12333,11 +12333,13 @@ class Tenant:
 
     @contextlib.contextmanager
     def _customers_words(self) -> Iterator[None]:
-        """Leave out of an error what only the operator can do: to admit a network."""
+        """Leave out of an error what only the operator can do: admit a network, set headers."""
         try:
             yield
         except UnsafeURL as error:
-            raise UnsafeURL(str(error).partition("; allow_networks")[0]) from None
+            text = str(error).partition("; allow_networks")[0]
+            own = text.replace("send credentials in headers", "write https://host/path")
+            raise UnsafeURL(own) from None
 
     def add_endpoint(
         self,
@@ -13235,11 +13237,17 @@ def _alert(text: str | None) -> _Html:
     return _fill('<p class="card bad" role="alert">{}</p>', text) if text else _Html("")
 
 
+def _rough(seconds: float) -> str:
+    """Return the age of something as people ask for it: below two minutes in whole seconds."""
+    return f"{seconds:.0f} s" if seconds < 120 else _age(seconds)
+
+
 def _time(at: float | None, now: float) -> _Html:
     """Return how long ago a time is, or how far ahead; the pointer over it shows it in UTC."""
     if at is None:
         return _Html("-")
-    words = f"in {_age(at - now)}" if at > now else f"{_age(now - at)} ago"
+    ago = "just now" if now - at < 1 else f"{_rough(now - at)} ago"
+    words = f"in {_rough(max(1.0, at - now))}" if at > now else ago
     return _fill('<time title="{}">{}</time>', _moment(at), words)
 
 
@@ -13249,6 +13257,13 @@ def _next(delivery: Delivery, now: float) -> _Html:
     if delivery.status != "pending":
         return _Html("-")
     return _time(delivery.due_at, now) if delivery.due_at > now else _Html("due now")
+
+
+def _tries(delivery: Delivery, tried: int) -> str:
+    """Return how often a delivery was tried. A replay or resend counts anew, while the page lists
+    all attempts: where these are more, both are said. tried: all attempts that are recorded."""
+    again = f" since it was sent again, {tried} in all" if tried > delivery.attempts else ""
+    return f"{delivery.attempts}{again}"
 
 
 _STATUS_KINDS = {"delivered": "good", "failed": "bad"}  # the others are grey
@@ -13265,7 +13280,7 @@ def _state_pill(e: EndpointStats, now: float) -> _Html:
     if not e.enabled:
         return _pill("disabled", "off")
     if e.failing_since is not None:
-        return _pill(f"failing for {_age(now - e.failing_since)}", "bad")
+        return _pill(f"failing for {_rough(now - e.failing_since)}", "bad")
     return _pill("active", "good")
 
 
@@ -13857,7 +13872,9 @@ class _Dashboard(_Site):
             if len(event.deliveries) > 1
             else ""
         )
-        table = _table(names, [self.delivery(d, now) for d in event.deliveries[:200]])
+        tried = collections.Counter(attempt.endpoint_id for attempt in attempts)
+        shown = [self.delivery(d, tried[d.endpoint_id], now) for d in event.deliveries[:200]]
+        table = _table(names, shown)
         return self.page(
             f"{event.type} {event.id}",
             _fill(
@@ -13873,9 +13890,10 @@ class _Dashboard(_Site):
             _timeline(attempts),
         )
 
-    def delivery(self, d: Delivery, now: float) -> tuple[object, ...]:
+    def delivery(self, d: Delivery, tried: int, now: float) -> tuple[object, ...]:
         """Return a delivery's row. What waits can be sent now, or cancelled; anything else can be
-        resent, also what was delivered. "Send now" and "Resend" are both the verb `resend`."""
+        resent, also what was delivered. "Send now" and "Resend" are both the verb `resend`. tried:
+        how many attempts are recorded."""
         waits = d.status in ("pending", "held")
         again = "Send now" if waits else "Resend"
         of = {"event": d.event_id, "endpoint": d.endpoint_id}
@@ -13884,7 +13902,7 @@ class _Dashboard(_Site):
         return (
             d.endpoint_id,
             _status_pill(d),
-            d.attempts,
+            _tries(d, tried),
             _next(d, now),
             _time(d.delivered_at, now),
             _fill('<div class="row">{}</div>', buttons),
@@ -14015,7 +14033,12 @@ def _body_sent(outbox: Outbox, endpoint: Endpoint, event_id: str) -> str:
 
 
 # How long the old secret signs too, as the form for a new one offers it: seconds -> text.
-_GRACES = {"86400": "for a day", "3600": "for an hour", "604800": "for a week", "0": "no longer"}
+_GRACES = {
+    "86400": "signs too for a day",
+    "3600": "signs too for an hour",
+    "604800": "signs too for a week",
+    "0": "ends at once",
+}
 # What a page says at its top after a form: the redirect names the key, `?said=saved`. The query has
 # a key and not the sentence, for else a link from outside could put any sentence on our page.
 _SAID = {
@@ -14161,7 +14184,7 @@ class _PortalPages(_Site):
         rotate = self.form(
             self.url(f"{at}/rotate"),
             _fill('<div class="row pick">{}<button>Make a new secret</button></div>',
-                  _select("grace", "The old secret signs too", _GRACES, "86400")),
+                  _select("grace", "The old secret", _GRACES, "86400")),
         )  # fmt: skip
         disable = self.button(self.url(f"{at}/disable"), "Disable") if endpoint.enabled else ""
         remove = self.button(self.url(f"{at}/remove"), "Remove it, with what waits", "bad")
@@ -14267,10 +14290,10 @@ class _PortalPages(_Site):
         if not found:
             raise NotFound(event_id)
         type, created_at, erased_at = self.outbox._heads_of([event_id])[event_id]
-        at = f"endpoint/{id}/event/{event_id}"
+        at, attempts = f"endpoint/{id}/event/{event_id}", self.door.attempts(event_id, id)
         facts: dict[str, object] = {
             "Status": _status_pill(found[0]),
-            "Attempts": found[0].attempts,
+            "Attempts": _tries(found[0], len(attempts)),
             "Next": _next(found[0], now) if found[0].status == "pending" else "",
             "Delivered": _time(found[0].delivered_at, now) if found[0].delivered_at else "",
             "Emitted": _time(created_at, now),
@@ -14285,7 +14308,7 @@ class _PortalPages(_Site):
             _fill('<div class="card row ends">{}{}</div>', _facts(facts, "facts"), again),
             _fill('<h2>Body, as it is sent</h2><pre tabindex="0" class="card">{}</pre>',
                   body),
-            _timeline(self.door.attempts(event_id, id), with_endpoint=False),
+            _timeline(attempts, with_endpoint=False),
             back=self.link(f"← {_masked(endpoint.url)}", f"endpoint/{id}"),
         )  # fmt: skip
 
@@ -15234,7 +15257,8 @@ def _events_list(outbox: Outbox, options: Any) -> None:
 
 
 def _events_show(outbox: Outbox, options: Any) -> None:
-    """Print an event with its data, its deliveries and its attempts; as JSON in one object."""
+    """Print an event with its data, its deliveries and its attempts; as JSON in one object. A
+    replay or resend counts attempts anew: where more are listed than are counted, that is said."""
     event, attempts = outbox.event(options.id), outbox.attempts(options.id)
     if options.json:
         record = _record(event) | {"attempts": [_record(attempt) for attempt in attempts]}
@@ -15246,6 +15270,9 @@ def _events_show(outbox: Outbox, options: Any) -> None:
     _show(
         event.deliveries, "endpoint_id status attempts due_at delivered_at", False, "no deliveries"
     )
+    tried = collections.Counter(attempt.endpoint_id for attempt in attempts)
+    if any(tried[d.endpoint_id] > d.attempts for d in event.deliveries):
+        _say("(attempts since the last replay or resend; below are all)")
     _say()
     _show(attempts, "at endpoint_id status_code reason error duration", False, "no attempts yet")
 
@@ -15310,7 +15337,8 @@ def _failed_act(outbox: Outbox, options: Any) -> None:
     _refuse_typo(outbox, options, count > 0)
     if not count and (options.ids or options.more_ids):
         raise NotFound("there are no such failed rows; `failed list` shows those there are")
-    _say(f"{count} failed rows {'would be ' if options.dry_run else ''}{options.verb}ed")
+    rows = "failed row" if count == 1 else "failed rows"
+    _say(f"{count} {rows} {'would be ' if options.dry_run else ''}{options.verb}ed")
 
 
 def _adopt(outbox: Outbox, options: Any) -> None:
@@ -16086,6 +16114,10 @@ _GLOBALS: dict[str, dict[str, Any]] = {
 }
 
 
+# What other tools call a verb of ours, and which one is meant: the first that there is.
+_ELSEWHERE = {"rm": "remove discard", "delete": "remove discard", "create": "add", "edit": "update"}
+
+
 def _nearest(word: str, known: Iterable[str]) -> str:
     """Return what a mistyped word may mean, or ""."""
     import difflib
@@ -16101,7 +16133,8 @@ def _no_command(group: str, word: str) -> str:
     """
     all = [words for words, *_ in _COMMANDS]
     verbs = {words.rpartition(" ")[2] for words in all if words.startswith(group and group + " ")}
-    near = _nearest(word, verbs if group else verbs | _GROUPS.keys())
+    other = [verb for verb in _ELSEWHERE.get(word, "").split() if verb in verbs]
+    near = other[0] if other else _nearest(word, verbs if group else verbs | _GROUPS.keys())
     meant = [w for w in all if w.startswith(group) and w.rpartition(" ")[2] == near] or [near]
     if near:
         return f"there is no command {group} {word}; did you mean {' or '.join(meant)}?"

@@ -9526,6 +9526,39 @@ def test_what_is_left_to_the_app_is_no_work_of_a_drain_at_the_command_line(wal, 
         bare.cancel(all=True)
 
 
+def test_whether_a_drain_is_done_is_asked_for_a_tenth_of_the_time(wal):
+    """An answer grows with the endpoints that are left to the app; the host commits all the time,
+    and each of its commits makes a turn."""
+    outbox, bare = make_outbox(wal, senders={"audit": print}), make_outbox(wal)
+    with outbox.transaction() as conn:
+        for number in range(300):
+            outbox.add_endpoint("call:audit", id=f"e{number}", conn=conn)
+        outbox.add_endpoint(URL, id="later", conn=conn)
+        outbox.emit(conn, "order.created", {}, delay=60.0)
+    with drain_by_hand(bare, "until_empty") as drain:
+        drain.clock_seen, drain.finder.news.at = time.time(), None
+        spent = []
+        for _ in range(20):
+            begun = time.thread_time()
+            assert not drain._finished(time.time())
+            spent.append(time.thread_time() - begun)
+        assert sum(spent) < 4 * max(spent)
+        bare.cancel(all=True)
+        eventually(lambda: drain._finished(time.time()))
+
+
+def test_a_url_that_is_no_text_costs_only_its_endpoint(wal):
+    """Only a damaged file has one, or a writer that checks nothing."""
+    outbox = make_outbox(wal, "call:audit", senders={"audit": print}, retry=(0, 0.1))
+    outbox.add_endpoint(URL, id="sick")
+    with contextlib.closing(sqlite3.connect(wal)) as conn:
+        conn.execute("PRAGMA ignore_check_constraints = ON")
+        conn.execute("UPDATE webhook_endpoints SET url = x'ff' WHERE id = 'sick'")
+        conn.commit()
+    emit(outbox)
+    assert outbox.drain(until_empty=True) == DrainReport(1, 1, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("senders", "error"),
     [

@@ -7781,14 +7781,15 @@ class _Ledger:
         self.rows, self.queues, self.states, self.counts = [], {}, {}, {}
         self._untold.clear()
 
-    def drop(self, id: str) -> None:
-        """Throw away what is about an endpoint that was removed. Its rows become ones that do
-        nothing, since notices count on the places of the others."""
-        self.rows = [_Row() if row.endpoint_id == id else row for row in self.rows]
-        self.queues = {key: queue for key, queue in self.queues.items() if key[0] != id}
-        self.states.pop(id, None)
-        self.counts.pop(id, None)
-        untold = [each for each in self._untold if each[1].endpoint_id != id]
+    def drop(self, ids: set[str]) -> None:
+        """Throw away what is about endpoints that were removed, of all of them at once. Their rows
+        become ones that do nothing, since notices count on the places of the others."""
+        self.rows = [_Row() if row.endpoint_id in ids else row for row in self.rows]
+        self.queues = {key: queue for key, queue in self.queues.items() if key[0] not in ids}
+        for id in ids:
+            self.states.pop(id, None)
+            self.counts.pop(id, None)
+        untold = [each for each in self._untold if each[1].endpoint_id not in ids]
         self._untold = collections.deque(untold)
 
     def note(self, notice: Notice) -> None:
@@ -8967,7 +8968,7 @@ class _Finder:
         for row in rows:
             lane = self.lanes.get(row.id)
             if lane is not None and lane.registered != row.registered:
-                self._forget(lane)
+                self._forget([lane])
             # That we disabled it may not be in the row yet.
             if not row.enabled or (lane is not None and lane.disable) or not self._ours(row):
                 self.retire(row.id)
@@ -8995,20 +8996,21 @@ class _Finder:
                 f"SELECT id, registered FROM {_LISTED}", (json.dumps(list(self.lanes)),)
             ).fetchall()
         )
-        for lane in list(self.lanes.values()):
-            if there.get(lane.id) != lane.registered:
-                self._forget(lane)
-                self.retire(lane.id)
+        gone = [lane for lane in self.lanes.values() if there.get(lane.id) != lane.registered]
+        self._forget(gone)
+        for lane in gone:
+            self.retire(lane.id)
         self.news.removed = removed
 
-    def _forget(self, lane: _Lane) -> None:
-        """Forget what was of an endpoint that was removed, here and in the ledger. What is under
-        way goes on, and what comes of it is thrown away (_Drain._take_ended): it would be taken for
-        an outcome of the endpoint that gets the id next. That one gets the lane, which counts what
+    def _forget(self, lanes: Sequence[_Lane]) -> None:
+        """Forget what was of endpoints that were removed, here and in the ledger. What is under way
+        goes on, and what comes of it is thrown away (_Drain._take_ended): it would be taken for an
+        outcome of the endpoint that gets the id next. That one gets the lane, which counts what
         still holds a place or a thread."""
-        lane.registered, lane.disable, lane.told = 0, None, False
-        lane.backlog = _Backlog(lane.id)
-        self._ledger.drop(lane.id)
+        for lane in lanes:
+            lane.registered, lane.disable, lane.told = 0, None, False
+            lane.backlog = _Backlog(lane.id)
+        self._ledger.drop({lane.id for lane in lanes})
 
     def retire(self, id: str) -> None:
         """Start nothing more for a disabled or removed endpoint. What was not tried stays in the

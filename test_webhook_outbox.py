@@ -18478,6 +18478,15 @@ def test_failed_rows_and_status_say_whose_an_endpoint_is(cli, wal, monkeypatch):
     assert [row.split()[0] for row in rows if "tenant " not in row] == ["own"]
 
 
+def test_a_failed_row_whose_endpoint_id_is_no_text_hides_no_other(cli, wal):
+    outbox = two_customers(wal)[0]
+    query(wal, "UPDATE webhook_failed SET endpoint_id = CAST(x'ff' AS TEXT) WHERE id = 1")
+    count = len(outbox.failed())
+    assert len(cli("failed list").splitlines()) == 1 + count and "\\udcff" in cli("failed show 1")
+    with visiting(outbox) as visitor:
+        assert visitor.get().text.count("Delete for good") == count
+
+
 def test_every_listing_is_also_json_with_all_fields(cli, wal):
     def fields(kind: str) -> set[str]:
         return {field.name for field in dataclasses.fields(getattr(webhook_outbox, kind))}

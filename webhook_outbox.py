@@ -5238,6 +5238,8 @@ class _HostErrors:
         self._before = self._db.in_transaction
 
     def __exit__(self, _: Any, error: BaseException | None, trace: Any) -> None:
+        """Let an error pass as it is, or raise what it means: TransactionLost where the host's
+        transaction is gone, else an error of ours where there are words for it."""
         if not isinstance(error, Exception):
             return
         db, text = self._db, str(error)

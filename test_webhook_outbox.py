@@ -2,7 +2,27 @@
 
 `pytest` runs the plain ones in random order; `pytest -m long` the storms; `pytest -m bench -s`
 prints the measurements. Sections follow the module's banners, then properties, crashes, README,
-packaging, the module's shape and measurements.
+packaging, the module's shape and measurements. Which tests prove which promise (`pytest -k`, for
+all of them with `-m "not bench"`):
+
+    committed means delivered     storm
+    rolled back: not sent         shares_the_fate or savepoint
+    all of it together            model_of_dicts
+    no byte astray                every_address_answers
+    secrets stay secret           secret
+    this README works             readme or vendored
+    a commit is heard soon        heard or hears or spin
+    tenants do not cross          tenant or door or portal
+    what is handed over arrives   broker
+    across power loss             power_cut or struck
+    duplicates                    between_answer_and_recording or twice
+    another takes over            takes_over or gunicorn
+    attempts end in time          no_fault_of or in_time or timeouts
+    verify has one error          verify or fuzzer or genuine
+    pages obey their forms        dashboard or real_browser
+    endpoints of one host         origin or few_workers
+    a copy sends nothing          copied or adopt
+    a guest in your file          full_disk or rolled_back or lock
 """
 
 from __future__ import annotations
@@ -20041,7 +20061,7 @@ def hands_over(name: str) -> str:
         return text
     (client,) = readme_spans(r"client = redis\..*")
     (add,) = readme_spans(r"client\.xadd\(.*\)")
-    ending = text[text.index("outbox = Outbox(") :]
+    ending = text[text.index("outbox = Outbox(") : text.index("def received(")]
     return (
         "import json, os, redis\nfrom webhook_outbox import Outbox\n"
         f"{client}\ndef hand_over(event):\n    {add}\n{ending}"
@@ -20049,8 +20069,8 @@ def hands_over(name: str) -> str:
 
 
 def takes_in(name: str) -> str:
-    (received,) = (t for _, t in readme_blocks("python") if "def received(body, message)" in t)
-    return TAKES_IN[name].replace("RECEIVED", received)
+    _, _, received = hands_over("rabbitmq").partition("def received(body, message):")
+    return TAKES_IN[name].replace("RECEIVED", "def received(body, message):" + received)
 
 
 HANDS_OVER = """
@@ -20469,8 +20489,10 @@ def billing_pem(authority: Authority, tmp_path: pathlib.Path) -> pathlib.Path:
 def test_the_readmes_servers_admit_only_the_senders_certificate(
     wal, billing_pem, authority, server
 ):
-    ((_, words),) = [found for found in readme_commands() if found[1][0] == server]
-    with readme_billing(billing_pem, server, *words[2:]) as where:
+    flags = {"gunicorn": "--{}file", "uvicorn": "--ssl-{}file"}[server]
+    own = [word for of in ("cert", "key") for word in (flags.format(of), "billing.pem")]
+    (asks,) = readme_spans(r"--ca-certs .*" if server == "gunicorn" else r"--ssl-ca-certs .*")
+    with readme_billing(billing_pem, server, *own, *asks.split()) as where:
         outbox = make_outbox(wal, timeout=15.0)
         url = f"https://{where}/hooks"
         outbox.add_endpoint(
@@ -20490,7 +20512,7 @@ def test_the_readmes_servers_admit_only_the_senders_certificate(
 def test_the_readmes_nginx_admits_only_the_senders_address_and_certificate(
     wal, billing_pem, authority, serve
 ):
-    ((_, block),) = readme_blocks("nginx")
+    admits = readme_spans(r"(allow|deny|ssl_\w+) [^;]+;")
     receiver, stranger, ports = serve(), trustme.CA(), []
     stranger.issue_cert("client@example.com").private_key_and_cert_chain_pem.write_to_path(
         billing_pem / "stranger.pem"
@@ -20503,10 +20525,11 @@ def test_the_readmes_nginx_admits_only_the_senders_address_and_certificate(
             with socket.create_server(("127.0.0.1", 0)) as taken:
                 ports.append(taken.getsockname()[1])
             pem = billing_pem / "billing.pem"
-            text = block.replace("203.0.113.7", address).replace("/etc/nginx", str(billing_pem))
-            text = text.replace("http://127.0.0.1:8000", receiver.url(""))
+            text = "\n".join(admits).replace("203.0.113.7", address)
+            text = text.replace("/etc/nginx", str(billing_pem))
             conf.write(f"server {{ listen 127.0.0.1:{ports[-1]} ssl; ssl_certificate {pem};\n")
-            conf.write(f"ssl_certificate_key {pem};\n{text}}}\n")
+            conf.write(f"ssl_certificate_key {pem};\n{text}\n")
+            conf.write(f"location /hooks {{ proxy_pass {receiver.url('')}; }} }}\n")
         conf.write("}")
     arguments = ["nginx", "-p", str(billing_pem), "-c", conf.name]
     tested = subprocess.run([*arguments, "-t"], capture_output=True, text=True, timeout=60)
@@ -20832,7 +20855,7 @@ def test_the_readmes_tables_name_each_option_with_its_default():
         parameters = inspect.signature(function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
-    assert set(readme_table("option of `emit`")) == set(defaults(Outbox.emit))
+    assert set(defaults(Outbox.emit)) <= set(readme_spans(r"\w+"))
     outbox, found = defaults(Outbox), readme_table("option of `Outbox`")
     assert set(found) == set(outbox)
     assert found.pop("retry") == "RetryPolicy()" and outbox["retry"] is None
@@ -20849,6 +20872,14 @@ def test_the_readmes_tables_name_each_option_with_its_default():
     assert {name: eval(text) for name, text in found.items()} == {  # noqa: S307 - our own page
         name: fields[name].default for name in found
     }
+
+
+def test_each_promise_names_words_of_tests():
+    """The table at the head of this file."""
+    rows = re.findall(r"(?m)^    \S.*?  +(\S.*)$", __doc__)
+    words = {word for row in rows for word in row.split(" or ")}
+    names = " ".join(name for name in globals() if name.startswith("test_"))
+    assert len(rows) == 18 and [word for word in words if word not in names] == []
 
 
 @readme

@@ -9393,45 +9393,32 @@ def test_beside_flasks_reloader_the_process_that_serves_drains_and_says_so(wal, 
 
 
 def test_a_drain_ends_when_nothing_is_due_or_when_nothing_waits_and_not_both(wal):
-    outbox = make_outbox(wal)
-    with pytest.raises(PayloadError, match=r"^say once .* or until_empty .*, not both$"):
-        outbox.drain(once=True, until_empty=True)
+    outbox, words = make_outbox(wal), r"^say once .* or until_empty .*, not both$"
+    refuses(PayloadError, outbox.drain, once=True, until_empty=True, words=words)
     assert outbox.drain(once=True) == outbox.drain(until_empty=True) == DrainReport(0, 0, 0, 0)
 
 
 def test_drain_once_sends_what_is_due_now_and_leaves_retries_and_delays_for_later(database, shop):
-    clock = shop.clock
-    receiver, outbox = shop.open(Fails(n2=1, n3=9), clock=clock, retry=(0, 10, 10))
+    _, receiver, outbox = shop.timed(Fails(n2=1, n3=9), retry=(0, 10, 10))
     emit_numbers(outbox, (1, 2, 3))
     emit_numbers(outbox, [4], delay=60)
     for after, *counts in (  # delivered, retried, failed, pending
         *((0, 1, 2, 0, 3), (0, 0, 0, 0, 3), (9.9, 0, 0, 0, 3), (0.2, 1, 1, 0, 2)),
         *((10.1, 0, 0, 1, 1), (39.5, 0, 0, 0, 1), (0.5, 1, 0, 0, 0)),
     ):
-        clock.advance(after)
-        assert outbox.drain(once=True) == DrainReport(*counts)
+        assert shop.drain(after) == DrainReport(*counts)
     assert sorted(numbers_of(receiver)) == [1, 2, 2, 3, 3, 3, 4]
 
 
-def test_drain_until_empty_waits_for_retries_and_delays(wal, serve):
-    receiver = serve(Fails(n1=2, n2=9))
-    outbox = make_outbox(wal, receiver.url(), retry=(0, 0.1, 0.1))
+def test_drain_until_empty_waits_for_retries_and_delays_and_tells_its_progress(shop):
+    _, outbox = shop.open(Fails(n1=2, n2=9), retry=(0, 0.1, 0.1))
     emit_numbers(outbox, (1, 2))
-    emit_numbers(outbox, [3], delay=0.5)
-    assert outbox.drain(until_empty=True) == DrainReport(2, 4, 1, 0)
+    emit_numbers(outbox, [3], delay=0.8)
+    seen = list[DrainReport]()
+    assert outbox.drain(until_empty=True, progress=seen.append) == DrainReport(2, 4, 1, 0)
     assert [row.attempts for row in outbox.failed()] == [3]
-
-
-@pytest.mark.long
-def test_progress_is_told_what_was_done_and_what_is_left(wal, serve):
-    outbox = make_outbox(wal, serve(answers_after(0.25)).url(), max_in_flight=1)
-    emit_numbers(outbox, range(4))
-    seen: list[Any] = []
-    report = outbox.drain(until_empty=True, progress=seen.append)
-    assert len(seen) >= 3
-    assert [r.delivered for r in seen] == sorted(r.delivered for r in seen)
-    assert all(4 - 1 <= r.delivered + r.pending <= 4 + 1 for r in seen)
-    assert report == DrainReport(4, 0, 0, 0)
+    assert len(seen) >= 3 and [r.delivered for r in seen] == sorted(r.delivered for r in seen)
+    assert all(2 <= r.delivered + r.failed + r.pending <= 4 for r in seen)
 
 
 def test_drain_without_end_is_ended_by_stop_in_another_thread(database, shop):
@@ -9445,81 +9432,36 @@ def test_drain_without_end_is_ended_by_stop_in_another_thread(database, shop):
     assert reports == [DrainReport(3, 0, 0, 0)]
 
 
-def test_start_and_stop_may_come_in_any_order_and_number(shop):
-    _, outbox = shop.open()
-    outbox.stop()
-    assert not outbox.running
-    before = threading.active_count()
-    outbox.start()
-    outbox.start()
-    assert outbox.running
-    assert threading.active_count() == before + 1
-    event = emit(outbox)
-    eventually(lambda: statuses(outbox, event).popitem()[1] == "delivered")
-    outbox.stop()
-    outbox.stop()
-    assert not outbox.running
-    with outbox:
-        assert outbox.running
-        event = emit(outbox)
-        eventually(lambda: statuses(outbox, event).popitem()[1] == "delivered")
-    assert not outbox.running
-
-
 @pytest.mark.parametrize("rounds", few((25, 200), 1))
-def test_many_starts_and_stops_leave_nothing_behind(shop, rounds):
+def test_start_and_stop_may_come_in_any_order_and_number_and_leave_nothing_behind(shop, rounds):
+    """The fixture of all tests looks for what is left behind."""
     receiver, outbox = shop.open()
-    before = descriptors()
+    outbox.stop()
+    before = threading.active_count()
+    outbox.start(), outbox.start()
+    assert outbox.running and threading.active_count() == before + 1
     for number in range(rounds):
         outbox.start()
         if number % 10 == 0:
             emit_numbers(outbox, [number])
             eventually(lambda number=number: number in numbers_of(receiver))
-        outbox.stop()
+        outbox.stop(), outbox.stop()
         assert not outbox.running
-    receiver.close()
-    assert descriptors() <= before
-
-
-def test_five_days_without_success_and_three_failed_rows_disable_an_endpoint(
-    database, serve, caplog
-):
-    clock, notices = Clock(), list[webhook_outbox.Notice]()
-    receiver = serve([answer(500), OK, answer(500)])
-    outbox = make_outbox(database, retry=ONCE, clock=clock, observer=notices.append)
-    outbox.add_endpoint(receiver.url(), id="crm")
-
-    def fail(days: float) -> None:
-        clock.advance(days * 86_400)
-        emit(outbox)
-        outbox.drain(once=True)
-
-    fail(0)
-    fail(0)  # a success: the time counts from the failure after it
-    for days in (1, 2.4, 2.4):
-        fail(days)
-    assert outbox.endpoint("crm").enabled and outbox.stats().failed == 4
-    emit(outbox), emit(outbox)
-    fail(0.3)
-    endpoint = outbox.endpoint("crm")
-    assert (endpoint.enabled, endpoint.disabled_reason) == (False, "no success for 5 days")
-    stats, sent = outbox.stats(), len(receiver.requests)
-    assert stats.held + stats.failed == 7 and stats.held == 7 - (sent - 1)
-    assert [notice.kind for notice in notices].count("disabled") == 1
-    assert "crm is disabled: no success for 5 days" in caplog.text
-    receiver.play = OK
-    outbox.enable_endpoint("crm")
-    assert outbox.drain(once=True).delivered == stats.held
+    with outbox:
+        assert outbox.running
+        emit_numbers(outbox, [rounds])
+        eventually(lambda: rounds in numbers_of(receiver))
+    assert not outbox.running
 
 
 def test_the_third_failed_row_in_five_days_disables_and_not_a_second_before(
-    wal, serve, monkeypatch
+    database, serve, caplog, monkeypatch
 ):
     """Failed rows from before the last success, and those of other endpoints, do not count."""
     monkeypatch.delenv("NOWHERE", raising=False)
     clock, receiver, days = Clock(), serve([answer(400), OK, answer(400)]), 86_400.0
-    outbox = make_outbox(wal, retry=ONCE, clock=clock)
-    begin = clock.now
+    notices, begin = list[Notice](), clock.now
+    outbox = make_outbox(database, retry=ONCE, clock=clock, observer=notices.append)
     for name in ("other", "early", "few"):  # whose turn comes first
         outbox.add_endpoint("https://example.com/", id=name, events=[name], secret="env:NOWHERE")
     outbox.add_endpoint(receiver.url(), id="well", events=["well"])
@@ -9537,22 +9479,28 @@ def test_the_third_failed_row_in_five_days_disables_and_not_a_second_before(
     assert fail(5 * days - 1, "early", "other", "other", "other", "other") == set()
     assert fail(5 * days, "other", "other", "few", "well") == set()
     assert fail(5 * days, "early") == {"early"}
+    emit(outbox, "well", delay=1.0)
     assert fail(5 * days, "few", "well") == {"early", "few", "well"}
     assert {e.disabled_reason for e in outbox.endpoints()} == {"no success for 5 days", ""}
+    disabled = [notice.endpoint_id for notice in notices if notice.kind == "disabled"]
+    assert sorted(disabled) == ["early", "few", "well"]
+    assert "early is disabled: no success for 5 days" in caplog.text
+    clock.advance(1)
+    assert outbox.drain(once=True).delivered == 0 and outbox.stats().held == 1
+    receiver.play = OK
+    outbox.enable_endpoint("well")
+    assert outbox.drain(once=True).delivered == 1
 
 
 def test_a_delivery_is_done_when_its_outcome_was_known(shop):
-    receiver, outbox = shop.open(answers_after(0.05), retry=ONCE, id="a")
-    done = emit(outbox)
+    plays = [answers_after(0.05), answer(400)]
+    _, outbox = shop.open(plays, retry=ONCE, id="a", max_in_flight=1)
+    ids = emit(outbox), emit(outbox)
     outbox.drain(once=True)
-    receiver.play = answer(400)
-    lost = emit(outbox)
-    outbox.drain(once=True)
-    (first,), (second,) = outbox.attempts(done), outbox.attempts(lost)
-    delivered_at = outbox.event(done).deliveries[0].delivered_at
-    assert delivered_at == first.at + first.duration >= first.at + 0.05
+    (first,), (second,) = map(outbox.attempts, ids)
+    delivered_at = [outbox.event(id).deliveries[0].delivered_at for id in ids]
+    assert delivered_at == [first.at + first.duration, None] and first.duration >= 0.05
     assert outbox.failed()[0].failed_at == second.at + second.duration > second.at
-    assert outbox.event(lost).deliveries[0].delivered_at is None
 
 
 def test_who_disabled_an_endpoint_first_says_why(shop):
@@ -9582,20 +9530,20 @@ def test_an_endpoint_that_breaks_while_the_drain_runs_sends_nothing_more_in_its_
 def test_who_subscribes_by_name_is_told_of_failing_recovery_disabling_and_failed_rows(
     database, serve
 ):
-    monitor = serve()
-    receiver = serve([answer(500), answer(500), answer(500), OK, answer(410)])
+    """Slack may be the monitor."""
+    receiver = serve([*[answer(500)] * 3, OK, answer(410)])
+    monitor, slack = serve(), serve(says(as_slack))
     outbox = make_outbox(database, receiver.url(), retry=(0, 0, 0), id="crm", events=["order.*"])
     outbox.add_endpoint(serve().url(), id="all")
-    for _ in range(2):
-        emit(outbox)
-        outbox.drain(until_empty=True)
-    assert len(outbox.events()) == 2  # nobody listens: no event
+
+    def sent(count: int) -> list[str]:
+        receiver.requests.clear()
+        return [(emit(outbox), outbox.drain(until_empty=True))[0] for _ in range(count)]
+
+    assert len(sent(2)) == len(outbox.events())  # nobody listens: no event
     outbox.add_endpoint(monitor.url(), id="monitor", events=["webhook.*"])
-    receiver.requests.clear()
-    ids = []
-    for _ in range(3):
-        ids.append(emit(outbox))
-        outbox.drain(until_empty=True)
+    outbox.add_endpoint(slack.url(), id="slack", events=["webhook.*"], body="slack")
+    ids = sent(3)
     told = [json.loads(request.body) for request in monitor.requests]
     told[:2] = sorted(told[:2], key=operator.itemgetter("type"), reverse=True)
     assert sorted((ids.index(t["data"]["event_id"]), t["type"]) for t in told) == [
@@ -9607,8 +9555,12 @@ def test_who_subscribes_by_name_is_told_of_failing_recovery_disabling_and_failed
     for t, kind in zip(told[:2], ("failing", "gave_up"), strict=True):
         assert t["data"] == {**what, "kind": kind, "error": "HTTP 500"}
     for event in outbox.events():
-        if event.type.startswith("webhook."):
-            assert set(statuses(outbox, event.id)) == {"monitor"}  # "*" does not match them
+        if event.type.startswith("webhook."):  # "*" does not match them
+            assert statuses(outbox, event.id) == {"monitor": "delivered", "slack": "delivered"}
+    texts = [json.loads(request.body)["text"] for request in slack.requests]
+    assert sorted(text.split()[0] for text in texts) == sorted(t["type"] for t in told)
+    parts = ids[0], '"endpoint_id":"crm"', "HTTP 500"
+    assert all(part in text for part in parts for text in texts[:2])
 
 
 def test_two_monitors_that_fail_in_turn_do_not_talk_about_each_other_for_ever(wal, serve):
@@ -9624,23 +9576,10 @@ def test_two_monitors_that_fail_in_turn_do_not_talk_about_each_other_for_ever(wa
     assert types == ["order.created", "webhook.delivery.failed"]
 
 
-def test_slack_may_be_the_monitor(wal, serve):
-    outbox, slack = make_outbox(wal, retry=(0, 0, 0)), serve(says(as_slack))
-    outbox.add_endpoint(slack.url(), id="slack", events=["webhook.*"], body="slack")
-    outbox.add_endpoint(serve(answer(500)).url(), id="crm")
-    id = emit(outbox)
-    assert outbox.drain(until_empty=True).delivered == 2
-    texts = [json.loads(request.body)["text"] for request in slack.requests]
-    kinds = "webhook.delivery.failed webhook.endpoint.failing"
-    assert sorted(text.split()[0] for text in texts) == kinds.split()
-    for part in (id, '"endpoint_id":"crm"', "HTTP 500"):
-        assert all(part in text for text in texts)
-
-
 def test_each_attempt_is_a_log_record_that_says_what_it_was_about(database, shop, caplog):
     """Failures always; successes at DEBUG, so that a busy host does not pay for them."""
-    bad, retry = answer(500), RetryPolicy((0, 0))
-    _, outbox = shop.open([bad, OK, OK, bad, bad, OK, OK], retry=retry, id="crm")
+    bad = answer(500)
+    _, outbox = shop.open([bad, OK, OK, bad, bad, OK, OK], retry=(0, 0), id="crm")
 
     def logged(level: int) -> list[Any]:
         caplog.clear()
@@ -9657,72 +9596,81 @@ def test_each_attempt_is_a_log_record_that_says_what_it_was_about(database, shop
     assert logged(logging.INFO) == logged(logging.INFO) == []
 
 
-TRANSFORMS_APP = """
-import json, sys, threading
-from webhook_outbox import Outbox, RetryPolicy
+async def too_late(event: Any) -> None: ...
 
-def boom(event):
-    raise ValueError("no\\nluck")
 
-def leave(event):
-    sys.exit(3)
+class TooLate:
+    async def __call__(self, event: Any) -> None: ...
 
-def late(event):
-    threading.Event().wait(1.5)  # longer than its endpoint's timeout
 
-transforms = {
-    "raises": boom, "leaves": leave, "blocks": late,
-    "none": lambda event: None, "text": lambda event: "text",
-    "triple": lambda event: (b"", "a/b", 1),
-    "single": lambda event: (b"",), "swapped": lambda event: ("a/b", b""),
-    "split": lambda event: (b"", "a/b\\r\\nx: 1"),
-    "foreign": lambda event: (b"", "☃"), "nothing": lambda event: event.data["gone"],
-    "upper": lambda e: json.dumps([e.id, e.type, e.key, e.data]).upper().encode(),
-    "plain": lambda event: (b"plain", "text/plain; charset=utf-8"),
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+BLOCKS = "^no time left(,| after .* s,) waiting for (its (request|sender)|a connection)$"
+HOSTS_CODE: dict[str, tuple[Callable[[Any], Any], str]] = {  # what it does; the attempt's error
+    "raises": (fails_with(ValueError("no\nluck")), "^ValueError: no luck$"),
+    "exits": (fails_with(SystemExit(3)), "^SystemExit: 3$"),
+    "cancelled": (fails_with(asyncio.CancelledError("x")), "^CancelledError: x$"),
+    "interrupts": (fails_with(KeyboardInterrupt("x")), "^KeyboardInterrupt: x$"),
+    "key": (lambda event: event.data["gone"], "^KeyError: 'gone'$"),
+    "blocks": (lambda event: time.sleep(2), BLOCKS),
 }
-options = {"retry": RetryPolicy((0,)), "transforms": transforms}
-outbox = Outbox("app.db", allow_networks=["127.0.0.0/8"], **options)
-"""
+PAIR, LINE = r"\(bytes, content type\)", "one line of printable ASCII"
+OF_SENDERS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    **HOSTS_CODE,
+    "tells": (fails_with(ValueError(SECRET)), r"^ValueError: whsec_\[redacted\]$"),
+    "talks": (fails_with(ValueError("x" * 9_999)), "^ValueError: x{288}$"),
+    "mute": (fails_with(Mute()), "^Mute$"),
+    "refused": (fails_with(OSError(111, "by\nthem")), r"^ConnectionRefusedError: .* by them$"),
+    "async": (too_late, "^call:async is async, and nobody awaits it; call asyncio.run"),
+}
+OF_TRANSFORMS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    **HOSTS_CODE,
+    "none": (lambda event: None, PAIR),
+    "text": (lambda event: "text", PAIR),
+    "triple": (lambda event: (b"", "a/b", 1), PAIR),
+    "single": (lambda event: (b"",), PAIR),
+    "swapped": (lambda event: ("a/b", b""), PAIR),
+    "split": (lambda event: (b"", "a/b\r\nx: 1"), LINE),
+    "foreign": (lambda event: (b"", "☃"), LINE),
+}
 
 
-@pytest.mark.long
-def test_a_transform_that_fails_in_any_way_costs_only_its_own_attempts(wal, tmp_path, serve):
-    """By `drain --app` in a process of its own: the transforms are the host's code."""
-    (tmp_path / "shop.py").write_text(TRANSFORMS_APP, encoding="utf-8")
-    names = re.findall(r'"(\w+)": (?:lambda|boom|leave|late)', TRANSFORMS_APP)
-    receiver, outbox = serve(), make_outbox(wal, transforms=dict.fromkeys(names, repr))
-    for name in (*names, "standard"):
-        options = {"timeout": 0.5 if name == "blocks" else None, "secret": SECRET}
-        outbox.add_endpoint(receiver.url(f"/{name}"), id=name, body=name, **options)
-    ids = [emit(outbox, data={"n": number}, key="k") for number in range(3)]
-    environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    ended = command("--app shop:outbox drain --until-empty", cwd=tmp_path, env=environment)
-    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
-    failed = 3 * (len(names) - 2)
-    assert ended.stdout == f"delivered 9, failed {failed}, retried 0, still pending 0\n"
-    for id in ids:
-        by_reason, errors = collections.defaultdict(set), {}
-        for attempt in outbox.attempts(id):
-            by_reason[attempt.reason].add(attempt.endpoint_id)
-            errors[attempt.endpoint_id] = attempt.error
-        assert by_reason[None] == {"standard", "upper", "plain"}
-        assert by_reason["timeout"] == {"blocks"}
-        assert set(by_reason) == {None, "timeout", "internal"}
-        assert errors["raises"] == "ValueError: no luck"
-        assert errors["leaves"] == "SystemExit: 3"
-        assert "one line of printable ASCII" in errors["split"]
-        for name in ("none", "text", "triple", "single", "swapped"):
-            assert "(bytes, content type)" in errors[name]
-    upper, (plain, *_) = (
-        [request for request in receiver.requests if request.line.split()[1] == path]
-        for path in ("/upper", "/plain")
-    )
-    # In the order of their key.
-    assert [json.loads(request.body)[0] for request in upper] == [id.upper() for id in ids]
-    made = verify(upper[0].body, upper[0].headers, SECRET).data
-    assert made == [ids[0].upper(), "ORDER.CREATED", "K", {"N": 0}]
-    assert plain.body == b"plain"
-    assert plain.headers["content-type"] == "text/plain; charset=utf-8"
+@pytest.mark.parametrize("kind", ["sender", "transform"])
+def test_hosts_code_that_fails_in_any_way_costs_its_own_attempts_and_ends_no_ping(wal, serve, kind):
+    receiver, mended = serve(), list[Event]()
+    codes = OF_SENDERS if kind == "sender" else OF_TRANSFORMS
+    own: dict[str, Any] = {
+        name: lambda event, code=code: code(event) if broken else mended.append(event) or b"1"
+        for name, (code, _) in codes.items()
+    }
+    outbox, broken = make_outbox(wal, retry=(0, 0), senders=own, transforms=own), True
+    for name in own:
+        options = {"id": name, "secret": SECRET, "timeout": 0.5 if name == "blocks" else 5}
+        if kind == "sender":
+            outbox.add_endpoint(f"call:{name}", **options)
+        else:
+            outbox.add_endpoint(receiver.url(), body=name, **options)
+    outbox.add_endpoint(receiver.url("/well"), id="well")
+    id, count = emit(outbox, data={"n": "x" * 100_000}, key="k"), len(own)
+    assert outbox.drain(until_empty=True) == DrainReport(1, count, count, 0)
+    assert [request.line.split()[1] for request in receiver.requests] == ["/well"]
+    for name, (_, error) in codes.items():
+        reason = {"blocks": "timeout"}.get(name, "sender" if kind == "sender" else "internal")
+        (row,), pinged = outbox.failed(endpoint=name), outbox.ping(name)
+        tried = [row, *outbox.attempts(id, name), pinged]
+        assert [each.reason for each in tried] == [reason] * 4 and row.attempts == 2
+        assert all(re.search(error, each.error or "") for each in tried), tried
+        assert pinged.duration < 1.5
+        assert f'attempts_total{{endpoint="{name}",result="{reason}"}} 2' in outbox.metrics()
+    broken = False
+    assert outbox.replay(all=True) == count and outbox.drain(once=True).delivered == count
+    assert set(statuses(outbox, id).values()) == {"delivered"}
+    assert {event.type for event in mended} == {"order.created"} and len(mended) == count
+    assert all(event == dataclasses.replace(outbox.event(id), deliveries=()) for event in mended)
+    assert outbox.ping("raises").reason is None and mended[-1].type == "webhook.ping"
 
 
 @pytest.mark.parametrize("body", ["standard", "own"])
@@ -9737,24 +9685,35 @@ def test_a_lane_is_full_while_two_threads_make_its_requests_and_no_longer(shop, 
 
 
 @pytest.mark.long
-def test_transforms_that_never_end_cost_the_others_no_opener_and_their_rows_fail(wal, serve):
+@pytest.mark.parametrize("kind", ["sender", "transform"])
+def test_hosts_code_that_never_ends_costs_the_others_nothing_and_its_rows_fail(wal, serve, kind):
     """Nobody can end a thread. Two of an endpoint are let go; its later attempts end at once."""
-    held, receiver = threading.Event(), serve(answer(200, b"", "Connection: close"))
-    transforms = {"stuck": lambda event: held.wait(60)}
-    outbox = make_outbox(wal, transforms=transforms, retry=(0, 0))
+    receiver = serve(answer(200, b"", "Connection: close"))
+    held, good = threading.Event(), list[Event]()
+    own: dict[str, Any] = {"stuck": lambda event: held.wait(60), "good": good.append}
+    outbox = make_outbox(wal, transforms=own, senders=own, retry=(0, 0))
     for number in range(12):  # with two threads each more than there are openers
-        outbox.add_endpoint(receiver.url("/stuck"), id=f"s{number}", body="stuck", timeout=0.2)
-    outbox.add_endpoint(receiver.url("/good"), id="good", timeout=5)
-    event, *_ = [emit(outbox) for _ in range(3)]
+        url, body = ("call:stuck", {}) if kind == "sender" else (receiver.url(), {"body": "stuck"})
+        outbox.add_endpoint(url, id=f"s{number}", timeout=0.2, **body)
+    outbox.add_endpoint("call:good", id="good")
+    outbox.add_endpoint(receiver.url("/good"), id="url")
+    ids = [emit(outbox) for _ in range(8)]
     try:
-        assert outbox.drain(until_empty=True) == DrainReport(3, 36, 36, 0)
-        assert {request.line.split()[1] for request in receiver.requests} == {"/good"}
-        reasons = [attempt.reason for attempt in outbox.attempts(event, "s0")]
-        assert reasons == ["timeout", "internal"]
-        assert all("never ends" in str(row.error) for row in outbox.failed())
+        assert outbox.drain(until_empty=True) == DrainReport(16, 96, 96, 0)
+        assert len(good) == len(receiver.requests) == 8
+        ends_at_once = "sender" if kind == "sender" else "internal"
+        reasons = [attempt.reason for attempt in outbox.attempts(ids[0], "s0")]
+        assert reasons == ["timeout", ends_at_once]
+        never = "calls of it never end" if kind == "sender" else "its transform, .* never ends"
+        assert all(re.search(never, str(row.error)) for row in outbox.failed())
+        quick = [
+            attempt for id in ids for to in ("good", "url") for attempt in outbox.attempts(id, to)
+        ]
+        assert len(quick) == 16 and max(attempt.duration for attempt in quick) < 0.2
+        assert outbox.ping("s0").reason == "timeout"
     finally:
         held.set()
-    eventually(lambda: not any("_open_for" in thread.name for thread in threading.enumerate()))
+    eventually(lambda: not any("opener" in thread.name for thread in threading.enumerate()))
 
 
 def test_two_threads_of_an_endpoint_get_stuck_and_no_more_while_a_drain_lives(shop):
@@ -9769,93 +9728,48 @@ def test_two_threads_of_an_endpoint_get_stuck_and_no_more_while_a_drain_lives(sh
             held.wait(60)
         return b"1"
 
-    _, outbox = shop.open(
-        transforms={"stuck": stuck}, body="stuck", id="a", retry=ONCE, timeout=0.2
-    )
+    options = {"body": "stuck", "id": "a"}
+    receiver, outbox = shop.open(transforms={"stuck": stuck}, retry=ONCE, timeout=0.2, **options)
     with draining(outbox):
         (drain,) = eventually(lambda: outbox._drains)
-        for number in range(4):
+        for remove in (False, True, False, True):
             emit_numbers(outbox, range(4))
             eventually(lambda: outbox.stats().pending == 0)
             assert len(calls) == 2
-            if number % 2:
-                outbox.remove_endpoint("a")
-            else:
-                outbox.disable_endpoint("a")
+            outbox.remove_endpoint("a") if remove else outbox.disable_endpoint("a")
             eventually(lambda: not drain.finder.lanes["a"].enabled)
-            if number % 2:
-                outbox.add_endpoint(shop.receiver.url(), body="stuck", id="a")
+            if remove:
+                outbox.add_endpoint(receiver.url(), **options)
             else:
                 outbox.enable_endpoint("a")
         held.set()
         eventually(lambda: drain.finder.lanes["a"].lost == 0)
 
 
-async def too_late(event: Any) -> None: ...
+@pytest.mark.parametrize("kind", ["sender", "transform"])
+def test_hosts_code_is_called_in_order_and_no_more_at_once_than_it_may(wal, serve, kind):
+    """The same places and queues as without. Threads are used again."""
+    seen, most, threads, inside = list[tuple[str, int]](), 0, set[int](), set[Any]()
+    lock, failed = threading.Lock(), list[int]()
 
-
-class Mute(Exception):
-    def __str__(self) -> str:
-        raise ValueError("no text")
-
-
-SENDERS_FAIL: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "raises": (
-        fails_with(OSError(111, "refused\nby them")),
-        r"^ConnectionRefusedError: \[Errno 111\] refused by them$",
-    ),
-    "leaves": (fails_with(SystemExit(3)), "^SystemExit: 3$"),
-    "tells": (fails_with(ValueError(SECRET)), r"^ValueError: whsec_\[redacted\]$"),
-    "talks": (fails_with(ValueError("x" * 9_999)), "^ValueError: x{288}$"),
-    "mute": (fails_with(Mute()), "^Mute$"),
-    "is async": (too_late, "^call:is-async is async, and nobody awaits it; call asyncio.run"),
-}
-
-
-@pytest.mark.parametrize("what", SENDERS_FAIL)
-def test_a_sender_that_fails_in_any_way_is_retried_and_ends_in_the_failed_table(wal, what):
-    (sender, error), reason = SENDERS_FAIL[what], "sender"
-    name, mended = what.replace(" ", "-"), list[Any]()
-    senders = {name: lambda event: mended.append(event) if mended else sender(event)}
-    outbox = make_outbox(wal, retry=(0, 0), senders=senders)
-    outbox.add_endpoint(f"call:{name}", id="audit", secret=SECRET)
-    id = emit(outbox, data={"n": "x" * 100_000}, key="k")
-    assert outbox.drain(until_empty=True).failed == 1
-    (row,) = outbox.failed(endpoint="audit", reason=reason)
-    assert row.attempts == 2 and re.search(error, row.error or ""), row.error
-    assert [attempt.reason for attempt in outbox.attempts(id)] == [reason] * 2
-    assert (pinged := outbox.ping("audit")).reason == reason
-    assert re.search(error, pinged.error or "")
-    assert f'attempts_total{{endpoint="audit",result="{reason}"}} 2' in outbox.metrics()
-    mended.append(None)
-    assert outbox.replay(all=True) == 1 and outbox.drain(once=True).delivered == 1
-    assert outbox.event(id).deliveries[0].status == "delivered"
-    assert outbox.ping("audit").reason is None
-    _, event, ping = mended
-    assert event == dataclasses.replace(outbox.event(id), deliveries=())
-    assert ping.type == "webhook.ping"
-
-
-def test_a_sender_gets_events_in_order_at_its_rate_and_no_more_at_once_than_it_may(wal):
-    """As a URL does: the same places, queues and rates. Threads are used again."""
-    seen, at_once, most, threads = list[Any](), 0, 0, set[int]()
-    lock = threading.Lock()
-
-    def sender(event: Any) -> None:
-        nonlocal at_once, most
+    def call(event: Event) -> bytes:
+        nonlocal most
         with lock:
-            at_once += 1
-            most = max(most, at_once)
+            inside.add(event)
+            most = max(most, len(inside))
             threads.add(threading.get_ident())
         time.sleep(0.001)
         with lock:
-            at_once -= 1
+            inside.discard(event)
             seen.append((event.key, event.data))
-        if event.data == 50 and seen.count((event.key, event.data)) == 1:
+        if event.data == 50 and not failed:
+            failed.append(50)
             raise ValueError("the first time")
+        return b"1"
 
-    outbox = make_outbox(wal, retry=(0, 0), senders={"f": sender})
-    outbox.add_endpoint("call:f", id="f", max_in_flight=3)
+    outbox = make_outbox(wal, retry=(0, 0), senders={"f": call}, transforms={"f": call})
+    to = {"url": "call:f"} if kind == "sender" else {"url": serve().url(), "body": "f"}
+    outbox.add_endpoint(**to, max_in_flight=3)
     with outbox.transaction() as conn:
         for n in range(200):
             outbox.emit(conn, "order.created", n, key=f"k{n % 5}")
@@ -9864,36 +9778,6 @@ def test_a_sender_gets_events_in_order_at_its_rate_and_no_more_at_once_than_it_m
         of_key = [n for k, n in seen if k == f"k{key}"]
         assert of_key == sorted([*range(key, 200, 5), *[50] * (key == 0)])
     assert 1 < most <= 3 and len(threads) <= 6
-    outbox.update_endpoint("f", rate=50)
-    begun = time.monotonic()
-    for n in range(12):
-        emit(outbox, data=n)
-    outbox.drain(until_empty=True)
-    assert 0.15 < time.monotonic() - begun < 2
-
-
-@pytest.mark.long
-def test_a_sender_that_never_returns_costs_the_others_nothing(wal, serve):
-    held, good = threading.Event(), list[Any]()
-    senders = {"stuck": lambda event: held.wait(60), "good": good.append}
-    outbox = make_outbox(wal, senders=senders, retry=(0, 0))
-    for number in range(4):
-        outbox.add_endpoint("call:stuck", id=f"s{number}", timeout=0.2)
-    outbox.add_endpoint("call:good", id="good")
-    outbox.add_endpoint(serve().url(), id="url")
-    ids = [emit(outbox, data=n) for n in range(20)]
-    try:
-        report = outbox.drain(until_empty=True)
-        assert (report.delivered, report.failed, report.pending) == (40, 80, 0) and len(good) == 20
-        tried = [(a.reason, a.error) for id in ids for a in outbox.attempts(id, "s0")]
-        assert {reason for reason, _ in tried} == {"timeout", "sender"}
-        assert all(re.search("waiting for its sender|calls of it never end", e) for _, e in tried)
-        quick = [a for id in ids for to in ("good", "url") for a in outbox.attempts(id, to)]
-        assert max(a.duration for a in quick) < 0.2
-        assert outbox.ping("s0").reason == "timeout"
-    finally:
-        held.set()
-    eventually(lambda: not any("opener" in thread.name for thread in threading.enumerate()))
 
 
 def test_a_drain_without_a_sender_leaves_its_rows_waiting(wal, serve, cli, caplog, tmp_path):
@@ -9901,9 +9785,8 @@ def test_a_drain_without_a_sender_leaves_its_rows_waiting(wal, serve, cli, caplo
     got = list[Any]()
     outbox, bare = make_outbox(wal, senders={"audit": got.append}), make_outbox(wal)
     unknown = r"^no sender has the name in call:.*senders=.*--app$"
-    for shop, url in ((bare, "call:audit"), (outbox, "call:none")):
-        with pytest.raises(PayloadError, match=unknown):
-            shop.add_endpoint(url)
+    refuses(PayloadError, bare.add_endpoint, "call:audit", words=unknown)
+    refuses(PayloadError, outbox.add_endpoint, "call:none", words=unknown)
     assert "no sender has the name" in cli("endpoint add call:audit", code=1)
     outbox.add_endpoint("call:audit", id="audit")
     outbox.add_endpoint(serve().url(), id="url")
@@ -9925,6 +9808,28 @@ def test_a_drain_without_a_sender_leaves_its_rows_waiting(wal, serve, cli, caplo
     assert added.stdout == "more\n"  # no receiver: no secret to hand over
     ended = command("--app shop:outbox endpoint ping more", **options)
     assert ended.returncode == 0 and "webhook.ping" in ended.stdout and "delivered" in ended.stdout
+
+
+@pytest.mark.parametrize("sender", [too_late, functools.partial(too_late), TooLate()])
+def test_a_sender_that_is_async_is_refused_by_the_constructor(tmp_path, sender):
+    words = r"^the sender audit is async; .*asyncio.run\(audit\(event\)\)$"
+    refuses(PayloadError, Outbox, tmp_path / "app.db", senders={"audit": sender}, words=words)
+
+
+@pytest.mark.parametrize("while_", ["sending", "making"])
+def test_ctrl_c_interrupts_a_ping(wal, serve, while_):
+    pressed = threading.Event()
+
+    def press(*_: Any) -> bool:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return pressed.wait(20)
+
+    transforms = {"own": press if while_ == "making" else lambda event: b"1"}
+    outbox = make_outbox(wal, transforms=transforms, timeout=20)
+    outbox.add_endpoint(serve(press).url(), id="a", body="own")
+    with pytest.raises(KeyboardInterrupt):
+        outbox.ping("a")
+    pressed.set()
 
 
 def drain_find(drain: Any) -> None:
@@ -9978,27 +9883,6 @@ def test_a_url_that_is_no_text_costs_only_its_endpoint(wal):
         conn.commit()
     emit(outbox)
     assert outbox.drain(until_empty=True) == DrainReport(1, 1, 1, 0)
-
-
-class TooLate:
-    async def __call__(self, event: Any) -> None: ...
-
-
-@pytest.mark.parametrize(
-    ("senders", "error"),
-    [
-        ({"audit": too_late}, r"^the sender audit is async; .*asyncio.run\(audit\(event\)\)$"),
-        ({"audit": functools.partial(too_late)}, "is async"),
-        ({"audit": TooLate()}, "is async"),
-        ({"audit": 5}, "must be a function"),
-        ({"a b": print}, "the name of a sender"),
-        ({5: print}, "the name of a sender"),
-    ],
-)
-def test_a_sender_that_cannot_be_called_is_refused_by_the_constructor(tmp_path, senders, error):
-    with pytest.raises(PayloadError, match=error):
-        Outbox(tmp_path / "app.db", senders=senders)
-    assert not (tmp_path / "app.db").exists()
 
 
 @pytest.mark.long
@@ -11393,46 +11277,6 @@ def test_a_host_that_commits_at_any_statement_costs_no_delivery(wal, serve, monk
         if Refusing.left > 0:  # it needed fewer
             break
     assert n > 30
-
-
-OF_THE_HOST: dict[str, tuple[Callable[[Any], Any], str | None, str | None]] = {
-    # What the host's code does; the reason and error that a ping of its transform then has.
-    "returns": (lambda event: b"1", None, None),
-    "exits": (fails_with(SystemExit("x")), "internal", "SystemExit: x"),
-    "is cancelled": (fails_with(asyncio.CancelledError("x")), "internal", "CancelledError: x"),
-    "interrupts": (fails_with(KeyboardInterrupt("x")), "internal", "KeyboardInterrupt: x"),
-    "hangs": (lambda event: time.sleep(2), "timeout", "no time left, waiting for its request"),
-}
-
-
-@pytest.mark.parametrize("what", OF_THE_HOST)
-@pytest.mark.long
-def test_whatever_the_hosts_code_does_ends_a_ping_and_not_its_caller(wal, serve, what):
-    call, reason, error = OF_THE_HOST[what]
-    outbox = make_outbox(wal, transforms={"own": call}, senders={"own": call}, timeout=0.5)
-    outbox.add_endpoint("call:own", id="sender")
-    outbox.add_endpoint(serve().url(), id="transform", body="own")
-    made, called = outbox.ping("transform"), outbox.ping("sender")
-    assert (made.reason, made.error) == (reason, error)
-    assert called.reason == ("sender" if reason == "internal" else reason)
-    assert called.error == (error and error.replace("request", "sender"))
-    assert made.duration < 1.5 and called.duration < 1.5
-
-
-@pytest.mark.parametrize("while_", ["sending", "making"])
-def test_ctrl_c_interrupts_a_ping(wal, serve, while_):
-    pressed = threading.Event()
-
-    def press(*_: Any) -> bool:
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        return pressed.wait(20)
-
-    transforms = {"own": press if while_ == "making" else lambda event: b"1"}
-    outbox = make_outbox(wal, transforms=transforms, timeout=20)
-    outbox.add_endpoint(serve(press).url(), id="a", body="own")
-    with pytest.raises(KeyboardInterrupt):
-        outbox.ping("a")
-    pressed.set()
 
 
 def test_what_is_left_is_reckoned_from_the_last_count(wal):

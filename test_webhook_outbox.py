@@ -9421,17 +9421,6 @@ def test_drain_until_empty_waits_for_retries_and_delays_and_tells_its_progress(s
     assert all(2 <= r.delivered + r.failed + r.pending <= 4 for r in seen)
 
 
-def test_drain_without_end_is_ended_by_stop_in_another_thread(database, shop):
-    receiver, outbox = shop.open()
-    with draining(outbox) as reports:
-        for number in range(3):
-            emit_numbers(outbox, [number])
-            eventually(lambda number=number: number in numbers_of(receiver))
-        assert not outbox.running  # that is the background thread
-        assert not reports
-    assert reports == [DrainReport(3, 0, 0, 0)]
-
-
 @pytest.mark.parametrize("rounds", few((25, 200), 1))
 def test_start_and_stop_may_come_in_any_order_and_number_and_leave_nothing_behind(shop, rounds):
     """The fixture of all tests looks for what is left behind."""
@@ -9451,7 +9440,11 @@ def test_start_and_stop_may_come_in_any_order_and_number_and_leave_nothing_behin
         assert outbox.running
         emit_numbers(outbox, [rounds])
         eventually(lambda: rounds in numbers_of(receiver))
-    assert not outbox.running
+    with draining(outbox) as reports:
+        emit_numbers(outbox, [-1])
+        eventually(lambda: -1 in numbers_of(receiver))
+        assert not outbox.running and not reports  # that is the background thread
+    assert reports == [DrainReport(1, 0, 0, 0)]
 
 
 def test_the_third_failed_row_in_five_days_disables_and_not_a_second_before(
@@ -9877,23 +9870,21 @@ def test_a_url_that_is_no_text_costs_only_its_endpoint(wal):
     """Only a damaged file has one, or a writer that checks nothing."""
     outbox = make_outbox(wal, "call:audit", senders={"audit": print}, retry=(0, 0.1))
     outbox.add_endpoint(URL, id="sick")
-    with contextlib.closing(sqlite3.connect(wal)) as conn:
+    with contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as conn:
         conn.execute("PRAGMA ignore_check_constraints = ON")
         conn.execute("UPDATE webhook_endpoints SET url = x'ff' WHERE id = 'sick'")
-        conn.commit()
     emit(outbox)
     assert outbox.drain(until_empty=True) == DrainReport(1, 1, 1, 0)
 
 
 @pytest.mark.long
-def test_the_observer_may_stop_the_drain_and_somebody_start_it_again(wal, serve):
-    receiver = serve()
-    outbox = make_outbox(wal, receiver.url(), observer=lambda notice: outbox.stop())
+def test_the_observer_may_stop_the_drain_and_somebody_start_it_again(shop):
+    receiver, outbox = shop.open(observer=lambda notice: outbox.stop())
     for number in range(2):
         outbox.start()
-        event = emit_numbers(outbox, [number])[number]
+        id = emit_numbers(outbox, [number])[number]
         eventually(lambda: not outbox.running)
-        assert statuses(outbox, event).popitem()[1] == "delivered"
+        assert statuses(outbox, id).popitem()[1] == "delivered"
     outbox.stop()
     assert numbers_of(receiver) == [0, 1]
 
@@ -9901,41 +9892,35 @@ def test_the_observer_may_stop_the_drain_and_somebody_start_it_again(wal, serve)
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit])
 def test_an_observer_that_raises_is_logged_and_ignored(shop, caplog, error):
     def observe(notice: Any) -> None:
-        seen.append(notice.kind)
+        seen[notice.kind] += 1
         raise error("observer's own trouble")
 
-    seen, plays = list[str](), [answer(500), answer(500), answer(500), OK]
+    seen, plays = collections.Counter[str](), [*[answer(500)] * 3, OK]
     _, outbox = shop.open(plays, observer=observe, retry=(0, 0, 0, 0))
     told = {"attempt_failed": 3, "failing": 1, "recovered": 1, "delivered": 3}
     with outbox:
         for number in range(3):
             emit_numbers(outbox, [number])
-            eventually(lambda number=number: seen.count("delivered") > number)
-        eventually(lambda: collections.Counter(seen) == told)
+            eventually(lambda number=number: seen["delivered"] > number)
+        eventually(lambda: seen == told)
         assert outbox.running
-    assert collections.Counter(seen) == told
-    assert "observer's own trouble" in caplog.text
+    assert seen == told and "observer's own trouble" in caplog.text
 
 
 @pytest.mark.long
 def test_an_observer_that_blocks_holds_up_neither_deliveries_nor_stop(shop, monkeypatch):
     """It has missed some deliveries then, and nothing that somebody has to act upon."""
     monkeypatch.setattr(webhook_outbox, "_UNOBSERVED", 100)
-    end, seen = threading.Event(), list[webhook_outbox.Notice]()
-
-    def observe(notice: webhook_outbox.Notice) -> None:
-        seen.append(notice)
-        end.wait(30)
-
-    _, outbox = shop.open(observer=observe)
-    gone = outbox.add_endpoint(shop.serve(answer(410)).url(), id="gone", events=["other"])
+    end, seen = threading.Event(), list[Notice]()
+    _, outbox = shop.open(observer=lambda notice: (seen.append(notice), end.wait(30)))
+    outbox.add_endpoint(shop.serve(answer(410)).url(), id="gone", events=["other"])
     try:
         outbox.start()
         ids = emit_numbers(outbox, range(300)).values()
         eventually(lambda: outbox.stats().pending == 0, within=30)
         assert len(seen) == 1
         emit(outbox, "other")
-        eventually(lambda: not outbox.endpoint(gone.id).enabled)
+        eventually(lambda: not outbox.endpoint("gone").enabled)
         started = time.monotonic()
         outbox.stop()
         assert not outbox.running and time.monotonic() - started < 8
@@ -9950,21 +9935,18 @@ def test_what_an_observer_misses_is_logged_once_and_counted_when_it_keeps_up(cap
     monkeypatch.setattr(webhook_outbox, "_UNOBSERVED", 3)
     busy, go = threading.Event(), threading.Semaphore(0)
     teller = webhook_outbox._Teller(lambda notice: (busy.set(), go.acquire(timeout=20)))
-    delivered, gave_up = (webhook_outbox.Notice(kind, "a") for kind in ("delivered", "gave_up"))
-    teller.tell(delivered)
-    assert busy.wait(20)  # with the first one; the others wait
-    for waiting in (1, 2, 3, 3, 3):
-        teller.tell(delivered)
-        assert teller._notices.qsize() == waiting
-    for waiting in (4, 5, 6, 6):
-        teller.tell(gave_up)
-        assert teller._notices.qsize() == waiting
-    go.release(4)
-    eventually(lambda: teller._notices.qsize() == 2)
-    teller.tell(delivered)  # which is no reason yet to say that it keeps up
-    go.release(2)
-    eventually(lambda: teller._notices.qsize() == 1)
-    teller.tell(delivered)
+
+    def waiting_after(kind: str) -> int:
+        teller.tell(Notice(kind, "a"))
+        assert busy.wait(20)  # with the first one; the others wait
+        return int(teller._notices.qsize())
+
+    assert [waiting_after("delivered") for _ in range(6)] == [0, 1, 2, 3, 3, 3]
+    assert [waiting_after("gave_up") for _ in range(4)] == [4, 5, 6, 6]
+    for done, left in ((4, 2), (2, 1)):  # with two left it is no reason yet to say it keeps up
+        go.release(done)
+        eventually(lambda left=left: teller._notices.qsize() == left)
+        teller.tell(Notice("delivered", "a"))
     go.release(99)
     teller.close()
     said = [record.getMessage().partition(";")[0] for record in caplog.records]
@@ -9977,24 +9959,22 @@ def test_two_processes_that_drain_until_empty_share_the_work_without_duplicates(
     code = DRAIN_FOREVER.partition("outbox.start()")[0]
     code += "print(outbox.drain(until_empty=True).delivered)"
     with drain_process(wal, "one", code) as one, drain_process(wal, "two", code) as two:
-        delivered = [int(process.communicate(timeout=60)[0]) for process in (one, two)]
-    assert sum(delivered) == 200
+        assert int(one.ends()[0]) + int(two.ends()[0]) == 200
     assert sorted(numbers_of(receiver)) == list(range(200))
 
 
-def test_two_outboxes_in_one_process_drain_by_turns(wal, serve):
-    receiver = serve()
-    one, two = make_outbox(wal, app_name="one"), make_outbox(wal, app_name="two")
-    one.add_endpoint(receiver.url())
-    one.start()
-    emit_numbers(one, [0])
-    eventually(lambda: drainers_of(receiver) == ["one"])
-    two.start()
-    emit_numbers(two, [1])
-    eventually(lambda: drainers_of(receiver) == ["one", "one"])
-    one.stop()
-    emit_numbers(two, [2])
-    eventually(lambda: drainers_of(receiver) == ["one", "one", "two"])
+def test_two_outboxes_in_one_process_drain_by_turns(wal, shop):
+    (receiver, one), two = shop.open(app_name="one"), make_outbox(wal, app_name="two")
+    senders = list[str]()
+    for act, outbox, sender in (
+        (one.start, one, "one"),
+        (two.start, two, "one"),
+        (one.stop, two, "two"),
+    ):
+        act()
+        emit(outbox)
+        senders.append(sender)
+        eventually(lambda: drainers_of(receiver) == senders)
     two.stop()
 
 
@@ -10015,11 +9995,13 @@ def test_a_process_that_stands_by_and_emits_does_not_spin(wal, shop):
             assert time.process_time() - before < 0.15
 
 
-def test_drain_once_beside_a_running_drain_waits_for_the_work_to_be_done(wal, shop):
-    receiver, outbox = shop.open(gate := Gate())
+def test_drain_once_beside_a_running_drain_waits_for_its_work_and_for_no_pause(wal, shop):
+    """What a Retry-After holds back is left for later, as it is when nobody else drains."""
+    plays = [gate := Gate(), gate, answer(429, b"", "Retry-After: 3600")]
+    receiver, outbox = shop.open(plays)
     with drain_process(wal, "there") as holder:
-        assert holder.stdout.readline() == "started\n"
-        events = emit_numbers(outbox, [0, 1])
+        holder.says("started")
+        ids = emit_numbers(outbox, [0, 1]).values()
         eventually(lambda: len(receiver.requests) == 2)
         emit_numbers(outbox, [2], delay=3600)
         with draining(outbox, once=True) as reports:
@@ -10027,45 +10009,14 @@ def test_drain_once_beside_a_running_drain_waits_for_the_work_to_be_done(wal, sh
             assert not reports
             gate.opened.set()
             eventually(lambda: reports)
-            assert {statuses(outbox, id).popitem()[1] for id in events.values()} == {"delivered"}
-            assert reports == [DrainReport(0, 0, 0, 1)]
-    assert set(drainers_of(receiver)) == {"there"}
-
-
-def test_drain_once_beside_a_running_drain_does_not_wait_out_a_pause(wal, shop):
-    """What a Retry-After holds back is left for later, as it is when nobody else drains."""
-    receiver, outbox = shop.open(answer(429, b"", "Retry-After: 3600"), max_in_flight=1)
-    emit_numbers(outbox, [0])
-    outbox.drain(once=True)
-    emit_numbers(outbox, [1])
-    assert outbox.drain(once=True).pending == 2
-    with drain_process(wal, "there") as holder:
-        assert holder.stdout.readline() == "started\n"
-        time.sleep(0.3)
+        assert {statuses(outbox, id).popitem()[1] for id in ids} == {"delivered"}
+        assert reports == [DrainReport(0, 0, 0, 1)]
+        emit_numbers(outbox, [3])
+        eventually(lambda: outbox.endpoints()[0].failing_since)
+        emit_numbers(outbox, [4])
         with draining(outbox, once=True) as reports:
-            eventually(lambda: reports, within=5)
-    assert len(receiver.requests) == 1
-
-
-def test_commits_of_anybody_wake_the_drain(database, shop):
-    receiver, outbox = shop.open()
-    plain = "INSERT INTO webhook_emit(type, data) VALUES ('order.created', json_object('n', ?))"
-
-    def soon(number: int) -> Any:
-        return eventually(lambda: number in numbers_of(receiver), within=2)
-
-    with outbox:
-        emit_numbers(outbox, [0])
-        soon(0)
-        emit_numbers(make_outbox(database), [1])
-        soon(1)
-        query(database, plain, 2)
-        soon(2)
-        with outbox.transaction() as conn:
-            outbox.emit(conn, "order.created", {"n": 3})
-            time.sleep(0.2)
-            assert len(receiver.requests) == 3
-        soon(3)
+            eventually(lambda: reports == [DrainReport(0, 0, 0, 3)], within=5)
+    assert drainers_of(receiver) == ["there"] * 3
 
 
 @pytest.mark.parametrize("seconds", few((0.7, 8), 1))
@@ -10074,11 +10025,8 @@ def test_outcomes_wait_for_a_lock_of_others_and_nothing_is_sent_twice(
 ):
     """EXCLUSIVE keeps readers out as well in rollback mode; in WAL mode it is the write lock."""
     receiver, outbox = shop.open(gate := Gate())
-    events = emit_numbers(outbox, range(5))
-    with (
-        outbox,
-        contextlib.closing(sqlite3.connect(either, isolation_level=None, timeout=10)) as conn,
-    ):
+    ids = emit_numbers(outbox, range(5)).values()
+    with outbox, emit_host(either, timeout=10) as conn:
         eventually(lambda: len(receiver.requests) == 5)
         conn.execute("BEGIN EXCLUSIVE")
         gate.opened.set()
@@ -10087,7 +10035,7 @@ def test_outcomes_wait_for_a_lock_of_others_and_nothing_is_sent_twice(
         assert len(receiver.requests) == 5 and time.process_time() - used < seconds * 0.7
         conn.execute("COMMIT")
         eventually(lambda: outbox.stats().pending == 0)
-        assert [len(outbox.attempts(id)) for id in events.values()] == [1] * 5
+        assert [len(outbox.attempts(id)) for id in ids] == [1] * 5
         emit_numbers(outbox, [5])
         eventually(lambda: len(receiver.requests) == 6)
     assert caplog.records == []
@@ -10095,26 +10043,24 @@ def test_outcomes_wait_for_a_lock_of_others_and_nothing_is_sent_twice(
 
 def test_what_is_known_when_a_drain_leaves_is_recorded_although_the_host_holds_the_lock(wal, shop):
     """Neither a delivery nor the word of a 410 is lost to a busy moment."""
-    receiver, outbox = shop.open([OK, answer(410)], id="a", max_in_flight=1)
+    gone = Gate(answer(410))
+    receiver, outbox = shop.open([OK, gone], id="a", max_in_flight=1)
     outbox.start()
-    conn = sqlite3.connect(wal, isolation_level=None, check_same_thread=False)
-    with contextlib.closing(conn):
-        emit(outbox, data=1)
-        eventually(lambda: outbox.drain(once=True).pending == 0)
-        conn.execute("BEGIN IMMEDIATE")
-        outbox.emit(conn, "order.created", 2)
-        conn.execute("COMMIT")
-        conn.execute("BEGIN IMMEDIATE")
+    with emit_host(wal, check_same_thread=False) as conn:
+        emit(outbox), emit(outbox)
         eventually(lambda: len(receiver.requests) == 2)
-        release = threading.Timer(0.5, lambda: conn.execute("COMMIT"))
+        conn.execute("BEGIN IMMEDIATE")
+        gone.opened.set()
+        release = threading.Timer(0.8, lambda: conn.execute("COMMIT"))
         release.start()
-        outbox.stop(0.1)
+        outbox.stop(0.3)
         release.join()
     assert outbox.endpoint("a").disabled_reason == "410 Gone"
     assert [row.reason for row in outbox.failed()] == ["gone"]
+    assert len(receiver.requests) == 2 and outbox.stats().pending == 0
 
 
-def test_a_full_disk_is_found_out_before_anything_is_sent(database, serve):
+def test_a_full_disk_is_found_out_before_anything_is_sent(database, shop):
     """What cron starts each minute must not send the same rows each minute."""
     code = """
     import resource, sys, webhook_outbox
@@ -10125,14 +10071,13 @@ def test_a_full_disk_is_found_out_before_anything_is_sent(database, serve):
     except webhook_outbox.OutboxError as error:
         print(error)
     """
-    receiver, outbox = serve(), make_outbox(database)
-    # Keeps the WAL, whose end is past the limit.
-    with contextlib.closing(sqlite3.connect(database)) as host:
+    make_outbox(database)
+    with emit_host(database) as host:  # keeps the WAL, whose end is past the limit
         host.execute("SELECT * FROM orders").fetchall()
-        outbox.add_endpoint(receiver.url())
+        receiver, outbox = shop.open()
         emit(outbox)
         with drain_process(database, "", code) as process:
-            out, err = process.communicate(timeout=60)
+            out, err = process.ends()
         assert out.endswith("nothing is sent\n") and err == "", out + err
     assert receiver.requests == []
     assert outbox.drain(once=True).delivered == 1
@@ -10161,12 +10106,11 @@ def test_switching_ordered_leaves_what_is_done_as_it_is(wal, shop):
         emit(outbox, key=key)
         outbox.drain(once=True)
     emit(outbox, key="l")
-    rows = "SELECT status, queue FROM webhook_deliveries ORDER BY event"
-    assert query(wal, rows) == [("delivered", "k"), ("failed", None), ("pending", "l")]
-    outbox.update_endpoint("a", ordered=True)
-    assert query(wal, rows) == [("delivered", "k"), ("failed", ""), ("pending", "")]
-    outbox.update_endpoint("a", ordered=False)
-    assert query(wal, rows) == [("delivered", "k"), ("failed", None), ("pending", "l")]
+    keyed, ordered = ("k", None, "l"), ("k", "", "")
+    for switch, queues in (({}, keyed), ({"ordered": True}, ordered), ({"ordered": False}, keyed)):
+        outbox.update_endpoint("a", **switch)
+        rows = query(wal, "SELECT status, queue FROM webhook_deliveries ORDER BY event")
+        assert rows == list(zip(("delivered", "failed", "pending"), queues, strict=True))
 
 
 def test_switching_ordered_on_holds_for_deliveries_that_were_already_read(shop):
@@ -10196,61 +10140,20 @@ def test_a_resent_delivery_follows_the_order_its_endpoint_has_now(wal, shop):
     assert [request.headers["webhook-id"] for request in receiver.requests][-3:] == ids
 
 
-def test_a_replayed_delivery_goes_before_a_later_one_that_was_already_read(wal, serve):
-    """k2 was read into memory before the operator replays k1; the table says that k2 waits now."""
-    go, seen = threading.Event(), []
-
-    def choose(request: Request) -> bytes:
-        seen.append(name := json.loads(request.body)["data"])
-        assert name != "first" or go.wait(20)
-        return answer(400) if name == "k1" and seen.count("k1") == 1 else OK
-
-    outbox = make_outbox(wal, serve(says(choose)).url(), retry=ONCE, id="a", max_in_flight=1)
-    emit(outbox, data="k1", key="k")
+def test_a_replayed_delivery_goes_before_a_later_one_that_was_already_read(shop):
+    """3 was read into memory before the operator replays 1; the table says that 3 waits now."""
+    plays = [answer(400), gate := Gate(), OK]
+    receiver, outbox = shop.open(plays, retry=ONCE, max_in_flight=1)
+    emit_numbers(outbox, [1], key="k")
     assert outbox.drain(once=True).failed == 1
-    emit(outbox, data="first")
-    emit(outbox, data="k2", key="k")
+    emit_numbers(outbox, [2])
+    emit_numbers(outbox, [3], key="k")
     with outbox:
-        eventually(lambda: "first" in seen)
+        eventually(lambda: gate.inside)
         assert outbox.replay(all=True) == 1
-        go.set()
-        eventually(lambda: len(seen) == 4)
-    assert seen == ["k1", "first", "k1", "k2"]
-
-
-def test_answers_that_come_together_cannot_hurt_each_other(wal, serve):
-    """While the loop is busy, a connection gets 410 and an idle one of its endpoint is closed."""
-    pair, hold = [], HeldLoop()
-
-    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        number = number_of(request)
-        if number < 2:
-            pair.append(sock)
-            eventually(lambda: len(pair) == 2)
-        elif number == 2:
-            hold.busy.wait(10)
-            sock.sendall(answer(410))
-            idle = next(s for s in pair if s is not sock)
-            idle.shutdown(socket.SHUT_RDWR)
-            time.sleep(0.1)
-            hold.go.set()
-            return True
-        sock.sendall(OK)
-        return True
-
-    receiver, other = serve(play), serve(hold.arm)
-    outbox = make_outbox(wal, receiver.url(), clock=hold, id="gone", events=["order.created"])
-    outbox.add_endpoint(other.url(), id="other", events=["other"])
-    emit_numbers(outbox, range(2))
-    with draining(outbox) as reports:
-        eventually(lambda: outbox.stats().pending == 0)
-        emit_numbers(outbox, [2])
-        eventually(lambda: len(receiver.requests) == 3)
-        emit(outbox, "other")
-        eventually(lambda: not outbox.endpoint("gone").enabled)
-        emit(outbox, "other")
-        eventually(lambda: len(other.requests) == 2)
-    assert reports == [DrainReport(4, 0, 1, 0)]
+        gate.opened.set()
+        eventually(lambda: len(receiver.requests) == 4)
+    assert numbers_of(receiver) == [1, 2, 1, 3]
 
 
 # The file under the drain.
@@ -10259,8 +10162,8 @@ def test_answers_that_come_together_cannot_hurt_each_other(wal, serve):
 @pytest.mark.parametrize(
     ("journal", "trouble", "end"),
     [
-        ("delete", "PRAGMA max_page_count = 1", "PRAGMA max_page_count = 1000000"),
-        ("wal", "PRAGMA query_only = 1", "PRAGMA query_only = 0"),
+        ("delete", "max_page_count = 1", "max_page_count = 1000000"),
+        ("wal", "query_only = 1", "query_only = 0"),
     ],
 )
 @pytest.mark.long
@@ -10269,67 +10172,33 @@ def test_while_outcomes_cannot_be_recorded_nothing_is_sent(
 ):
     """The disk is full, or read-only, for the drain's connection alone: the host goes on."""
     database = make_database(tmp_path / "app.db", journal)
-    # Answers that need pages.
-    receiver, outbox = (serve(answer(200, b"x" * 4000)), make_outbox(database))
-    outbox.add_endpoint(receiver.url())
-    with outbox:
+    receiver = serve(answer(200, b"x" * 4000))  # 512 bytes of each are kept, so they need pages
+    with make_outbox(database, receiver.url()) as outbox:
         emit_numbers(outbox, [0])
         eventually(lambda: outbox.stats().pending == 0)
         (drain,) = outbox._drains
-        drain.file.db.execute(trouble)
-        emit_numbers(outbox, range(1, 41))  # 512 bytes of each answer are kept
+        drain.file.db.execute(f"PRAGMA {trouble}")
+        emit_numbers(outbox, range(1, 41))
         eventually(lambda: "cannot be recorded" in caplog.text)
         emit_numbers(outbox, range(41, 44))
         time.sleep(0.2)
         assert len(receiver.requests) <= 41 and outbox.stats().pending >= 3
-        drain.file.db.execute(end)
+        drain.file.db.execute(f"PRAGMA {end}")
         eventually(lambda: outbox.stats().pending == 0)
     assert sorted(numbers_of(receiver)) == list(range(44))
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert caplog.records[0].getMessage().isprintable()
 
 
-LOCK_BURSTS = """
-import random, sqlite3, sys, time
-conn, rng = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30), random.Random(7)
-end = time.monotonic() + 0.7
-print("started", flush=True)
-while time.monotonic() < end:
-    conn.execute("BEGIN EXCLUSIVE")
-    time.sleep(rng.uniform(0.0, 0.1))
-    conn.execute("ROLLBACK" if rng.random() < 0.5 else "COMMIT")
-    time.sleep(rng.uniform(0.0, 0.01))
-"""
-
-
-@pytest.mark.long
-def test_a_process_that_takes_the_lock_in_bursts_doubles_nothing(either, shop, caplog):
-    receiver, outbox = shop.open()
-    with outbox, drain_process(either, "", LOCK_BURSTS) as bursts:
-        assert bursts.stdout.readline() == "started\n"
-        with contextlib.closing(sqlite3.connect(either, timeout=30)) as conn:
-            for n in itertools.count():
-                with conn:
-                    outbox.emit(conn, "order.created", {"n": n})
-                if bursts.poll() is not None:
-                    break
-        assert bursts.returncode == 0, bursts.stderr.read()
-        pending = "SELECT 1 FROM webhook_deliveries WHERE status = 'pending'"
-        eventually(lambda: not query(either, pending), within=30)
-    assert sorted(numbers_of(receiver)) == list(range(n + 1))
-    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
-
-
 def test_a_reader_that_pins_the_wal_holds_nobody_up_and_the_drain_pins_nothing(wal, shop):
     receiver, outbox = shop.open()
-    with outbox, contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as reader:
-        reader.execute("BEGIN")
-        assert reader.execute("SELECT count(*) FROM webhook_events").fetchone() == (0,)
+    with outbox, begun(wal) as reader:
+        read = functools.partial(reader.execute, "SELECT count(*) FROM webhook_events")
+        assert read().fetchone() == (0,)
         for start in range(0, 300, 100):
             emit_numbers(outbox, range(start, start + 100))
             eventually(lambda: outbox.stats().pending == 0)
-        assert outbox.prune(0) > 0
-        assert reader.execute("SELECT count(*) FROM webhook_events").fetchone() == (0,)
+        assert outbox.prune(0) > 0 and read().fetchone() == (0,)
         reader.execute("COMMIT")
         eventually(lambda: query(wal, "PRAGMA wal_checkpoint(TRUNCATE)") == [(0, 0, 0)])
     assert sorted(numbers_of(receiver)) == list(range(300))
@@ -10345,11 +10214,7 @@ def test_a_replaced_file_is_drained_and_a_deleted_one_stays_so(wal, shop, tmp_pa
             pathlib.Path(wal + suffix).unlink(missing_ok=True)
 
     emit_numbers(outbox, [0])
-    with (
-        contextlib.closing(sqlite3.connect(wal)) as conn,
-        contextlib.closing(sqlite3.connect(tmp_path / "copy")) as copy,
-    ):
-        conn.backup(copy)
+    query(wal, "VACUUM INTO ?", str(tmp_path / "copy"))
     with outbox:
         eventually(lambda: outbox.stats().pending == 0)
         delete()
@@ -10359,16 +10224,13 @@ def test_a_replaced_file_is_drained_and_a_deleted_one_stays_so(wal, shop, tmp_pa
         eventually(lambda: outbox.stats().pending == 0)
         delete("")
         eventually(lambda: caplog.text.count("was deleted or replaced") == 2)
-        with pytest.raises(SchemaError, match=r"does not exist.* init"):
-            outbox.stats()
+        refuses(SchemaError, outbox.stats, words=r"does not exist.* init")
     assert numbers_of(receiver) == [0, 0, 1] and not os.path.exists(wal)
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
-def test_two_drains_never_run_because_somebody_deleted_the_lock_file(wal, serve, caplog):
-    gate, outbox, second = Gate(), make_outbox(wal), make_outbox(wal, app_name="second")
-    receiver = serve(gate)
-    outbox.add_endpoint(receiver.url(), max_in_flight=1)
+def test_two_drains_never_run_because_somebody_deleted_the_lock_file(wal, shop, caplog):
+    receiver, outbox = shop.open(gate := Gate(), max_in_flight=1)
     with outbox:
         emit_numbers(outbox, range(3))
         eventually(lambda: gate.inside == 1)
@@ -10376,137 +10238,92 @@ def test_two_drains_never_run_because_somebody_deleted_the_lock_file(wal, serve,
         eventually(lambda: "lock file" in caplog.text)
         gate.opened.set()
         with drain_process(wal, "second"):
-            eventually(lambda: second.stats().pending == 0)
+            eventually(lambda: outbox.stats().pending == 0)
             time.sleep(0.2)
     assert len(receiver.requests) <= 4  # the one under way may come twice
 
 
-def lock_tells(process: Any, *lines: str) -> str:
-    """Have a process that runs LOCK_DRAINS do something; return what it printed meanwhile."""
-    said = ""
-    for line in lines:
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-        while (read := process.stdout.readline()) not in ("done\n", ""):
-            said += read
-    return said
-
-
-@contextlib.contextmanager
-def lock_pair(path: str, prelude: str) -> Iterator[tuple[Any, Any]]:
-    """Two processes: one drains and does what it is told, the other stands by."""
-    with drain_process(path, "first", f"{prelude}\n{LOCK_DRAINS}", stdin=subprocess.PIPE) as first:
-        assert first.stdout.readline() == "started\n"
-        eventually(lambda: webhook_outbox._drainer(path) == first.pid)
-        with drain_process(path, "second", f"{prelude}\n{DRAIN_FOREVER}") as second:
-            assert second.stdout.readline() == "started\n"
-            yield first, second
-
-
 @each_lock
-@pytest.mark.long
-def test_a_backup_of_the_lock_file_leaves_a_standby_standing_by(wal, shop, lock_kind):
-    """A POSIX record lock would be gone when any code of its process closes the file."""
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_backup_of_the_lock_file_gives_no_lock_away_and_a_child_of_the_drain_keeps_none(
+    wal, shop, lock_kind
+):
+    """A POSIX record lock would be gone when any code of its process closes the file. A lock
+    belongs to the open file, of which a child has a copy: its hook closes it."""
     receiver, outbox = shop.open()
-    with lock_pair(wal, lock_kind) as (first, second):
-        lock_tells(first, "open(sys.argv[1] + '-webhooks').read()", "outbox.stats()")
+    first_does, second_does = (f"{lock_kind}\n{code}" for code in (LOCK_DRAINS, DRAIN_FOREVER))
+    with contextlib.ExitStack() as stack:
+        tells = drain_process(wal, "first", first_does, stdin=subprocess.PIPE)
+        (first := stack.enter_context(tells)).says("started")
+        eventually(lambda: webhook_outbox._drainer(wal) == first.pid)
+        (second := stack.enter_context(drain_process(wal, "second", second_does))).says("started")
+        for line in ("open(sys.argv[1] + '-webhooks').read()", "outbox.stats()"):
+            assert first.do(line) == "done"
+        child = int(first.do("child = os.fork() or time.sleep(600); print(child)"))
+        stack.callback(os.kill, child, signal.SIGKILL)
+        first.says("done")
         time.sleep(0.5)
         emit_numbers(outbox, range(50))
-        eventually(lambda: outbox.stats().pending == 0)
-        assert set(drainers_of(receiver)) == {"first"}
-        assert sorted(numbers_of(receiver)) == list(range(50))
+        eventually(lambda: outbox.stats().pending == 0)  # recorded: else it would come twice
         assert webhook_outbox._drainer(wal) == first.pid
-        first.kill()
+        first.strike()
         emit_numbers(outbox, [50])
-        eventually(lambda: drainers_of(receiver)[50:] == ["second"], within=2)
+        eventually(lambda: 50 in numbers_of(receiver), within=2)
         eventually(lambda: webhook_outbox._drainer(wal) == second.pid)
+        os.kill(child, 0)  # it lives
+    assert drainers_of(receiver) == ["first"] * 50 + ["second"]
+    assert sorted(numbers_of(receiver)) == list(range(51))
 
 
-LOCK_COPIES = """
-import importlib.util
-copies = []
-for name in ("one", "two"):
-    spec = importlib.util.spec_from_file_location(name, sys.modules["webhook_outbox"].__file__)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    copies.append(module.Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"], app_name=name))
-"""
-LOCK_RELOADED = """
-import importlib, webhook_outbox
-copies = [webhook_outbox.Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"], app_name="one")]
-copies[0].start()
-eventually(lambda: webhook_outbox._drainer(sys.argv[1]) == os.getpid())
-process = webhook_outbox._PROCESS
-assert importlib.reload(webhook_outbox)._PROCESS is process and len(process.drains) == 1
-assert type(copies[0]) is not webhook_outbox.Outbox
-copies.append(webhook_outbox.Outbox(sys.argv[1], allow_networks=["127.0.0.0/8"], app_name="two"))
-"""
-LOCK_TOGETHER = """
-import os, sys, time, warnings
-sys.path.insert(0, os.path.dirname(sys.argv[2]))
-import webhook_outbox
-warnings.simplefilter("ignore")  # Python 3.12 warns of fork beside threads
-def eventually(holds):
-    end = time.monotonic() + 10
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.005)
-    assert holds()
-def send(outbox):
-    with outbox.transaction() as conn:
-        ids = [outbox.emit(conn, "order.created", {"n": n}) for n in range(20)]
-    eventually(lambda: outbox.stats().pending == 0)
-MAKE
-one, two = copies
-one.start()
-eventually(lambda: webhook_outbox._drainer(sys.argv[1]) == os.getpid())
-two.start()
-time.sleep(0.5)
-assert one.running and two.running
-send(two)
-if os.fork() == 0:
-    os._exit(0)
-os.wait()
-send(two)
-one.stop()  # after a reload too it gives the lock back
-send(two)
-two.stop()
-assert webhook_outbox._drainer(sys.argv[1]) is None
-"""
+def lock_copies(path: str, kind: str, how: str) -> None:
+    """Two outboxes of two copies of the module, of which one drains after the other."""
+    if kind == "flock":
+        del fcntl.F_OFD_GETLK
+    warnings.simplefilter("ignore")  # Python 3.12 warns of fork beside threads
+    outboxes = list[Any]()
+    for name in ("one", "two"):
+        module = webhook_outbox
+        if how == "two names":
+            spec = importlib.util.spec_from_file_location(name, webhook_outbox.__file__)
+            sys.modules[name] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        outboxes.append(module.Outbox(path, allow_networks=LOOPBACK, app_name=name))
+        if name == "one":
+            outboxes[0].start()
+            eventually(lambda: webhook_outbox._drainer(path) == os.getpid())
+        if (how, name) == ("reload", "one"):
+            process = webhook_outbox._PROCESS
+            assert importlib.reload(webhook_outbox)._PROCESS is process and len(process.drains) == 1
+            assert type(outboxes[0]) is not webhook_outbox.Outbox
+    one, two = outboxes
+    two.start()
+    time.sleep(0.5)
+    assert one.running and two.running
+
+    def send() -> None:
+        emit_numbers(two, range(20))
+        eventually(lambda: two.stats().pending == 0)
+
+    send()
+    if os.fork() == 0:
+        os._exit(0)
+    os.wait()
+    send()
+    one.stop()  # after a reload too it gives the lock back
+    send()
+    two.stop()
+    assert webhook_outbox._drainer(path) is None
 
 
 @pytest.mark.long
 @every_lock
-@pytest.mark.parametrize("make", [LOCK_COPIES, LOCK_RELOADED], ids=["two names", "reload"])
-def test_two_copies_of_the_module_in_one_process_never_both_drain(wal, shop, lock_kind, make):
+@pytest.mark.parametrize("how", ["two names", "reload"])
+def test_two_copies_of_the_module_in_one_process_never_both_drain(wal, shop, kind, how):
     receiver, _ = shop.open()
-    code = f"{lock_kind}\n{LOCK_TOGETHER.replace('MAKE', make)}"
-    with drain_process(wal, webhook_outbox.__file__, code) as process:
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (0, "", "")
+    with elsewhere(lock_copies, wal, kind, how) as process:
+        assert process.ends() == ("null\n", "")
     assert drainers_of(receiver) == ["one"] * 40 + ["two"] * 20
     assert collections.Counter(numbers_of(receiver)) == dict.fromkeys(range(20), 3)
-
-
-@each_lock
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_child_of_a_draining_process_does_not_keep_its_lock(wal, shop, lock_kind):
-    """The lock belongs to the open file, of which a child has a copy: its hook closes it."""
-    receiver, outbox = shop.open()
-    with lock_pair(wal, lock_kind) as (first, _), contextlib.ExitStack() as stack:
-        fork = "child = os.fork() or time.sleep(600); print(child)"
-        said = lock_tells(first, fork, "outbox.stats()")
-        (child,) = (int(word) for word in said.split() if word.isdigit())
-        stack.callback(os.kill, child, signal.SIGKILL)
-        emit_numbers(outbox, [0])
-        eventually(lambda: drainers_of(receiver) == ["first"])
-        eventually(lambda: outbox.stats().pending == 0)  # recorded: else it would come twice
-        first.kill()
-        first.wait()
-        died = time.monotonic()
-        emit_numbers(outbox, [1])
-        eventually(lambda: drainers_of(receiver) == ["first", "second"])
-        print("taken over after", time.monotonic() - died)
-        os.kill(child, 0)  # it lives
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
@@ -10520,8 +10337,7 @@ def test_after_a_drain_by_root_the_apps_user_can_drain(serve, before):
     """
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
         path = make_database(pathlib.Path(folder) / "app.db", "delete")
-        receiver, outbox = serve(), make_outbox(path)
-        outbox.add_endpoint(receiver.url())
+        outbox = make_outbox(path, serve().url())
         for name in (folder, path):
             os.chown(name, 4711, 4711)
         if before:  # left there by an older version
@@ -10531,7 +10347,7 @@ def test_after_a_drain_by_root_the_apps_user_can_drain(serve, before):
         assert (lock.st_uid, lock.st_gid, lock.st_mode) == (4711, 4711, os.stat(path).st_mode)
         emit(outbox)
         with run_python(code, path) as process:
-            assert process.communicate(timeout=60) == ("1\n", "")
+            assert process.ends() == ("1\n", "")
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -10541,8 +10357,7 @@ def test_a_symbolic_link_in_place_of_the_lock_file_is_refused(wal, tmp_path, cli
         target.write_text("precious")
     os.symlink(target, wal + "-webhooks")
     refused = r"lock file .*app.db-webhooks cannot be used: it is a symbolic link; remove it$"
-    with pytest.raises(OutboxError, match=refused):
-        make_outbox(wal).drain(once=True)
+    refuses(OutboxError, make_outbox(wal).drain, once=True, words=refused)
     assert re.search(refused, cli("drain --once", code=1).strip().splitlines()[-1])
     assert target.exists() == exists and (not exists or target.read_text() == "precious")
 
@@ -10557,8 +10372,9 @@ def test_a_database_with_two_names_is_warned_of_once_at_start(wal, cli, caplog):
         eventually(lambda: "has 2 names (hard links)" in caplog.text)
         time.sleep(0.3)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "problem  " in (said := cli("doctor", code=1)) and "has 2 names (hard links)" in said
-    assert "keep one name" in said
+    assert re.search(
+        r"problem  .* has 2 names \(hard links\).*keep one name", cli("doctor", code=1)
+    )
 
 
 def test_a_database_mounted_without_its_folder_is_warned_of(wal, tmp_path):
@@ -10591,9 +10407,9 @@ def test_a_damaged_page_is_one_line_and_costs_only_the_endpoint_of_its_rows(wal,
     emit(outbox, data="x" * 100_000, delay=60)
     assert query(wal, "PRAGMA wal_checkpoint(TRUNCATE)") == [(0, 0, 0)]
     with run_python(code, wal) as process:  # before a drain has read the page, as its pruning does
-        assert process.wait(60) == 0, process.stderr.read()
+        process.ends()
     pruning = webhook_outbox._Pruning()
-    with contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as conn:
+    with emit_host(wal) as conn:
         pruning.some(conn, make_outbox(wal, retention=0)._settings(), clock.now, 0.0)
     assert pruning.at == 60.0  # tried and failed: later again
     with outbox:
@@ -10602,11 +10418,8 @@ def test_a_damaged_page_is_one_line_and_costs_only_the_endpoint_of_its_rows(wal,
             emit(outbox, "well")
             eventually(lambda n=n: outbox.stats().endpoints[1].delivered == n + 1)
     assert [request.line[:7] for request in receiver.requests] == ["POST /b"] * 3
-    errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-    assert len(errors) == 1
-    assert "endpoint a" in errors[0]
-    assert "malformed" in errors[0]
-    assert errors[0].isprintable()
+    (error,) = (r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR)
+    assert "endpoint a" in error and "malformed" in error and error.isprintable()
     assert all("malformed" in cli(line, code=1) for line in ("drain --once", "events list"))
     assert all(cli(line) for line in ("status", "failed list", "endpoint list"))
 

@@ -877,14 +877,19 @@ def emit_dump(path: str) -> list[str]:
         return list(conn.iterdump())
 
 
-def test_opening_makes_the_tables_and_opening_again_changes_nothing(database):
+def test_opening_makes_the_public_tables_and_opening_again_changes_nothing(database):
     Outbox(database)
     dump = emit_dump(database)
-    named = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view')"
+    named = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name <> 'orders'"
     tables = {name for (name,) in query(database, named)}
-    public = "endpoints events deliveries attempts failed inbox meta emit"
-    assert {"orders", *(f"webhook_{name}" for name in public.split())} <= tables
-    assert all(name.startswith(("webhook_", "sqlite_")) for name in tables - {"orders"})
+    public = "endpoints events deliveries attempts failed inbox meta emit".split()
+    assert {f"webhook_{name}" for name in public} <= tables
+    assert all(name.startswith(("webhook_", "sqlite_")) for name in tables)
+    columns = [row[1] for row in query(database, "PRAGMA table_xinfo(webhook_failed)")]
+    wanted = "id event_id endpoint_id type key attempts reason status_code error response "
+    wanted += "first_attempt_at failed_at"
+    names = [field.name for field in dataclasses.fields(FailedDelivery)]
+    assert [name for name in columns if name != "event"] == wanted.split() == names
     Outbox(pathlib.Path(database), create=False)
     Outbox(os.fsencode(database))
     assert emit_dump(database) == dump
@@ -900,13 +905,11 @@ def test_the_schema_passes_through_tools_that_cut_or_read_sql(wal):
 
     text = webhook_outbox.schema_sql()
     assert not re.search(r"\bCASE\b|\\'", text)
-    with contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as conn:
-        for statement in sqlparse.split(text):
-            conn.execute(sqlparse.format(statement, strip_comments=True))
+    for statement in sqlparse.split(text):
+        query(wal, sqlparse.format(statement, strip_comments=True))
     assert emit(Outbox(wal, create=False))
     generators = pytest.importorskip("sqlacodegen.generators")
-    engine = sqlalchemy.create_engine(f"sqlite:///{wal}")
-    metadata = sqlalchemy.MetaData()
+    engine, metadata = sqlalchemy.create_engine(f"sqlite:///{wal}"), sqlalchemy.MetaData()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # expression-based index
         metadata.reflect(engine)
@@ -919,15 +922,6 @@ def test_no_sql_is_newer_than_sqlite_3_34():
     newer = r"""\bRETURNING\b|\)\s*STRICT\b|unixepoch\(|->>|\b(?:RIGHT|FULL) JOIN|\bMATERIALIZED\b
         |ON\ CONFLICT\ DO\ UPDATE|IS\ (?:NOT\ )?DISTINCT\ FROM|DROP\ COLUMN|octet_length\("""
     assert re.findall(newer, source, re.VERBOSE) == []
-
-
-def test_webhook_failed_has_exactly_its_public_columns(wal):
-    Outbox(wal)
-    rows = query(wal, "PRAGMA table_xinfo(webhook_failed)")
-    columns = [row[1] for row in rows if row[1] != "event"]
-    wanted = "id event_id endpoint_id type key attempts reason status_code error response"
-    wanted += " first_attempt_at failed_at"
-    assert columns == wanted.split() == [field.name for field in dataclasses.fields(FailedDelivery)]
 
 
 def shell(path: str, sql: str) -> subprocess.CompletedProcess[str]:
@@ -956,42 +950,15 @@ def sent(carrier: Any, *, until: Callable[[], Any] | None = None) -> list[Any]:
 
 @needs_shell
 def test_the_schema_made_by_hand_in_the_sqlite3_shell_is_a_whole_outbox(database, shop):
+    values = """('order.created', '{"order_id": 1}')"""
+    insert = f"INSERT INTO webhook_emit(type, data) VALUES {values};"
     made = shell(database, webhook_outbox.schema_sql())
-    assert (made.returncode, made.stderr) == (0, "")
-    receiver, outbox = shop.open(secret=SECRET, create=False)
-    sent = shell(
-        database,
-        """INSERT INTO webhook_emit(type, data) VALUES ('order.created', '{"order_id": 1}');""",
-    )
-    assert (sent.returncode, sent.stderr) == (0, "")
-    assert outbox.drain(once=True).delivered == 1
+    receiver, _ = shop.open(secret=SECRET, create=False)
+    for ran in (made, shell(database, insert)):
+        assert (ran.returncode, ran.stderr) == (0, "")
+    assert shop.drain().delivered == 1
     event = verify(receiver.requests[0].body, receiver.requests[0].headers, SECRET)
     assert (event.type, event.data) == ("order.created", {"order_id": 1})
-
-
-def test_a_new_event_stands_in_its_queue_behind_what_is_open_or_held(either):
-    """Decided at the insert, in plain SQL too; behind what was delivered it is the head."""
-    outbox = make_outbox(either)
-    for id, on_dead in (("hold", "hold"), ("skip", "skip")):
-        outbox.add_endpoint("https://example.com/", id=id, on_dead=on_dead)
-    first = emit(outbox, key="k")
-    for status, expected in {
-        "pending": {"hold": "queued", "skip": "queued"},
-        "failed": {"hold": "queued", "skip": "pending"},
-        "delivered": {"hold": "pending", "skip": "pending"},
-        "discarded": {"hold": "pending", "skip": "pending"},
-    }.items():
-        query(either, "DELETE FROM webhook_events WHERE seq > ?", int(first[4:], 16))
-        query(either, "UPDATE webhook_deliveries SET status = ?", status)
-        values = "('a', '1', 'k'), ('a', '1', 'other')"
-        query(either, f"INSERT INTO webhook_emit (type, data, key) VALUES {values}")
-        emit(outbox, key="k")
-        rows = "SELECT endpoint_id, d.status FROM webhook_deliveries AS d"
-        rows += " JOIN webhook_events ON seq = event "
-        after = "WHERE key = 'k' AND seq > ? ORDER BY seq"
-        kept = query(either, rows + after, int(first[4:], 16))
-        assert dict(kept[:2]) == expected and {each for _, each in kept[2:]} == {"queued"}, status
-        assert query(either, rows + "WHERE key = 'other' AND d.status <> 'pending'") == []
 
 
 # Who gets what: an event's tenant, and which of the endpoints own, c42, c43 and all ('*') have it.
@@ -1005,42 +972,25 @@ def tenant_outbox(path: str, **options: Any) -> Outbox:
     return outbox
 
 
-def emit_by_library(outbox: Outbox, tenant: str | None) -> None:
-    emit(outbox, tenant=tenant)
-
-
-def emit_by_sql(outbox: Outbox, tenant: str | None) -> None:
-    insert = "INSERT INTO webhook_emit (type, data, tenant) VALUES ('order.created', '{}', ?)"
-    query(outbox.path, insert, tenant)
-
-
-def emit_by_a_trigger_of_the_app(outbox: Outbox, tenant: str | None) -> None:
-    with outbox.transaction() as conn:
-        conn.execute("CREATE TABLE IF NOT EXISTS sales (customer TEXT, total REAL)")
-        conn.execute(
-            """CREATE TRIGGER IF NOT EXISTS sales_webhook AFTER INSERT ON sales BEGIN
-                 INSERT INTO webhook_emit (type, data, tenant)
-                 VALUES ('order.created', json_object('total', NEW.total), NEW.customer);
-               END"""
-        )
-        conn.execute("INSERT INTO sales VALUES (?, 9.5)", (tenant,))
-
-
-@pytest.mark.parametrize("way", [emit_by_library, emit_by_sql, emit_by_a_trigger_of_the_app])
-def test_an_event_goes_to_the_endpoints_of_its_tenant_and_to_those_that_see_all(either, way):
-    outbox = tenant_outbox(either)
+def test_an_event_goes_to_the_endpoints_of_its_tenant_and_to_those_that_see_all(either):
+    """By the library, by plain SQL and by a trigger of the app."""
+    outbox, to = tenant_outbox(either), "INTO webhook_emit (type, data, tenant) "
+    query(either, "CREATE TABLE sales (customer TEXT)")
+    values = "VALUES ('order.created', json_object('total', 9.5), NEW.customer)"
+    insert = f"INSERT {to} {values}"
+    query(either, f"CREATE TRIGGER sold AFTER INSERT ON sales BEGIN {insert}; END")
+    plain = f"INSERT {to} VALUES ('order.created', '{{}}', ?)"
     for tenant, expected in TENANTS.items():
-        way(outbox, tenant)
-        event = outbox.event(outbox.events(limit=1)[0].id)
-        assert event.tenant == tenant
-        assert {delivery.endpoint_id for delivery in event.deliveries} == expected
-
-
-def test_a_number_is_a_tenant_in_sql_as_its_text(wal):
-    outbox = make_outbox(wal, "https://example.com/", id="c7", tenant="7")
-    query(wal, "INSERT INTO webhook_emit (type, data, tenant) VALUES ('a', '1', 7)")
-    assert outbox.events(tenant="7") == outbox.events()
-    assert outbox.deliveries()[0].endpoint_id == "c7"
+        emit(outbox, tenant=tenant)
+        for sql in (plain, "INSERT INTO sales VALUES (?)"):
+            query(either, sql, tenant)
+        for event in outbox.events(limit=3):
+            assert event.tenant == tenant and statuses(outbox, event.id).keys() == expected
+    assert len(outbox.events()) == 3 * len(TENANTS)
+    outbox.add_endpoint("https://example.com/", id="c7", tenant="7")
+    query(either, plain, 7)
+    (event,) = outbox.events(tenant="7")  # a number is a tenant in SQL as its text
+    assert event.tenant == "7" and statuses(outbox, event.id).keys() == {"c7", "all"}
 
 
 def test_events_of_the_outbox_itself_have_no_tenant(wal):
@@ -1048,19 +998,18 @@ def test_events_of_the_outbox_itself_have_no_tenant(wal):
     outbox = make_outbox(wal)
     for id, tenant in (("own", None), ("c42", "c42"), ("all", "*")):
         outbox.add_endpoint("https://example.com/", id=id, tenant=tenant, events=["webhook.*", "*"])
-    with pytest.raises(PayloadError, match="have no tenant"):
-        emit(outbox, "webhook.endpoint.disabled", tenant="c42")
-    assert set(statuses(outbox, emit(outbox, "webhook.own"))) == {"own", "all"}
-    insert = (
-        "INSERT INTO webhook_record (kind, status, at, response) VALUES ('notice', ?, 1.0, '{}')"
-    )
-    query(wal, insert, "webhook.endpoint.disabled")
-    told = outbox.event(outbox.events(limit=1)[0].id)
-    assert (told.type, told.tenant) == ("webhook.endpoint.disabled", None)
-    assert {delivery.endpoint_id for delivery in told.deliveries} == {"own", "all"}
+    told, words = "webhook.endpoint.disabled", "have no tenant"
+    refuses(PayloadError, emit, outbox, told, tenant="c42", words=words)
+    notice = "INSERT INTO webhook_record (kind, status, at, response) VALUES ('notice', ?, 1, '{}')"
+    emit(outbox, "webhook.own")
+    query(wal, notice, told)
+    assert [(event.type, event.tenant) for event in outbox.events()] == [
+        (told, None), ("webhook.own", None),
+    ]  # fmt: skip
+    assert all(statuses(outbox, e.id).keys() == {"own", "all"} for e in outbox.events())
     outbox.remove_endpoint("own")
     outbox.remove_endpoint("all")
-    query(wal, insert, "webhook.endpoint.disabled")
+    query(wal, notice, told)
     assert len(outbox.events()) == 2, "nobody subscribed who may have it, so there is no event"
 
 
@@ -1124,58 +1073,35 @@ def test_an_event_costs_the_same_however_many_endpoints_other_tenants_have(wal, 
     assert sum("SEARCH p USING PRIMARY KEY (tenant=?)" in step for step in plan) == 2, plan
 
 
-SQL_EMITS: dict[str, tuple[str, str | None]] = {
-    "good": ("'order.created', '{\"n\": 1}', NULL, NULL", None),
-    "more": ("'order.created', '[1, 2]', 'k', '{\"x-a\": \"b\"}'", None),
-    "type": ("'order created', '{}', NULL, NULL", "type must be"),
-    "no type": ("NULL, '{}', NULL, NULL", "type must be"),
-    "dots": ("'a..b', '{}', NULL, NULL", "type must be"),
-    "long": ("printf('%.257c', 'x'), '{}', NULL, NULL", "type must be"),
-    "nul type": ("'a' || char(0, 34), '{}', NULL, NULL", "type must be"),
-    "json": ("'a', '{n: 1', NULL, NULL", "data must be JSON"),
-    "nan": ("'a', 'NaN', NULL, NULL", "data must be JSON"),
-    "null": ("'a', NULL, NULL, NULL", "data must be JSON"),
-    "nul data": ("'a', '{}' || char(0) || 'x', NULL, NULL", "data must be JSON"),
-    "large": ("'a', '\"' || printf('%.262143c', 'x') || '\"', NULL, NULL", "data is too large"),
-    "headers": ("'a', '{}', NULL, '[]'", "headers must be"),
-    "no expires": ("'a', '{}', NULL, NULL, 0", "expires must be"),
-    "text expires": ("'a', '{}', NULL, NULL, '5'", "expires must be"),
-    "endless expires": ("'a', '{}', NULL, NULL, 9e999", "expires must be"),
-    "some expires": ("'order.created', '{\"n\": 1}', NULL, NULL, 5", None),
-    "tenant": ("'a', '{}', NULL, NULL, 'c 42'", "tenant must be"),
-    "tenant of all": ("'a', '{}', NULL, NULL, '*'", "tenant must be"),
-    "empty tenant": ("'a', '{}', NULL, NULL, ''", "tenant must be"),
-    "long tenant": ("'a', '{}', NULL, NULL, printf('%.65c', 'x')", "tenant must be"),
-    "nul tenant": ("'a', '{}', NULL, NULL, 'a' || char(0, 34)", "tenant must be"),
-    "real tenant": ("'a', '{}', NULL, NULL, 4.2", "tenant must be"),
-    "tenant of ours":
-        ("'webhook.own', '{}', NULL, NULL, 'c42'", "events of type webhook.* have no tenant"),
-    "of a tenant": ("'order.created', '{\"n\": 2}', NULL, NULL, 'c42'", None),
-}  # fmt: skip
-
-SIGNED_BODY = '{"type":"order.created","data":{"name":"Žofie ✓"}}'.encode()
-SIGNED_AT = 1_614_265_330
-SCHEMES = ["standard", "stripe", "github"]
-Serve = Callable[..., Receiver]
-
-
-def refusal(
-    headers: Any, secret: Any = SECRET, body: Any = SIGNED_BODY, **options: Any
-) -> SignatureError:
-    """Return the error that verify must raise."""
-    with pytest.raises(SignatureError) as error:
-        print(verify(body, headers, secret, **{"now": SIGNED_AT, **options}), headers, secret, body)
-    return error.value
+SQL_REFUSALS = """
+type must be | type: 'order created'; NULL; 'a..b'; printf('%.257c', 'x'); 'a' || char(0, 34)
+data must be JSON | data: '{n: 1'; 'NaN'; NULL; '{}' || char(0) || 'x'
+data is too large | data: '"' || printf('%.262143c', 'x') || '"'
+headers must be | headers: '[]'
+expires must be | expires: 0; '5'; 9e999
+tenant must be | tenant: 'c 42'; '*'; ''; printf('%.65c', 'x'); 'a' || char(0, 34); 4.2
+"""
+SQL_EMITS = [  # what an INSERT into webhook_emit gives beside type and data; what it is refused for
+    ({column: value}, refusal)
+    for refusal, column, values in (re.split(r" \| |: ", line, maxsplit=2)
+                                    for line in SQL_REFUSALS.strip().split("\n"))
+    for value in values.split("; ")
+]  # fmt: skip
+SQL_EMITS += [
+    ({"type": "'webhook.own'", "tenant": "'c42'"}, "events of type webhook.* have no tenant"),
+    ({}, ""), ({"expires": "5"}, ""), ({"data": "'{\"n\": 2}'", "tenant": "'c42'"}, ""),
+    ({"data": "'[1, 2]'", "key": "'k'", "headers": "'{\"x-a\": \"b\"}'"}, ""),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("language", ["python", pytest.param("shell", marks=needs_shell)])
 def test_plain_sql_emits_under_the_same_rules(wal, language):
-    outbox, wrong = make_outbox(wal, "https://example.com/", tenant="*"), []
-    for name, (values, refusal) in SQL_EMITS.items():
-        columns = "type, data, key, headers"
-        columns += "".join(f", {last}" for last in ("tenant", "expires") if last in name)
-        insert = f"INSERT INTO webhook_emit ({columns}) VALUES ({values})"
-        said, ((before,),) = "", query(wal, "SELECT count(*) FROM webhook_events")
+    outbox = make_outbox(wal, "https://example.com/", tenant="*")
+    for number, (gives, refusal) in enumerate(SQL_EMITS, 1):
+        columns = {"type": "'a'", "data": "'{\"n\": 1}'", **gives}
+        insert = f"INSERT INTO webhook_emit ({', '.join(columns)}) "
+        insert += f"VALUES ({', '.join(columns.values())})"
+        said, before = "", len(outbox.events())
         if language == "shell":
             said = shell(wal, insert + ";").stderr
         else:
@@ -1186,29 +1112,22 @@ def test_plain_sql_emits_under_the_same_rules(wal, language):
                 except sqlite3.IntegrityError as error:
                     said = str(error)
                 conn.commit()  # the host's row stays, whatever became of the event
-        stored = query(wal, "SELECT count(*) FROM webhook_events")[0][0] - before
-        right = f"webhook_emit: {refusal}" in said if refusal else not said
-        if not right or stored != (not refusal):
-            wrong.append((name, stored, said))
-    assert not wrong
-    kept = len(SQL_EMITS) if language == "python" else 0
-    assert len(query(wal, "SELECT id FROM orders")) == kept
-    assert len(outbox.deliveries()) == sum(refusal is None for _, refusal in SQL_EMITS.values())
-    data = {json.dumps(event.data) for event in outbox.events()}
-    assert data == {'{"n": 1}', "[1, 2]", '{"n": 2}'}
+            assert query(wal, "SELECT count(*) FROM orders") == [(number,)]
+        assert f"webhook_emit: {refusal}" in said if refusal else not said, (insert, said)
+        assert len(outbox.events()) - before == (not refusal), insert
+    data = [event.data for event in outbox.events()]
+    assert data == [[1, 2], {"n": 2}, {"n": 1}, {"n": 1}] and len(outbox.deliveries()) == 4
 
 
 @pytest.mark.parametrize("table", ["webhook_emit", "webhook_accept", "webhook_events"])
 def test_no_id_can_be_given_in_sql_so_none_can_carry_a_header(wal, table):
     make_outbox(wal)
-    values = "('a', '1', 0.0, 'a' || char(13, 10))"
-    insert = f"INSERT INTO {table} (type, data, created_at, id) VALUES {values}"
-    with pytest.raises(sqlite3.OperationalError, match=r"no column named id|generated column"):
-        query(wal, insert)
-    query(wal, f"INSERT INTO {table} (type, data, created_at) VALUES ('a', '1', 0.0)")
-    change = "id = 'a.b'" if table == "webhook_events" else "type = 'b'"
-    with pytest.raises(sqlite3.OperationalError, match=r"view|generated column"):
-        query(wal, f"UPDATE {table} SET {change}")
+    insert, words = f"INSERT INTO {table} (type, data, created_at", "no column named id|generated"
+    with_id = f"{insert}, id) VALUES ('a', '1', 0.0, 'a' || char(13, 10))"
+    refuses(sqlite3.OperationalError, query, wal, with_id, words=words)
+    query(wal, f"{insert}) VALUES ('a', '1', 0.0)")
+    change = f"UPDATE {table} SET {'id' if table == 'webhook_events' else 'type'} = 'a.b'"
+    refuses(sqlite3.OperationalError, query, wal, change, words="view|generated column")
     assert re.fullmatch(r"msg_[0-9a-f]{16}", query(wal, "SELECT id FROM webhook_events")[0][0])
 
 
@@ -1221,13 +1140,12 @@ def test_event_ids_are_random_and_sort_by_time(wal):
     for _ in range(20):
         ids += [emit(outbox), emit(outbox)]
         clock.advance(0.002)
-    assert len(set(ids)) == 40 and all(re.fullmatch(r"msg_[0-9a-f]{16}", id) for id in ids)
-    assert ids == sorted(ids), "also within one millisecond"
+    assert len(set(ids)) == 40 and ids == sorted(ids), "also within one millisecond"
     assert len({id[-5:] for id in ids}) > 30, "twenty bits of each are chance"
-    assert [event.id for event in outbox.events()] == ids[::-1]
     query(wal, "INSERT INTO webhook_emit (type, data) VALUES ('a', '1'), ('a', '2')")
-    two, one = [event.id for event in outbox.events(type="a")]
-    assert one < two and re.fullmatch(r"msg_[0-9a-f]{16}", one) and one > ids[-1]
+    two, one, *others = [event.id for event in outbox.events()]
+    assert others == ids[::-1] and ids[-1] < one < two
+    assert all(re.fullmatch(r"msg_[0-9a-f]{16}", id) for id in (one, two, *ids))
     assert abs((int(one[4:], 16) >> 20) / 1000 - time.time()) < 60
 
 
@@ -1254,19 +1172,25 @@ def test_no_key_is_issued_twice(either, what):
         if what in ("restored", "all at once") and turn % 10 == 9:
             with emit_host(either) as conn, emit_host(either + ".backup") as backup:
                 backup.backup(conn)
-    if what == "clock back":
-        assert sorted(seen) == [int(event.id[4:], 16) for event in reversed(outbox.events())][1:]
 
 
-def test_keys_only_grow_where_nothing_is_deleted(wal):
-    clock = Clock()
-    outbox, keys = make_outbox(wal, clock=clock), []
-    for step in (0.0, 0.0, 5.0, -1e6, 0.0, 1e6, -1.7e9, 0.001, 2e9, -1e9):
-        clock.advance(step)
-        keys += [emit_key(outbox), emit_key(outbox)]
-        query(wal, "INSERT INTO webhook_emit (type, data) VALUES ('a', '1')")
-        keys += [query(wal, "SELECT max(seq) FROM webhook_events")[0][0]]
-    assert keys == sorted(set(keys)) and len(keys) == len(outbox.events())
+STEPS = (0.0, 0.0, 5.0, -1e6, 0.0, 1e6, -1.7e9, 0.001, 2e9, -1e9)
+
+
+@pytest.mark.parametrize("readings", [
+    [*itertools.accumulate(STEPS, initial=1.7e9)],
+    *([wrong, 1.7e9] for wrong in (1e10, 1.7e12, 1e300, math.inf, -5.0)),
+])  # fmt: skip
+def test_keys_only_grow_and_do_not_run_out_whatever_the_clock_says(wal, readings):
+    """It says milliseconds instead of seconds, say; keys are 63 bits."""
+    outbox, keys = make_outbox(wal, clock=(clock := Clock())), []
+    for clock.now in readings:
+        keys += [emit_key(outbox) for _ in range(12)]
+        if clock.now == 1.7e9 or len(readings) > 2:
+            query(wal, "INSERT INTO webhook_emit (type, data) VALUES ('a', '1')")
+            keys += [int(outbox.events(limit=1)[0].id[4:], 16)]
+    assert keys == sorted(set(keys)) and all(key < 1 << 62 | 1 << 61 for key in keys)
+    assert [e.id for e in outbox.events(limit=500)] == [f"msg_{key:016x}" for key in keys[::-1]]
 
 
 def emit_begin(conn: sqlite3.Connection, mode: str) -> None:
@@ -1284,7 +1208,6 @@ def emit_end(conn: sqlite3.Connection, mode: str, word: str) -> None:
 @every_mode
 def test_a_key_that_another_process_was_quicker_with_is_made_anew_at_once(wal, mode):
     ahead, behind = make_outbox(wal, clock=Clock(1_700_000_050.0)), make_outbox(wal, clock=Clock())
-    behind.add_endpoint("https://example.com/")
     ids, tries = [], set[str]()
     with emit_host(wal, mode) as conn:
         conn.set_trace_callback(lambda sql: "webhook_accept" in sql[:40] and tries.add(sql))
@@ -1297,20 +1220,6 @@ def test_a_key_that_another_process_was_quicker_with_is_made_anew_at_once(wal, m
     assert len(tries) <= 9
     assert ids == sorted(set(ids)) == [event.id for event in reversed(behind.events())]
     assert query(wal, "SELECT count(*) FROM orders") == [(3,)]
-
-
-@pytest.mark.parametrize("now", [1e10, 1.7e12, 1e300, math.inf, -5.0])
-def test_a_clock_that_is_wrong_beyond_all_measure_leaves_keys_for_the_events_after_it(wal, now):
-    """Milliseconds instead of seconds, say: keys are 63 bits and must not run out."""
-    clock = Clock(now)
-    outbox = make_outbox(wal, clock=clock)
-    ids = [emit(outbox) for _ in range(12)]
-    clock.now = 1_700_000_000.0
-    ids += [emit(outbox) for _ in range(12)]
-    query(wal, "INSERT INTO webhook_emit (type, data) VALUES ('a', '1')")
-    assert ids == sorted(set(ids)) and all(re.fullmatch(r"msg_[0-9a-f]{16}", id) for id in ids)
-    assert all(key < 1 << 62 | 1 << 61 for (key,) in query(wal, "SELECT seq FROM webhook_events"))
-    assert [event.id for event in outbox.events(limit=500)][1:] == ids[::-1]
 
 
 def test_an_id_that_is_none_of_ours_is_not_found(wal):
@@ -1339,16 +1248,59 @@ ABORT = answer(400, b"no", "webhook-delivery: abort-message")
 
 def test_a_repr_shows_no_secret(wal):
     outbox = make_outbox(wal)
-    headers = {"authorization": "Bearer canary-header"}
-    added = outbox.add_endpoint(URL, headers=headers)
+    added = outbox.add_endpoint(URL, headers={"authorization": "Bearer canary-header"})
     seen = [added, outbox.rotate_secret(added.id), outbox.endpoint(added.id), outbox]
     seen += [outbox.disable_endpoint(added.id, "broken"), outbox.stats(), {"endpoint": added}]
     text = " ".join(f"{value!r} {value}" for value in seen)
-    assert "canary" not in text and "whsec_" not in text and added.secret not in text
-    assert added.id in text and "https://example.com/hooks?..." in text and "broken" in text
+    assert not any(secret in text for secret in ("canary", "whsec_", added.secret))
+    assert all(shown in text for shown in (added.id, "https://example.com/hooks?...", "broken"))
 
 
 # ── signing ───────────────────────────────────────────────────────────────────────────────────────
+
+SIGNED_BODY = '{"type":"order.created","data":{"name":"Žofie ✓"}}'.encode()
+SIGNED_AT = 1_614_265_330
+SCHEMES = ["standard", "stripe", "github"]
+SIGNATURE_HEADERS = ["webhook-signature", "stripe-signature", "x-hub-signature-256"]
+KEY_CANARY = "canarycanarycanarycanary"
+Serve = Callable[..., Receiver]
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+def verified(headers: Any, secret: Any = SECRET, body: Any = SIGNED_BODY, **options: Any) -> Any:
+    """Return what verify makes of a request at the time of its signature; it must take it."""
+    event = verify(body, headers, secret, **{"now": SIGNED_AT, **options})
+    assert event.body == body and type(event.body) is bytes
+    return event
+
+
+def refusal(
+    headers: Any, secret: Any = SECRET, body: Any = SIGNED_BODY, **options: Any
+) -> SignatureError:
+    """Return the error that verify must raise."""
+    with pytest.raises(SignatureError) as error:
+        print(verify(body, headers, secret, **{"now": SIGNED_AT, **options}), headers, secret, body)
+    return error.value
+
+
+def signed_by_hand(
+    scheme: str,
+    body: bytes = SIGNED_BODY,
+    id: str = "msg_1",
+    at: Any = SIGNED_AT,
+    secret: Any = SECRET,
+) -> dict[str, str]:
+    """The headers of another sender, made from the schemes' documents without code of ours."""
+    lead = {"standard": f"{id}.{at}.", "stripe": f"{at}.", "github": ""}[scheme]
+    bare = secret.removeprefix("whsec_")
+    key = base64.b64decode(bare) if scheme == "standard" else secret.encode()
+    mac = hmac.new(key, lead.encode() + body, hashlib.sha256)
+    if scheme == "stripe":
+        return {"Stripe-Signature": f"t={at},v1={mac.hexdigest()}"}
+    if scheme == "github":
+        return {"X-Hub-Signature-256": "sha256=" + mac.hexdigest()}
+    signature = "v1," + base64.b64encode(mac.digest()).decode()
+    return {"webhook-id": id, "webhook-timestamp": str(at), "webhook-signature": signature}
 
 
 @pytest.mark.parametrize(
@@ -1369,13 +1321,6 @@ def test_sign_gives_the_published_signatures_for_each_form_of_key(secret, id, at
         assert verify(body, headers, form, now=at).body == body
 
 
-def verified(headers: Any, secret: Any = SECRET, body: Any = SIGNED_BODY, **options: Any) -> Any:
-    """Return what verify makes of a request at the time of its signature; it must take it."""
-    event = verify(body, headers, secret, **{"now": SIGNED_AT, **options})
-    assert event.body == body and type(event.body) is bytes
-    return event
-
-
 def test_githubs_published_signature_verifies():
     signature = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
     headers, secret = {"X-Hub-Signature-256": signature}, "It's a Secret to Everybody"
@@ -1384,16 +1329,11 @@ def test_githubs_published_signature_verifies():
     refusal(headers, secret, b"Hello, World?", scheme="github")
 
 
-KEY_CANARY = "canarycanarycanarycanary"
-
-
 def test_sign_refuses_a_key_that_is_short_or_no_base64_without_showing_it():
     short = base64.b64encode(b"c" * 15).decode()
-    texts = ["", "whsec_", "whsec_" + short, short, f"{KEY_CANARY}é", f"{KEY_CANARY}\udc80"]
-    texts.append(f"whsec_whsec_{KEY_CANARY}")
-    parts = ("{}!", " {}", "{}\n", "{}-_", "{}A")
-    bad = [part.format(KEY_CANARY) for part in parts]
-    texts += [f"whsec_{text}" for text in bad]
+    texts = ["", "whsec_", "whsec_" + short, short, f"whsec_whsec_{KEY_CANARY}"]
+    for bad in ("{}é", "{}\udc80", "{}!", " {}", "{}\n", "{}-_", "{}A"):
+        texts += [bad.format(KEY_CANARY), "whsec_" + bad.format(KEY_CANARY)]
     for size in (16, 65_536):
         assert sign(b"c" * size, "msg_1", SIGNED_AT, b"{}").startswith("v1,")
     for secret in [*texts, b"", b"c" * 15, b"c" * 65_537, None, object(), 0, 32, [32, 32]]:
@@ -1405,121 +1345,6 @@ def test_sign_refuses_a_key_that_is_short_or_no_base64_without_showing_it():
 # What follows takes bytes off the wire to verifiers that other people wrote.
 
 
-@dataclasses.dataclass
-class Caught:
-    """A request off the wire, with the secrets that must verify it and one that must not."""
-
-    story: str
-    request: Request
-    schemes: list[str]
-    good: list[str]
-    bad: str
-
-
-def catch_on_the_wire(folder: pathlib.Path, serve: Serve) -> Iterator[Caught]:
-    """Send events through a failure, a rotation and the end of its grace, signed in every way."""
-    for signing in ("standard", "stripe", "github", "standard+github", "standard+stripe+github"):
-        schemes = signing.split("+")
-        # The verifiers look at the real time, and take five minutes.
-        clock = Clock(time.time() - 60)
-        receiver = serve([answer(500), OK])
-        outbox = make_outbox(make_database(folder / f"{signing}.db"), clock=clock, retry=(0, 7))
-        endpoint = outbox.add_endpoint(receiver.url(), signing=signing, secret=SECRET)
-        data = {"name": "Žofie ✓ 漢字 \u2028 \U0001f600", "total": 49.99}
-        id = emit(outbox, "order.created", data)
-        outbox.drain(once=True)
-        clock.advance(7)
-        assert outbox.drain(once=True).delivered == 1
-        first, second = receiver.requests
-        yield Caught("first attempt", first, schemes, [SECRET], SECRET_TWO)
-        yield Caught("retry", second, schemes, [SECRET], SECRET_TWO)
-        assert first.body == second.body and "Žofie ✓ 漢字".encode() in first.body
-        assert first.headers["webhook-id"] == second.headers["webhook-id"] == id
-        at = [int(request.headers["webhook-timestamp"]) for request in (first, second)]
-        assert at[1] == at[0] + 7
-        names = {"standard": "webhook-signature", "stripe": "stripe-signature"}
-        names["github"] = "x-hub-signature-256"
-        assert [scheme for scheme, name in names.items() if name in first.headers] == schemes
-        github = {"event": "order.created", "delivery": id} if "github" in schemes else {}
-        for word in ("event", "delivery"):
-            assert first.headers.get(f"x-github-{word}") == github.get(word)
-        outbox.rotate_secret(endpoint.id, secret=SECRET_TWO, grace=30)
-        emit(outbox)
-        outbox.drain(once=True)
-        # Its one header has room for the new one only.
-        both = [scheme for scheme in schemes if scheme != "github"]
-        stranger, request = "whsec_" + "A" * 32, receiver.requests[-1]
-        yield Caught("in the grace", request, both, [SECRET_TWO, SECRET], stranger)
-        if "github" in schemes:
-            yield Caught("in the grace", receiver.requests[-1], ["github"], [SECRET_TWO], SECRET)
-        clock.advance(31)
-        emit(outbox)
-        outbox.drain(once=True)
-        yield Caught("after the grace", receiver.requests[-1], schemes, [SECRET_TWO], SECRET)
-
-
-def accepts_standard(body: bytes, headers: dict[str, str], secret: str) -> bool:
-    import standardwebhooks
-
-    try:
-        assert standardwebhooks.Webhook(secret).verify(body, headers) == json.loads(body)
-    except standardwebhooks.WebhookVerificationError:
-        return False
-    return True
-
-
-def accepts_stripe(body: bytes, headers: dict[str, str], secret: str) -> bool:
-    import stripe
-
-    try:
-        return bool(
-            stripe.WebhookSignature.verify_header(body, headers["stripe-signature"], secret, 300)
-        )
-    except stripe.SignatureVerificationError:
-        return False
-
-
-def accepts_github(body: bytes, headers: dict[str, str], secret: str) -> bool:
-    import gidgethub.sansio
-
-    if headers["content-type"] != "application/json":  # gidgethub reads no other kind
-        headers = {**headers, "content-type": "application/json"}
-    try:
-        event = gidgethub.sansio.Event.from_http(headers, body, secret=secret)
-    except gidgethub.ValidationFailure:
-        return False
-    assert event.delivery_id == headers["webhook-id"] and event.event == headers["x-github-event"]
-    return True
-
-
-def accepts_ours(scheme: str) -> Callable[[bytes, dict[str, str], str], bool]:
-    def accepts(body: bytes, headers: dict[str, str], secret: str) -> bool:
-        try:
-            return verify(body, headers, secret, scheme=scheme).body == body
-        except SignatureError:
-            return False
-
-    return accepts
-
-
-def test_what_is_sent_verifies_with_the_libraries_of_others(tmp_path, serve):
-    for module in ("standardwebhooks", "stripe", "gidgethub"):
-        pytest.importorskip(module)
-    others = {"standard": accepts_standard, "stripe": accepts_stripe, "github": accepts_github}
-    judged = 0
-    for caught in catch_on_the_wire(tmp_path, serve):
-        body, headers = caught.request.body, caught.request.headers
-        for scheme in caught.schemes:
-            for accepts in (others[scheme], accepts_ours(scheme)):
-                for secret in caught.good:
-                    assert accepts(body, headers, secret), (caught.story, scheme, accepts)
-                assert not accepts(body, headers, caught.bad), (caught.story, scheme, accepts)
-                changed = body.replace(b":", b": ", 1)
-                assert not accepts(changed, headers, caught.good[0]), (caught.story, scheme)
-                judged += 1
-    assert judged == 2 * (4 + 4 + 4 + 8 + 12)
-
-
 def hash_of(body: bytes) -> str:
     """The id of an event whose scheme signs nothing but the body."""
     return "sha256_" + hashlib.sha256(body).hexdigest()
@@ -1528,20 +1353,66 @@ def hash_of(body: bytes) -> str:
 class Sending:
     """An endpoint that signs and writes its bodies in every way, and what it sent."""
 
-    def __init__(self, path: str, receiver: Receiver) -> None:
+    def __init__(self, path: str, serve: Serve) -> None:
         texts = {"text": lambda event: (f"{event.type} ✓ {event.data}".encode(), "text/plain")}
-        self.outbox, self.receiver = make_outbox(path, transforms=texts), receiver
-        self.outbox.add_endpoint(receiver.url(), id="a")
+        self.clock, turns = Clock(), itertools.count()
+        self.receiver = serve(says(lambda request: OK if next(turns) % 2 else answer(500)))
+        self.outbox = make_outbox(path, transforms=texts, clock=self.clock, retry=(0, 7))
+        self.current = self.outbox.add_endpoint(self.receiver.url(), id="a").secret
 
     def send(self, data: Any, body: str, schemes: list[str], rotations: int) -> tuple[Any, ...]:
-        """Return the request, and the secrets of the endpoint, the newest first."""
+        """Send after rotations, and once more after a failure. Return the second request, the
+        secrets of the endpoint, the newest first, and the one whose grace has ended."""
+        # The verifiers look at the real time, and take five minutes.
+        self.clock.now, gone = time.time() - 60, self.current
         self.outbox.update_endpoint("a", body=body, signing="+".join(schemes))
-        secrets = [self.outbox.rotate_secret("a", grace=0.0).secret]
+        secrets = [self.outbox.rotate_secret("a", grace=30).secret]
+        self.clock.advance(31)
         secrets += [self.outbox.rotate_secret("a").secret for _ in range(rotations)]
+        self.current = secrets[-1]
         with self.outbox.transaction() as conn:
-            self.outbox.emit(conn, "order.created", data)
+            id = self.outbox.emit(conn, "order.created", data)
+        self.outbox.drain(once=True)
+        self.clock.advance(7)
         assert self.outbox.drain(once=True).delivered == 1
-        return self.receiver.requests[-1], secrets[::-1]
+        first, second = self.receiver.requests[-2:]
+        at = [int(request.headers["webhook-timestamp"]) for request in (first, second)]
+        ids = {request.headers["webhook-id"] for request in (first, second)}
+        assert (at[1] - at[0], ids, first.body == second.body) == (7, {id}, True)
+        return second, secrets[::-1], gone
+
+
+def by_standard(body: bytes, headers: dict[str, str], secret: str) -> None:
+    import standardwebhooks
+
+    assert standardwebhooks.Webhook(secret).verify(body, headers) == json.loads(body)
+
+
+def by_stripe(body: bytes, headers: dict[str, str], secret: str) -> None:
+    import stripe
+
+    stripe.WebhookSignature.verify_header(body, headers["stripe-signature"], secret, 300)
+
+
+def by_github(body: bytes, headers: dict[str, str], secret: str) -> None:
+    import gidgethub.sansio
+
+    headers = {**headers, "content-type": "application/json"}  # it reads no other kind
+    event = gidgethub.sansio.Event.from_http(headers, body, secret=secret)
+    assert event.delivery_id == headers["webhook-id"] and event.event == headers["x-github-event"]
+
+
+REFUSALS = "SignatureError WebhookVerificationError SignatureVerificationError ValidationFailure"
+
+
+def accepts(judge: Callable[..., Any], request: Request, secret: str, **options: Any) -> bool:
+    try:
+        judge(request.body, request.headers, secret, **options)
+    except Exception as error:
+        if type(error).__name__ not in REFUSALS.split():
+            raise
+        return False
+    return True
 
 
 json_values = st.recursive(
@@ -1558,24 +1429,34 @@ SEND_WAYS = (
 
 def test_whatever_is_sent_is_accepted_by_verify_and_by_the_libraries_of_others(wal, serve):
     """Ten secrets sign at the most, the newest; in GitHub's one header the current one does."""
-    others = {"standard": accepts_standard, "stripe": accepts_stripe, "github": accepts_github}
-    sending = Sending(wal, serve())
+    for module in ("standardwebhooks", "stripe", "gidgethub"):
+        pytest.importorskip(module)
+    others = dict(zip(SCHEMES, (by_standard, by_stripe, by_github), strict=True))
+    header = dict(zip(SCHEMES, SIGNATURE_HEADERS, strict=True))
+    sending = Sending(wal, serve)
 
     @settings(max_examples=25)
     @given(*SEND_WAYS)
     def check(value: Any, body: str, schemes: list[str], rotations: int) -> None:
-        request, secrets = sending.send(value, body, schemes, rotations)
+        request, secrets, gone = sending.send(value, body, schemes, rotations)
+        changed = dataclasses.replace(request, body=request.body + b" ")
+        id, got = request.headers["webhook-id"], request.headers.get
+        assert {scheme for scheme in SCHEMES if got(header[scheme])} == set(schemes)
+        extra = ("order.created", id) if "github" in schemes else (None, None)
+        assert (got("x-github-event"), got("x-github-delivery")) == extra
         for scheme in schemes:
             most = 1 if scheme == "github" else 10
-            judges = [accepts_ours(scheme)]
+            judges = [functools.partial(verify, scheme=scheme)]
             if body != "text" or scheme == "stripe":  # the others parse what they verified
                 judges.append(others[scheme])
-            for accepts, (age, secret) in itertools.product(judges, enumerate(secrets)):
-                verdict = accepts(request.body, request.headers, secret)
-                assert verdict is (age < most), (scheme, body, age, accepts)
+            for judge in judges:
+                taken = [accepts(judge, request, secret) for secret in secrets]
+                assert taken == [age < most for age in range(len(secrets))], (scheme, body, judge)
+                assert not accepts(judge, request, gone), (scheme, body, judge)
+                assert not accepts(judge, changed, secrets[0]), (scheme, body, judge)
             event = verify(request.body, request.headers, secrets[0], scheme=scheme)
             in_body = body == "cloudevents" or scheme == "standard"
-            assert event.id == (request.headers["webhook-id"] if in_body else hash_of(request.body))
+            assert event.id == (id if in_body else hash_of(request.body))
             if body in ("standard", "cloudevents"):
                 assert (event.type, event.data) == ("order.created", value)
             elif not (isinstance(value, dict) and "type" in value):
@@ -1608,63 +1489,38 @@ for (const { scheme, body, headers, secret } of JSON.parse(readFileSync(0))) {
 """
 
 
-@pytest.fixture(scope="session")
-def node_verifiers(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder with the npm packages, or a skip where Node or the registry is missing."""
+@pytest.mark.long
+def test_what_is_sent_verifies_with_the_libraries_of_node(tmp_path, serve):
     node, npm = shutil.which("node"), shutil.which("npm")
     if not node or not npm:
         pytest.skip("node and npm are needed")
-    folder = tmp_path_factory.mktemp("node")
-    (folder / "package.json").write_text('{"private": true}')
-    packages = ["standardwebhooks", "stripe", "@octokit/webhooks-methods"]
-    options = [
-        "--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=1", "--loglevel=error",
-    ]  # fmt: skip
+    captured: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True}
+    (tmp_path / "package.json").write_text('{"private": true}')
+    (tmp_path / "verify.mjs").write_text(VERIFY_IN_NODE)
+    install = "install --no-audit --no-fund --ignore-scripts --fetch-retries=1 --loglevel=error"
+    install += " standardwebhooks stripe @octokit/webhooks-methods"
     try:
-        done = subprocess.run(
-            [npm, "install", *options, *packages], cwd=folder, capture_output=True, text=True,
-            timeout=180,
-        )  # fmt: skip
+        done = subprocess.run([npm, *install.split()], timeout=180, **captured)
     except subprocess.TimeoutExpired:
         pytest.skip("the npm registry does not answer")
     if done.returncode:
         pytest.skip("npm install failed: " + done.stderr.strip()[:200])
-    (folder / "verify.mjs").write_text(VERIFY_IN_NODE)
-    return folder
-
-
-@pytest.mark.long
-def test_what_is_sent_verifies_with_the_libraries_of_node(node_verifiers, tmp_path, serve):
-    cases, expected, stories = [], [], []
-    for caught in catch_on_the_wire(tmp_path, serve):
-        body, headers = base64.b64encode(caught.request.body).decode(), caught.request.headers
-        changed = base64.b64encode(caught.request.body.replace(b":", b": ", 1)).decode()
-        for scheme in caught.schemes:
-            tries = [(body, secret, "true") for secret in caught.good]
-            for sent, secret, verdict in [
-                *tries, (body, caught.bad, "false"), (changed, caught.good[0], "false"),
-            ]:  # fmt: skip
-                cases.append({"scheme": scheme, "body": sent, "headers": headers, "secret": secret})
-                expected.append(verdict)
-                stories.append((caught.story, scheme))
-    sending = Sending(make_database(tmp_path / "app.db"), serve())
+    cases, expected, sending = [], [], Sending(make_database(tmp_path / "app.db"), serve)
     values = [None, 5, "Žofie ✓ \u2028", {"type": "card", "amount": 5}, {"a": [1.5, {}, True]}]
     ways = itertools.product(values, ("standard", "data", "cloudevents"), SCHEMES, (0, 11))
     for value, form, scheme, rotations in ways:
-        request, secrets = sending.send(value, form, [scheme, "stripe"], rotations)
-        body, most = base64.b64encode(request.body).decode(), 1 if scheme == "github" else 10
-        for age, secret in enumerate(secrets):
-            case = {"scheme": scheme, "body": body, "headers": request.headers, "secret": secret}
-            cases.append(case)
-            expected.append("true" if age < most else "false")
-            stories.append((form, scheme))
-    done = subprocess.run(
-        ["node", "verify.mjs"], input=json.dumps(cases), cwd=node_verifiers, capture_output=True,
-        text=True, timeout=60,
-    )  # fmt: skip
+        request, secrets, gone = sending.send(value, form, [scheme, "stripe"], rotations)
+        most = 1 if scheme == "github" else 10
+        tries = [(request.body, secret, age < most) for age, secret in enumerate(secrets)]
+        tries += [(request.body, gone, False), (request.body + b" ", secrets[0], False)]
+        for body, secret, taken in tries:
+            sent = {"body": base64.b64encode(body).decode(), "headers": request.headers}
+            cases.append({"scheme": scheme, "secret": secret, **sent})
+            expected.append(str(taken).lower())
+    done = subprocess.run([node, "verify.mjs"], input=json.dumps(cases), timeout=60, **captured)
     assert done.returncode == 0, done.stderr
-    verdicts = zip(stories, done.stdout.split(), strict=True)
-    assert list(verdicts) == list(zip(stories, expected, strict=True))
+    verdicts = zip(cases, done.stdout.split(), expected, strict=True)
+    assert [case for case, verdict, right in verdicts if verdict != right] == []
 
 
 def test_at_most_ten_secrets_sign_the_newest_ones(wal, serve):
@@ -1677,72 +1533,24 @@ def test_at_most_ten_secrets_sign_the_newest_ones(wal, serve):
     many = json.dumps([[secret, None] for secret in secrets[::-1]])  # of plain SQL, say
     query(wal, "UPDATE webhook_endpoints SET secrets = ?", many)
     assert outbox.ping("a").reason is None
-    (request,) = receiver.requests
-    assert request.headers["webhook-signature"].count("v1,") == 10
-    for number, secret in enumerate(secrets):
-        assert accepts_ours("standard")(request.body, request.headers, secret) is (number > 6)
-        assert accepts_ours("stripe")(request.body, request.headers, secret) is (number > 6)
-
-
-def hmac_by_hand(key: bytes, message: bytes) -> bytes:
-    return hmac.new(key, message, hashlib.sha256).digest()
-
-
-def signed_by_hand(
-    scheme: str,
-    body: bytes = SIGNED_BODY,
-    id: str = "msg_1",
-    at: Any = SIGNED_AT,
-    secret: Any = SECRET,
-) -> dict[str, str]:
-    """The headers of another sender, made from the schemes' documents without code of ours."""
-    if scheme == "stripe":
-        mac = hmac_by_hand(secret.encode(), f"{at}.".encode() + body)
-        return {"Stripe-Signature": f"t={at},v1={mac.hex()}"}
-    if scheme == "github":
-        return {"X-Hub-Signature-256": "sha256=" + hmac_by_hand(secret.encode(), body).hex()}
-    key = base64.b64decode(secret.removeprefix("whsec_"))
-    mac = base64.b64encode(hmac_by_hand(key, f"{id}.{at}.".encode() + body))
-    names = ("webhook-id", "webhook-timestamp", "webhook-signature")
-    return dict(zip(names, (id, str(at), f"v1,{mac.decode()}"), strict=True))
+    for scheme in ("standard", "stripe"):
+        taken = [accepts(verify, receiver.requests[0], s, scheme=scheme) for s in secrets]
+        assert taken == [number > 6 for number in range(17)]
 
 
 # What arrives.
 
 
-def header_message(headers: dict[str, str]) -> Any:
-    import email.message
-
-    message = email.message.Message()
-    for name, value in headers.items():
-        message[name] = value
-    return message
-
-
-HEADER_FORMS: dict[str, Callable[[dict[str, str]], Any]] = {
-    "as it is": dict,
-    "lower": lambda h: {name.lower(): value for name, value in h.items()},
-    "UPPER": lambda h: {name.upper(): value for name, value in h.items()},
-    "Title": lambda h: {name.title(): value for name, value in h.items()},
-    "bytes": lambda h: {name.encode(): value.encode() for name, value in h.items()},
-    "list of pairs": lambda h: list(h.items()),
-    "ASGI": lambda h: [(name.lower().encode(), value.encode()) for name, value in h.items()],
-    "iterator": lambda h: iter(h.items()),
-    "http.server": header_message,
-    "requests": requests.structures.CaseInsensitiveDict,
-    "proxy": types.MappingProxyType,
-    "with others":
-        lambda h: {"Host": "a", **h, "Cookie": "b", b"X-Raw": b"\xff\xfe", "n": 5, 7: "a"},
-    "twice the same": lambda h: [*h.items(), *((name.upper(), value) for name, value in h.items())],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
+@every_scheme
 def test_verify_takes_headers_and_body_from_any_framework(scheme):
+    """Mappings and pairs of every kind: see below, where a genuine request is taken."""
     good = signed_by_hand(scheme)
-    for form, make in HEADER_FORMS.items():
-        event = verified(make(good), scheme=scheme)
-        assert (event.type, event.data) == ("order.created", {"name": "Žofie ✓"}), form
+    twice = [*good.items(), *((name.upper(), value) for name, value in good.items())]
+    odd = {"Host": "a", **good, "Cookie": "b", b"X-Raw": b"\xff\xfe", "n": 5, 7: "a"}
+    message = email.message_from_string("".join(f"{name}: {good[name]}\n" for name in good))
+    for headers in (good, odd, twice, message, requests.structures.CaseInsensitiveDict(good)):
+        event = verified(headers, scheme=scheme)
+        assert (event.type, event.data) == ("order.created", {"name": "Žofie ✓"})
         assert event.id == ("msg_1" if scheme == "standard" else hash_of(SIGNED_BODY))
         assert event.timestamp == (None if scheme == "github" else SIGNED_AT)
     for buffer in (bytearray, memoryview):
@@ -1751,104 +1559,82 @@ def test_verify_takes_headers_and_body_from_any_framework(scheme):
         assert "raw bytes" in str(refusal(signed_by_hand(scheme, b"{}"), body=text, scheme=scheme))
     for wrong in (None, 5, "abc", [("a",)], [1, 2], object(), [("webhook-id", "a", "b")], {1: 2}):
         refusal(wrong, scheme=scheme)
-    # Two proxies on the way leave two Via or X-Forwarded-For headers, and frameworks hand on both.
-    verified([("Via", "1.1 a"), *good.items(), ("via", "1.1 b")], scheme=scheme)
+    broken = types.SimpleNamespace(items=lambda: int(KEY_CANARY))  # its error quotes the text
+    error = str(refusal(broken, scheme=scheme))
+    assert error.endswith("ValueError") and KEY_CANARY not in error
 
 
-def test_errors_of_a_frameworks_headers_are_named_without_what_they_say():
-    class Headers:
-        def items(self) -> Any:
-            raise RuntimeError(KEY_CANARY)
-
-    assert str(refusal(Headers())).endswith("RuntimeError")
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_one_of_several_secrets_is_enough(scheme):
-    two = [SECRET_TWO, SECRET]
-    for secrets in ([SECRET], tuple(two), two[::-1], iter(two)):
-        verified(signed_by_hand(scheme), secrets, scheme=scheme)
-    refusal(signed_by_hand(scheme), [SECRET_TWO, "whsec_" + "A" * 32], scheme=scheme)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
+@every_scheme
 def test_a_secret_is_taken_with_white_space_around_it_and_without_its_padding(scheme):
     """A copied secret, or a file's content, is the same key; a signature's base64 stays strict."""
     padded = "whsec_" + base64.b64encode(bytes(range(25))).decode()  # ends with ==
+    bare, headers = padded.removeprefix("whsec_"), signed_by_hand(scheme, secret=padded)
     spellings = [f" {padded}", f"{padded}\n", f"\t{padded}\r\n"]
     if scheme == "standard":
-        bare = padded.removeprefix("whsec_")
         spellings += [padded[:-1], padded[:-2], f"{bare[:-2]}\n", f"  {bare}"]
-    headers = signed_by_hand(scheme, secret=padded)
-    for secret in (*spellings, [SECRET_TWO, spellings[0]]):
-        verified(headers, secret, scheme=scheme)
-    for secret in (" ", "\n", "\t \n", [SECRET_TWO, " "]):  # what an unset variable gives
-        assert "needs a secret" in str(refusal(headers, secret, scheme=scheme))
-    if scheme == "standard":
         for secret in (f"whsec_ {bare}", padded[:-3], bare[:9] + " " + bare[9:], padded + "!"):
             refusal(headers, secret)
     else:  # where the key is the text itself, white space may be a part of it
-        headers = signed_by_hand(scheme, secret=f" {padded} ")
-        verified(headers, f" {padded} ", scheme=scheme)
+        spaced = f" {padded} "
+        verified(signed_by_hand(scheme, secret=spaced), spaced, scheme=scheme)
+    for secret in (*spellings, [SECRET_TWO, spellings[0]]):
+        verified(headers, secret, scheme=scheme)
 
 
 def test_svixs_names_of_the_headers_are_read_where_none_of_todays_is_there():
     headers = signed_by_hand("standard")
     old = {name.replace("webhook-", "svix-"): value for name, value in headers.items()}
     other = signed_by_hand("standard", id="msg_2", secret=SECRET_TWO)
-    for form in (old, {name.upper(): value for name, value in old.items()}, {**old, **headers}):
-        assert verified(form).id == "msg_1"
     hop = {name.replace("webhook-", "svix-"): value for name, value in other.items()}
-    assert verified({**hop, **headers}).id == "msg_1"
+    upper = {name.upper(): value for name, value in old.items()}
+    for form in (old, upper, {**old, **headers}, {**hop, **headers}):
+        assert verified(form).id == "msg_1"
     for name, value in headers.items():  # never one of each
         mixed = {key: text for key, text in old.items() if not key.endswith(name[-5:])}
         assert "missing" in str(refusal({**mixed, name: value}))
     refusal({**old, "svix-id": "msg_2"})
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@every_scheme
 def test_a_secret_of_the_wrong_type_opens_no_door(scheme):
     """bytes(32) is a key of 32 zeros: whoever guesses that signs with zeros."""
-    for secret in (
-        None, "", b"", 5, 32, 1.5, [], (), {}, object(), [""], [None], [b""], [SECRET_TWO, None],
-        [[SECRET]],
-    ):  # fmt: skip
-        refusal(signed_by_hand(scheme), secret, scheme=scheme)
-    unsigned = signed_by_hand(scheme, secret="")
-    for secret in ("", b"", [""], [SECRET_TWO, ""], [b"", SECRET_TWO], []):  # of an unset variable
-        assert "needs a secret" in str(refusal(unsigned, secret, scheme=scheme))
-    null = signed_by_hand(scheme, secret=base64.b64encode(bytes(24)).decode())
     text = b"a secret that somebody keeps in a mutable buffer"
-    for secret in (
-        32, [32], (24, 32), bytearray(text), memoryview(text), [SECRET_TWO, 32], {32: SECRET},
+    zeros = base64.b64encode(bytes(24)).decode()
+    for signed, secrets in {
+        SECRET: [None, 5, 32, 1.5, {}, object(), [None], [SECRET_TWO, None], [[SECRET]]],
+        zeros: [32, [32], (24, 32), bytearray(text), memoryview(text), [SECRET_TWO, 32],
+                {32: SECRET}],
+    }.items():  # fmt: skip
+        for secret in secrets:
+            refusal(signed_by_hand(scheme, secret=signed), secret, scheme=scheme)
+    for secret in (  # of an unset variable
+        "", b"", [""], [b""], [SECRET_TWO, ""], [b"", SECRET_TWO], [], (), " ", "\n", "\t \n",
+        [SECRET_TWO, " "],
     ):  # fmt: skip
-        refusal(null, secret, scheme=scheme)
+        for signed in ("", SECRET):
+            headers = signed_by_hand(scheme, secret=signed)
+            assert "needs a secret" in str(refusal(headers, secret, scheme=scheme))
 
 
-@pytest.mark.parametrize("scheme", ["standard", "stripe"])
+@pytest.mark.parametrize("scheme", SCHEMES[:2])
 def test_the_tolerance_holds_both_ways_to_the_second(scheme):
-    headers, far = signed_by_hand(scheme), (math.inf, -math.inf, math.nan)
-
-    def late(**options: Any) -> bool:
-        return type(refusal(headers, scheme=scheme, **options)) is TimestampError
-
+    """To the second of any tolerance: see below, where a genuine request is taken."""
+    headers, far = signed_by_hand(scheme), (1e12, math.inf, -math.inf, math.nan)
     for away in (0, 300, -300):
         assert verified(headers, scheme=scheme, now=SIGNED_AT + away).timestamp == SIGNED_AT
-    assert all(late(now=SIGNED_AT + away) for away in (300.5, -300.5, 301, -301, 1e12, *far))
-    verified(headers, scheme=scheme, now=SIGNED_AT + 10, tolerance=10)
-    assert late(now=SIGNED_AT + 11, tolerance=10) and late(now=None)  # by the real time
+    for now in (None, *(SIGNED_AT + away for away in (300.5, -300.5, *far))):  # None: the real time
+        assert type(refusal(headers, scheme=scheme, now=now)) is TimestampError
     verified(signed_by_hand(scheme, at=int(time.time())), scheme=scheme, now=None)
 
 
-@pytest.mark.parametrize("scheme", ["standard", "stripe"])
+@pytest.mark.parametrize("scheme", SCHEMES[:2])
 def test_only_a_canonical_timestamp_is_read(scheme):
     """Lenient parsing signs one text and checks another: here a right signature does not help."""
     lenient = signed_by_hand(scheme, at=12)
-    odd = [
+    for text in [
         " 12 ", "12 ", "\t12", "12\n", "1_2", "+12", "012", "00", "-1", "12.0", "1e1", "0x0c", "",
         "١٢", "1²", "9" * 16, "9" * 400,
-    ]  # fmt: skip
-    for text in odd:
+    ]:  # fmt: skip
         headers = signed_by_hand(scheme, at=text)
         if scheme == "standard":
             headers["webhook-signature"] += " " + lenient["webhook-signature"]
@@ -1864,40 +1650,32 @@ def test_only_a_canonical_timestamp_is_read(scheme):
 
 def test_a_signature_has_one_spelling():
     """Lenient decoders take most of these for the same bytes."""
-    headers = signed_by_hand("standard")
-    text = headers["webhook-signature"].removeprefix("v1,")
+    text = signed_by_hand("standard")["webhook-signature"].removeprefix("v1,")
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
     left_over = text[:-2] + alphabet[alphabet.index(text[-2]) ^ 1] + "="
     assert base64.b64decode(left_over) == base64.b64decode(text)
-    junks = ("!", "\n", "=", "\0", "é", "\udcff", ",")
-    spellings = [f"{text[:9]}{junk}{text[9:]}" for junk in junks]
-    spellings += [
+    spellings = [f"{text[:9]}{junk}{text[9:]}" for junk in "!\n=\0é\udcff,"] + [
         left_over, text + "AAAA", text[:-1], text + "=", "\t" + text, "", text[:20],
         base64.b64decode(text).hex(),
     ]  # fmt: skip
-    wholes = [f"v1,{spelling}" for spelling in spellings]
-    wholes += [
-        "V1," + text, text, "v1a," + text, "v1" + text, "v1;" + text, "v2," + text, ",", "v1",
-    ]  # fmt: skip
-    for whole in wholes:
-        refusal({**headers, "webhook-signature": whole})
-    for changed in (
-        str.upper, lambda v: v.replace("sha256=", "sha1="), lambda v: v + "0",
-        lambda v: v.partition("=")[2],
-    ):  # fmt: skip
-        refusal({k: changed(v) for k, v in signed_by_hand("github").items()}, scheme="github")
+    wholes = [f"{version}{text}" for version in ("V1,", "", "v1a,", "v1", "v1;", "v2,")]
+    for whole in (*wholes, ",", "v1", *(f"v1,{spelling}" for spelling in spellings)):
+        refusal({**signed_by_hand("standard"), "webhook-signature": whole})
+    (hex,) = signed_by_hand("github").values()
+    for whole in (hex.upper(), hex.replace("sha256=", "sha1="), hex + "0", hex.partition("=")[2]):
+        refusal({"X-Hub-Signature-256": whole}, scheme="github")
 
 
 def test_unknown_versions_are_passed_over_and_seventeen_signatures_refused():
     good = signed_by_hand("standard")
-    signature = good["webhook-signature"]
+    signature, many = good["webhook-signature"], "v1,AAAA " * 16
     for text in (
         f"v1a,abc v2,def {signature}", f"{signature} v9", f" \udcff {signature}",
-        "v1,AAAA " * 15 + signature,
+        many[8:] + signature,
     ):  # fmt: skip
         assert verified({**good, "webhook-signature": text}).id == "msg_1"
-    assert "16" in str(refusal({**good, "webhook-signature": "v1,AAAA " * 16 + signature}))
-    assert "16" in str(refusal({**good, "webhook-signature": signature + " v1,AAAA" * 16}))
+    for text in (many + signature, f"{signature} {many.rstrip()}"):
+        assert "16" in str(refusal({**good, "webhook-signature": text}))
     at, _, last = signed_by_hand("stripe")["Stripe-Signature"].partition(",")
     for text in (
         f"{at},v0=abc,x,{last},v2=00", f"{last},{at}", f"{at},{'v0=0,' * 16}{'v1=0,' * 15}{last}",
@@ -1910,14 +1688,12 @@ def test_unknown_versions_are_passed_over_and_seventeen_signatures_refused():
         refusal({"Stripe-Signature": text}, scheme="stripe")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@every_scheme
 def test_each_header_is_needed_and_must_not_come_twice_with_two_values(scheme):
     good = signed_by_hand(scheme)
     for name in good:
-        for headers in (
-            {k: v for k, v in good.items() if k != name}, {**good, name: ""}, {**good, name: None},
-            {},
-        ):  # fmt: skip
+        without = {key: value for key, value in good.items() if key != name}
+        for headers in (without, {**good, name: ""}, {**good, name: None}, {}):
             assert "missing" in str(refusal(headers, scheme=scheme))
         other = (name.upper(), "other")
         for pairs in ([other, *good.items()], [*good.items(), other]):
@@ -1925,16 +1701,14 @@ def test_each_header_is_needed_and_must_not_come_twice_with_two_values(scheme):
 
 
 def test_odd_ids_and_wrong_options_are_refused():
+    good, longest = signed_by_hand("standard"), signed_by_hand("standard", id="a" * 256)
+    assert verified(longest).id == "a" * 256
     for id in ("", "a.b", "a\nb", "é", "a" * 257, "a\x00"):
         refusal(signed_by_hand("standard", id=id))
-    longest = signed_by_hand("standard", id="a" * 256)
-    assert verified(longest).id == "a" * 256
-    for options in (
-        {"scheme": "svix"}, {"scheme": None}, {"scheme": []}, {"tolerance": "5"}, {"now": "x"},
-    ):  # fmt: skip
-        refusal(signed_by_hand("standard"), **options)
-    assert "standard, stripe, github" in str(refusal(signed_by_hand("standard"), scheme="svix"))
-    assert "base64" in str(refusal(signed_by_hand("standard"), f"whsec_{KEY_CANARY}!"))
+    for options in ({"scheme": None}, {"scheme": []}, {"tolerance": "5"}, {"now": "x"}):
+        refusal(good, **options)
+    assert "standard, stripe, github" in str(refusal(good, scheme="svix"))
+    assert "base64" in str(refusal(good, f"whsec_{KEY_CANARY}!"))
 
 
 STRIPE_THIN = (
@@ -1942,16 +1716,11 @@ STRIPE_THIN = (
 )
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@every_scheme
 def test_an_authentic_body_need_not_be_an_envelope_or_json(scheme):
-    for body in (
-        b"", b"plain text", b"\xff\xfe\x00", b'{"type":', b"[" * 100_000,
-        b'{"type":"a","data":' + b"9" * 5000 + b"}",
-    ):  # fmt: skip
-        refusal(signed_by_hand(scheme, body), body=body + b" ", scheme=scheme)
-        event = verified(signed_by_hand(scheme, body), body=body, scheme=scheme)
-        assert (event.type, event.data) == ("", None)
+    texts = (b"", b"plain text", b"\xff\xfe\x00", b'{"type":', b"[" * 100_000)
     for body, type, data in (
+        *((text, "", None) for text in (*texts, b'{"type":"a","data":' + b"9" * 5000 + b"}")),
         (b"[1]", "", [1]),
         (b'{"type":5,"data":1}', "", {"type": 5, "data": 1}),
         (b'{"type":"card","amount":5}', "", {"type": "card", "amount": 5}),  # body="data"
@@ -1962,8 +1731,10 @@ def test_an_authentic_body_need_not_be_an_envelope_or_json(scheme):
         (STRIPE_THIN, "v1.a", json.loads(STRIPE_THIN)),
         (b'{"id":5,"object":"event","type":"a"}', "", {"id": 5, "object": "event", "type": "a"}),
     ):
-        event = verified(signed_by_hand(scheme, body), body=body, scheme=scheme)
+        headers = signed_by_hand(scheme, body)
+        event = verified(headers, body=body, scheme=scheme)
         assert (event.type, event.data) == (type, data)
+        refusal(headers, body=body + b" ", scheme=scheme)
 
 
 SIGNED_IDS: list[tuple[str, bytes, str]] = [  # scheme, body, what the id is
@@ -1992,17 +1763,10 @@ def test_an_events_id_comes_from_what_is_signed(scheme, body, id):
 
 def test_signatures_are_compared_in_constant_time():
     """It cannot be measured on a noisy machine; in the source all go through compare_digest."""
-    tree = ast.parse((ROOT / "webhook_outbox.py").read_text(encoding="utf-8"))
-    defs = (node for node in tree.body if isinstance(node, ast.FunctionDef))
-    functions = {node.name: list(ast.walk(node)) for node in defs}
-
-    def calls(name: str) -> set[str]:
-        return {ast.unparse(node.func) for node in functions[name] if isinstance(node, ast.Call)}
-
-    assert "hmac.compare_digest" in calls("_any_equal")
+    compares = inspect.getsource(webhook_outbox._any_equal)
+    assert "hmac.compare_digest(" in compares and "_any_equal(" in inspect.getsource(verify)
     early = (ast.Eq, ast.In, ast.Break)
-    assert not [node for node in functions["_any_equal"] if isinstance(node, early)]
-    assert "_any_equal" in calls("verify")
+    assert not [node for node in ast.walk(ast.parse(compares)) if isinstance(node, early)]
 
 
 def test_a_megabyte_of_header_is_refused_soon():
@@ -2020,7 +1784,7 @@ def test_a_megabyte_of_header_is_refused_soon():
     assert time.process_time() - began < 30
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@every_scheme
 def test_a_large_body_is_read_once_and_parsed_only_if_it_is_genuine(scheme):
     """Parsed, the lists in it would take a dozen times its size."""
     body = b"[" + b"[]," * 300_000 + b"[]]"
@@ -2033,18 +1797,13 @@ def test_a_large_body_is_read_once_and_parsed_only_if_it_is_genuine(scheme):
     assert len(verified(good, body=body, scheme=scheme).data) == 300_001
 
 
-HOSTILE_TEXTS = (
-    f"v1,AAAA v1, t=1,v1=00 t={SIGNED_AT},v1= sha256= sha256=00 {SIGNED_AT} msg_1".split()
-)
+HOSTILE_TEXTS = f"v1,AAAA v1, t=1,v1=00 t={SIGNED_AT},v1= sha256= sha256=00 {SIGNED_AT} msg_1"
 HOSTILE_PARTS = ["v1", ",", "=", "t", " ", "0", "9", "sha256", "é", "\udc80", "\0"]
 HOSTILE_NAMES = "webhook-id Webhook-Timestamp WEBHOOK-SIGNATURE stripe-signature".split()
-hostile_text = (
-    st.text(max_size=40) | st.sampled_from(HOSTILE_TEXTS)
-    | st.lists(st.sampled_from(HOSTILE_PARTS), max_size=60).map("".join)
-)  # fmt: skip
 hostile_value = (
-    hostile_text | st.binary(max_size=40) | st.none() | st.integers()
-    | st.lists(st.text(max_size=3))
+    st.text(max_size=40) | st.sampled_from(HOSTILE_TEXTS.split())
+    | st.lists(st.sampled_from(HOSTILE_PARTS), max_size=60).map("".join)
+    | st.binary(max_size=40) | st.none() | st.integers() | st.lists(st.text(max_size=3))
 )  # fmt: skip
 hostile_name = (
     st.sampled_from([*HOSTILE_NAMES, b"x-hub-signature-256"]) | st.text(max_size=5)
@@ -2062,13 +1821,10 @@ hostile_secret = (
 
 @settings(max_examples=400)
 @given(
-    st.one_of(st.binary(), hostile_value),
-    hostile_headers,
-    hostile_secret,
-    st.one_of(st.sampled_from(SCHEMES), hostile_value),
-    st.one_of(st.none(), st.integers(), st.floats(), st.just(SIGNED_AT)),
-    st.one_of(st.floats(), st.just(math.inf)),
-)
+    st.binary() | hostile_value, hostile_headers, hostile_secret,
+    st.sampled_from(SCHEMES) | hostile_value,
+    st.none() | st.integers() | st.floats() | st.just(SIGNED_AT), st.floats() | st.just(math.inf),
+)  # fmt: skip
 def test_verify_raises_one_family_of_errors(body, headers, secret, scheme, now, tolerance):
     with contextlib.suppress(SignatureError):
         verify(body, headers, secret, scheme=scheme, now=now, tolerance=tolerance)
@@ -2095,20 +1851,22 @@ def test_a_genuine_request_is_taken_in_any_form(data, scheme, body, at, toleranc
         both = ("".join(letters), pair[1])
         return data.draw(st.tuples(*(st.sampled_from([text, text.encode()]) for text in both)))
 
+    # Two proxies on the way leave two Via headers, and frameworks hand on both.
     others = [("Via", "a"), ("via", b"b"), (5, None), ("webhook-x", ["v1"])]
     pairs = data.draw(st.permutations([*map(spelled, good.items()), *others]))
     form = data.draw(st.sampled_from([dict, list, tuple, iter, types.MappingProxyType]))
     headers = form(dict(pairs)) if form is types.MappingProxyType else form(pairs)
-    way = data.draw(st.sampled_from([1, -1]))
-    now, beyond = at + way * tolerance, at + way * (tolerance + 1)
-    event = verified(headers, secrets, body, scheme=scheme, now=now, tolerance=tolerance)
+    several = data.draw(st.sampled_from([list, tuple, iter]))(secrets)
+    away = data.draw(st.sampled_from([1, -1])) * tolerance
+    event = verified(headers, several, body, scheme=scheme, now=at + away, tolerance=tolerance)
     assert event.timestamp == (None if scheme == "github" else at)
     assert scheme != "standard" or event.id == id
     if scheme != "github":
+        beyond = at + away + (1 if away > 0 else -1)
         late = {"scheme": scheme, "now": beyond, "tolerance": tolerance}
         assert type(refusal(dict(pairs), secrets, body, **late)) is TimestampError
     rest = [secret for secret in secrets if secret not in (mine, mine.encode(), keys[-1])]
-    refusal(pairs, rest, body, scheme=scheme)
+    refusal(pairs, rest, body, scheme=scheme, now=at)
 
 
 def flipped(value: bytes, bit: int) -> bytes:
@@ -2116,26 +1874,25 @@ def flipped(value: bytes, bit: int) -> bytes:
     return value[:place] + bytes([value[place] ^ mask]) + value[place + 1 :]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@every_scheme
 def test_one_bit_more_or_less_anywhere_is_refused(scheme):
     good = signed_by_hand(scheme)
     verified(good, scheme=scheme, now=0, tolerance=math.inf)
     for bit in range(8 * len(SIGNED_BODY)):
-        refusal(good, body=flipped(SIGNED_BODY, bit), scheme=scheme, tolerance=math.inf)
+        refusal(good, body=flipped(SIGNED_BODY, bit), scheme=scheme)
     for name, value in good.items():
         for bit in range(8 * len(value)):
             changed = {**good, name: flipped(value.encode(), bit).decode("latin-1")}
             refusal(changed, scheme=scheme, tolerance=math.inf)
 
 
-FUZZ_TEXT = b'v1, v1= t= sha256= , = . 0 9 - \0 \n \xff { } [ " : 1e999 type data id object event'
-FUZZ_TOKENS = [*FUZZ_TEXT.split(b" "), rb"\ud800"]
-
-Edges = set[tuple[str, int, int]]  # function, and two instructions that ran one after the other
+FUZZ_TEXT = rb'v1, v1= t= sha256= , = . 0 9 - { } [ " : 1e999 type data id object event \ud800'
+FUZZ_TOKENS = [*FUZZ_TEXT.split(b" "), b"\0", b"\n", b"\xff"]
 
 
-def edges_into(seen: Edges) -> Callable[..., Any]:
-    """Return a trace function that notes how the module's own code ran."""
+def edges_into(seen: set[tuple[str, int, int]]) -> Callable[..., Any]:
+    """Return a trace function that notes how the module's own code ran: a function, and two
+    instructions of it that ran one after the other."""
 
     def trace(frame: types.FrameType, kind: str, _: Any) -> Any:
         last, code = 0, frame.f_code
@@ -2152,10 +1909,9 @@ def edges_into(seen: Edges) -> Callable[..., Any]:
 
 
 @pytest.mark.long
-def test_a_fuzzer_led_by_coverage_finds_no_open_door_and_no_other_error(capsys):
-    rng, began, runs, genuine = random.Random(65), time.monotonic(), 30_000, 0
-    edges: Edges = set()
-    seen: Edges = set()
+def test_a_fuzzer_led_by_coverage_finds_no_open_door_and_no_other_error():
+    rng, runs, genuine = random.Random(65), 30_000, 0
+    edges, seen = set[tuple[str, int, int]](), set[tuple[str, int, int]]()
     trace = edges_into(seen)
 
     def signed(scheme: str, body: bytes, **options: Any) -> list[tuple[bytes, bytes]]:
@@ -2204,10 +1960,6 @@ def test_a_fuzzer_led_by_coverage_finds_no_open_door_and_no_other_error(capsys):
             corpus.append((scheme, body, headers))
             edges |= seen
         seen.clear()
-    took = time.monotonic() - began
-    found = f"{genuine} genuine, {len(edges)} edges, {len(corpus)} cases"
-    with capsys.disabled():
-        print(f"\nverify(): {runs} executions in {took:.0f} s, {found}")
     assert genuine > runs // 50 and len(edges) > 100
 
 

@@ -1972,26 +1972,27 @@ DAY = 86_400.0
 
 def test_the_standard_policy_is_that_of_the_specification():
     policy = RetryPolicy()
-    assert (policy.delays, policy.jitter, policy.overload_delay) == (STANDARD_DELAYS, 0.2, 60.0)
+    assert fields(policy, "delays jitter overload_delay") == (STANDARD_DELAYS, 0.2, 60.0)
     assert sum(policy.delays) == pytest.approx(75 * 3600, rel=0.01)
-    assert RetryPolicy((0, 5)).overload_delay == 0.0
-    assert RetryPolicy((0, 5), overload_delay=7).overload_delay == 7
+    overload = [RetryPolicy((0, 5), overload_delay=least).overload_delay for least in (None, 7)]
+    assert overload == [0.0, 7]
     for name in ("delays", "jitter", "overload_delay"):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(policy, name, 1)
+        refuses(dataclasses.FrozenInstanceError, setattr, policy, name, 1)
     assert repr(RetryPolicy([0, 5], 10).delays) == "(0.0, 5.0)"
-    assert RetryPolicy([0, 5]) == RetryPolicy((0.0, 5.0))
-    assert len({RetryPolicy(), RetryPolicy()}) == 1
+    assert RetryPolicy([0, 5]) == RetryPolicy((0.0, 5.0)) and len({policy, RetryPolicy()}) == 1
 
 
 def test_an_exponential_policy_grows_to_its_cap():
-    assert RetryPolicy.exponential(2, 3, 50, 6).delays == (0, 2, 6, 18, 50, 50)
-    assert RetryPolicy.exponential(1, attempts=1).delays == (0,)
-    assert RetryPolicy.exponential(10, cap=5, attempts=3).delays == (0, 5, 5)
-    assert RetryPolicy.exponential(1, 1, attempts=4).delays == (0, 1, 1, 1)
+    for values, delays in {
+        (2, 3, 50, 6): (0, 2, 6, 18, 50, 50),
+        (1, 2, DAY, 1): (0,),
+        (10, 2, 5, 3): (0, 5, 5),
+        (1, 1, DAY, 4): (0, 1, 1, 1),
+        (0.5, 2, 0.5, 2): (0, 0.5),
+        (0.5,): (0, *(2.0**n for n in range(-1, 8))),
+    }.items():
+        assert RetryPolicy.exponential(*values).delays == delays
     assert max(RetryPolicy.exponential(1, 1e300, attempts=1000).delays) == DAY
-    assert RetryPolicy.exponential(0.5).delays == (0, *(2.0**n for n in range(-1, 8)))
-    assert RetryPolicy.exponential(0.5, cap=0.5, attempts=2).delays == (0, 0.5)
 
 
 def test_a_policy_that_makes_no_sense_is_refused():
@@ -2000,14 +2001,12 @@ def test_a_policy_that_makes_no_sense_is_refused():
         *({"jitter": j} for j in (-0.1, math.nan, math.inf, 10.1)),
         *({"overload_delay": o} for o in (-1, math.nan, math.inf)),
     ):
-        with pytest.raises(PayloadError):
-            print(options, "made", RetryPolicy(**options))  # type: ignore[arg-type]
+        refuses(PayloadError, RetryPolicy, **options)
     for values in (
         (0,), (-1,), (math.nan,), (1, 0.5), (1, math.inf), (1, 2, 0), (math.inf,), (1, 2, math.inf),
         (1, 2, 9, 0), (1, 2, 9, 1001),
     ):  # fmt: skip
-        with pytest.raises(PayloadError):
-            print(values, "made", RetryPolicy.exponential(*values))
+        refuses(PayloadError, RetryPolicy.exponential, *values)
 
 
 def test_the_wait_is_that_of_the_schedule_with_jitter_and_at_least_what_overload_asks():
@@ -2026,11 +2025,6 @@ FAILED = {"status_code": 500, "reason": "status"}
 VERDICTS: list[tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]] = [
     # attempts, first attempt, failing since; outcome; status, seconds from now, reason
     ((3, 0, None), {"status_code": 200}, ("delivered", 0, None)),
-    ((1, 1000, 1000), {"status_code": 410, "reason": "gone"}, ("failed", 0, "gone")),
-    ((1, 1000, 1000), {"status_code": 500, "reason": "aborted"}, ("failed", 0, "aborted")),
-    ((1, 1000, 1000), FAILED, ("pending", 10, "status")),
-    ((2, 1000, 1000), FAILED, ("pending", 100, "status")),
-    ((3, 1000, 1000), FAILED, ("failed", 0, "status")),
     ((1, 1000, 1000), {"reason": "timeout"}, ("pending", 30, "timeout")),
     ((1, 1000, 1000), {**FAILED, "status_code": 429, "hint": 5.0}, ("pending", 30, "status")),
     ((1, 1000, 1000), {**FAILED, "status_code": 503, "hint": 11.0}, ("pending", 11, "status")),
@@ -2055,43 +2049,34 @@ def test_a_delivery_becomes_what_its_outcome_its_schedule_and_its_endpoints_fail
     assert short == ("failed", 1000, "expired")
 
 
-def test_a_retry_after_without_time_zone_is_gmt_wherever_we_are(monkeypatch):
-    try:
-        monkeypatch.setenv("TZ", "UTC-9")
-        time.tzset()
-        assert webhook_outbox._retry_after(["Tue Nov 14 22:15:20 2023"], 1_700_000_000.0) == 120
-    finally:
-        monkeypatch.undo()
-        time.tzset()
+SOON = "Tue, 14 Nov 2023 22:15:20 GMT"  # 120 s after a clock of these tests begins
+RETRY_AFTER: dict[float | None, list[Any]] = {  # seconds; a header's value, or the values of two
+    0: ["0", "Tue, 14 Nov 2023 22:11:20 GMT"],
+    1: ["1", "1," * 100_000],
+    7: ["007", ("nan", "7")],
+    120: ["120", SOON, "Tue Nov 14 22:15:20 2023", ("5", "120"), f"5, {SOON}", f"{SOON},5",
+          "Tue Nov 14 22:15:20 2023, 5"],
+    2814: ["2814, 2", "2,2814", "2 ,\t2814 ", f"2814, {SOON}", f"{SOON}, 2814", f"x,{SOON},2814,"],
+    6400: ["Wednesday, 15-Nov-23 00:00:00 GMT"],
+    DAY: ["86400", "86401", "999999", "1" + "0" * 9, "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"],
+    None: [(), "-1", "1e9", "nan", "inf", "120.5", "", "+5", "0x10", "5 6", "1_0", "١٢", "²", ",",
+           "soon", "Tue, ", "Tue, 99 Nov", SOON[5:], "t" + SOON[1:],
+           "TUE" + SOON[3:], "Wednesdays, 15-Nov-23 22:15:20 GMT"],
+}  # fmt: skip
 
 
-def test_retry_after_is_read_as_the_rfc_says():
-    now = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
-
-    def read(*values: str) -> float | None:
-        return webhook_outbox._retry_after(values, now)
-
-    assert [read(v) for v in ("0", "1", "120", "007", "86400")] == [0, 1, 120, 7, DAY]
-    assert [read(v) for v in ("86401", "999999", "1" + "0" * 9, "9" * 400)] == [DAY] * 4
-    for value in (
-        "-1", "1e9", "nan", "inf", "120.5", "", "+5", "0x10", "5 6", "1_0", "١٢", "²", "soon",
-        "Tue, ", "Tue, 99 Nov", "14 Nov 2023 22:15:20 GMT", "tue, 14 Nov 2023 22:15:20 GMT",
-        "TUE, 14 Nov 2023 22:15:20 GMT", "Wednesdays, 15-Nov-23 22:15:20 GMT",
-    ):  # fmt: skip
-        assert read(value) is None, value
-    assert read("Tue, 14 Nov 2023 22:15:20 GMT") == 120
-    assert read("Wednesday, 15-Nov-23 00:00:00 GMT") == 6400
-    assert read("Tue Nov 14 22:15:20 2023") == 120
-    assert read("Tue, 14 Nov 2023 22:11:20 GMT") == 0
-    assert read("Fri, 31 Dec 9999 23:59:59 GMT") == DAY
-    assert read("5", "120") == 120 and read("nan", "7") == 7 and read() is None
-    date = "Tue, 14 Nov 2023 22:15:20 GMT"  # 120 s from now
-    for joined in (
-        "2814, 2", "2,2814", "2 ,\t2814 ", f"2814, {date}", f"{date}, 2814", f"x,{date},2814,",
-    ):  # fmt: skip
-        assert read(joined) == 2814, joined
-    assert read(f"5, {date}") == read(f"{date},5") == read("Tue Nov 14 22:15:20 2023, 5") == 120
-    assert read(",") is None and read("1," * 100_000) == 1
+def test_retry_after_is_read_as_the_rfc_says_and_is_gmt_wherever_we_are(monkeypatch):
+    for zone in ("UTC", "UTC-9"):
+        try:
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
+            for seconds, values in RETRY_AFTER.items():
+                for hint in values:
+                    hint = (hint,) if isinstance(hint, str) else hint
+                    assert webhook_outbox._retry_after(hint, Clock().now) == seconds, hint
+        finally:
+            monkeypatch.undo()
+            time.tzset()
 
 
 def retry_times(outbox: Outbox, clock: Clock, event: str) -> list[float]:
@@ -2127,55 +2112,52 @@ def test_attempts_follow_the_schedule_entry_by_entry(policy, dice, either, shop)
         assert outbox.drain(once=True).pending == 1 and not receiver.requests
         clock.advance(policy.delays[0])
     times = retry_times(outbox, clock, id)
-    assert times[0] - begin == policy.delays[0]
-    waits = [later - earlier for earlier, later in itertools.pairwise(times)]
+    waits = [later - earlier for earlier, later in itertools.pairwise([begin, *times])]
     jittered = [delay * (1 + policy.jitter * dice) for delay in policy.delays[1:]]
-    assert waits == pytest.approx(jittered, abs=1e-3)
+    assert waits == pytest.approx([policy.delays[0], *jittered], abs=1e-3)
     assert len(receiver.requests) == len(policy.delays) == len(times)
     (failed,) = outbox.failed()
-    assert (failed.reason, failed.status_code, failed.attempts) == ("status", 500, len(times))
-    assert (failed.event_id, failed.endpoint_id, failed.first_attempt_at) == (id, "crm", times[0])
+    named = fields(failed, "event_id endpoint_id reason status_code attempts first_attempt_at")
+    assert named == (id, "crm", "status", 500, len(times), times[0])
     assert len({request.body for request in receiver.requests}) == 1
     signed = [int(r.headers["webhook-timestamp"]) for r in receiver.requests]
     assert signed == [int(at) for at in times]
 
 
-HINTS = {
+HINTS = {  # Retry-After; how long it holds the endpoint, and when its delivery is due again
     "later than the schedule": ("100", 100.0, 100.0),
     "earlier than the schedule": ("3", 3.0, 20.0),
-    "a date": ("Tue, 14 Nov 2023 22:15:20 GMT", 120.0, 120.0),
+    "a date": (SOON, 120.0, 120.0),
     "far too long": ("9" * 400, DAY, DAY),
-    "year 9999": ("Fri, 31 Dec 9999 23:59:59 GMT", DAY, DAY),
     "past": ("Tue, 14 Nov 2023 22:11:20 GMT", 0.0, 20.0),
     "garbage": ("1e9", 0.0, 20.0),
 }
 
 
 @pytest.mark.parametrize(("hint", "status"), [*((hint, 429) for hint in HINTS), ("a date", 503)])
-def test_retry_after_holds_the_whole_endpoint_and_no_other(hint, status, wal, serve):
+def test_retry_after_holds_the_whole_endpoint_and_no_other(hint, status, shop, serve):
     value, held, due = HINTS[hint]
-    clock = Clock()
-    busy, well = serve([answer(status, b"", f"Retry-After: {value}"), OK]), serve()
-    outbox = make_outbox(wal, busy.url(), id="busy", clock=clock, retry=(0, 20, 20))
+    plays = [answer(status, b"", f"Retry-After: {value}"), OK]
+    clock, busy, outbox = shop.timed(plays, id="busy", retry=(0, 20, 20))
+    well = serve()
     outbox.add_endpoint(well.url(), id="well")
     first = emit(outbox)
-    assert outbox.drain(once=True) == DrainReport(delivered=1, retried=1, failed=0, pending=1)
+    assert shop.drain() == DrainReport(delivered=1, retried=1, failed=0, pending=1)
     assert outbox.deliveries(event_id=first, endpoint="busy")[0].due_at == clock.now + due
     begin, second = clock.now, emit(outbox)
     if held:
-        outbox.drain(once=True)
-        assert (len(busy.requests), len(well.requests)) == (1, 2)
+        assert shop.drain().delivered == 1 == len(busy.requests)
         clock.now = begin + held - 0.01
-        assert outbox.drain(once=True).delivered == 0
+        assert shop.drain().delivered == 0
         clock.now = begin + held
-    outbox.drain(once=True)
+    shop.drain()
     assert statuses(outbox, second) == {"busy": "delivered", "well": "delivered"}
     if due > held:
         clock.now = begin + due - 0.01
-        outbox.drain(once=True)
+        shop.drain()
         assert statuses(outbox, first)["busy"] == "pending"
         clock.now = begin + due
-        outbox.drain(once=True)
+        shop.drain()
     tried = [(a.at, a.status_code) for a in outbox.attempts(first, "busy")]
     assert tried == [(begin, status), (begin + due, 200)]
 
@@ -2225,37 +2207,30 @@ def limited(origin: Any, other: Any, closed_at: Any, answered_at: float, usual: 
     assert origin.pressing == {} and origin.hanging == 0
 
 
-def test_retry_after_is_not_lifted_by_an_answer_that_was_on_its_way(wal, serve):
+def test_retry_after_is_not_lifted_by_an_answer_that_was_on_its_way(shop):
     """The 200 of a request that was accepted before the limit does not mean: come again."""
-    clock = Clock()
-    outbox = make_outbox(wal, clock=clock)
 
     def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        if request.headers["webhook-id"] == limited:
+        if number_of(request) == 1:
             sock.sendall(answer(429, b"", "Retry-After: 100"))
         else:
-            if request.headers["webhook-id"] == slow:
-                eventually(lambda: outbox.attempts(limited))
+            eventually(lambda: outbox.attempts(ids[1]))
             sock.sendall(OK)
         return True
 
-    receiver = serve(play)
-    outbox.add_endpoint(receiver.url())
-    slow, limited = emit(outbox), emit(outbox)
-    report = outbox.drain(once=True)
-    assert (report.delivered, report.retried) == (1, 1)
+    _, receiver, outbox = shop.timed(play)
+    ids = emit_numbers(outbox, (0, 1))
+    assert fields(shop.drain(), "delivered retried") == (1, 1)
     emit(outbox)
-    clock.advance(99)
-    assert outbox.drain(once=True).delivered == 0 and len(receiver.requests) == 2
+    assert shop.drain(99).delivered == 0 and len(receiver.requests) == 2
 
 
 def test_retry_after_outlives_the_drain_and_means_nothing_on_other_answers(wal, shop):
     answers = [answer(status, b"", "Retry-After: 900") for status in (502, 503)]
     clock, busy, outbox = shop.timed([*answers, OK])
     id = emit(outbox)
-    outbox.drain(once=True)
-    clock.advance(1)
-    outbox.drain(once=True)
+    shop.drain()
+    shop.drain(1)
     assert len(busy.requests) == 2
     clock.advance(899.9)
     later = make_outbox(wal, clock=clock)
@@ -2265,27 +2240,20 @@ def test_retry_after_outlives_the_drain_and_means_nothing_on_other_answers(wal, 
     assert later.drain(once=True).delivered == 1
 
 
-@pytest.mark.parametrize("cause", [429, "silence", 503])
 @pytest.mark.long
-def test_overload_waits_at_least_the_overload_delay(cause, wal, serve):
-    receiver = serve(hangs if cause == "silence" else answer(cause))
-    for policy, waits in (
-        (RetryPolicy((0, 5, 50), 0.0, overload_delay=40), (40, 50)),
-        (RetryPolicy((0, 5, 5), 0.0), (5, 5)),
-        (dataclasses.replace(RetryPolicy(), jitter=0.0), (60, 300)),
-    ):
-        clock = Clock()
-        outbox = make_outbox(wal, clock=clock, retry=policy, timeout=0.2)
-        endpoint = outbox.add_endpoint(receiver.url())
-        id = emit(outbox)
-        for wait, scheduled in zip(waits, policy.delays[1:], strict=False):
-            outbox.drain(once=True)
-            due = outbox.deliveries(event_id=id)[0].due_at
-            expected = scheduled if cause == 503 else wait
-            assert due - clock.now == pytest.approx(expected)
-            clock.now = due
-        assert outbox.attempts(id)[0].reason == ("timeout" if cause == "silence" else "status")
-        outbox.remove_endpoint(endpoint.id)
+def test_overload_waits_at_least_the_overload_delay(wal, serve):
+    clock, policy = Clock(), RetryPolicy((0, 5, 50), 0.0, overload_delay=40)
+    outbox = make_outbox(wal, clock=clock, retry=policy, timeout=0.2)
+    for cause in ("429", "502", "504", "500", "503", "timeout"):
+        receiver = serve(hangs if cause == "timeout" else answer(int(cause)))
+        outbox.add_endpoint(receiver.url(), id=cause)
+    id, begin = emit(outbox), clock.now
+    for after, overloaded, other in ((0, 40, 5), (5, 40, 55), (40, 90, 55)):
+        clock.now = begin + after
+        outbox.drain(once=True)
+        due = {d.endpoint_id: d.due_at - begin for d in outbox.deliveries(event_id=id)}
+        assert due == {e: other if e in ("500", "503") else overloaded for e in due}
+    assert {a.reason for a in outbox.attempts(id, "timeout")} == {"timeout"}
 
 
 ASKED = "the receiver asked for it (webhook-delivery: disable)"
@@ -2303,52 +2271,34 @@ ENDS = [
 
 @pytest.mark.parametrize(("first", "one", "two", "why", "row"), ENDS)
 def test_an_answer_may_end_its_delivery_or_hold_the_endpoint(shop, first, one, two, why, row):
-    clock, receiver, outbox = shop.timed([first, OK], id="crm")
+    _, receiver, outbox = shop.timed([first, OK], id="crm")
     ids = [emit(outbox), emit(outbox, delay=10)]
-    outbox.drain(once=True)
-    clock.advance(10)
-    outbox.drain(once=True)
+    shop.drain()
+    shop.drain(10)
     assert [statuses(outbox, id)["crm"] for id in ids] == [one, two]
     assert fields(outbox.endpoint("crm"), "enabled disabled_reason") == (not why, why)
     rows = [fields(f, "reason status_code response attempts") for f in outbox.failed()]
     assert rows == ([row] if row else []) and len(receiver.requests) == 1 + (two == "delivered")
     if why:
         outbox.enable_endpoint("crm")
-        assert outbox.drain(once=True).delivered == [one, two].count("held")
+        assert shop.drain().delivered == [one, two].count("held")
         assert statuses(outbox, ids[1]) == {"crm": "delivered"}
 
 
 @pytest.mark.parametrize("break_", [False, True], ids=["without a break", "with a success between"])
 def test_a_delivery_expires_when_its_endpoint_failed_for_its_whole_window(shop, break_):
     """Retry-After can stretch a schedule beyond its window of 30 s; a success starts it anew."""
-    slow = answer(503, b"", "Retry-After: 29")
-    clock, receiver, outbox = shop.timed(
-        [slow, OK, answer(500)] if break_ else [slow, answer(500)],
-        id="crm",
-        max_in_flight=1,
-        retry=(0, 10, 10, 10),
-    )
+    plays = [answer(503, b"", "Retry-After: 29"), *[OK] * break_, answer(500)]
+    _, receiver, outbox = shop.timed(plays, max_in_flight=1, retry=(0, 10, 10, 10))
     id = emit(outbox)
     if break_:
         emit(outbox, delay=1)
-    outbox.drain(once=True)
-    clock.advance(29)
-    assert outbox.drain(once=True).retried == 1 and not outbox.failed()
-    clock.advance(10)
-    outbox.drain(once=True)
+    shop.drain()
+    assert shop.drain(29).retried == 1 and not outbox.failed()
+    shop.drain(10)
     rows = [fields(f, "event_id attempts reason status_code") for f in outbox.failed()]
     assert rows == ([] if break_ else [(id, 3, "expired", 500)])
     assert len(receiver.requests) == 3 + break_
-
-
-def emit_expiring(path: str, outbox: Outbox, way: str, **options: Any) -> str:
-    """Emit what expires, by the library or in plain SQL at the same time."""
-    if way == "library":
-        return emit(outbox, **options)
-    named = {"type": "order.created", "data": "{}", **options, "created_at": outbox.clock()}
-    columns, marks = ", ".join(named), ", ".join("?" * len(named))
-    query(path, f"INSERT INTO webhook_emit ({columns}) VALUES ({marks})", *named.values())
-    return outbox.events(limit=1)[0].id
 
 
 @pytest.mark.parametrize("way", ["library", "plain SQL"])
@@ -2358,19 +2308,25 @@ def test_what_expires_ends_in_the_failed_table_without_an_attempt(either, shop, 
     clock, receiver, outbox = shop.timed(
         [answer(500), OK], id="crm", max_in_flight=1, retry=(0, 100, 100), observer=notices.append
     )
-    tried = emit_expiring(either, outbox, way, expires=50)
-    outbox.drain(once=True)
-    good = emit_expiring(either, outbox, way, expires=50)
-    never = emit_expiring(either, outbox, way, expires=50, delay=70)
-    held = emit_expiring(either, outbox, way, expires=60)
+
+    def expiring(**options: Any) -> str:
+        if way == "library":
+            return emit(outbox, **options)
+        named = {"type": "order.created", "data": "{}", **options, "created_at": clock()}
+        columns, marks = ", ".join(named), ", ".join("?" * len(named))
+        query(either, f"INSERT INTO webhook_emit ({columns}) VALUES ({marks})", *named.values())
+        return outbox.events(limit=1)[0].id
+
+    tried = expiring(expires=50)
+    shop.drain()
+    good, never = expiring(expires=50), expiring(expires=50, delay=70)
+    held = expiring(expires=60)
     outbox.disable_endpoint("crm")
-    clock.advance(49)
-    assert outbox.drain(once=True) == DrainReport(0, 0, 0, 0)
+    assert shop.drain(49) == DrainReport(0, 0, 0, 0)
     outbox.enable_endpoint("crm")
-    assert outbox.drain(once=True).delivered == 2  # good, and held
+    assert shop.drain().delivered == 2  # good, and held
     assert {statuses(outbox, id)["crm"] for id in (good, held)} == {"delivered"}
-    clock.advance(1)
-    report = outbox.drain(once=True)
+    report = shop.drain(1)
     assert (report.failed, report.pending, len(receiver.requests)) == (2, 0, 3)
     same = "reason status_code response failed_at"
     assert {fields(f, f"event_id attempts {same}") for f in outbox.failed()} == {
@@ -2378,68 +2334,57 @@ def test_what_expires_ends_in_the_failed_table_without_an_attempt(either, shop, 
     }
     assert all("2023-11-14" in f.error for f in outbox.failed())
     assert len(outbox.attempts(tried)) == 1 and not outbox.attempts(never)
-    assert collections.Counter(notice.kind for notice in notices)["gave_up"] == 2
+    assert [notice.kind for notice in notices].count("gave_up") == 2
     counted = [line for line in outbox.metrics().splitlines() if not line.startswith("#")]
     assert 'webhook_outbox_given_up_total{endpoint="crm"} 2' in counted
     assert not any("attempts_total" in line and "expired" in line for line in counted)
     assert outbox.replay(ids=[outbox.failed()[0].id]) == 1 == outbox.resend(never)
-    clock.advance(1000)
-    assert outbox.drain(once=True).delivered == 2  # somebody's word overrules it
+    assert shop.drain(1000).delivered == 2  # somebody's word overrules it
     outbox.add_endpoint(receiver.url(), id="late")
-    fresh = emit_expiring(either, outbox, way, expires=5000)
+    fresh = expiring(expires=5000)
     query(either, "DELETE FROM webhook_deliveries WHERE endpoint_id = 'late'")
     assert outbox.backfill("late", since=0.0) == 1 and statuses(outbox, fresh)["late"] == "pending"
-    clock.advance(5000)
-    assert outbox.drain(once=True).failed == 2
+    assert shop.drain(5000).failed == 2
 
 
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("on_dead", ["skip", "hold"])
 def test_what_expires_in_a_queue_lets_the_others_go_or_holds_it(either, shop, ordered, on_dead):
-    clock, receiver, outbox = shop.timed(
+    _, receiver, outbox = shop.timed(
         [answer(500), OK], id="a", ordered=ordered, on_dead=on_dead, retry=(0, 1000)
     )
-
     say = functools.partial(emit_numbers, outbox, key="k")
     say([0], expires=100)
-    outbox.drain(once=True)  # it waits 1,000 s for its next try, and is worth something for 100
+    shop.drain()  # it waits 1,000 s for its next try, and is worth something for 100
     say(range(1, 300), expires=100)
     say([300, 301])
-    clock.advance(100)
-    outbox.drain(once=True)
+    shop.drain(100)
     assert numbers_of(receiver) == ([0, 300, 301] if on_dead == "skip" else [0])
     assert len(outbox.failed(limit=999)) == (300 if on_dead == "skip" else 1)
     if on_dead == "hold":
         assert outbox.discard(all=True) == 1
-        assert outbox.drain(once=True).failed == 1  # the next one holds it in its turn
+        assert shop.drain().failed == 1  # the next one holds it in its turn
         outbox.update_endpoint("a", on_dead="skip")
-        assert outbox.drain(once=True).delivered == 2
+        assert shop.drain().delivered == 2
 
 
 def test_a_row_that_was_sent_again_by_hand_just_as_it_expired_is_not_given_up(wal):
     """The drain decided, and has not recorded it yet."""
     outbox = make_outbox(wal, "https://example.com/", id="a")
     id = emit(outbox, expires=10)
-    (seq,) = query(wal, "SELECT seq FROM webhook_events")[0]
     outbox.resend(id)
-    with contextlib.closing(sqlite3.connect(wal, isolation_level=None)) as db:
-        row = webhook_outbox._Row(
-            "expired", seq, "a", "failed", 2e9, 2e9, 0.0, None, "expired", "late"
-        )
-        webhook_outbox._write_record(db, [row])
+    late = ("expired", int(id[4:], 16), "a", "failed", 2e9, 2e9, 0.0, None, "expired", "late")
+    with emit_host(wal) as db:
+        webhook_outbox._write_record(db, [webhook_outbox._Row(*late)])
     assert statuses(outbox, id) == {"a": "pending"} and not outbox.failed()
 
 
 def test_a_drain_that_was_off_for_a_week_delivers(either, shop):
-    clock, receiver, outbox = shop.timed(
-        [answer(500), answer(500), OK], id="crm", max_in_flight=1, retry=RetryPolicy()
-    )
+    _, _, outbox = shop.timed([answer(500), OK], id="crm", max_in_flight=1, retry=RetryPolicy())
     tried = emit(outbox)
-    outbox.drain(once=True)
+    shop.drain()
     untried = emit(outbox, delay=6)
-    clock.advance(7 * DAY)
-    receiver.play = OK
-    assert outbox.drain(once=True).delivered == 2
+    assert shop.drain(7 * DAY).delivered == 2
     assert statuses(outbox, tried) == statuses(outbox, untried) == {"crm": "delivered"}
     assert not outbox.failed()
 
@@ -2447,7 +2392,7 @@ def test_a_drain_that_was_off_for_a_week_delivers(either, shop):
 def test_an_event_that_waited_for_a_week_has_its_whole_budget(shop):
     clock, _, outbox = shop.timed(answer(500), id="crm")
     emit(outbox)
-    outbox.drain(once=True)
+    shop.drain()
     id = emit(outbox)
     clock.advance(7 * DAY)
     retry_times(outbox, clock, id)
@@ -2456,21 +2401,21 @@ def test_an_event_that_waited_for_a_week_has_its_whole_budget(shop):
 
 @pytest.mark.parametrize("runs", [True, False], ids=["a drain that runs", "the next drain"])
 @pytest.mark.parametrize("ahead", [2 * DAY, 3650 * DAY])
-def test_a_clock_that_was_ahead_for_a_minute_delays_nothing_for_years(ahead, runs, wal, serve):
+def test_a_clock_that_was_ahead_for_a_minute_delays_nothing_for_years(ahead, runs, shop, serve):
     """Neither a retry, nor those behind it in its queue, nor an endpoint that asked for a pause;
     the delay that a host asked for in its right time stays as it is."""
-    clock, down, busy = Clock(), serve(answer(500)), serve(answer(429, b"", "Retry-After: 900"))
-    outbox = make_outbox(wal, clock=clock, retry=RetryPolicy())
-    for id, receiver in {"down": down, "busy": busy}.items():
-        outbox.add_endpoint(receiver.url(), id=id, events=["order.*"])
+    busy = serve(answer(429, b"", "Retry-After: 900"))
+    clock, down, outbox = shop.timed(
+        answer(500), id="down", events=["order.*"], retry=RetryPolicy()
+    )
+    outbox.add_endpoint(busy.url(), id="busy", events=["order.*"])
     outbox.add_endpoint(down.url(), id="later", events=["user.*"])
     emit(outbox, "user.created", delay=7300 * DAY)
     clock.advance(ahead)
     with outbox if runs else contextlib.nullcontext():
-        emit(outbox, key="k")
-        emit(outbox, key="k")
+        first, _ = emit(outbox, key="k"), emit(outbox, key="k")
         runs or outbox.drain(once=True)
-        eventually(lambda: len(outbox.attempts(outbox.events()[1].id)) == 2)
+        eventually(lambda: len(outbox.attempts(first)) == 2)
         down.play = busy.play = OK
         clock.advance(-ahead)
         runs or outbox.drain(once=True)
@@ -2486,11 +2431,11 @@ def test_a_drain_does_not_end_before_it_saw_that_the_clock_was_set_back(shop, mo
     clock, receiver, outbox = shop.timed([answer(429, b"", "Retry-After: 900"), OK, OK], id="busy")
     clock.advance(3 * DAY)
     emit(outbox)
-    assert outbox.drain(once=True).retried == 1
-    clock.advance(-3 * DAY)
+    assert shop.drain().retried == 1
     outbox.add_endpoint(receiver.url(), id="broken", secret="env:NOWHERE")
+    clock.advance(-3 * DAY)
     emit(outbox)
-    assert outbox.drain(once=True).delivered == len(receiver.requests) - 1 == 2
+    assert shop.drain().delivered == len(receiver.requests) - 1 == 2
 
 
 def test_an_event_of_a_clock_that_was_ahead_is_delayed_as_it_was_meant(shop):
@@ -2498,45 +2443,41 @@ def test_an_event_of_a_clock_that_was_ahead_is_delayed_as_it_was_meant(shop):
     clock.advance(7300 * DAY)
     longest = RetryPolicy().longest
     meant = {emit(outbox, delay=delay): min(delay, longest) for delay in (0.0, 60.0, 2 * DAY)}
-    clock.advance(-7300 * DAY)
-    assert outbox.drain(once=True) == DrainReport(1, 0, 0, 2)
+    assert shop.drain(-7300 * DAY) == DrainReport(1, 0, 0, 2)
     for event, delay in meant.items():
         (delivery,) = outbox.event(event).deliveries
         assert delivery.due_at == pytest.approx(clock.now + delay, abs=1e-3)
         assert bool(delivery.attempts) == (not delay)
 
 
-def test_a_clock_that_stands_still_moves_nothing(wal, serve):
+def test_a_clock_that_stands_still_moves_nothing(wal, shop):
     """Neither a try that was put off as long as can be, nor a delay that the host asked for."""
-    clock, busy = Clock(), serve(answer(429, b"", f"Retry-After: {DAY:.0f}"))
-    outbox = make_outbox(wal, busy.url(), id="busy", clock=clock, retry=RetryPolicy())
+    busy = answer(429, b"", f"Retry-After: {DAY:.0f}")
+    clock, receiver, outbox = shop.timed(busy, id="busy", retry=RetryPolicy())
     now, first = clock.now, emit(outbox)
-    assert outbox.drain(once=True).retried == 1
+    assert shop.drain().retried == 1
     second = emit(outbox, delay=2 * DAY)
     query(wal, "UPDATE webhook_endpoints SET paused_until = 0.0")
-    assert outbox.drain(once=True).pending == 2 and len(busy.requests) == 1
+    assert shop.drain().pending == 2 and len(receiver.requests) == 1
     due = {e: outbox.event(e).deliveries[0].due_at for e in (first, second)}
     assert due == {first: now + DAY, second: now + 2 * DAY}
     # Whose event is gone as well, by other hands than ours, does not wait for the old time either.
-    late = "INSERT INTO webhook_deliveries (event, endpoint_id, due_at, attempts)"
-    late += " VALUES (999, 'busy', ?, 1)"
+    late = f"{DELIVERY[:-1]}, attempts) VALUES (999, 'busy', ?, 1)"
     query(wal, late, now + 7300 * DAY)
-    assert outbox.drain(once=True).failed == 1
+    assert shop.drain().failed == 1
 
 
 def test_every_other_status_is_retried_and_redirects_are_named_and_not_followed(wal, serve):
     secret_place, clock = serve(), Clock()
     outbox = make_outbox(wal, clock=clock, resolver=lambda host, port: pytest.fail("a lookup"))
     place, redirects = secret_place.url("/inside"), (301, 302, 303, 307, 308)
-    location = f"Location: {place}?token=canary"
-    first = {status: answer(status, b"why", location) for status in redirects}
-    for status in (400, 401, 403, 404, 405, 409, 413, 418, 422, 451):
-        first[status] = answer(status, b"why")
-    first[304] = answer(304)
-    for status, play in first.items():
-        outbox.add_endpoint(serve([play, OK]).url(), id=f"r{status}")
+    others = (304, 400, 401, 403, 404, 405, 409, 413, 418, 422, 451)
+    for status in (*redirects, *others):
+        location = [f"Location: {place}?token=canary"] * (status in redirects)
+        first = answer(status, b"" if status == 304 else b"why", *location)
+        outbox.add_endpoint(serve([first, OK]).url(), id=f"r{status}")
     id = emit(outbox)
-    assert outbox.drain(once=True).retried == len(first)
+    assert outbox.drain(once=True).retried == 16
     for attempt in outbox.attempts(id):
         status, error = attempt.status_code, attempt.error
         assert (attempt.reason, f"r{status}") == ("status", attempt.endpoint_id)
@@ -2545,7 +2486,7 @@ def test_every_other_status_is_retried_and_redirects_are_named_and_not_followed(
         assert "canary" not in error
     assert secret_place.connections == 0
     clock.advance(1)
-    assert outbox.drain(once=True).delivered == len(first)
+    assert outbox.drain(once=True).delivered == 16
 
 
 # ── network guard ─────────────────────────────────────────────────────────────────────────────────
@@ -2558,7 +2499,8 @@ block - https://127.0.0.1/hook https://0/ https://2130706433/ https://0x7f.0.0.1
     https://169.254.169.254/latest/meta-data/ https://192.0.0.192/opc/v2/ https://198.19.255.255/
     https://239.255.255.250/ https://[::1]/ https://[::ffff:127.0.0.1]/ https://[fd20:ce::254]/
     https://[::1%25lo]/ https://[2001:db8::1]/ https://[100::1]/ \x20https://127.0.0.1/
-    https://127\u30020\u30020\u30021/ https://::1/ //127.0.0.1/
+    https://127\u30020\u30020\u30021/ https://::1/ //127.0.0.1/ https://0177.0.0.1/ https://0.0.0.0/
+    https://[::ffff:10.0.0.1]/ https://[64:ff9b::a9fe:a9fe]/ https://[fe80::1]/ https://224.0.0.1/
 block 127.0.0.1 https://localhost./ https://example.com@127.0.0.1/ https://example.com%00.evil.test/
     https://aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa.example.com/
 block 10.96.0.1 https://kubernetes.default.svc/
@@ -2568,8 +2510,8 @@ block ! https://nx.example.invalid/
 block 93.184.216.34 https://example.com\r\nX-Injected:\x201/ https://example.com:443:80/
     https://example.com:25/ ftp://example.com/ ws://example.com/
 allow 93.184.216.34 https://example.com/hook https://b\u00fccher.example/hook
-    https://example.com/@127.0.0.1/http://10.0.0.1
-allow - https://[2606:4700:4700::1111]/hook
+    https://example.com/@127.0.0.1/http://10.0.0.1 https://example.com./
+allow - https://[2606:4700:4700::1111]/hook https://93.184.216.34/
 allow 100.128.0.0 https://example.com/hook
 allow 169.253.255.255 https://example.com/hook
 allow 198.20.0.0 https://example.com/hook
@@ -2583,10 +2525,8 @@ GUARD_CASES = [
     for url in urls
 ]
 GUARD_V4 = """0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 168.63.129.16/32 169.254.0.0/16
-172.16.0.0/12 192.0.0.0/24
-192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24
-198.18.0.0/15
-198.51.100.0/24 203.0.113.0/24 224.0.0.0/3""".split()
+172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24
+192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3""".split()
 GUARD_V6 = """2001::/23 2001:db8::/32 2002::/16 2620:4f:8000::/48 3ffe::/16 3fff::/20 ::/3 4000::/2
 8000::/1""".split()
 
@@ -2598,47 +2538,33 @@ def find(finder: Any) -> None:
         finder.find([], finder._settings.clock(), time.monotonic())
 
 
-def guard_dial(url: str, addresses: str, guard: webhook_outbox._Guard) -> None:
-    """Go the way of a real attempt up to the moment of connecting: for that no time is left."""
-
-    def resolver(host: str, port: int) -> list[str]:
-        assert addresses != "-", f"{host} was looked up"
-        if addresses == "!":
-            raise OSError(-2, "Name or service not known")
-        return addresses.split(",")
-
-    target, until = webhook_outbox._prepare_url(url, guard), time.monotonic()
-    key = webhook_outbox._OriginKey(target.scheme, target.host, target.port, None, ())
-    lookups = webhook_outbox._Lookups(resolver)
-    find = lambda host, port, until: lookups.find(host, port, until + 60)  # noqa: E731
-    patient = types.SimpleNamespace(find=find)
-    webhook_outbox._dial(guard, patient, key, until)
-
-
 @pytest.mark.parametrize("case", GUARD_CASES, ids=" ".join)
 def test_every_known_trick_with_an_address_is_refused_and_ordinary_receivers_are_not(wal, case):
     verdict, addresses, url = case
-    if verdict == "allow":
-        with pytest.raises(TimeoutError, match="no time left to connect"):
-            guard_dial(url, addresses, webhook_outbox._Guard())
-    else:
-        with pytest.raises((UnsafeURL, webhook_outbox._Blocked, webhook_outbox._NoAddress)):
-            guard_dial(url, addresses, webhook_outbox._Guard())
+    guard = webhook_outbox._Guard()
 
     def resolver(host: str, port: int) -> list[str]:
         if addresses in "!-":
             raise OSError("no lookup")
         return addresses.split(",")
 
+    def dial() -> None:
+        """Go the way of a real attempt up to the moment of connecting: for that no time is left."""
+        target, lookups = webhook_outbox._prepare_url(url, guard), webhook_outbox._Lookups(resolver)
+        key = webhook_outbox._OriginKey(target.scheme, target.host, target.port, None, ())
+        patient = types.SimpleNamespace(find=lambda *of: lookups.find(*of[:2], of[2] + 60))
+        webhook_outbox._dial(guard, patient, key, time.monotonic())
+
     outbox = make_outbox(wal, allow_networks=(), resolver=resolver)
-    with contextlib.ExitStack() as stack:
-        if verdict == "block" and (addresses == "-" or "example.com" in url and "hooks" not in url):
-            stack.enter_context(pytest.raises(UnsafeURL))
-        endpoint = outbox.add_endpoint(url)
-        if verdict == "block":
-            attempt = outbox.ping(endpoint.id)
-            assert attempt.reason == ("dns" if addresses == "!" else "blocked")
-            assert attempt.status_code is None and len(attempt.error.splitlines()) == 1
+    if verdict == "allow":
+        assert outbox.add_endpoint(url).url == url
+        refuses(TimeoutError, dial, words="no time left to connect")
+    elif addresses == "-" or "example.com" in url and "hooks" not in url:
+        refuses(UnsafeURL, outbox.add_endpoint, url)
+    else:
+        attempt = outbox.ping(outbox.add_endpoint(url).id)
+        assert attempt.reason == ("dns" if addresses == "!" else "blocked")
+        assert attempt.status_code is None and len(attempt.error.splitlines()) == 1
 
 
 def test_both_edges_of_every_special_range_are_refused_and_their_neighbours_judged_by_the_table():
@@ -2651,56 +2577,63 @@ def test_both_edges_of_every_special_range_are_refused_and_their_neighbours_judg
                 address = type(network[0])(neighbour)
                 denied = any(address in other for other in networks)
                 assert bool(guard.refusal(str(address), "https")) is denied, address
-    assert not guard.refusal("8.8.8.8", "https")
     assert not guard.refusal("2001:4860:4860::8888", "https")
     for inside in "fe80::1 fc00::1 ff02::1 ::7f00:1 64:ff9b:1::808:808 ::ffff:0:8.8.8.8".split():
         assert guard.refusal(inside, "https"), inside
 
 
 @given(st.integers(0, 2**32 - 1))
+@example(0x08080808)
 def test_a_wrapped_address_is_judged_by_what_is_inside(number):
     guard, inner = webhook_outbox._Guard(), ipaddress.IPv4Address(number)
     denied = any(inner in ipaddress.ip_network(text) for text in GUARD_V4)
-    for text in (
-        str(inner), f"::ffff:{inner}", f"64:ff9b::{inner}",
-        f"::FFFF:{number >> 16:x}:{number & 0xFFFF:x}",
-    ):  # fmt: skip
+    hexadecimal = f"::FFFF:{number >> 16:x}:{number & 0xFFFF:x}"
+    for text in (str(inner), f"::ffff:{inner}", f"64:ff9b::{inner}", hexadecimal):
         assert bool(guard.refusal(text, "https")) is denied, text
 
 
 def test_networks_that_are_allowed_open_themselves_only_and_also_over_http():
     networks = (ipaddress.ip_network("10.1.0.0/16"), ipaddress.ip_network("fd00::/8"))
     guard = webhook_outbox._Guard(networks)
+    anywhere = webhook_outbox._Guard(allow_http=True)
     for address in "10.1.2.3 ::ffff:10.1.2.3 64:ff9b::10.1.255.255 fd00::1".split():
         assert guard.refusal(address, "https") is guard.refusal(address, "http") is None, address
     for address in "8.8.8.8 2606:4700::1 ::ffff:8.8.8.8".split():
         assert guard.refusal(address, "https") is None and guard.refusal(address, "http"), address
-        assert webhook_outbox._Guard((), allow_http=True).refusal(address, "http") is None
-    inside = "10.2.0.0 10.0.255.255 ::ffff:10.2.0.0 127.0.0.1 fc00::1 10.1.2.3%lo".split()
-    inside += ["fd00::1%eth0", "8.8.8.8%25"]
-    for address in [
-        *inside, "", " 8.8.8.8", "8.8.8.8\n", "８.8.8.8", "08.8.8.8", "134744072", "example.com",
-        "8.8.8.8/32",
-    ]:  # fmt: skip
+        assert anywhere.refusal(address, "http") is None
+    refused = "10.2.0.0 10.0.255.255 ::ffff:10.2.0.0 127.0.0.1 fc00::1 10.1.2.3%lo fd00::1%eth0 "
+    refused += "8.8.8.8%25 ８.8.8.8 08.8.8.8 134744072 example.com 8.8.8.8/32"
+    for address in (*refused.split(), "", " 8.8.8.8", "8.8.8.8\n"):
         assert guard.refusal(address, "https"), address
-        assert webhook_outbox._Guard(allow_http=True).refusal(address, "http"), address
+        assert anywhere.refusal(address, "http"), address
 
 
-URL_FAULTS: dict[str, list[Any]] = {  # what the refusal says; "" for none
-    "": ["https://a.b/" + "a" * 2036,
-        "https://a.b/\xa0", "https://a.b", f"https://{'a.' * 126}a/", f"https://{'a' * 63}.b/"],
-    "2048": ["", 7, "https://a.b/" + "a" * 2037],
-    "a space, ": [f"https://a.b/{sign}" for sign in "\0\x1f \x7f\x80\x9f\\"],
-    "write https://host":
-        ["https://[::1/", "https://::1/", "https://a.b:65536/", "https://a.b:+443/"],
-    "must start with": ["ftp://a.b/", "https:///a", "//a.b/", "https:a.b"],
-    "user names": ["https://a@b.c/", "https://:a@b.c/", "https://a%2eb/"],
-    "fragment": ["https://a.b/#", "https://a.b/#a"],
-    "port is not": ["https://a.b:/", "https://a.b:000443/", "https://[2606:4700::1]:/"],
-    "label|requests cannot": [f"https://{'a.' * 126}aa/",
-        f"https://{'a' * 64}.b/", "https://a..b/", "https://.a/", "https://a../"],
-    "plain http": ["http://a.b/", "http://8.8.8.8/"],
-}  # fmt: skip
+# What the refusal says, - for none; URLs with Python's escapes.
+URL_TABLE = r"""
+- https://a.b/\xa0 https://a.b https://{a63}.b/ https://{a126}a/ https://a.b/{fill}
+2048 https://a.b/{fill}a
+a.space, https://a.b/\x00 https://a.b/\x1f https://a.b/\x20 https://a.b/\x7f https://a.b/\x80
+    https://a.b/\x9f https://a.b/\x5c https://example.com\x5c@x/ https://example.com/\t
+    https://exa\tmple.com/
+write.https://host https://[::1/ https://::1/ https://a.b:65536/ https://a.b:+443/ https://[1.2.3.4]/
+    https://example.com:\u0664\u0664\u0663/
+must.start.with ftp://a.b/ https:///a //a.b/ https:a.b https:// ws://a/b http:example.com file:///x
+user.names https://a@b.c/ https://:a@b.c/ https://a%2eb/ https://user:canary@example.com/
+    https://%31/
+fragment https://a.b/# https://a.b/#a
+port.is.not https://a.b:/ https://a.b:000443/ https://[2606:4700::1]:/
+port.\d+. https://a.b:0/ https://example.com:22/ https://example.com:6667/ https://a.b:10080/
+label|requests.cannot https://{a126}aa/ https://{a63}a.b/ https://a..b/ https://.a/ https://a../
+    https://xn--a\u00fc.example/ https://example.com\u2028/ https://\u2460\u2461\u2466.0.0.1/
+plain.http http://a.b/
+not.a.public http://127.0.0.1/ https://[fe80::1]:443/ https://017700000001/ https://127.1/
+    https://[64:ff9b::7f00:1]/
+"""
+URL_CASES = [
+    (url.format(a63="a" * 63, a126="a." * 126, fill="a" * 2036), "" if why == "-" else why)
+    for why, *urls in map(str.split, URL_TABLE.replace("\n ", "").split("\n")[1:-1])
+    for url in (url.encode().decode("unicode_escape") for url in urls)
+]
 
 
 def prepares(url: Any, why: str = "", guard: Any = None) -> None:
@@ -2709,55 +2642,40 @@ def prepares(url: Any, why: str = "", guard: Any = None) -> None:
         assert webhook_outbox._prepare_url(url, guard or webhook_outbox._Guard()).url
 
 
-def test_each_fault_of_a_url_is_named():
-    inside = webhook_outbox._Guard((ipaddress.ip_network("10.0.0.0/8"),))
-    for why, url in [(why, url) for why, urls in URL_FAULTS.items() for url in urls]:
-        prepares(url, why)
-    for guard in (inside, webhook_outbox._Guard((), True)):
-        assert webhook_outbox._prepare_url("http://a.b/", guard).url == "http://a.b/"
-    assert webhook_outbox._prepare_url("http://10.0.0.1/", inside).url == "http://10.0.0.1/"
-    prepares("http://8.8.8.8/", "plain http", inside)
-
-
-GUARD_ODD = r"""https:// https:///x https://user:canary@example.com/ https://example.com/#f
-https://example.com/# ws://a/b
-https://example.com\x5c@x/ https://example.com/\t https://exa\tmple.com/ https://example.com/\x7f
-http:example.com file:///x
-https://example.com:22/ https://example.com:65536/ https://example.com:6667/
-https://example.com:10080/ https://a..b/
-https://example.com:\u0664\u0664\u0663/ https://example.com:+443/ https://[::1/ https://[1.2.3.4]/
-https://.a/ https://%31/
-http://example.com/ http://127.0.0.1/ https://example.com\u2028/ https://[fe80::1]:443/
-https://017700000001/
-https://a.b:0/
-https://127.1/ https://\u2460\u2461\u2466.0.0.1/ https://xn--a\u00fc.example/
-https://[64:ff9b::7f00:1]/ https://a.b:/""".split()
-GUARD_ODD += [
-    "https://example.com/" + "a" * 2048, "https://" + "a." * 127 + "com/", "https://example.com/ x",
-    "",
-]  # fmt: skip
-
-
-def test_a_url_that_is_malformed_or_odd_is_refused_at_registration(wal):
+def test_each_fault_of_a_url_is_named_at_registration(wal):
     outbox = make_outbox(wal, allow_networks=())
-    for url in [
-        *(text.encode().decode("unicode_escape") for text in GUARD_ODD), 7, None, b"https://a.b/",
-    ]:  # fmt: skip
-        with pytest.raises(UnsafeURL) as caught:
-            outbox.add_endpoint(url)
-            pytest.fail(f"registered {url!r}")
-        assert "canary" not in str(caught.value) and len(str(caught.value)) < 200
-    assert outbox.endpoints() == []
+    none: list[Any] = [(url, "2048") for url in ("", 7, None, b"https://a.b/")]
+    for url, why in URL_CASES + none:
+        if why:
+            said = refuses(UnsafeURL, outbox.add_endpoint, url, words=why)
+            assert "canary" not in said and len(said) < 200
+        else:
+            assert outbox.add_endpoint(url).url == url
+    assert len(outbox.endpoints()) == 5
+
+
+def test_plain_http_goes_into_networks_that_are_allowed_or_anywhere_if_that_is():
+    inside = webhook_outbox._Guard((ipaddress.ip_network("10.0.0.0/8"),))
+    anywhere = webhook_outbox._Guard((), True)
+    # A name's address may be one of them: that is seen when it is dialled.
+    for url in ("http://a.b/", "http://10.0.0.1/"):
+        prepares(url, "", inside)
+    for url in ("http://a.b/", "http://8.8.8.8/"):
+        prepares(url, "", anywhere)
+    for guard in (None, inside):
+        prepares("http://8.8.8.8/", "plain http", guard)
+    prepares("https://[::1]/", "not a public", anywhere)
 
 
 def test_an_address_is_known_in_every_spelling_that_needs_no_lookup():
     private = "127.1 127.0.1 127.0.0.1. 0x7f.1 0X7F.0x0.0X0.0xA 0x7f000001 0xA9FEA9FE 017700000001"
-    private += " 0177.0.0.01 2130706433"
-    for host in f"{private} [::1] [::FFFF:7f00:1] 10 0 1.0xAbCdEf 172.16.1".split():
-        prepares(f"https://{host}/", "" if host == "1.0xAbCdEf" else "not a public")
+    private += " 0177.0.0.01 2130706433 [::1] [::FFFF:7f00:1] 10 0 172.16.1"
     names = "134744072 0x8.8.0x8.010 1.2.3.4.5 0x7f.example 127.0.0.1.example 0xg a0 1-2 8.8.8.8."
-    for host in names.split():
+    for host in private.split():
+        prepares(f"https://{host}/", "not a public")
+    for host in f"{names} 1.0xAbCdEf".split():
         prepares(f"https://{host}/")
+    prepares("https://0x0a.1/", "10.0.0.1 is not a public")
     assert "127.0.0.1 is" in str(webhook_outbox._Guard().refusal("64:ff9b::127.0.0.1", "https"))
 
 
@@ -2791,13 +2709,11 @@ def test_a_url_that_may_be_reached_is_registered_as_written(wal):
 def test_an_address_is_judged_again_by_the_outbox_that_sends(wal, serve):
     """The row may come from SQL, or from a process that allows more."""
     receiver = serve()
-    make_outbox(wal).add_endpoint(receiver.url(), id="inside")
-    clock = Clock()
-    strict = make_outbox(wal, allow_networks=(), clock=clock)
+    make_outbox(wal, receiver.url(), id="inside")
+    strict = make_outbox(wal, allow_networks=(), clock=Clock())
     event_id = emit(strict)
     assert strict.drain(once=True).retried == 1
-    assert [a.reason for a in strict.attempts(event_id)] == ["blocked"]
-    assert strict.ping("inside").reason == "blocked"
+    assert strict.attempts(event_id)[0].reason == strict.ping("inside").reason == "blocked"
     assert receiver.connections == 0
 
 
@@ -2829,9 +2745,8 @@ PLAIN_URLS: dict[bool, str] = {  # whether the fast path may take them
     # and drops an empty query.
     False: r"""https://A.b/ HTTPS://a.b/ https://a.b/./c https://a.b/../c https://a.b/.
         https://a.b/c/. https://a.b/.well-known/c https://a.b/%41 https://a.b/? https://a.b/c\x20d
-        https://a.b/\xfc
-        https://a.b:0443/ https://a.b:/ https://[::1]/ https://a@b/ https://a..b/ https://a.b/#
-        https://a.b/?c#d https://a.b/\n https://a_b.c/""",
+        https://a.b/\xfc https://a.b:0443/ https://a.b:/ https://[::1]/ https://a@b/ https://a..b/
+        https://a.b/# https://a.b/?c#d https://a.b/\n https://a_b.c/""",
 }
 
 
@@ -2839,29 +2754,6 @@ def test_only_a_url_that_is_spelled_beyond_doubt_is_plain():
     for plain, url in [(plain, url) for plain, urls in PLAIN_URLS.items() for url in urls.split()]:
         url = url.encode().decode("unicode_escape")
         assert bool(webhook_outbox._PLAIN_URL.fullmatch(url)) is plain, url
-
-
-HOST_NAMES: list[Any] = [  # host, scheme, what is admitted; the refusal
-    ("example.com", "https", "", None), ("example.com.", "https", "", None),
-    ("a" * 63 + ".b", "https", "", None), ("a" * 64 + ".b", "https", "", "label"),
-    ("", "https", "", "label"), ("a..b", "https", "", "label"), ("a..", "https", "", "label"),
-    ("a." * 126 + "a", "https", "", None), ("a." * 126 + "aa", "https", "", "label"),
-    ("example.com", "http", "", "plain http"),
-    # Its address may be one of them: that is seen when it is dialled.
-    ("example.com", "http", "networks", None), ("example.com", "http", "http", None),
-    ("10.0.0.1", "https", "", "not a public"), ("10.0.0.1", "http", "networks", None),
-    ("0x0a.1", "https", "", "10.0.0.1 is not a public"), ("8.8.8.8", "https", "", None),
-    ("8.8.8.8", "http", "networks", "plain http"), ("8.8.8.8", "http", "http", None),
-    ("::1", "https", "http", "not a public"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("host", "scheme", "admitted", "refusal"), HOST_NAMES)
-def test_a_host_is_refused_as_far_as_its_name_tells(host, scheme, admitted, refusal):
-    networks = (ipaddress.ip_network("10.0.0.0/8"),) if admitted == "networks" else ()
-    guard = webhook_outbox._Guard(networks, allow_http=admitted == "http")
-    why = webhook_outbox._check_host(host, scheme, guard)
-    assert why is None if refusal is None else refusal in why
 
 
 # ── transport ─────────────────────────────────────────────────────────────────────────────────────
@@ -2872,10 +2764,10 @@ def test_a_host_is_refused_as_far_as_its_name_tells(host, scheme, admitted, refu
 )
 def test_an_error_names_no_inside_address_the_log_does(wal, caplog, address):
     """A customer reads the error, and could ask for any name of the host's network."""
-    addresses = ["93.184.216.34", address]
     outbox = make_outbox(
-        wal, "https://inside.test/", id="a", tenant="c42", resolver=lambda host, port: addresses,
-        retry=ONCE, allow_networks=(), observer=(told := list[Any]()).append,
+        wal, "https://inside.test/", id="a", tenant="c42", retry=ONCE, allow_networks=(),
+        resolver=lambda host, port: ["93.184.216.34", address],
+        observer=(told := list[Any]()).append,
     )  # fmt: skip
     id = emit(outbox, tenant="c42")
     assert outbox.drain(once=True).failed == 1
@@ -2889,12 +2781,12 @@ def test_an_error_names_no_inside_address_the_log_does(wal, caplog, address):
 def test_an_error_names_no_proxy_the_log_does(wal, serve, caplog):
     proxy = serve(b"HTTP/1.1 403 ask 10.1.2.3\r\nContent-Length: 0\r\n\r\n")
     with socket.create_server(("127.0.0.1", 0)) as closed:
-        nowhere = f"127.0.0.1:{closed.getsockname()[1]}"
-    for address, said, logged in (
-        (nowhere, "the proxy cannot be reached", nowhere.rpartition(":")[2]),
-        (f"127.0.0.1:{proxy.port}", "the proxy answered HTTP 403", "10.1.2.3"),
+        nowhere = closed.getsockname()[1]
+    for port, said, logged in (
+        (nowhere, "the proxy cannot be reached", str(nowhere)),
+        (proxy.port, "the proxy answered HTTP 403", "10.1.2.3"),
     ):
-        outbox = make_outbox(wal, proxy=f"http://{address}")
+        outbox = make_outbox(wal, proxy=f"http://127.0.0.1:{port}")
         id = outbox.add_endpoint(URL).id
         assert outbox.ping(id).error == said and logged in caplog.text
 
@@ -2913,108 +2805,56 @@ def transport_resolver(table: dict[str, Any]) -> Callable[[str, int], Any]:
     return resolver
 
 
-def test_each_connection_is_judged_on_its_own_lookup_so_that_dns_cannot_rebind(wal, serve):
+def test_each_connection_is_judged_on_its_own_lookup_so_that_dns_cannot_rebind(shop):
     """127.0.0.0/24 stands for the outside here, 127.1.1.1 for the inside."""
-    receiver = serve(answer(500, b"", "Connection: close"))
+    lookups = [
+        ["127.0.0.1"], ["127.1.1.1"], ["127.0.0.1", "127.1.1.1"], ["127.1.1.1", "127.0.0.1"],
+    ]  # fmt: skip
+    _, receiver, outbox = shop.timed(
+        answer(500, b"", "Connection: close"), allow_networks=["127.0.0.0/24"], retry=(0, 1, 1, 1),
+        resolver=transport_resolver({"rebind.test": lookups}),
+    )  # fmt: skip
+    outbox.update_endpoint(outbox.endpoints()[0].id, url=receiver.url(host="rebind.test"))
     with contextlib.closing(socket.create_server(("127.1.1.1", receiver.port))) as inside:
         inside.setblocking(False)
-        lookups = [
-            ["127.0.0.1"], ["127.1.1.1"], ["127.0.0.1", "127.1.1.1"], ["127.1.1.1", "127.0.0.1"],
-        ]  # fmt: skip
-        clock = Clock()
-        outbox = make_outbox(
-            wal, allow_networks=["127.0.0.0/24"], retry=(0, 1, 1, 1), clock=clock,
-            resolver=transport_resolver({"rebind.test": lookups}),
-        )  # fmt: skip
-        outbox.add_endpoint(receiver.url(host="rebind.test"))
         event_id = emit(outbox)
         for _ in range(4):
-            outbox.drain(once=True)
-            clock.advance(1)
-        assert [a.reason for a in outbox.attempts(event_id)] == [
-            "status", "blocked", "blocked", "blocked",
-        ]  # fmt: skip
-        assert outbox.attempts(event_id)[1].error == "rebind.test is not a public address"
+            shop.drain(1)
+        attempts = outbox.attempts(event_id)
+        assert [a.reason for a in attempts] == ["status", "blocked", "blocked", "blocked"]
+        assert attempts[1].error == "rebind.test is not a public address"
         assert receiver.connections == 1 and lookups == [["127.1.1.1", "127.0.0.1"]]
         refuses(BlockingIOError, inside.accept)
 
 
+RESOLVES = [  # what a resolver does; the reason of the attempt
+    (UnicodeError("label empty or too long"), "dns"),
+    (OSError(-3, "Temporary failure in name resolution"), "dns"),
+    (TimeoutError("slow"), "dns"),
+    (ValueError("odd\nname"), "dns"),
+    ([], "dns"),
+    (None, "dns"),
+    ("127.0.0.1", "blocked"),
+    (["not an\naddress"], "blocked"),
+    ([2130706433], "blocked internal"),
+    (["fe80::1%lo"], "blocked"),
+    (["127.0.0.1", "127.0.0.1"], None),
+]
+
+
 def test_a_resolver_that_fails_in_any_way_costs_only_its_own_endpoint(wal, serve):
     receiver = serve()
-    answers = {
-        "encode": (UnicodeError("label empty or too long"), {"dns"}),
-        "error": (OSError(-3, "Temporary failure in name resolution"), {"dns"}),
-        "late": (TimeoutError("slow"), {"dns"}),
-        "value": (ValueError("odd\nname"), {"dns"}),
-        "empty": ([], {"dns"}),
-        "none": (None, {"dns"}),
-        "text": ("127.0.0.1", {"blocked"}),
-        "garbage": (["not an\naddress"], {"blocked"}),
-        "number": ([2130706433], {"blocked", "internal"}),
-        "scope": (["fe80::1%lo"], {"blocked"}),
-        "fine": (["127.0.0.1", "127.0.0.1"], {None}),
-    }
-    table = {f"{name}.test": found for name, (found, _) in answers.items()}
+    table = {f"h{n}.test": found for n, (found, _) in enumerate(RESOLVES)}
     outbox = make_outbox(wal, resolver=transport_resolver(table), clock=Clock())
-    for name in answers:
-        outbox.add_endpoint(receiver.url(host=f"{name}.test"), id=name)
+    for n in range(len(RESOLVES)):
+        outbox.add_endpoint(receiver.url(host=f"h{n}.test"), id=f"h{n}")
     event_id = emit(outbox)
-    report = outbox.drain(once=True)
-    assert (report.delivered, report.retried) == (1, len(answers) - 1)
-    for name, (_, reasons) in answers.items():
-        (attempt,) = outbox.attempts(event_id, name)
-        assert attempt.reason in reasons, (name, attempt)
+    assert fields(outbox.drain(once=True), "delivered retried") == (1, len(RESOLVES) - 1)
+    for n, (_, reasons) in enumerate(RESOLVES):
+        (attempt,) = outbox.attempts(event_id, f"h{n}")
+        assert (attempt.reason in reasons.split()) if reasons else attempt.reason is None, attempt
         assert attempt.error is None or attempt.error.isprintable()
     assert receiver.connections == 1
-
-
-@pytest.mark.long
-def test_a_hanging_lookup_ends_in_time_keeps_one_thread_a_host_and_delays_nobody(wal, serve):
-    receiver, release, lookups, notices = serve(), threading.Event(), [], []
-
-    def resolver(host: str, port: int) -> list[str]:
-        lookups.append(host)
-        if host == "slow.test":
-            release.wait(60)
-        return ["127.0.0.1"]
-
-    outbox = make_outbox(
-        wal, resolver=resolver, timeout=0.8, observer=notices.append, clock=Clock()
-    )
-    slow = [outbox.add_endpoint(receiver.url(f"/{n}", host="slow.test")).id for n in range(6)]
-    outbox.add_endpoint(receiver.url(host="fast.test"), id="fast", timeout=20)
-    event_id = emit(outbox)
-    try:
-        report = outbox.drain(once=True)
-    finally:
-        release.set()
-    assert (report.delivered, report.retried) == (1, 6)
-    for endpoint_id in slow:
-        (attempt,) = outbox.attempts(event_id, endpoint_id)
-        assert attempt.reason == "dns" and attempt.duration < 0.8 + 1.0
-    assert lookups.count("slow.test") == 1
-    assert notices[0].kind == "delivered" and notices[0].endpoint_id == "fast"
-
-
-def test_lookups_that_are_stuck_are_limited_and_the_next_ones_fail_at_once():
-    release, asked = threading.Event(), []
-
-    def resolver(host: str, port: int) -> list[str]:
-        asked.append(host)
-        release.wait(60)
-        return ["127.0.0.1"]
-
-    lookups = webhook_outbox._Lookups(resolver)
-    try:
-        for n in range(40):
-            kind = webhook_outbox._NoAddress if n < 16 else webhook_outbox._NoRoom
-            with pytest.raises(kind, match="too long" if n < 16 else "stuck"):
-                lookups.find(f"host{n}.test", 443, time.monotonic())
-    finally:
-        release.set()
-    eventually(lambda: not lookups._running)
-    found = lookups.find("host0.test", 443, time.monotonic() + 9)
-    assert len(asked) == 17 and found == ["127.0.0.1"]
 
 
 class LookupsPlay:
@@ -3046,6 +2886,26 @@ class LookupsPlay:
         eventually(lambda: not self.lookups._running)
 
 
+@pytest.mark.long
+def test_a_hanging_lookup_ends_in_time_keeps_one_thread_a_host_and_delays_nobody(wal, serve):
+    receiver, play, notices = serve(), LookupsPlay(), list[Notice]()
+    play.answers |= {"slow.test": "hangs", "fast.test": ["127.0.0.1"]}
+    outbox = make_outbox(wal, resolver=play, timeout=0.8, observer=notices.append, clock=Clock())
+    slow = [outbox.add_endpoint(receiver.url(f"/{n}", host="slow.test")).id for n in range(6)]
+    outbox.add_endpoint(receiver.url(host="fast.test"), id="fast", timeout=20)
+    event_id = emit(outbox)
+    try:
+        report = outbox.drain(once=True)
+    finally:
+        play.go.set()
+    assert (report.delivered, report.retried) == (1, 6)
+    for endpoint_id in slow:
+        (attempt,) = outbox.attempts(event_id, endpoint_id)
+        assert attempt.reason == "dns" and attempt.duration < 0.8 + 1.0
+    assert play.asked.count("slow.test") == 1
+    assert (notices[0].kind, notices[0].endpoint_id) == ("delivered", "fast")
+
+
 LOOKED_UP_AGAIN = [  # how the second lookup ends; whether the addresses of the first serve again
     ("hangs", True),
     (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), True),
@@ -3064,7 +2924,7 @@ def test_the_last_addresses_of_a_host_serve_while_its_lookup_hangs_or_fails(answ
     found = play.find("A.test", within=0.01 if answer == "hangs" else 9.0)
     expected = ["192.0.2.1"] if again else answer if again is None else None
     assert (found == expected) if expected else found[0] == "_NoAddress"
-    assert (play.find("b.test")) == ["192.0.2.1"]  # the others go on
+    assert play.find("b.test") == ["192.0.2.1"]  # the others go on
     play.settle()
 
 
@@ -3075,25 +2935,17 @@ def test_the_last_addresses_serve_also_at_the_moment_in_which_new_ones_take_thei
             try:
                 return super().pop(*key)
             finally:
-                asks.join(0.5)  # it waits for the lock meanwhile
+                concurrent.futures.wait([asks], 0.5)  # it waits for the lock meanwhile
 
-    popped, found = threading.Event(), list[Any]()
-    lookups = webhook_outbox._Lookups(lambda host, port: ["192.0.2.1"])
-    lookups._last = Slow({"a.test": ["192.0.2.9"]})
-    failure = webhook_outbox._NoAddress("the resolver is down")
-
-    def ask() -> None:
+    def ask() -> Any:
         popped.wait(20)
-        try:
-            found.extend(lookups._again("a.test", failure))
-        except webhook_outbox._NoAddress as error:
-            found.append(error)
+        return lookups._again("a.test", webhook_outbox._NoAddress("the resolver is down"))
 
-    asks = threading.Thread(target=ask)
-    asks.start()
-    assert lookups.find("a.test", 1, time.monotonic() + 9) == ["192.0.2.1"]
-    asks.join()
-    assert found == ["192.0.2.1"]
+    popped, lookups = threading.Event(), webhook_outbox._Lookups(lambda host, port: ["192.0.2.1"])
+    lookups._last = Slow({"a.test": ["192.0.2.9"]})
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        asks = pool.submit(ask)
+        assert lookups.find("a.test", 1, time.monotonic() + 9) == ["192.0.2.1"] == asks.result()
 
 
 def test_a_host_whose_lookup_hung_rests_whatever_the_port_and_costs_nothing_meanwhile():
@@ -3112,24 +2964,26 @@ def test_a_host_whose_lookup_hung_rests_whatever_the_port_and_costs_nothing_mean
     assert play.find("hung.test") == ["192.0.2.9"]
 
 
-def test_half_of_the_lookups_are_kept_for_hosts_that_resolved_before():
+def test_lookups_that_are_stuck_are_limited_and_half_are_kept_for_hosts_that_resolved_before():
     play = LookupsPlay()
-    well = [f"well{n}.test" for n in range(20)]
-    assert all(play.find(host) == ["192.0.2.1"] for host in well)
-    for n in range(40):
-        play.answers[f"hangs{n}.test"] = "hangs"
-    kinds = [play.find(f"hangs{n}.test", within=0.0)[0] for n in range(40)]
-    assert kinds == ["_NoAddress"] * 16 + ["_NoRoom"] * 24
+    well, stuck = ([f"{kind}{n}.test" for n in range(40)] for kind in ("well", "stuck"))
+    assert all(play.find(host) == ["192.0.2.1"] for host in well[:20])
+    play.answers |= dict.fromkeys(stuck, "hangs")
+    for number, host in enumerate(stuck):  # the next ones fail at once
+        kind, words = ("_NoAddress", "too long") if number < 16 else ("_NoRoom", "stuck")
+        found = play.find(host, within=0.0)
+        assert found[0] == kind and words in found[1]
     assert play.find("new.test")[0] == "_NoRoom"
     play.asked.clear()
-    for host in well:
+    for host in well[:20]:
         play.answers[host] = ["192.0.2.7"]
         assert play.find(host) == ["192.0.2.7"] and play.asked.pop() == host
-    for host in well:  # theirs hang as well: all room is taken, and their last addresses serve
+    for host in well[:20]:  # theirs hang as well: all room is taken, and their last addresses serve
         play.answers[host] = "hangs"
         assert play.find(host, within=0.0) == ["192.0.2.7"]
     assert len(play.asked) == 16
     play.settle()
+    assert play.find("new.test") == ["192.0.2.1"]
 
 
 def test_names_that_cannot_be_encoded_do_not_resolve():
@@ -3169,9 +3023,7 @@ def test_all_addresses_are_judged_before_they_are_dialled_one_by_one(serve, addr
             found = str(webhook_outbox._unwrapped(ipaddress.ip_address(sock.getpeername()[0])))
     except (OSError, webhook_outbox._Blocked, webhook_outbox._NoAddress) as error:
         found = type(error).__name__
-    assert found == expected
-    if expected != "127.0.0.1":
-        assert receiver.connections == 0
+    assert found == expected and (expected == "127.0.0.1" or receiver.connections == 0)
 
 
 @contextlib.contextmanager
@@ -3197,9 +3049,7 @@ def test_the_next_address_is_tried_after_a_quarter_second(serve):
             assert sock.getpeername()[0] == "127.0.0.1"
         return time.monotonic() - begun
 
-    with contextlib.ExitStack() as stack:
-        for hole in holes[:2]:
-            stack.enter_context(black_hole(hole, receiver.port))
+    with black_hole(holes[0], receiver.port), black_hole(holes[1], receiver.port):
         assert 0.25 <= seconds([holes[0], "127.0.0.1"]) < 0.5 and worked == {"x.test": "127.0.0.1"}
         assert seconds([*holes, "127.0.0.1"]) < 0.2  # the next one is no black hole, and last
         worked.clear()
@@ -3210,20 +3060,23 @@ def test_the_next_address_is_tried_after_a_quarter_second(serve):
         refuses(TimeoutError, seconds, holes[:2], 0.4)
 
 
-IN_TURN = [  # what a name resolves to, which one worked last; in which order they are tried
-    ("a", None, "a"),
-    ("a b c", None, "a b c"),
-    ("a b c", "c", "c a b"),
-    ("a b c", "gone", "a b c"),
-    ("6: 7: 8: a b", None, "6: a 7: b 8:"),  # with broken IPv6 one wait, not three
-    ("a b 6:", None, "a 6: b"),
-    ("6: 7: a", "7:", "7: 6: a"),
-]
+# What a name resolves to | which one worked last | in which order they are tried
+IN_TURN = """
+a | | a
+a b c | | a b c
+a b c | c | c a b
+a b c | gone | a b c
+6: 7: 8: a b | | 6: a 7: b 8:
+a b 6: | | a 6: b
+6: 7: a | 7: | 7: 6: a
+"""
 
 
-@pytest.mark.parametrize(("addresses", "last", "expected"), IN_TURN)
-def test_families_of_addresses_take_turns(addresses, last, expected):
-    assert webhook_outbox._in_turn(addresses.split(), last) == expected.split()
+def test_families_of_addresses_take_turns():
+    """With broken IPv6 there is one wait, not three."""
+    for row in IN_TURN.strip().split("\n"):
+        addresses, last, expected = (part.split() for part in row.split("|"))
+        assert webhook_outbox._in_turn(addresses, last[0] if last else None) == expected, row
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0x7f.1", "::1"])
@@ -3240,45 +3093,41 @@ def test_a_host_that_is_an_address_is_not_looked_up(serve, host):
 @pytest.mark.parametrize("tls", [False, True])
 def test_localhost_may_be_reached_where_loopback_is_allowed(wal, serve, authority, tls):
     receiver = serve(tls=authority.server() if tls else None)
-    outbox = make_outbox(wal)
-    endpoint = outbox.add_endpoint(receiver.url(host="localhost"), ca=authority.path)
-    assert outbox.ping(endpoint.id).reason is None
+    outbox = make_outbox(wal, receiver.url(host="localhost"), id="a", ca=authority.path)
+    assert outbox.ping("a").reason is None
     emit(outbox)
     assert outbox.drain(once=True).delivered == 1
     assert {r.headers["host"] for r in receiver.requests} == {f"localhost:{receiver.port}"}
     addresses = {"localhost": ["127.1.1.1", "::1", "127.0.0.1"]}
     outbox = make_outbox(wal, resolver=transport_resolver(addresses))
-    assert outbox.ping(endpoint.id).reason is None, "it goes on to the next address of a name"
+    assert outbox.ping("a").reason is None, "it goes on to the next address of a name"
 
 
 def test_a_certificate_that_is_not_trusted_is_refused_before_a_byte(
     wal, serve, authority, tmp_path
 ):
-    stranger = trustme.CA()
-    alone, unknown = (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) for _ in "ab")
-    own = stranger.private_key_pem.bytes() + stranger.cert_pem.bytes()
-    (tmp_path / "alone.pem").write_bytes(own)
+    stranger, alone = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    (tmp_path / "alone.pem").write_bytes(
+        stranger.private_key_pem.bytes() + stranger.cert_pem.bytes()
+    )
     alone.load_cert_chain(tmp_path / "alone.pem")
+    unknown = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     stranger.issue_cert("127.0.0.1").configure_cert(unknown)
     now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
     contexts = {
         "host": authority.server("other.example"),
         "expired": authority.server("127.0.0.1", not_before=now - 9 * day, not_after=now - day),
         "early": authority.server("127.0.0.1", not_before=now + 9 * day),
-        "alone": alone,
-        "unknown": unknown,
-        "default": authority.server(),
-    }
-    servers = {name: serve(tls=context) for name, context in contexts.items()}
+        "alone": alone, "unknown": unknown, "default": authority.server(),
+    }  # fmt: skip
     good = serve(tls=authority.server())
-    outbox = make_outbox(wal, clock=Clock())
+    outbox = make_outbox(wal, good.url(), ca=authority.path, clock=Clock())
+    servers = {name: serve(tls=context) for name, context in contexts.items()}
     for name, receiver in servers.items():
         ca = None if name == "default" else authority.path
         outbox.add_endpoint(receiver.url(), id=name, ca=ca)
-    outbox.add_endpoint(good.url(), ca=authority.path)
     event_id = emit(outbox)
-    report = outbox.drain(once=True)
-    assert (report.delivered, report.retried) == (1, len(servers))
+    assert fields(outbox.drain(once=True), "delivered retried") == (1, len(servers))
     for name, receiver in servers.items():
         (attempt,) = outbox.attempts(event_id, name)
         assert attempt.reason == "tls" and len(attempt.error) > 9, attempt
@@ -3294,19 +3143,18 @@ def test_a_ca_may_be_any_certificate_of_the_receivers_chain(wal, serve, tmp_path
     leaf, other = middle.issue_cert("127.0.0.1"), middle.issue_cert("127.0.0.1")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     leaf.configure_cert(context)
-    receiver, path = serve(tls=context), tmp_path / "ca.pem"
     given = {
         "root": root.cert_pem, "intermediate": middle.cert_pem, "own": leaf.cert_chain_pems[0],
         "other": root.create_child_ca().cert_pem, "other own": other.cert_chain_pems[0],
     }  # fmt: skip
-    path.write_bytes(given[form].bytes())
-    outbox = make_outbox(wal)
-    outbox.add_endpoint(receiver.url(), id="a", ca=str(path))
+    given[form].write_to_path(str(tmp_path / "ca.pem"))
+    url = serve(tls=context).url()
+    outbox = make_outbox(wal, url, id="a", ca=str(tmp_path / "ca.pem"))
     assert outbox.ping("a").reason == ("tls" if form.startswith("other") else None)
 
 
 @pytest.mark.parametrize("certificate", [True, False])
-def test_a_receiver_may_ask_for_a_certificate_after_the_request(wal, serve, authority, certificate):
+def test_a_receiver_may_ask_for_a_certificate_after_the_request(shop, authority, certificate):
     """TLS 1.3 calls it post-handshake authentication; Apache does it for a <Location>."""
     context = authority.server()
     context.post_handshake_auth, context.verify_mode = True, ssl.CERT_OPTIONAL
@@ -3322,13 +3170,10 @@ def test_a_receiver_may_ask_for_a_certificate_after_the_request(wal, serve, auth
         sock.sendall(answer(200 if sock.getpeercert() else 403))
         return False
 
-    outbox = make_outbox(wal)
     cert = authority.client() if certificate else None
-    outbox.add_endpoint(
-        serve(play, tls=context).url(), id="a", ca=authority.path, cert=cert, body="data"
-    )
+    _, outbox = shop.open(play, tls=context, id="a", ca=authority.path, cert=cert, body="data")
     event_id = emit(outbox, data="x" * 200_000)
-    outbox.drain(once=True)
+    shop.drain()
     status = 200 if certificate else 403
     assert outbox.attempts(event_id)[0].status_code == outbox.ping("a").status_code == status
 
@@ -3372,8 +3217,8 @@ def test_apache_may_ask_for_the_certificate_in_a_location(wal, authority, tmp_pa
     process = subprocess.Popen([program, "-f", tmp_path / "conf", "-DFOREGROUND"])
     try:
         eventually((tmp_path / "pid").exists)
-        outbox, url = make_outbox(wal), f"https://127.0.0.1:{port}/hook"
-        outbox.add_endpoint(url, id="known", ca=authority.path, cert=authority.client())
+        url = f"https://127.0.0.1:{port}/hook"
+        outbox = make_outbox(wal, url, id="known", ca=authority.path, cert=authority.client())
         outbox.add_endpoint(url, id="bare", ca=authority.path)
         for data in ({}, "x" * 200_000):
             event_id = emit(outbox, data=data)
@@ -3388,21 +3233,18 @@ def test_apache_may_ask_for_the_certificate_in_a_location(wal, authority, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["path", "pair", None])
-def test_a_client_certificate_opens_a_receiver_that_asks(wal, serve, authority, tmp_path, kind):
-    context = authority.server()
+def test_a_client_certificate_opens_a_receiver_that_asks(shop, authority, tmp_path, kind):
+    context, path = authority.server(), pathlib.Path(authority.client())
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(authority.path)
-    receiver, path = serve(tls=context), authority.client()
-    whole = pathlib.Path(path).read_text()
-    cut = whole.index("-----BEGIN CERTIFICATE")
-    for name, text in (("key.pem", whole[:cut]), ("cert.pem", whole[cut:])):
-        (tmp_path / name).write_text(text)
+    key, _, certificates = path.read_text().partition("-----BEGIN CERTIFICATE")
+    (tmp_path / "key.pem").write_text(key)
+    (tmp_path / "cert.pem").write_text("-----BEGIN CERTIFICATE" + certificates)
     pair = (str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"))
-    outbox = make_outbox(wal, clock=Clock())
-    cert = {"path": path, "pair": pair}.get(kind)
-    outbox.add_endpoint(receiver.url(), ca=authority.path, cert=cert)
+    cert = {"path": str(path), "pair": pair}.get(kind)
+    _, receiver, outbox = shop.timed(tls=context, ca=authority.path, cert=cert)
     event_id = emit(outbox)
-    outbox.drain(once=True)
+    shop.drain()
     (attempt,) = outbox.attempts(event_id)
     if kind:
         assert attempt.reason is None and len(receiver.requests) == 1
@@ -3433,16 +3275,11 @@ def transport_proxy(upstream: dict[str, int], status: int = 200) -> Callable[...
 @pytest.mark.parametrize("credentials", ["", "user:canary-in-proxy@"])
 def test_an_explicit_proxy_judges_in_the_guards_place(wal, serve, authority, credentials):
     receiver = serve(tls=authority.server("hooks.test"))
-    ports = {"hooks.test:8443": receiver.port, "hooks.test:443": receiver.port}
-    proxy = serve(transport_proxy(ports))
-
-    def resolver(host: str, port: int) -> list[str]:
-        raise AssertionError("looked up")
-
-    address = f"http://{credentials}127.0.0.1:{proxy.port}"
+    proxy = serve(transport_proxy({"hooks.test:8443": receiver.port}))
     outbox = make_outbox(
         wal, "https://hooks.test:8443/a?b=c", id="https", ca=authority.path, allow_networks=(),
-        allow_http=True, proxy=address, resolver=resolver,
+        allow_http=True, proxy=f"http://{credentials}127.0.0.1:{proxy.port}",
+        resolver=lambda host, port: pytest.fail("looked up"),
     )  # fmt: skip
     outbox.add_endpoint("http://plain.test:8080/a?b=c", id="http")
     assert outbox.ping("https").reason is None and outbox.ping("http").response == "from the proxy"
@@ -3453,22 +3290,20 @@ def test_an_explicit_proxy_judges_in_the_guards_place(wal, serve, authority, cre
     connect, post = sorted({r.line for r in proxy.requests})
     assert re.fullmatch(r"CONNECT hooks\.test:8443 HTTP/1\.[01]", connect)
     assert post == "POST http://plain.test:8080/a?b=c HTTP/1.1"
-    expected = None
-    if credentials:
-        expected = "Basic " + base64.b64encode(credentials[:-1].encode()).decode()
+    login = "Basic " + base64.b64encode(credentials[:-1].encode()).decode()
+    expected = login if credentials else None
     assert {r.headers.get("proxy-authorization") for r in proxy.requests} == {expected}
     assert not any("proxy-authorization" in r.headers for r in receiver.requests)
 
 
 def test_a_proxy_that_refuses_drips_or_is_down_is_a_failed_attempt_without_its_password(wal, serve):
-    head = b"HTTP/1.1 200 OK\r\n"
-    drips = endless(head, b"x: 1\r\n", 0.1)
+    drips = endless(b"HTTP/1.1 200 OK\r\n", b"x: 1\r\n", 0.1)
     for play, reason in ((transport_proxy({}, status=407), "connect"), (drips, "timeout")):
         proxy = serve(play)
         outbox = make_outbox(wal, proxy=f"http://user:canary@127.0.0.1:{proxy.port}", timeout=0.6)
         id = outbox.add_endpoint("https://hooks.test/").id
         attempt = outbox.ping(id)
-        assert (attempt.reason, "canary" in repr(attempt)) == (reason, False)
+        assert attempt.reason == reason and "canary" not in repr(attempt)
         assert attempt.duration < 3 and ("407" in attempt.error) == (reason == "connect")
         proxy.close()
         attempt = outbox.ping(id)
@@ -3477,26 +3312,24 @@ def test_a_proxy_that_refuses_drips_or_is_down_is_a_failed_attempt_without_its_p
 
 def test_the_environment_does_not_touch_a_delivery(wal, serve, authority, tmp_path, monkeypatch):
     victim, plain = serve(), serve(answer(200, b"", "Set-Cookie: session=stolen; Path=/"))
-    secure, stranger = serve(tls=authority.server()), trustme.CA()
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login canary password canary\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    (tmp_path / "empty.pem").write_bytes(stranger.cert_pem.bytes())
+    secure = serve(tls=authority.server())
+    netrc, empty = tmp_path / ".netrc", tmp_path / "empty.pem"
+    netrc.write_text("machine 127.0.0.1 login canary password canary\n")
+    netrc.chmod(0o600)
+    trustme.CA().cert_pem.write_to_path(str(empty))
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, victim.url(""))
         monkeypatch.setenv(name.upper(), victim.url(""))
-    monkeypatch.setenv("no_proxy", "")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    for name, path in {"no_proxy": "", "HOME": tmp_path, "NETRC": netrc}.items():
+        monkeypatch.setenv(name, str(path))
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
     outbox = make_outbox(wal, plain.url(), id="plain", max_in_flight=1, retry=ONCE)
     bearer = {"Authorization": "Bearer mine"}
     outbox.add_endpoint(plain.url("/bearer"), id="bearer", headers=bearer, max_in_flight=1)
     outbox.add_endpoint(secure.url(), id="own", ca=authority.path)
     outbox.add_endpoint(secure.url(), id="default")
-    for variable, path in itertools.product(
-        ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"),
-        (authority.path, str(tmp_path / "empty.pem")),
-    ):
+    variables = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
+    for variable, path in itertools.product(variables, (authority.path, str(empty))):
         monkeypatch.setenv(variable, path)
         _, event_id = emit(outbox), emit(outbox)
         outbox.drain(once=True)
@@ -3510,52 +3343,48 @@ def test_the_environment_does_not_touch_a_delivery(wal, serve, authority, tmp_pa
 
 # A network in which every address is this machine: where connections land is the verdict.
 
-# What the DNS server answers, lookup by lookup, the last for ever; a name is a CNAME.
-NETWORK_ZONE: dict[str, list[list[str]]] = {
-    "public.test": [["93.184.216.34"]],
-    "public6.test": [["2606:2800:220:1:248:1893:25c8:1946"]],
-    "loopback.test": [["127.0.0.1"]],
-    "metadata.test": [["169.254.169.254"]],
-    "mixed.test": [["93.184.216.34", "10.0.0.1"]],  # loopback would be sorted first
-    "rebind.test": [["93.184.216.34"], ["127.0.0.1"]],
-    "flipping.test": [["10.0.0.1"], ["93.184.216.34"]],
-    "mixed6.test": [["93.184.216.34", "::1"]],
-    "alias.test": [["a.alias.test", "b.alias.test", "93.184.216.34"]],
-    "alias-inside.test": [["public.test", "127.0.0.1"]],
-    "huge.test": [[*(f"93.184.{n >> 8}.{n & 255}" for n in range(2000)), "10.0.0.1"]],
-    "mapped.test": [["::ffff:127.0.0.1"]],
-    "mapped-outside.test": [["::ffff:93.184.216.34"]],
-    "nat64.test": [["64:ff9b::7f00:1"]],
-    "unique-local.test": [["fd00::1"]],
-    "nothing.test": [[]],
-    "silent.test": [],  # no answer at all: the system's resolver waits for 30 s
-}
-NETWORK_LITERALS = (
-    "93.184.216.34 127.0.0.1 2130706433 0x7f.1 0177.0.0.1 0 10.0.0.1 169.254.169.254 [::1] "
-    "[::ffff:10.0.0.1] [64:ff9b::a9fe:a9fe] [fe80::1] [fd00::1] 0.0.0.0 224.0.0.1 localhost"
-).split()
-
+PUBLIC, PUBLIC6 = "93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946"
+# Where a URL's connections may land, - for nowhere, and their outcome; the URL's host; what the DNS
+# server answers it, lookup by lookup, the last for ever; a name is a CNAME.
+NETWORK_ZONE = f"""
+{PUBLIC} ok public.test {PUBLIC}
+{PUBLIC6} ok public6.test {PUBLIC6}
+- blocked loopback.test 127.0.0.1
+- blocked metadata.test 169.254.169.254
+- blocked mixed.test {PUBLIC},10.0.0.1
+{PUBLIC} ok rebind.test {PUBLIC} 127.0.0.1
+- blocked rebind.test
+- blocked flipping.test 10.0.0.1 {PUBLIC}
+{PUBLIC} ok flipping.test
+- blocked mixed6.test {PUBLIC},::1
+{PUBLIC} ok alias.test a.alias.test,b.alias.test,{PUBLIC}
+- blocked alias-inside.test public.test,127.0.0.1
+- blocked huge.test {",".join(f"93.184.{n >> 8}.{n & 255}" for n in range(2000))},10.0.0.1
+- blocked mapped.test ::ffff:127.0.0.1
+{PUBLIC} ok mapped-outside.test ::ffff:{PUBLIC}
+- blocked nat64.test 64:ff9b::7f00:1
+- blocked unique-local.test fd00::1
+- dns nothing.test -
+- dns silent.test silence
+{PUBLIC} ok {PUBLIC}
+- blocked localhost
+"""
 # Spellings that parsers read differently, past registration; every name resolves to loopback.
 NETWORK_ODD = r"""https://127.0.0.1./ https://[::ffff:7f00:1]/ https://[0:0:0:0:0:ffff:a9fe:a9fe]/
-https://[::127.0.0.1]/
-https://0x7f000001/ https://127.0.1/ https://LOCALHOST./ https://public.test.inside.test/
-https://127\uff0e0\uff0e0\uff0e1/
+https://[::127.0.0.1]/ https://0x7f000001/ https://127.0.1/ https://0x7f.1/ https://LOCALHOST./
+https://public.test.inside.test/ https://127\uff0e0\uff0e0\uff0e1/ https://in\u00adside.test/
 https://\u24db\u24de\u24d2\u24d0\u24db\u24d7\u24de\u24e2\u24e3/ https://\uff11\uff12\uff17.0.0.1/
-https://in\u00adside.test/
-https://public.test:443@inside.test/ https://inside.test\x5c@public.test/
-https://inside.test?@public.test/ https://[::]/
-https://inside.test/\x5c.public.test https://00000177.1/ https://[::ffff:0:127.0.0.1]/
-https://[fe80::1%25lo]/
-https://[2002:7f00:1::]/ https://[2001:0:7f00:1::]/ https://[ff02::1]/ https://INSIDE.test:00443/
-https://4294967295/
+https://public.test:443@inside.test/ https://inside.test\x5c@public.test/ https://[fd00::1]/
+https://inside.test?@public.test/ https://[::]/ https://inside.test/\x5c.public.test
+https://00000177.1/ https://[::ffff:0:127.0.0.1]/ https://[fe80::1%25lo]/ https://[2002:7f00:1::]/
+https://[2001:0:7f00:1::]/ https://[ff02::1]/ https://INSIDE.test:00443/ https://4294967295/
 https://1.1.1.1\x20&@127.0.0.1/ https://127.0.0.1\t/ https://inside.test%2epublic.test/
-https://[127.0.0.1]/
-https://[v1.127]/ https://0b1111111.0.0.1/ https://127.0.0.1%2f@public.test/
+https://[127.0.0.1]/ https://[v1.127]/ https://0b1111111.0.0.1/ https://127.0.0.1%2f@public.test/
 https://999999999999/""".split()
 NETWORK_SCRIPT = """
 import ipaddress, json, os, socket, struct, subprocess, sys, threading
-from webhook_outbox import Outbox, RetryPolicy, UnsafeURL
-folder, (zone, literals, cases, ca) = sys.argv[1], json.load(sys.stdin)
+from webhook_outbox import Outbox, RetryPolicy
+folder, (zone, cases, ca) = sys.argv[1], json.load(sys.stdin)
 try:
     for line in ("ip link set lo up", "ip route add local 0.0.0.0/0 dev lo",
                  "ip -6 route add local ::/0 dev lo",
@@ -3578,7 +3407,7 @@ def names():
             at += query[at] + 1
         name, kind = ".".join(labels), struct.unpack("!H", query[at + 1 : at + 3])[0]
         turns = zone.get(name, [others])
-        if not turns:
+        if turns == [["silence"]]:
             continue
         turn = asked.setdefault((name, kind), 0)
         asked[name, kind] += 1
@@ -3595,7 +3424,7 @@ def names():
         head = query[:2] + b"\\x81\\x80" + struct.pack("!HHHH", 1, len(records), 0, 0)
         dns.sendto(head + query[12 : at + 5] + b"".join(records), who)
 
-landed, others = [], []
+landed, verdicts = [], []
 
 def listen(listener):
     while True:
@@ -3611,36 +3440,24 @@ threading.Thread(target=names, daemon=True).start()
 for listener in listeners:
     threading.Thread(target=listen, args=(listener,), daemon=True).start()
 
-outbox = Outbox(folder + "/app.db", allow_http=True, timeout=10, retry=RetryPolicy((0,)))
-ids, refused = {}, []
-for host in [*zone, *literals]:
-    silent = {"events": ["first"], "timeout": 1.0} if host == "silent.test" else {}
-    try:
-        ids[outbox.add_endpoint(f"http://{host}/", **silent).id] = host
-    except UnsafeURL:
-        refused.append(host)
-told = {host: [] for host in ids.values()}
-for type in ("first", "second"):
+outbox = Outbox(folder + "/app.db", allow_http=True, retry=RetryPolicy((0,)))
+for number, (url, others) in enumerate(cases):
+    del landed[:]
+    id, type, timeout = f"e{number}", f"case.{number}", 1 if "silent" in url else 10
+    outbox.add_endpoint("https://x.test/", id=id, events=[type], ca=ca, timeout=timeout)
     with outbox.transaction() as conn:
+        conn.execute("UPDATE webhook_endpoints SET url = ? WHERE id = ?", (url, id))
         event = outbox.emit(conn, type, {})
     outbox.drain(once=True)
-    for attempt in outbox.attempts(event):
-        told[ids[attempt.endpoint_id]].append((attempt.reason, attempt.duration))
-places, verdicts = list(landed), []
-outbox.add_endpoint("https://x.test/", id="odd", ca=ca)
-for url, others in cases:
-    del landed[:]
-    with outbox.transaction() as conn:
-        conn.execute("UPDATE webhook_endpoints SET url = ? WHERE id = 'odd'", (url,))
-    attempt = outbox.ping("odd")
+    (attempt,) = outbox.attempts(event)
     for listener in listeners:  # what came before is known by then
         address = "::7" if listener.family == socket.AF_INET6 else "127.7.7.7"
         with socket.create_connection((address, listener.getsockname()[1])) as own:
             own.sendall(b"x")
             own.recv(99)
-    places_ = [address for address in landed if address not in ("127.7.7.7", "::7")]
-    verdicts.append([attempt.reason, places_])
-print(json.dumps({"landed": places, "refused": refused, "told": told, "verdicts": verdicts}))
+    places = [address for address in landed if address not in ("127.7.7.7", "::7")]
+    verdicts.append((places, attempt.reason, attempt.duration))
+print(json.dumps(verdicts))
 """
 
 
@@ -3649,37 +3466,34 @@ def test_where_every_address_answers_connections_land_where_they_may(tmp_path, a
         pytest.skip("needs unshare, ip and mount")
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions attempts:1 timeout:30\n")
     (tmp_path / "nsswitch.conf").write_text("hosts: files dns\n")
-    cases, expected = [], []
+    nowhere: Any = ([], ["blocked", "dns"])
+    zone, cases, expected = {}, [], list[Any]()
+    for where, reason, host, *turns in map(str.split, NETWORK_ZONE.strip().split("\n")):
+        if turns:
+            zone[host] = [[] if turn == "-" else turn.split(",") for turn in turns]
+        cases.append((f"http://{host}/", []))
+        expected.append(([], [reason]) if where == "-" else ([where], [None]))
     for verdict, addresses, url in GUARD_CASES:
         cases.append((url, [] if addresses in "-!" else addresses.split(",")))
-        literal = url.partition("[")[2].partition("]")[0]
-        expected.append([] if verdict == "block" else [literal or addresses])
-    for text in GUARD_ODD + NETWORK_ODD:
-        cases.append((text.encode().decode("unicode_escape"), ["127.0.0.1"]))
-        expected.append([])
+        literal = urllib.parse.urlsplit(url).hostname if addresses == "-" else addresses
+        expected.append(([literal], ["tls"]) if verdict == "allow" else nowhere)
+    odd = [url.encode().decode("unicode_escape") for url in NETWORK_ODD]
+    for url in [url for url, why in URL_CASES if why] + odd:
+        cases.append((url, ["127.0.0.1"]))
+        expected.append(nowhere)
     ran = subprocess.run(
         ["unshare", "-r", "-n", "-m", sys.executable, "-c", NETWORK_SCRIPT, str(tmp_path)],
         capture_output=True, text=True, timeout=90, cwd=ROOT,
+        input=json.dumps([zone, cases, authority.path]),
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        input=json.dumps([NETWORK_ZONE, NETWORK_LITERALS, cases, authority.path]),
     )  # fmt: skip
     if '{"skip"' in ran.stdout or ran.stderr.startswith("unshare"):
         pytest.skip(f"no network namespace here: {ran.stdout}{ran.stderr[-200:]}")
     assert ran.returncode == 0, ran.stderr
-    seen = json.loads(ran.stdout)
-    outside = ["public.test", "public6.test", "alias.test", "mapped-outside.test", "93.184.216.34"]
-    assert set(seen["landed"]) == {"93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946"}
-    assert len(seen["landed"]) == 2 * len(outside) + 1 + 1
-    expect = {key: ["blocked", "blocked"] for key in seen["told"]}
-    expect |= {key: [None, None] for key in outside}
-    expect |= {"rebind.test": [None, "blocked"], "flipping.test": ["blocked", None]}
-    expect |= {"nothing.test": ["dns", "dns"], "silent.test": ["dns"]}
-    assert {host: [reason for reason, _ in told] for host, told in seen["told"].items()} == expect
-    assert seen["told"]["silent.test"][0][1] < 5, "the endpoint's timeout ends a lookup without end"
-    assert set(seen["refused"]) == set(NETWORK_LITERALS) - {"93.184.216.34", "localhost"}
-    for (url, _), (reason, places), where in zip(cases, seen["verdicts"], expected, strict=True):
-        assert places == where, url
-        assert where or reason in ("blocked", "dns"), (url, reason)
+    verdicts = zip(cases, json.loads(ran.stdout), expected, strict=True)
+    for (url, _), (places, reason, duration), (where, reasons) in verdicts:
+        assert (places, reason in reasons) == (where, True), (url, places, reason)
+        assert duration < 5, f"{url}: the endpoint's timeout ends a lookup without end"
 
 
 # ── exchange ──────────────────────────────────────────────────────────────────────────────────────

@@ -9224,6 +9224,31 @@ def test_hosts_code_that_fails_in_any_way_costs_its_own_attempts_and_ends_no_pin
     assert outbox.ping("raises").reason is None and mended[-1].type == "webhook.ping"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError("db"),
+        ssl.SSLError(1, "db"),
+        OSError(24, "db"),
+        SystemExit("db"),
+        UnsafeURL("db"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_transform_raises_is_never_taken_for_a_fault_of_the_receiver(shop, error):
+    def fails(event: Event) -> bytes:
+        raise error
+
+    receiver, outbox = shop.open(transforms={"own": fails}, body="own", retry=ONCE)
+    id = emit(outbox)
+    outbox.drain(once=True)
+    (endpoint,) = outbox.endpoints()
+    for attempt in (*outbox.attempts(id), outbox.ping(endpoint.id)):
+        assert attempt.reason == "internal"
+        assert attempt.error == f"{type(error).__name__}: {error}"
+    assert receiver.requests == []
+
+
 @pytest.mark.parametrize("body", ["standard", "own"])
 def test_a_lane_is_full_while_two_threads_make_its_requests_and_no_longer(shop, body):
     """As many attempts are under way with a transform as without, though none has ended yet."""
@@ -9424,7 +9449,7 @@ def test_whether_a_drain_is_done_is_asked_for_a_tenth_of_the_time(wal):
         eventually(lambda: drain._finished(time.time()))
 
 
-def test_a_url_that_is_no_text_costs_only_its_endpoint(wal):
+def test_a_url_that_is_no_text_costs_only_its_endpoint_and_hides_no_other(wal, cli):
     """Only a damaged file has one, or a writer that checks nothing."""
     outbox = make_outbox(wal, "call:audit", senders={"audit": print}, retry=(0, 0.1))
     outbox.add_endpoint(URL, id="sick")
@@ -9433,6 +9458,12 @@ def test_a_url_that_is_no_text_costs_only_its_endpoint(wal):
         conn.execute("UPDATE webhook_endpoints SET url = x'ff' WHERE id = 'sick'")
     emit(outbox)
     assert outbox.drain(until_empty=True) == DrainReport(1, 1, 1, 0)
+    for line in ("endpoint list", "endpoint list --json", "endpoint show sick", "status"):
+        assert "sick" in cli(line)
+    assert "sick cannot be sent to from here: its row is damaged" in cli("doctor", code=1)
+    emit(outbox)
+    ended = command("--db", wal, "drain", "--once")
+    assert ended.returncode == 0 and "not admitted" not in ended.stdout, ended
 
 
 @pytest.mark.long
@@ -13971,6 +14002,32 @@ def test_what_a_customer_changes_keeps_what_only_the_operator_may_give(wal, patt
     assert outbox.update_endpoint("a", events=["*"]).events == ("*",)  # the operator takes it away
 
 
+def test_a_customer_is_told_how_many_patterns_fit_beside_the_operators(wal):
+    outbox = make_outbox(wal, URL, id="a", tenant="c42", events=OPERATORS, event_types=None)
+    door, many = outbox.tenant("c42"), [f"order.n{n}" for n in range(100)]
+    refuses(
+        PayloadError,
+        door.update_endpoint,
+        "a",
+        events=many,
+        words="events may hold 99 patterns here",
+    )
+    assert len(door.update_endpoint("a", events=many[:99]).events) == 100
+
+
+def test_a_customers_ensure_looks_and_writes_in_one_transaction(wal):
+    """Else a pattern that the operator gives in between would be lost."""
+    outbox = make_outbox(wal, URL, id="a", tenant="c42", events=["order.*"])
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with outbox.transaction() as conn:
+            ensure = outbox.tenant("c42").ensure_endpoint
+            ensured = pool.submit(ensure, URL, id="a", events=["order.paid"])
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                assert ensured.result(0.3) is None  # it waits for the lock
+            outbox.update_endpoint("a", events=["order.*", "webhook.*"], conn=conn)
+        assert ensured.result(10).events == ("order.paid", "webhook.*")
+
+
 def test_a_customer_may_add_as_many_endpoints_as_the_host_says(wal):
     outbox, words = make_outbox(wal, URL, tenant="c42"), "there are 2 endpoints, as many as may be"
     door = outbox.tenant("c42", max_endpoints=2)
@@ -16890,6 +16947,20 @@ def test_a_damaged_row_hurts_only_itself(wal, shop, caplog, what):
     assert outbox.prune() == 0
     assert "draining stopped" not in caplog.text
     assert not any("x-evil" in request.headers for request in receiver.requests)
+
+
+@pytest.mark.parametrize("which", ["1", "key = 'outbox'", "key LIKE 'endpoints%'", "key = 'work'"])
+def test_a_test_suite_that_empties_our_tables_leaves_the_outbox_working(wal, shop, which):
+    receiver, outbox = shop.open()
+    before = query(wal, "SELECT * FROM webhook_meta")
+    query(wal, f"DELETE FROM webhook_meta WHERE {which}")
+    assert query(wal, "SELECT * FROM webhook_meta") == before
+    if which == "1":
+        for table in ("endpoints", "patterns", "events", "deliveries", "attempts", "failed"):
+            query(wal, f"DELETE FROM webhook_{table}")
+        outbox.add_endpoint(receiver.url())
+    emit(outbox)
+    assert outbox.drain(once=True).delivered == 1
 
 
 POISON_VALUES = {

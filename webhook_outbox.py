@@ -8709,7 +8709,7 @@ class _Places:
                 turns.leave(lane)
                 schedule.put(lane, now, mono)
                 continue
-            why = self._refusal(lane, rank, len(carrier.attempts), len(quick), mono)
+            why = self._why_not(lane, rank, len(carrier.attempts), len(quick), mono)
             if why in ("full", "share"):  # for the whole round
                 break
             may_begin: bool | None = False
@@ -8734,7 +8734,7 @@ class _Places:
                 schedule.put(lane, now, mono)
         return not fat or self._serve(rank, False, schedule, carrier, now, mono, start)
 
-    def _refusal(
+    def _why_not(
         self, lane: _Lane, rank: int, under_way: int, quick: int, mono: float
     ) -> str | None:
         """Return why a lane of a rank gets no place now, or None. quick: how many of the attempts

@@ -4335,7 +4335,8 @@ def exchange_dripper(name: str) -> None:
 @pytest.mark.parametrize("name", ["status line", "head", "chunks", "hints", "no text"])
 def test_sixty_four_answers_that_are_dear_to_read_end_in_time_and_cost_little(wal, serve, name):
     with elsewhere(exchange_dripper, name) as dripper:
-        url, outbox = dripper.stdout.readline().strip(), make_outbox(wal, timeout=3.0)
+        url = dripper.stdout.readline().strip()
+        outbox = make_outbox(wal, timeout=3.0, clock=Clock())
         for number in range(64):
             outbox.add_endpoint(f"{url}/{number}?{EXCHANGE_URL.partition('?')[2]}")
         outbox.add_endpoint(serve().url(), id="well")

@@ -247,17 +247,16 @@ def run_python(code: str, *args: str, **options: Any) -> Child:
     return Child("-c", textwrap.dedent(code), *args, **options)
 
 
-def elsewhere(function: Callable[..., Any], *args: Any) -> subprocess.Popen[str]:
+def elsewhere(function: Callable[..., Any], *args: Any) -> Child:
     """Call a function of this file in a process of its own."""
     call = f"t.{function.__name__}(*json.loads(sys.argv[1]))"
     code = f"import json, sys, {__name__} as t; print(json.dumps({call}))"
     return run_python(code, json.dumps(args))
 
 
-def result(process: subprocess.Popen[str]) -> Any:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
+def result(process: Child) -> Any:
+    """Wait until it ends, and return what it printed last, as JSON."""
+    return json.loads(process.ends(within=300)[0].splitlines()[-1])
 
 
 SHELL = shutil.which("sqlite3")
@@ -277,12 +276,9 @@ every_mode = pytest.mark.parametrize(
 )
 
 
-def emit_host(
-    path: str, mode: str = "manual", **options: Any
-) -> contextlib.closing[sqlite3.Connection]:
-    return contextlib.closing(
-        sqlite3.connect(path, **{"timeout": 5, **EMIT_MODES[mode], **options})
-    )
+def emit_host(path: str, mode: str = "manual", **options: Any) -> Any:
+    given = {"timeout": 5, **EMIT_MODES[mode], **options}
+    return contextlib.closing(sqlite3.connect(path, **given))
 
 
 @contextlib.contextmanager
@@ -394,33 +390,28 @@ class Receiver:
 
     def serve(self, sock: socket.socket, number: int) -> None:
         """Read requests off one connection and play the answers."""
-        buffer = b""
-        while True:
-            while b"\r\n\r\n" not in buffer:
-                data = sock.recv(65536)
-                if not data:
+        with sock.makefile("rb", 65536) as stream:
+            while (request := self.read(stream, number)) is not None:
+                self.requests.append(request)
+                play = self.play
+                if isinstance(play, list):
+                    play = play[min(len(self.requests), len(play)) - 1]
+                if isinstance(play, bytes):
+                    sock.sendall(play)
+                elif not play(self, sock, request):
                     return
-                buffer += data
-            head, _, buffer = buffer.partition(b"\r\n\r\n")
-            line, *lines = head.decode("latin-1").split("\r\n")
-            pairs = (text.partition(":") for text in lines)
-            headers = {name.lower(): value.strip() for name, _, value in pairs}
-            length = int(headers.get("content-length", "0"))
-            while len(buffer) < length:
-                data = sock.recv(65536)
-                if not data:
-                    return
-                buffer += data
-            body, buffer = buffer[:length], buffer[length:]
-            request = Request(line, headers, body, head + b"\r\n\r\n" + body, number)
-            self.requests.append(request)
-            play = self.play
-            if isinstance(play, list):
-                play = play[min(len(self.requests), len(play)) - 1]
-            if isinstance(play, bytes):
-                sock.sendall(play)
-            elif not play(self, sock, request):
-                return
+
+    def read(self, stream: Any, number: int) -> Request | None:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            if not (data := stream.readline()):
+                return None
+            head += data
+        line, *lines = head.decode("latin-1").split("\r\n")[:-2]
+        pairs = (text.partition(":") for text in lines)
+        headers = {name.lower(): value.strip() for name, _, value in pairs}
+        body = stream.read(length := int(headers.get("content-length", "0")))
+        return Request(line, headers, body, head + body, number) if len(body) == length else None
 
     def close(self) -> None:
         self.closed = True
@@ -458,12 +449,7 @@ def says(choose: Callable[[Request], bytes]) -> Callable[..., bool]:
 
 
 def answers_after(seconds: float) -> Callable[..., bool]:
-    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        time.sleep(seconds)
-        sock.sendall(OK)
-        return True
-
-    return play
+    return says(lambda request: time.sleep(seconds) or OK)
 
 
 class Play:
@@ -562,10 +548,8 @@ class Fails:
         self.failing = {int(name.removeprefix("n")): times for name, times in failing.items()}
 
     def __call__(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        number = number_of(request)
-        failing = self.failing.get(number, 0) > 0
-        if failing:
-            self.failing[number] -= 1
+        failing = self.failing.get(number := number_of(request), 0) > 0
+        self.failing[number] = self.failing.get(number, 0) - failing
         sock.sendall(answer(500) if failing else OK)
         return True
 
@@ -585,12 +569,8 @@ def drainers_of(receiver: Receiver) -> list[str]:
 
 def times_received(requests_: list[Request]) -> dict[str, int]:
     """Return how often each id came; the same id must always carry the same bytes."""
-    counts: dict[str, int] = {}
-    bodies: dict[str, bytes] = {}
-    for request in requests_:
-        id = request.headers["webhook-id"]
-        assert bodies.setdefault(id, request.body) == request.body
-        counts[id] = counts.get(id, 0) + 1
+    counts = collections.Counter(request.headers["webhook-id"] for request in requests_)
+    assert len({(r.headers["webhook-id"], r.body) for r in requests_}) == len(counts)
     return counts
 
 
@@ -618,9 +598,8 @@ class Authority:
 
     def server(self, *names: str, **options: Any) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.ca.issue_cert(*(names or ("127.0.0.1", "localhost")), **options).configure_cert(
-            context
-        )
+        names = names or ("127.0.0.1", "localhost")
+        self.ca.issue_cert(*names, **options).configure_cert(context)
         return context
 
     def client(self) -> str:
@@ -805,25 +784,33 @@ def drain_command(path: str, *args: str) -> Child:
 
 
 @contextlib.contextmanager
+def beside(function: Callable[[], Any], stop: Callable[[], Any]) -> Iterator[None]:
+    """Run a function in a thread until the block ends, which stops it."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@contextlib.contextmanager
 def host_commits(path: str, pause: float) -> Iterator[list[float]]:
     """A host that commits again and again in a thread; the list gets what each commit took."""
     took, over = list[float](), threading.Event()
 
     def commit() -> None:
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=30)) as host:
+        with emit_host(path, timeout=30) as host:
             host.execute("PRAGMA synchronous = OFF")
             while not over.wait(pause):
                 begun = time.monotonic()
                 host.execute("INSERT INTO orders (total) VALUES (1)")
                 took.append(time.monotonic() - begun)
 
-    thread = threading.Thread(target=commit)
-    thread.start()
-    try:
+    with beside(commit, over.set):
         yield took
-    finally:
-        over.set()
-        thread.join()
 
 
 def command(line: str, *more: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -840,14 +827,8 @@ def command(line: str, *more: str, **options: Any) -> subprocess.CompletedProces
 def draining(outbox: Outbox, **options: Any) -> Iterator[list[Any]]:
     """drain() in a thread of its own; the list gets its report. It ends with the block."""
     reports: list[Any] = []
-    thread = threading.Thread(target=lambda: reports.append(outbox.drain(**options)), daemon=True)
-    thread.start()
-    try:
+    with beside(lambda: reports.append(outbox.drain(**options)), outbox.stop):
         yield reports
-    finally:
-        outbox.stop()
-        thread.join(15)
-        assert not thread.is_alive()
 
 
 def descriptors() -> int:
@@ -859,9 +840,8 @@ def leaves_nothing_behind() -> Iterator[None]:
     """Each test ends with the threads, connections and descriptors that it began with."""
     gc.collect()
     gc.freeze()  # what was imported by now stays out of the next searches for garbage
-    threads, before, pinned = (
-        set(threading.enumerate()), descriptors(), set(webhook_outbox._PROCESS.pinned),
-    )  # fmt: skip
+    threads, before = set(threading.enumerate()), descriptors()
+    pinned = set(webhook_outbox._PROCESS.pinned)
     yield
     gc.collect()
     eventually(lambda: set(threading.enumerate()) <= threads, within=8)

@@ -19249,14 +19249,17 @@ def healthy(bench: Bench, path: pathlib.Path, trouble: bool) -> tuple[float, flo
 
 
 def measured(*rows: str, rounds: int = 3, **case: Any) -> Callable[[Any], Any]:
-    """Mark what measures a round and yields a value, or a tuple of them, for each of the rows. A
-    row says its number, what it is; then the target with its unit, or the unit alone."""
+    """Mark what measures a round and yields a value, or a tuple, for each of the rows given,
+    or else of its docstring. A row says its number, what it is; then the target with its unit, or
+    the unit alone."""
     BENCH_TABLE.extend(rows)
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        numbers = dict.fromkeys(row.split()[0].strip("-") for row in rows)
+        lines = rows or [line.strip() for line in function.__doc__.splitlines()]
+        BENCH_TABLE.extend(lines[len(rows) :])
+        numbers = dict.fromkeys(row.split()[0].strip("-") for row in lines)
         id = "_".join([*numbers, function.__name__, *map(str, case.values())])  # for -k
-        MEASUREMENTS.append(pytest.param(functools.partial(function, **case), rows, rounds, id=id))
+        MEASUREMENTS.append(pytest.param(functools.partial(function, **case), lines, rounds, id=id))
         return function
 
     return add
@@ -19304,14 +19307,12 @@ def drain_all(path: str, rows: int) -> tuple[float, float]:
     return rows / (time.perf_counter() - wall), 1e6 * (time.process_time() - cpu) / rows
 
 
-@measured(
-    "N1 deliveries, of a Session loop's; >= 16 x",
-    "N1 - Session loop / outbox; a second",
-    "N2 CPU of a Session loop's delivery, of ours; >= 15 x",
-    "N2 - Session loop / outbox; us",
-    rounds=5,
-)
+@measured(rounds=5)
 def a_drain_is_many_times_as_fast_as_a_session_loop(bench, path):
+    """N1 deliveries, of a Session loop's; >= 16 x
+    N1 - Session loop / outbox; a second
+    N2 CPU of a Session loop's delivery, of ours; >= 15 x
+    N2 - Session loop / outbox; us"""
     loop, loop_cpu = session_loop(bench.ca, *[bench.url] * 1_000)
     ours, cpu = drain_all(bench_file(path, bench.url, 20_000), 20_000)
     yield from (ours / loop, (loop, ours), loop_cpu / cpu, (loop_cpu, cpu))
@@ -19329,12 +19330,10 @@ def cpu_in_transactions(*calls: tuple[Outbox, Callable[..., Any]]) -> list[float
     return list(map(statistics.median, took))
 
 
-@measured(
-    "N3 emit in an open transaction, of plain inserts of the same rows; <= 2 x",
-    "N3 - each further endpoint that matches; <= 6 us",
-    rounds=5,
-)
+@measured(rounds=5)
 def emit_costs_little_more_than_plain_inserts(bench, path):
+    """N3 emit in an open transaction, of plain inserts of the same rows; <= 2 x
+    N3 - each further endpoint that matches; <= 6 us"""
     outbox, data = bench_outbox(bench_file(path, bench.url)), json.dumps(BENCH_DATA)
     events = "INSERT INTO webhook_events (seq, type, data, created_at) VALUES (?, ?, ?, ?)"
     deliveries = f"{DELIVERY} VALUES (?, ?, ?)"
@@ -19449,12 +19448,10 @@ def a_commit_is_received_at_once(bench, path, drains):
     yield part(took, 0.5), part(took, 0.99)
 
 
-@measured(
-    "N5 commit to received, p50 / p99, other process, idle; <= 1.5 / 6 ms",
-    "N20 CPU of a drain after a quiet minute, of a core; <= 0.3 %",
-    rounds=1,
-)
+@measured(rounds=1)
 def an_idle_drain_wakes_soon_and_takes_little(bench, path):
+    """N5 commit to received, p50 / p99, other process, idle; <= 1.5 / 6 ms
+    N20 CPU of a drain after a quiet minute, of a core; <= 0.3 %"""
     *paths, alone = [bench_file(path.with_name(f"{number}.db"), bench.own) for number in range(51)]
     with drained(62.0, 10.0, alone) as share, drained(62.0, 10.0, *paths) as share_of_all:
         cpu, _ = share(), share_of_all()
@@ -19500,24 +19497,22 @@ def a_host_that_reads_then_writes_is_seldom_locked_out(bench, path):
     yield beside_drain(bench, path, "NORMAL", False, 0.0, True)[1]
 
 
-@measured(
-    "N7b recorded beside a host that commits without pause; >= 1000 a second",
-    "N7b - the host's commits; a second",
-)
+@measured()
 def a_drain_goes_on_beside_a_host_that_never_pauses(bench, path):
+    """N7b recorded beside a host that commits without pause; >= 1000 a second
+    N7b - the host's commits; a second"""
     bench_file(path, bench.url, BENCH_ROWS // 6)
     with host(path, 3.0, "NORMAL", False, 0.0) as took:
         yield recorded(path, 2.5)
     yield len(took[0]) / 3.0
 
 
-@measured(
-    "N8 50 healthy beside 100 that hang and 100,000 refused rows, of without; >= 0.9 x",
-    "N8 - p99 of commit to 2xx, of without; <= 2 x",
-    "N8 - without / with trouble; a second",
-    "N8 - p99 without / with trouble; ms",
-)
+@measured()
 def endpoints_that_hang_or_refuse_cost_the_others_nothing(bench, path):
+    """N8 50 healthy beside 100 that hang and 100,000 refused rows, of without; >= 0.9 x
+    N8 - p99 of commit to 2xx, of without; <= 2 x
+    N8 - without / with trouble; a second
+    N8 - p99 without / with trouble; ms"""
     rate, p99 = healthy(bench, path, False)
     rate_beside, p99_beside = healthy(bench, path.with_suffix(".trouble"), True)
     yield from (rate_beside / rate, p99_beside / p99, (rate, rate_beside), (p99, p99_beside))
@@ -19532,12 +19527,11 @@ def slow_receivers_are_limited_by_exchanges_alone(bench, path, workers):
     yield steady_rate(str(path), skip=10 * workers) / (workers / 0.05)
 
 
-@measured(
-    "N10 deliveries over TLS, of a Session loop's; >= 12 x",
-    "N10 - CPU of a Session loop's delivery, of ours; x",
-    "N10 - Session loop / outbox over TLS; a second",
-)
+@measured()
 def tls_costs_a_drain_little(bench, path):
+    """N10 deliveries over TLS, of a Session loop's; >= 12 x
+    N10 - CPU of a Session loop's delivery, of ours; x
+    N10 - Session loop / outbox over TLS; a second"""
     loop, loop_cpu = session_loop(bench.ca, *[bench.tls] * 500)
     file = bench_file(path, bench.tls, 10_000, ca=bench.ca)
     ours, cpu = drain_all(file, 10_000)
@@ -19563,10 +19557,10 @@ print(1e3 * (time.process_time() - begun))"""
     yield [result(run_python(COMPILED_ONCE + code, cache)) for _ in range(2)][1]
 
 
-@measured(
-    "N12 replay of 100,000 failed rows; <= 2 s", "N12 - a host's longest commit meanwhile; <= 50 ms"
-)
+@measured()
 def a_large_replay_lets_the_host_commit(bench, path):
+    """N12 replay of 100,000 failed rows; <= 2 s
+    N12 - a host's longest commit meanwhile; <= 50 ms"""
     bench_file(path, bench.url, BENCH_ROWS // 10, "failed")
     failed = "INSERT INTO webhook_failed (event, endpoint_id, type, attempts, reason, failed_at) "
     query(path, failed + "SELECT seq, 'it', type, 10, 'status', created_at FROM webhook_events")
@@ -19593,13 +19587,12 @@ def computes(path: str, drains: bool) -> float:
         return sum(pool.map(compute, range(2))) / 3.0
 
 
-@measured(
-    "- deliveries in a process whose threads compute, of a drain alone; x",
-    "- such a host's pace, of without deliveries; x",
-    "- deliveries by a process beside it, of a drain alone; x",
-    "- such a host's pace, of without deliveries there; x",
-)
+@measured()
 def a_busy_host_slows_a_thread_more_than_a_process(bench, path):
+    """- deliveries in a process whose threads compute, of a drain alone; x
+    - such a host's pace, of without deliveries; x
+    - deliveries by a process beside it, of a drain alone; x
+    - such a host's pace, of without deliveries there; x"""
     file, pace, made = bench_file(path, bench.url, BENCH_ROWS // 6), [], []
     alone = drain_all(bench_file(path.with_suffix(".alone"), bench.url, 20_000), 20_000)[0]
     for drains in (None, "in", "beside"):
@@ -19623,11 +19616,11 @@ def bench_many(path: pathlib.Path, urls: Iterable[str], **options: Any) -> Outbo
 # An event costs what it does, not what is registered, waits for tomorrow, or was written by others.
 
 
-@measured(
-    "N13 emit with 10,000 endpoints of other tenants, of with none; <= 1.3 x",
-    "N13 - with none / with 10,000 endpoints of other tenants; us",
-)
+@measured()
 def other_tenants_cost_an_emit_nothing(bench, path):
+    """N13 emit with 10,000 endpoints of other tenants, of with none; <= 1.3 x
+    N13 - with none / with 10,000 endpoints of other tenants; us"""
+
     def emits(outbox: Outbox) -> tuple[Outbox, Any]:
         return outbox, lambda conn: outbox.emit(conn, "order.created", BENCH_DATA, tenant="c0")
 
@@ -19663,12 +19656,11 @@ def one_host_needs_few_connections(bench, path, tls):
     yield from (ours / loop, (loop, ours))
 
 
-@measured(
-    "N15 an event each to 2,000 hosts, CPU, of a Session loop's; <= 0.45 x",
-    "N15 - Session loop / outbox; us",
-    "N15 - Session loop / outbox; a second",
-)
+@measured()
 def a_first_delivery_to_a_host_costs_little(bench, path):
+    """N15 an event each to 2,000 hosts, CPU, of a Session loop's; <= 0.45 x
+    N15 - Session loop / outbox; us
+    N15 - Session loop / outbox; a second"""
     port = urllib.parse.urlsplit(bench.url).port
     hosts = [f"http://127.1.{n // 250}.{n % 250 + 1}:{port}/" for n in range(2_000)]
     bench_emit(bench_many(path, hosts), ({"tenant": f"c{number}"} for number in range(2_000)))
@@ -19677,14 +19669,13 @@ def a_first_delivery_to_a_host_costs_little(bench, path):
     yield from (cpu / loop_cpu, (loop_cpu, cpu), (loop, ours))
 
 
-@measured(
-    "N16 CPU of a drain with 10,000 endpoints whose rows are due tomorrow, of with 10; <= 1.3 x",
-    "N16 - with 10 / 10,000, of a core; %",
-    "N16 - the same beside a host of 20 commits a second; <= 1.5 x",
-    "N16 - with 10 / 10,000 beside such a host, of a core; %",
-    "N20 CPU of a drain beside a host of 20 commits a second without events, of a core; <= 1.5 %",
-)
+@measured()
 def what_is_due_tomorrow_costs_nothing_today(bench, path):
+    """N16 CPU of a drain with 10,000 endpoints whose rows are due tomorrow, of with 10; <= 1.3 x
+    N16 - with 10 / 10,000, of a core; %
+    N16 - the same beside a host of 20 commits a second; <= 1.5 x
+    N16 - with 10 / 10,000 beside such a host, of a core; %
+    N20 CPU of a drain beside a host of 20 commits a second without events, of a core; <= 1.5 %"""
     files = [path.with_suffix(f".{number}") for number in range(4)]
     for count, file, copy in ((10, files[0], files[2]), (10_000, files[1], files[3])):
         events = ({"tenant": f"c{number}", "delay": 86_400.0} for number in range(count))
@@ -19710,24 +19701,21 @@ def fifty_a_second(bench: Bench, path: pathlib.Path, endpoints: int) -> tuple[fl
         return part(took, 0.99), share()
 
 
-@measured(
-    "N17 50 events a second over 10,000 endpoints, commit to received, p99; <= 15 ms",
-    "N17 - CPU of the drain, of the same over 10; <= 2 x",
-    "N17 - p99 over 10 / 10,000; ms",
-    "N20 CPU of a drain with 50 events a second to 10 endpoints, of a core; <= 6 %",
-    rounds=2,
-)
+@measured(rounds=2)
 def an_event_finds_its_endpoint_among_thousands(bench, path):
+    """N17 50 events a second over 10,000 endpoints, commit to received, p99; <= 15 ms
+    N17 - CPU of the drain, of the same over 10; <= 2 x
+    N17 - p99 over 10 / 10,000; ms
+    N20 CPU of a drain with 50 events a second to 10 endpoints, of a core; <= 6 %"""
     p99_few, few = fifty_a_second(bench, path, 10)
     p99, many = fifty_a_second(bench, path.with_suffix(".many"), 10_000)
     yield from (p99, many / few, (p99_few, p99), few)
 
 
-@measured(
-    "N18 10,000 endpoints: start() to received; <= 0.6 s",
-    "N18 - right after another was changed, commit to received, p50 / p99; <= 50 / 50 ms",
-)
+@measured()
 def many_endpoints_delay_no_event(bench, path):
+    """N18 10,000 endpoints: start() to received; <= 0.6 s
+    N18 - right after another was changed, commit to received, p50 / p99; <= 50 / 50 ms"""
     outbox = bench_many(path, [bench.own] * 10_000)
     first, begun = emit(outbox, data=BENCH_DATA, tenant="c0"), time.monotonic()
     with outbox:
@@ -19738,13 +19726,12 @@ def many_endpoints_delay_no_event(bench, path):
     yield part(took, 0.5), part(took, 0.99)
 
 
-@measured(
-    "N19 deliveries to an ordered endpoint, of a Session loop's; >= 2 x",
-    "N19 - with one key; >= 2 x",
-    "N19 - to an ordered endpoint beside a host of 10 commits a second; >= 1 x",
-    "N19 - Session loop / ordered / one key / beside a host; a second",
-)
+@measured()
 def a_queue_is_faster_than_a_session_loop(bench, path):
+    """N19 deliveries to an ordered endpoint, of a Session loop's; >= 2 x
+    N19 - with one key; >= 2 x
+    N19 - to an ordered endpoint beside a host of 10 commits a second; >= 1 x
+    N19 - Session loop / ordered / one key / beside a host; a second"""
     ordered, keyed, beside = files = [path.with_suffix(f".{number}") for number in range(3)]
     for file in files:
         bench_file(file, bench.url, ordered=file != keyed)
@@ -19756,12 +19743,11 @@ def a_queue_is_faster_than_a_session_loop(bench, path):
     yield from (*(rate / loop for rate in rates), (loop, *rates))
 
 
-@measured(
-    "N21 beside a host's 3 / 10 / 100 / 1,000 commits/s, of a Session loop; >= 4 / 4 / 1 / 0.8 x",
-    "N21 - Session loop / beside these; a second",
-    "N21 - commit of the host at 10 and at 100 a second, p99; <= 10 / 8 ms",
-)
+@measured()
 def what_a_host_writes_bounds_a_drain(bench, path):
+    """N21 beside a host's 3 / 10 / 100 / 1,000 commits/s, of a Session loop; >= 4 / 4 / 1 / 0.8 x
+    N21 - Session loop / beside these; a second
+    N21 - commit of the host at 10 and at 100 a second, p99; <= 10 / 8 ms"""
     rates, p99 = [], {}
     loop, _ = session_loop(bench.ca, *[bench.url] * 1_000)
     for commits in (3, 10, 100, 1_000):
@@ -19797,22 +19783,20 @@ def drain_on_terminal(path: str, seconds: float) -> float:
     return steady_rate(path)
 
 
-@measured(
-    "N22 `drain` on a terminal with 300,000 waiting, of drain() without progress; >= 0.97 x",
-    "N22 - without / with progress; a second",
-)
+@measured()
 def progress_costs_a_drain_nothing(bench, path):
+    """N22 `drain` on a terminal with 300,000 waiting, of drain() without progress; >= 0.97 x
+    N22 - without / with progress; a second"""
     files = [bench_file(path.with_suffix(f".{n}"), bench.url, 300_000) for n in range(2)]
     shown, plain = drain_on_terminal(files[0], 4.0), result(elsewhere(drain_for, files[1], 4.0))
     yield from (shown / plain, (plain, shown))
 
 
-@measured(
-    "N22 status with 100,000 delivered keyed rows, of with none; <= 1.5 x",
-    "N22 - status with none / with 100,000 such rows; ms",
-    rounds=1,
-)
+@measured(rounds=1)
 def status_does_not_read_what_was_delivered(bench, path):
+    """N22 status with 100,000 delivered keyed rows, of with none; <= 1.5 x
+    N22 - status with none / with 100,000 such rows; ms"""
+
     def status() -> float:
         query(str(path), "DELETE FROM webhook_attempts")  # it reads them too, up to a number
         took, outbox = [], bench_outbox(path)

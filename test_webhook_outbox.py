@@ -7733,19 +7733,7 @@ def test_hints_count_as_working_when_one_came_before_a_commit_was_seen(wal):
     assert watch.source is None
 
 
-def test_a_ring_is_heard_with_what_it_says(wal):
-    bell = webhook_outbox._Bell()
-    with contextlib.closing(bell):
-        for rings, committed in (([False], False), ([True], True), ([True, False], True)):
-            for said in rings:
-                bell.ring(said)
-            assert select.select([bell.inside], [], [], 0)[0]
-            assert bell.hear() is committed
-            assert not select.select([bell.inside], [], [], 0)[0] and bell.hear() is False
-    bell.ring()  # by a thread that does not know yet that the drain has left
-
-
-def test_a_wake_up_is_never_the_last_one():
+def test_a_ring_is_heard_with_what_it_says_and_is_never_the_last_one():
     """A byte between the flag and the read would be swallowed, and every later one with it."""
     bell, interval = webhook_outbox._Bell(), sys.getswitchinterval()
     end = time.monotonic() + 0.5
@@ -7757,46 +7745,33 @@ def test_a_wake_up_is_never_the_last_one():
             bell.hear()
         sys.setswitchinterval(interval)
         bell.hear()
-        bell.ring(committed=True)
-        assert select.select([bell.inside], [], [], 5)[0] and bell.hear()
+        for rings_, committed in (([False], False), ([True], True), ([True, False], True)):
+            for said in rings_:
+                bell.ring(said)
+            assert select.select([bell.inside], [], [], 5)[0] and bell.hear() is committed
+            assert not select.select([bell.inside], [], [], 0)[0] and bell.hear() is False
+    bell.ring()  # by a thread that does not know yet that the drain has left
 
 
 def test_a_drains_file_is_closed_while_another_thread_forks_and_open_again_after(wal):
     make_outbox(wal)
-    rung, parked, go = threading.Event(), threading.Event(), threading.Event()
+    rung = threading.Event()
     file = webhook_outbox._DrainFile(wal, rung.set)
-    file.open()
-    seen: list[Any] = []
-
-    def loop() -> None:
-        file._owner = threading.get_ident()
-        seen.append(file.let_fork())
-        seen.append(rung.wait(10))
-        assert eventually(lambda: file.forks)
-        seen.append(file.let_fork())
-        seen.append(file.db.execute("SELECT 1").fetchone())
-
-    def fork() -> None:
-        eventually(lambda: seen)
+    with concurrent.futures.ThreadPoolExecutor(1) as loop:
+        loop.submit(file.open).result()
+        assert loop.submit(file.let_fork).result() is False
+        lets = loop.submit(lambda: rung.wait(10) and file.let_fork())
         file.park()
-        parked.set()
-        go.wait(10)
+        refuses(sqlite3.ProgrammingError, file.db.execute, "SELECT 1", words="closed")
+        assert file.watch.source is None and not lets.done()
         file.unpark()
-
-    threads = [threading.Thread(target=work) for work in (loop, fork)]
-    for thread in threads:
-        thread.start()
-    assert parked.wait(10)
-    with pytest.raises(sqlite3.ProgrammingError):
-        file.db.execute("SELECT 1")
-    assert file.watch.source is None and seen == [False, True]
-    go.set()
-    for thread in threads:
-        thread.join(10)
-    assert seen == [False, True, True, (1,)] and not file.forked() and not file.replaced()
-    file.leave()
-    file.park()  # nobody is waited for
-    file.unpark()
+        assert lets.result(10) is True
+        assert file.db.execute("SELECT 1").fetchone() == (1,)
+        assert not file.forked() and not file.replaced()
+        loop.submit(file.leave).result()
+    began = time.monotonic()
+    file.park(), file.unpark()
+    assert time.monotonic() - began < 4  # nobody is waited for
 
 
 def test_new_deliveries_are_read_once_and_a_thousand_at_a_time(wal):
@@ -8027,20 +8002,10 @@ def lane_to(carrier: Any, url: str, **fields: Any) -> Any:
     return lane
 
 
-def test_each_attempt_comes_back_once_with_its_outcome(wal, serve):
-    receiver = serve([OK, answer(500), answer(200, b"", "Connection: close"), OK])
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as closed:
-        nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}/"
-    with carrier_of(wal) as carrier:
-        lane, refused = lane_to(carrier, receiver.url()), lane_to(carrier, nowhere)
-        expected = [(lane, 200), (lane, "status"), (lane, 200), (lane, 200), (refused, "connect")]
-        expected += [(lane_to(carrier, "https://10.0.0.1/"), "blocked"), (lane_of(), "internal")]
-        for event, (to, outcome) in enumerate(expected, start=1):
-            carrier.begin(to, row_of(event), time.time())
-            assert bool(carrier.done) is (event > 5)  # what fails at once is there at once
-            assert sent(carrier) == [(event, outcome)]
-            assert to.active == to.making == 0
-        assert receiver.connections == 2 and carrier.openers.busy == 0
+def begin(carrier: Any, lane: Any, *events: int) -> None:
+    """Begin an attempt for each of these events."""
+    for event in events:
+        carrier.begin(lane, row_of(event), time.time())
 
 
 @pytest.mark.parametrize("slow", [False, True])
@@ -8052,15 +8017,12 @@ def test_an_attempt_begins_only_where_a_connection_or_a_thread_is_free(wal, serv
         mono, stranger = time.monotonic(), lane_to(carrier, serve().url())
         for event, lane in enumerate(lanes[:2]):
             assert carrier.may_begin(lane, 1.0, 0, mono) is True
-            carrier.begin(lane, row_of(event), time.time())
+            begin(carrier, lane, event)
         assert carrier.openers.busy == 2
-        if slow:
-            assert carrier.may_begin(lanes[2], 1.0, 0, mono) is True  # a thread makes its request
-        else:
-            for lane in lanes[2:]:
-                assert carrier.may_begin(lane, 1.0, 0, mono) is None and carrier.freed == []
-            (origin,) = carrier.crowded
-            assert list(origin.parked[0]) == lanes[2:]
+        for lane in lanes[2:]:  # a thread would make its request
+            assert carrier.may_begin(lane, 1.0, 0, mono) is (True if slow else None)
+        parked = [list(origin.parked[0]) for origin in carrier.crowded]
+        assert parked == ([] if slow else [lanes[2:]]) and carrier.freed == []
         for name, value in (("starved_until", mono + 9), ("busy", 16)):
             before = getattr(carrier.openers, name)
             setattr(carrier.openers, name, value)
@@ -8081,16 +8043,15 @@ def test_any_endpoint_of_an_origin_may_use_its_idle_connection(wal, serve):
     with carrier_of(wal) as carrier:
         for n in range(6):
             lane = lane_to(carrier, receiver.url(f"/{n}"), headers={"X-N": str(n)})
-            carrier.begin(lane, row_of(n), time.time())
+            begin(carrier, lane, n)
             assert sent(carrier) == [(n, 200)]
         assert receiver.connections == 1 and len(carrier.origins) == 1
         carrier.openers.busy += 16  # no thread is free, and none is needed
         assert carrier.may_begin(lane, 1.0, 0, time.monotonic()) is True
         carrier.openers.busy -= 16
-        carrier.begin(lane_to(carrier, other.url()), row_of(7), time.time())
+        begin(carrier, lane_to(carrier, other.url()), 7)
         assert sent(carrier) == [(7, 200)] and len(carrier.origins) == 2
         for ca in ("/ca.pem", None):  # another trust is another origin
-            lane_to(carrier, receiver.url(), ca=ca)
             carrier.origin(lane_to(carrier, receiver.url(), ca=ca).wire)
         assert len(carrier.origins) == 3
         carrier.chores(time.monotonic() + 61.0)
@@ -8102,23 +8063,20 @@ def test_an_attempt_that_waits_takes_the_first_connection_that_is_idle(wal, serv
     """It is not sent twice when its own is opened after all: that one is kept for another, while no
     more are idle than may be kept."""
     go, receiver = threading.Event(), serve()
-
-    def resolve(host: str, port: int) -> list[str]:
-        assert len(receiver.requests) == 0 or go.wait(20)
-        return ["127.0.0.1"]
-
+    resolve = lambda *_: (not receiver.requests or go.wait(20)) and ["127.0.0.1"]  # noqa: E731
     with carrier_of(wal, resolver=resolve, workers=workers) as carrier:
         lane = lane_to(carrier, receiver.url(host="x.test"))
-        carrier.begin(lane, row_of(1), time.time())
+        origin = carrier.origin(lane.wire)
+        begin(carrier, lane, 1)
         assert sent(carrier) == [(1, 200)]
-        idle = carrier.exchanges.reuse(carrier.origin(lane.wire))  # busy with somebody else's
-        carrier.begin(lane, row_of(2), time.time())
+        idle = carrier.exchanges.reuse(origin)  # busy with somebody else's
+        begin(carrier, lane, 2)
         carrier.exchanges.keep(idle, time.monotonic())
-        carrier._serve(carrier.origin(lane.wire), time.monotonic())
+        carrier._serve(origin, time.monotonic())
         assert sent(carrier) == [(2, 200)] and carrier.openers.busy == 1
         go.set()
         eventually(lambda: carrier.wait(0.01) or carrier.openers.busy == 0)
-        assert len(receiver.requests) == 2 and carrier.origin(lane.wire).open == workers
+        assert len(receiver.requests) == 2 and origin.open == workers
 
 
 @pytest.mark.parametrize("served", [False, True])
@@ -8130,14 +8088,14 @@ def test_an_attempt_presses_only_on_a_connection_that_nobody_has_served_yet(wal,
         lane = lane_to(carrier, receiver.url())
         origin = carrier.origin(lane.wire)
         for event in (1, 2) if served else ():
-            carrier.begin(lane, row_of(event), time.time())
+            begin(carrier, lane, event)
             assert sent(carrier) == [(event, 200)]
         for _ in range(1 if served else 2):
             sock = carrier._opener.open(origin.key, time.monotonic() + 9)
             carrier.exchanges.keep(carrier.exchanges.add(sock, origin), time.monotonic())
         if served:  # the one that was used last is used next
             origin.idle.reverse()
-        carrier.begin(lane, row_of(3), time.time())
+        begin(carrier, lane, 3)
         (attempt,) = carrier.attempts
         assert attempt.step == "exchanging" and attempt.connection.used
         assert attempt.look_at == pytest.approx(attempt.started + 1.0, abs=0.1)
@@ -8151,24 +8109,21 @@ def test_an_attempt_presses_only_on_a_connection_that_nobody_has_served_yet(wal,
 
 @pytest.mark.parametrize("where", ["opening", "sent", "making"])
 def test_an_attempt_ends_at_its_deadline_wherever_it_is(wal, serve, where):
-    go = threading.Event()
-    receiver = serve(hangs)
-    resolver = None if where != "opening" else lambda host, port: go.wait(20) and ["127.0.0.1"]
-    transforms = {"own": lambda event: go.wait(20) and b"1"}
-    options: dict[str, Any] = {"timeout": 0.3, "connect_timeout": 60, "transforms": transforms}
-    with carrier_of(wal, resolver=resolver, **options) as carrier:
-        lane = lane_to(carrier, receiver.url(host="x.test" if resolver else "127.0.0.1"))
-        if where == "making":
-            lane = lane_to(carrier, receiver.url(), body="own")
-        carrier.begin(lane, row_of(1), time.time())
+    go, receiver, making = threading.Event(), serve(hangs), where == "making"
+    options: dict[str, Any] = {"timeout": 0.3, "connect_timeout": 60}
+    options["transforms"] = {"own": lambda event: go.wait(20) and b"1"}
+    options["resolver"] = lambda host, port: (where == "sent" or go.wait(20)) and ["127.0.0.1"]
+    with carrier_of(wal, **options) as carrier:
+        url, body = receiver.url(host="x.test"), "own" if making else "standard"
+        lane = lane_to(carrier, url, body=body)
+        begin(carrier, lane, 1)
         (attempt,) = carrier.attempts
-        assert attempt.step == ("making" if where == "making" else "waiting")
+        assert attempt.step == ("making" if making else "waiting")
         assert sent(carrier) == [(1, "dns" if where == "opening" else "timeout")]
-        assert lane.active == lane.making == 0 and lane.lost == (where == "making")
+        assert lane.active == lane.making == 0 and lane.lost == making
         assert carrier.openers.busy == 0
-        go.set()
-        if where == "making":  # the thread comes back
-            eventually(lambda: carrier.wait(0.01) or lane.lost == 0)
+        go.set()  # the thread comes back
+        eventually(lambda: carrier.wait(0.01) or lane.lost == 0)
 
 
 def test_what_has_no_connection_when_a_drain_stops_comes_back_untried_at_once(
@@ -8179,37 +8134,32 @@ def test_what_has_no_connection_when_a_drain_stops_comes_back_untried_at_once(
     monkeypatch.setattr(webhook_outbox._Lookups, "_PATIENCE", 20.0)
     gate, kept, go, all_there = Gate(), Gate(), threading.Event(), threading.Barrier(4)
     receiver, restarted = serve(gate), serve(kept)
-
-    def resolve(host: str, port: int) -> list[str]:
-        assert host == "a.test" or not kept.opened.is_set() or go.wait(20)
-        return ["127.0.0.1"]
-
-    options: dict[str, Any] = {"transforms": {"own": lambda event: go.wait(20) and b"1"}}
-    options["senders"] = {"calls": lambda event: go.wait(20)}
-    with carrier_of(wal, resolver=resolve, timeout=20, **options) as carrier:
+    options: dict[str, Any] = {
+        "transforms": {"own": lambda event: go.wait(20) and b"1"},
+        "senders": {"calls": lambda event: go.wait(20)},
+        "resolver": lambda host, port: (
+            (host == "a.test" or not kept.opened.is_set() or go.wait(20)) and ["127.0.0.1"]
+        ),
+    }
+    with carrier_of(wal, timeout=20, **options) as carrier:
         sending, opening = (lane_to(carrier, receiver.url(host=f"{n}.test")) for n in "ab")
         again = lane_to(carrier, restarted.url(host="c.test"))
         making = lane_to(carrier, receiver.url(), body="own")
         calling = lane_to(carrier, "call:calls")
-
-        def begin(lane: Any, *events: int) -> None:
-            for event in events:
-                carrier.begin(lane, row_of(event), time.time())
-
-        begin(again, 1, 2, 3, 4)
+        begin(carrier, again, 1, 2, 3, 4)
         sent(carrier, until=lambda: kept.inside == 4)
         kept.opened.set()
         assert {outcome for _, outcome in sent(carrier)} == {200}
         restarted.play = lambda *_: all_there.wait(20) < 0  # closes when all are there
-        begin(again, 5, 6, 7, 8)
+        begin(carrier, again, 5, 6, 7, 8)
         waiting = carrier.origin(again.wire).waiting
         sent(carrier, until=lambda: len(waiting) == 4)
         assert all(attempt.resent for attempt in waiting)
-        begin(sending, 9)
+        begin(carrier, sending, 9)
         sent(carrier, until=lambda: gate.inside == 1)
-        begin(opening, 10, 11, 12)  # for the last there is no thread
-        begin(making, 13)
-        begin(calling, 14)
+        begin(carrier, opening, 10, 11, 12)  # for the last there is no thread
+        begin(carrier, making, 13)
+        begin(carrier, calling, 14)
         carrier.stop()
         untried = {attempt.picked.event: outcome for attempt, outcome in carrier.ended()}
         assert untried == dict.fromkeys([5, 6, 7, 8, 10, 11, 12, 13])
@@ -8239,23 +8189,21 @@ def test_where_no_thread_can_be_started_an_attempt_comes_back_untried(
     wal, serve, monkeypatch, error, body
 ):
     told, notice = list[Any](), Notice("delivered", "a", "m", None, None, None)
+    teller = webhook_outbox._Teller(told.append)
     with carrier_of(wal, transforms={"own": lambda event: b"1"}) as carrier:
-        lane, teller = (
-            lane_to(carrier, serve().url(), body=body),
-            webhook_outbox._Teller(told.append),
-        )
+        lane = lane_to(carrier, serve().url(), body=body)
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", fails_with(error))
-            carrier.begin(lane, row_of(1), time.time())
+            begin(carrier, lane, 1)
             assert [outcome for _, outcome in carrier.ended()] == [None]
             assert not carrier.may_begin(lane, 1.0, 0, time.monotonic())
             teller.tell(notice)
         assert lane.active == lane.making == carrier.openers.busy == 0
-        carrier.begin(lane, row_of(1), time.time())
+        begin(carrier, lane, 1)
         assert sent(carrier) == [(1, 200)]
         teller.tell(notice)
         teller.close()
-        assert told == [notice] * 2
+    assert told == [notice] * 2
 
 
 def test_origins_that_nobody_uses_are_forgotten_when_there_are_many(wal, monkeypatch):
@@ -16482,26 +16430,21 @@ class OutboxMachine(RuleBasedStateMachine):
         super().__init__()
         self.clock, self.seq = Clock(), itertools.count(1)
         self.path = os.path.join(tempfile.mkdtemp(dir=folder), "app.db")
-        # Id -> order, what it was emitted with.
-        self.events: dict[str, tuple[int, dict[str, Any]]] = {}
+        self.events: dict[str, tuple[int, dict[str, Any]]] = {}  # order, what it was emitted with
         self.endpoints: dict[str, ModelEndpoint] = {}
         self.deliveries: dict[tuple[str, str], ModelDelivery] = {}  # (endpoint, event)
         self.tried: dict[tuple[str, str], int] = {}
-        # (event, for an endpoint that sees all) -> as first sent.
-        self.bodies: dict[tuple[str, bool], bytes] = {}
+        self.bodies: dict[tuple[str, bool], bytes] = {}  # (event, for one that sees all): as sent
         self.arrived: list[tuple[str, str, Request]] = []
         self.plan, self.victim, self.kill_at = ["ok"], 0, 0
         self.receiver = Receiver(self.play)
 
-    @initialize(
-        journal=st.sampled_from(["wal", "delete"]),
-        script=model_scripts,
-        plan=model_plans | st.just(["error"]),
-    )
+    journals = st.sampled_from(["wal", "delete"])
+
+    @initialize(journal=journals, script=model_scripts, plan=model_plans | st.just(["error"]))
     def begin(self, journal: str, script: list[Any], plan: list[str]) -> None:
         make_database(pathlib.Path(self.path), journal)
-        retry = RetryPolicy(MODEL_DELAYS, jitter=0.0)
-        options = {"clock": self.clock, "retry": retry, "retention": MODEL_RETENTION}
+        options = {"clock": self.clock, "retry": MODEL_DELAYS, "retention": MODEL_RETENTION}
         self.outbox = make_outbox(self.path, timeout=60.0, **options)
         with self.outbox.transaction() as conn:
             for slot in MODEL_ENDPOINTS:
@@ -16641,25 +16584,26 @@ class OutboxMachine(RuleBasedStateMachine):
             recent = d.status == "delivered" and (d.ended or 0) >= cutoff
             busy |= {id} if recent or d.status in ("pending", "failed") else set()
         old = {id for id, (_, options) in self.events.items() if options["at"] < cutoff} - busy
-        for table in (self.deliveries, self.tried):
-            for pair in [pair for pair in table if pair[1] in old]:
-                del table[pair]
+        self.drop(lambda _, id: id in old)
         for id in old:
             del self.events[id]
         return len(old)
 
+    def drop(self, goes: Callable[[str, str], bool]) -> None:
+        """Delete the deliveries of such endpoints and events."""
+        for table in (self.deliveries, self.tried):
+            for pair in [pair for pair in table if goes(*pair)]:
+                del table[pair]
+
     # What a host does.
 
-    @rule(
-        script=model_scripts,
-        end=st.sampled_from(["COMMIT", "COMMIT", "COMMIT", "ROLLBACK"]),
-        plan=st.none() | model_plans,
-    )
+    ends, perhaps_plans = st.sampled_from([*["COMMIT"] * 3, "ROLLBACK"]), st.none() | model_plans
+
+    @rule(script=model_scripts, end=ends, plan=perhaps_plans)
     def transaction(self, script: list[Any], end: str, plan: list[str] | None) -> None:
         written: dict[str, dict[str, Any]] = {}
         savepoints: list[dict[str, Any]] = []
-        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as conn:
-            conn.execute("BEGIN")
+        with begun(self.path) as conn:
             for number, (verb, *emitted) in enumerate(script):
                 if verb == "savepoint":
                     savepoints.append(dict(written))
@@ -16689,8 +16633,10 @@ class OutboxMachine(RuleBasedStateMachine):
         if once is not None:
             options |= {"type": "order.created", "data": {"n": once}, "idempotency_key": "once"}
             both = {**{id: o for id, (_, o) in self.events.items()}, **written}
-            keyed = [id for id, o in both.items() if "idempotency_key" in o]
-            known = next((id for id in keyed if both[id]["tenant"] == tenant), None)
+            keyed = [
+                id for id, o in both.items() if "idempotency_key" in o and o["tenant"] == tenant
+            ]
+            known = keyed[0] if keyed else None
         arguments = {name: value for name, value in options.items() if name != "at"}
         if known is None:
             written[self.outbox.emit(conn, **arguments)] = options
@@ -16707,11 +16653,7 @@ class OutboxMachine(RuleBasedStateMachine):
         self.clock.now = max(1e9, self.clock.now + seconds)
         self.deliver(plan)
 
-    @rule(
-        seconds=st.sampled_from([2 * DAY, 3650 * DAY]),
-        script=model_scripts,
-        plan=st.none() | model_plans,
-    )
+    @rule(seconds=st.sampled_from([2 * DAY, 3650 * DAY]), script=model_scripts, plan=perhaps_plans)
     def clock_is_ahead(self, seconds: float, script: list[Any], plan: list[str] | None) -> None:
         self.clock.advance(seconds)
         self.transaction(script, "COMMIT", plan)
@@ -16760,13 +16702,13 @@ class OutboxMachine(RuleBasedStateMachine):
         self.turn_back()
         beyond = {slot: 0 if self.open(slot) else 9 for slot in self.endpoints}
         report = drain(once=True)
-        came, seen, done = self.requests_of_the_drain(), {}, []
+        came, seen, done = self.requests_of_the_drain(), collections.Counter(), []
         hinted: dict[str, float] = {}
         columns = "e.id, a.endpoint_id, a.status_code, a.reason"
         recorded = query(self.path, f"SELECT {columns} {OF_ATTEMPTS} ORDER BY a.id")
         for id, slot, code, reason in recorded:
             pair = slot, id
-            seen[pair] = seen.get(pair, 0) + 1
+            seen[pair] += 1
             if seen[pair] <= self.tried.get(pair, 0):
                 continue
             self.tried[pair] = seen[pair]
@@ -16793,9 +16735,7 @@ class OutboxMachine(RuleBasedStateMachine):
     @rule(slot=model_slots)
     def add_or_remove(self, slot: str) -> None:
         if slot not in self.endpoints:
-            for table in (self.deliveries, self.tried):
-                for pair in [pair for pair in table if pair[0] == slot]:
-                    del table[pair]  # it starts empty
+            self.drop(lambda s, _: s == slot)  # it starts empty
             return self.add(slot)
         self.outbox.remove_endpoint(slot)
         del self.endpoints[slot]
@@ -16805,9 +16745,7 @@ class OutboxMachine(RuleBasedStateMachine):
         for d in self.those(lambda s, _, d: s == slot and d.status == "failed"):
             d.status = "discarded"
 
-    @rule(
-        slot=model_slots, verb=st.sampled_from(["disable", "enable", "enable", "enable", "rotate"])
-    )
+    @rule(slot=model_slots, verb=st.sampled_from(["disable", *["enable"] * 3, "rotate"]))
     def operate(self, slot: str, verb: str) -> None:
         if slot not in self.endpoints:
             with pytest.raises(NotFound):
@@ -16830,10 +16768,9 @@ class OutboxMachine(RuleBasedStateMachine):
         which = {"endpoint": slot} if slot else {"all": True}
         assert getattr(self.outbox, verb)(**which) == len(mine)
         for d in mine:
+            d.status = "discarded"
             if verb == "replay":
                 d.again(self.clock.now)
-            else:
-                d.status = "discarded"
 
     @rule(number=st.integers(0, 99), slot=st.none() | model_slots)
     def resend(self, number: int, slot: str | None) -> None:
@@ -16851,11 +16788,11 @@ class OutboxMachine(RuleBasedStateMachine):
         for d in mine:
             d.again(self.clock.now)
 
-    @rule(
-        slot=st.none() | model_slots,
-        key=st.sampled_from([None, None, "k1", "k2"]),
-        tenant=st.sampled_from([None, "c42", "c43"]),
+    keys, tenants = (
+        st.sampled_from([None, *some]) for some in ([None, "k1", "k2"], ["c42", "c43"])
     )
+
+    @rule(slot=st.none() | model_slots, key=keys, tenant=tenants)
     def cancel(self, slot: str | None, key: str | None, tenant: str | None) -> None:
         filters = {"endpoint": slot, "key": key, "tenant": tenant}
         if slot and slot not in self.endpoints:
@@ -16900,11 +16837,9 @@ class OutboxMachine(RuleBasedStateMachine):
     def backfill(self, slot: str, age: float) -> None:
         if slot in self.endpoints:
             since = self.clock.now - age
-            young = [id for id, (_, o) in self.events.items() if o["at"] >= since]
-            new = [
-                id for id in young if self.matches(slot, id) and "erased" not in self.events[id][1]
-            ]
-            new = [id for id in new if (slot, id) not in self.deliveries]
+            kept = {id: o for id, (_, o) in self.events.items() if "erased" not in o}
+            young = [id for id, o in kept.items() if o["at"] >= since and self.matches(slot, id)]
+            new = [id for id in young if (slot, id) not in self.deliveries]
             assert self.outbox.backfill(slot, since=since) == len(new)
             for id in new:
                 self.add_delivery(slot, id, self.clock.now)
@@ -17346,8 +17281,7 @@ def power_history(path: str, receiver: Receiver, rng: Any, clock: Clock, steps: 
     words = ["order"] * 6 + ["rollback"] * 2 + ["drain"] * 3
     words += ["replay", "discard", "resend", "prune", "rotate"]
     marks, images = [(0, "", power_state(path))], []
-    reader, host = (sqlite3.connect(path, isolation_level=None) for _ in range(2))
-    with contextlib.closing(reader), contextlib.closing(host):
+    with emit_host(path) as reader, emit_host(path) as host:
         # Keeps every checkpoint from the database.
         reader.execute("BEGIN").execute("SELECT * FROM orders").fetchall()
         host.execute("PRAGMA synchronous = FULL")
@@ -17381,17 +17315,19 @@ def power_history(path: str, receiver: Receiver, rng: Any, clock: Clock, steps: 
     return images
 
 
+POWER_WAYS = ("ends", "torn", "garbage", "flipped")
+
+
 def power_cut(wal: bytes, frames: int, way: str, rng: random.Random) -> bytes:
     """Return what may be left of a WAL when only its first frames are sure to be on the disk."""
     here, after = 32 + 4120 * frames, 32 + 4120 * (frames + 1)
     torn, flip = here + rng.randrange(4000), here + rng.randrange(4120)
-    if way == "ends":
-        return wal[:here]
-    if way == "torn":
-        return wal[:torn]
-    if way == "garbage":
-        return wal[:torn] + rng.randbytes(after - torn) + wal[after:]
-    return wal[:flip] + bytes(byte ^ 16 for byte in wal[flip : flip + 1]) + wal[flip + 1 :]
+    return {
+        "ends": wal[:here],
+        "torn": wal[:torn],
+        "garbage": wal[:torn] + rng.randbytes(after - torn) + wal[after:],
+        "flipped": wal[:flip] + bytes(b ^ 16 for b in wal[flip : flip + 1]) + wal[flip + 1 :],
+    }[way]
 
 
 def power_sent(requests_: list[Request]) -> list[tuple[str, str]]:
@@ -17424,9 +17360,8 @@ def test_a_power_cut_anywhere_in_the_wal_keeps_what_was_acknowledged(tmp_path, s
     images = power_history(make_database(tmp_path / "app.db"), receiver, rng, clock, steps)
     receiver.play = OK
     clock.advance(3600)
-    ways = ["ends", "torn", "garbage", "flipped"]
     for first, marks, main, wal in images:
-        for frames, way in itertools.product(range(first, len(wal) // 4120 + 1), ways):
+        for frames, way in itertools.product(range(first, len(wal) // 4120 + 1), POWER_WAYS):
             if rng.randrange(every):
                 continue
             cut.write_bytes(main)
@@ -17454,7 +17389,7 @@ def test_a_power_cut_in_rollback_mode_takes_the_whole_transaction_back(tmp_path,
     rng, clock, cut = random.Random(images), Clock(), tmp_path / "cut.db"
     path, cases = make_database(tmp_path / "app.db", "delete"), 0
     outbox = power_outbox(path, serve(), clock)
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as host:
+    with emit_host(path) as host:
         host.execute("PRAGMA cache_size = 5")
         for number in range(0, 300, 10):
             (old,), state = power_bytes(path, ""), power_state(path)

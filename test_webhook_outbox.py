@@ -6834,8 +6834,7 @@ def test_a_backlog_is_read_on_behind_the_last_row_read(wal):
 
 def test_a_delivery_that_is_put_back_goes_first_and_stays_known(wal):
     with backlog_of(wal, (1, 0.0, None), (2, 0.0, None)) as (backlog, db, _):
-        first = backlog.take(db, 1.0)
-        backlog.put_back(first)
+        backlog.put_back(backlog.take(db, 1.0))
         assert backlog.known == {1, 2} and backlog.when() == -math.inf
         assert [backlog.take(db, 1.0).event for _ in range(2)] == [1, 2]
 
@@ -6997,17 +6996,11 @@ def test_a_lane_waits_for_its_time_or_its_place_or_its_turn(values, due_at, expe
     found = [(name, agenda.next()) for name, agenda in agendas if agenda]
     assert (found or [lane.round]) == [expected] and (lane.round is None or not found)
     assert schedule.next(10.0, 10.0) == (found[0][1] - 10.0 if found else math.inf)
+    lane.backlog.due = math.inf
+    schedule.put(lane, 10.0, 10.0)
+    assert not schedule.due  # its work is gone
     schedule.drop(lane)
     assert not (schedule.turns or schedule.due or schedule.slots) and lane.round is None
-
-
-def test_a_lane_whose_work_is_gone_is_not_due_any_more():
-    schedule, lane = webhook_outbox._Schedule(), lane_of()
-    for due_at, expected in ((30.0, 20.0), (25.0, 15.0), (math.inf, math.inf), (5.0, math.inf)):
-        lane.backlog.due = due_at
-        schedule.put(lane, 10.0, 10.0)
-        assert schedule.next(10.0, 10.0) == expected
-    assert lane.round == 1
 
 
 NO_PLACE = [  # rank, whether steady and idle, under way, of these slow, places, alone; why not
@@ -7965,9 +7958,7 @@ def test_looking_at_all_that_wait_takes_a_fifth_of_the_time_and_comes_again_each
         mono = time.monotonic()
         assert not finder.looking() and finder.rest(0.0, mono) == math.inf
         assert mono + 59 < finder._net.at < mono + 120
-        finder.lanes["a"].round = None
-        for round in finder.schedule.turns.rounds:
-            round.clear()
+        finder.schedule.drop(finder.lanes["a"])
         finder.find([], time.time(), finder._net.at - 0.001)
         assert standing(finder) == {}
         finder.find([], time.time(), finder._net.at)  # in case something was missed
@@ -16171,11 +16162,11 @@ def test_whatever_plain_sql_does_each_queue_has_one_head_and_nothing_else_change
             assert tried == ([(event, id)] if "webhook_record" in sql and there else [])
 
 
-# Poison: rows as no verb of ours writes them.
-
 POISON_OF = {"events": "seq = :first", "deliveries": "event = :first", "endpoints": "id = 'sick'"}
 EMIT_BAD = """INSERT INTO webhook_emit (type, data, {})
     VALUES ('a', '1', CAST(x'7B2261223A22FF227D' AS TEXT))"""
+# Rows as no verb of ours writes them: the table and what is set there, or SQL; and whether the
+# delivery must end in the failed table.
 DRAIN_POISON: dict[str, tuple[str, str, bool]] = {
     "unknown endpoint": ("", f"{DELIVERY} VALUES (:first, 'nobody', 0)", True),
     "missing event": ("", f"{DELIVERY} VALUES (999, 'sick', 0)", True),

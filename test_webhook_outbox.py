@@ -3675,13 +3675,8 @@ def exchange_lateness() -> Iterator[list[float]]:
             worst[0] = max(worst[0], time.monotonic() - began - 0.01)
             began = time.monotonic()
 
-    thread = threading.Thread(target=tick)
-    thread.start()
-    try:
+    with beside(tick, stop.set):
         yield worst
-    finally:
-        stop.set()
-        thread.join()
 
 
 def head(status: int, *headers: str) -> bytes:
@@ -6026,13 +6021,8 @@ def copy_made(path: str, url: str) -> str:
 @contextlib.contextmanager
 def serving(server: Any) -> Iterator[None]:
     """Have a server of the standard library serve in a thread."""
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
+    with beside(functools.partial(server.serve_forever, 0.01), server.shutdown):
         yield
-    finally:
-        server.shutdown()
-        thread.join()
 
 
 @contextlib.contextmanager

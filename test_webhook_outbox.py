@@ -1967,33 +1967,6 @@ def test_the_wait_is_that_of_the_schedule_with_jitter_and_at_least_what_overload
 
 
 FAILED = {"status_code": 500, "reason": "status"}
-VERDICTS: list[tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]] = [
-    # attempts, first attempt, failing since; outcome; status, seconds from now, reason
-    ((3, 0, None), {"status_code": 200}, ("delivered", 0, None)),
-    ((1, 1000, 1000), {"reason": "timeout"}, ("pending", 30, "timeout")),
-    ((1, 1000, 1000), {**FAILED, "status_code": 429, "hint": 5.0}, ("pending", 30, "status")),
-    ((1, 1000, 1000), {**FAILED, "status_code": 503, "hint": 11.0}, ("pending", 11, "status")),
-    ((1, 890, 890), FAILED, ("failed", 0, "expired")),
-    ((1, 880, 890), FAILED, ("failed", 0, "expired")),
-    ((1, 890.5, 0), FAILED, ("pending", 10, "status")),
-    ((1, 0, 890.5), FAILED, ("pending", 10, "status")),
-    ((1, 0, None), FAILED, ("pending", 10, "status")),
-]
-
-
-def test_a_delivery_becomes_what_its_outcome_its_schedule_and_its_endpoints_failures_say():
-    def verdict(policy: RetryPolicy, state: Any, outcome: dict[str, Any]) -> Any:
-        made = webhook_outbox._Outcome(**outcome)
-        return webhook_outbox._verdict(*state, made, policy, 1000.0, lambda: 1.0)
-
-    policy = RetryPolicy((0, 10, 100), jitter=0, overload_delay=30)
-    for state, outcome, (status, seconds, reason) in VERDICTS:
-        assert verdict(policy, state, outcome) == (status, 1000 + seconds, reason), (state, outcome)
-    assert verdict(RetryPolicy((0, 0, 0)), (1, 1000, 1000), FAILED) == ("pending", 1000, "status")
-    short = verdict(RetryPolicy((0, 0, 0.5), 0), (1, 999.5, 1), FAILED)
-    assert short == ("failed", 1000, "expired")
-
-
 SOON = "Tue, 14 Nov 2023 22:15:20 GMT"  # 120 s after a clock of these tests begins
 RETRY_AFTER: dict[float | None, list[Any]] = {  # seconds; a header's value, or the values of two
     0: ["0", "Tue, 14 Nov 2023 22:11:20 GMT"],
@@ -2217,20 +2190,29 @@ def test_an_answer_may_end_its_delivery_or_hold_the_endpoint(shop, first, one, t
         assert statuses(outbox, ids[1]) == {"crm": "delivered"}
 
 
-@pytest.mark.parametrize("break_", [False, True], ids=["without a break", "with a success between"])
-def test_a_delivery_expires_when_its_endpoint_failed_for_its_whole_window(shop, break_):
+@pytest.mark.parametrize(("hint", "break_", "expires"), [(29, 0, 3), (30, 0, 2), (30, 1, 0)])
+def test_a_delivery_expires_when_its_endpoint_failed_for_its_whole_window(
+    shop, hint, break_, expires
+):
     """Retry-After can stretch a schedule beyond its window of 30 s; a success starts it anew."""
-    plays = [answer(503, b"", "Retry-After: 29"), *[OK] * break_, answer(500)]
+    plays = [answer(503, b"", f"Retry-After: {hint}"), *[OK] * break_, answer(500)]
     _, receiver, outbox = shop.timed(plays, max_in_flight=1, retry=(0, 10, 10, 10))
     id = emit(outbox)
     if break_:
         emit(outbox, delay=1)
-    shop.drain()
-    assert shop.drain(29).retried == 1 and not outbox.failed()
-    shop.drain(10)
+    for after in (0, hint, 10):
+        shop.drain(after)
     rows = [fields(f, "event_id attempts reason status_code") for f in outbox.failed()]
-    assert rows == ([] if break_ else [(id, 3, "expired", 500)])
-    assert len(receiver.requests) == 3 + break_
+    assert rows == ([(id, expires, "expired", 500)] if expires else [])
+    assert len(receiver.requests) == (expires or 3 + break_)
+
+
+def test_a_schedule_without_pauses_expires_nothing(shop):
+    _, _, outbox = shop.timed(answer(500), retry=(0, 0, 0))
+    emit(outbox)
+    while shop.drain().retried:
+        pass
+    assert [(f.attempts, f.reason) for f in outbox.failed()] == [(3, "status")]
 
 
 @pytest.mark.parametrize("way", ["library", "plain SQL"])
@@ -2747,22 +2729,33 @@ RESOLVES = [  # what a resolver does; the reason of the attempt
     ([2130706433], "blocked internal"),
     (["fe80::1%lo"], "blocked"),
     (["127.0.0.1", "127.0.0.1"], None),
+    (["127.0.0.9", "127.0.0.1"], None),  # nobody listens at the first
+    (["127.0.0.1", "127.0.0.9"], None),
+    (["127.0.0.8", "127.0.0.9"], "connect"),
+    (["::ffff:127.0.0.1"], None),
+    (["127.0.0.1", "10.0.0.1"], "blocked"),  # one refused answer refuses the name
+    (["10.0.0.1", "127.0.0.1"], "blocked"),
+    (["127.0.0.1", "nonsense"], "blocked"),
 ]
 
 
-def test_a_resolver_that_fails_in_any_way_costs_only_its_own_endpoint(wal, serve):
-    receiver = serve()
+def test_all_addresses_are_judged_and_a_resolver_that_fails_costs_only_its_own_endpoint(wal, serve):
+    """A host that is an address is not looked up."""
+    receiver, receiver6 = serve(), serve(host="::1")
     table = {f"h{n}.test": found for n, (found, _) in enumerate(RESOLVES)}
     outbox = make_outbox(wal, resolver=transport_resolver(table), clock=Clock())
-    for n in range(len(RESOLVES)):
-        outbox.add_endpoint(receiver.url(host=f"h{n}.test"), id=f"h{n}")
+    urls = [receiver.url(host=host) for host in (*table, "0x7f.1", "127.0.0.1")]
+    ids = [outbox.add_endpoint(url).id for url in (*urls, receiver6.url(host="[::1]"))]
+    reasons = [outcome for _, outcome in RESOLVES] + [None] * 3
     event_id = emit(outbox)
-    assert fields(outbox.drain(once=True), "delivered retried") == (1, len(RESOLVES) - 1)
-    for n, (_, reasons) in enumerate(RESOLVES):
-        (attempt,) = outbox.attempts(event_id, f"h{n}")
-        assert (attempt.reason in reasons.split()) if reasons else attempt.reason is None, attempt
+    delivered = reasons.count(None)
+    report = (delivered, len(reasons) - delivered)
+    assert fields(outbox.drain(once=True), "delivered retried") == report
+    for id, reason in zip(ids, reasons, strict=True):
+        (attempt,) = outbox.attempts(event_id, id)
+        assert attempt.reason == reason or attempt.reason in (reason or "").split(), attempt
         assert attempt.error is None or attempt.error.isprintable()
-    assert receiver.connections == 1
+    assert (receiver.connections, receiver6.connections) == (delivered - 1, 1)
 
 
 class LookupsPlay:
@@ -2900,40 +2893,6 @@ def test_names_that_cannot_be_encoded_do_not_resolve():
             webhook_outbox._Lookups(None).find(host, 443, time.monotonic() + 9)
 
 
-DIALS: list[Any] = [  # what the resolver answers; where the connection goes, or the error
-    (["127.0.0.1"], "127.0.0.1"),
-    (["127.0.0.9", "127.0.0.1"], "127.0.0.1"),  # nobody listens at the first
-    (["127.0.0.1", "127.0.0.9"], "127.0.0.1"),
-    (["127.0.0.8", "127.0.0.9"], "ConnectionRefusedError"),
-    (["::ffff:127.0.0.1"], "127.0.0.1"),
-    (["127.0.0.1", "10.0.0.1"], "_Blocked"),  # one refused answer refuses the name
-    (["10.0.0.1", "127.0.0.1"], "_Blocked"),
-    (["127.0.0.1", "nonsense"], "_Blocked"),
-    ([], "_NoAddress"),
-]
-
-
-def dialled(receiver: Receiver, found: Any, *args: Any, **options: Any) -> socket.socket:
-    """Dial a receiver by a name that resolves to these addresses; some networks are allowed."""
-    patience, host = options.get("patience", 20.0), options.get("host", "x.test")
-    networks = tuple(map(ipaddress.ip_network, options.get("allow", LOOPBACK)))
-    key = webhook_outbox._OriginKey("http", host, receiver.port, None, ())
-    lookups = webhook_outbox._Lookups(found if callable(found) else lambda host, port: found)
-    until = time.monotonic() + patience
-    return webhook_outbox._dial(webhook_outbox._Guard(networks), lookups, key, until, *args)
-
-
-@pytest.mark.parametrize(("addresses", "expected"), DIALS)
-def test_all_addresses_are_judged_before_they_are_dialled_one_by_one(serve, addresses, expected):
-    receiver = serve()
-    try:
-        with dialled(receiver, addresses) as sock:
-            found = str(webhook_outbox._unwrapped(ipaddress.ip_address(sock.getpeername()[0])))
-    except (OSError, webhook_outbox._Blocked, webhook_outbox._NoAddress) as error:
-        found = type(error).__name__
-    assert found == expected and (expected == "127.0.0.1" or receiver.connections == 0)
-
-
 @contextlib.contextmanager
 def black_hole(address: str, port: int) -> Iterator[None]:
     """Have connections to an address hang: its listener's backlog is full, and nobody accepts."""
@@ -2949,11 +2908,13 @@ def black_hole(address: str, port: int) -> Iterator[None]:
 @pytest.mark.long
 def test_the_next_address_is_tried_after_a_quarter_second(serve):
     receiver, holes = serve(), [f"127.0.0.{n}" for n in (9, 8, 7)]
+    guard = webhook_outbox._Guard(tuple(map(ipaddress.ip_network, LOOPBACK)))
+    key = webhook_outbox._OriginKey("http", "x.test", receiver.port, None, ())
     worked: dict[str, str] = {}
 
     def seconds(addresses: list[str], patience: float = 3.0) -> float:
-        begun = time.monotonic()
-        with dialled(receiver, addresses, worked, patience=patience) as sock:
+        begun, lookups = time.monotonic(), webhook_outbox._Lookups(lambda host, port: addresses)
+        with webhook_outbox._dial(guard, lookups, key, begun + patience, worked) as sock:
             assert sock.getpeername()[0] == "127.0.0.1"
         return time.monotonic() - begun
 
@@ -2985,17 +2946,6 @@ def test_families_of_addresses_take_turns():
     for row in IN_TURN.strip().split("\n"):
         addresses, last, expected = (part.split() for part in row.split("|"))
         assert webhook_outbox._in_turn(addresses, last[0] if last else None) == expected, row
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "0x7f.1", "::1"])
-def test_a_host_that_is_an_address_is_not_looked_up(serve, host):
-    def resolver(host: str, port: int) -> list[str]:
-        raise AssertionError(f"{host} was looked up")
-
-    receiver = serve(host="::1" if ":" in host else "127.0.0.1")
-    dialled(receiver, resolver, host=host).close()
-    words = "not a public"
-    refuses(webhook_outbox._Blocked, dialled, receiver, resolver, host=host, allow=(), words=words)
 
 
 @pytest.mark.parametrize("tls", [False, True])

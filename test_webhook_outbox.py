@@ -1122,7 +1122,7 @@ def emit_key(outbox: Outbox, **options: Any) -> int:
     return int(emit(outbox, **options).removeprefix("msg_"), 16)
 
 
-@pytest.mark.parametrize("what", ["deleted", "clock back", "restored", "all at once"])
+@pytest.mark.parametrize("what", ["deleted", "restored", "all at once"])
 def test_no_key_is_issued_twice(either, what):
     """An outcome that comes late must not meet another event's delivery."""
     clock, seen = Clock(), set[int]()
@@ -1134,11 +1134,11 @@ def test_no_key_is_issued_twice(either, what):
         key = emit_key(outbox)
         assert key not in seen
         seen.add(key)
-        if what in ("deleted", "all at once"):
+        if what != "restored":
             query(either, "DELETE FROM webhook_events WHERE seq = ?", key)
-        if what in ("clock back", "all at once"):
+        if what == "all at once":
             clock.advance(-3600.0 if turn % 2 else 1.0)
-        if what in ("restored", "all at once") and turn % 10 == 9:
+        if what != "deleted" and turn % 10 == 9:
             with emit_host(either) as conn, emit_host(either + ".backup") as backup:
                 backup.backup(conn)
 
@@ -1387,11 +1387,6 @@ json_values = st.recursive(
     max_leaves=8,
 )
 
-SEND_WAYS = (
-    json_values, st.sampled_from(["standard", "data", "cloudevents", "text"]),
-    st.lists(st.sampled_from(SCHEMES), min_size=1, max_size=3, unique=True), st.integers(0, 11),
-)  # fmt: skip
-
 
 def test_whatever_is_sent_is_accepted_by_verify_and_by_the_libraries_of_others(wal, serve):
     """Ten secrets sign at the most, the newest; in GitHub's one header the current one does."""
@@ -1402,7 +1397,10 @@ def test_whatever_is_sent_is_accepted_by_verify_and_by_the_libraries_of_others(w
     sending = Sending(wal, serve)
 
     @settings(max_examples=25)
-    @given(*SEND_WAYS)
+    @given(
+        json_values, st.sampled_from(["standard", "data", "cloudevents", "text"]),
+        st.lists(st.sampled_from(SCHEMES), min_size=1, max_size=3, unique=True), st.integers(0, 11),
+    )  # fmt: skip
     def check(value: Any, body: str, schemes: list[str], rotations: int) -> None:
         request, secrets, gone = sending.send(value, body, schemes, rotations)
         changed = dataclasses.replace(request, body=request.body + b" ")

@@ -12714,36 +12714,35 @@ def test_a_door_is_of_one_customer(wal, wrong):
     refuses(PayloadError, make_outbox(wal).tenant, wrong, words="tenant must be")
 
 
-DOOR_REFUSES: list[tuple[dict[str, Any], str]] = [
-    ({"secret": "env:PATH"}, "must start with whsec_"),
-    ({"secret": "file:/etc/passwd"}, "must start with whsec_"),
-    ({"headers": {"X": "env:PATH"}}, "has no option headers"),
-    ({"tenant": "c43"}, "has no option tenant"),
-    ({"cert": __file__, "ca": __file__}, "has no option ca, cert"),
-    ({"url": "call:audit"}, "write https://"),
-    ({"url": " CALL:audit#https://x"}, "write https://"),
-    ({"url": None}, "write https://|must be"),
-    ({"url": "https://10.0.0.1/"}, "10.0.0.1 is not a public address$"),
-    ({"url": "http://example.com/"}, "plain http is refused, use https$"),
-    ({"events": ["webhook.*"]}, "no event type webhook"),
-    ({"events": "webhook.endpoint.disabled"}, "no event type webhook"),
-    ({"events": ["order.paid", "audit.login"]}, "no event type audit.login"),
-    ({"events": ["audit.*"]}, "matches no event type"),
-    ({"events": ["order.payd"]}, "did you mean order.paid"),
-    ({"events": []}, "at least one"),
-]
+DOOR_REFUSES: dict[str, list[dict[str, Any]]] = {
+    "must start with whsec_": [{"secret": "env:PATH"}, {"secret": "file:/etc/passwd"}],
+    "has no option headers": [{"headers": {"X": "env:PATH"}}],
+    "has no option tenant": [{"tenant": "c43"}],
+    "has no option ca, cert": [{"cert": __file__, "ca": __file__}],
+    "write https://": [{"url": "call:audit"}, {"url": " CALL:audit#https://x"}],
+    "write https://|must be": [{"url": None}],
+    "do not belong in the host; write https:": [{"url": "https://me:pw@example.com/"}],
+    "10.0.0.1 is not a public address$": [{"url": "https://10.0.0.1/"}],
+    "plain http is refused, use https$": [{"url": "http://example.com/"}],
+    "no event type webhook": [{"events": ["webhook.*"]}, {"events": "webhook.endpoint.disabled"}],
+    "no event type audit.login": [{"events": ["order.paid", "audit.login"]}],
+    "matches no event type": [{"events": ["audit.*"]}],
+    "did you mean order.paid": [{"events": ["order.payd"]}],
+    "at least one": [{"events": []}],
+}
 
 
-@pytest.mark.parametrize(("given", "why"), DOOR_REFUSES)
-def test_what_a_customer_chose_is_never_a_reference_nor_the_operators(wal, given, why):
+@pytest.mark.parametrize("why", DOOR_REFUSES)
+def test_what_a_customer_chose_is_never_a_reference_nor_the_operators(wal, why):
     outbox = make_outbox(wal, event_types=CATALOGUE, allow_networks=())
     door, kinds = outbox.tenant("c42"), (PayloadError, UnsafeURL)
     door.add_endpoint(URL, id="mine", events=["order.paid"])
     before = outbox.endpoints()
-    assert "allow" not in refuses(kinds, door.add_endpoint, **{"url": URL, **given}, words=why)
-    change = door.rotate_secret if "secret" in given else door.update_endpoint
-    if given != {"url": None}:
-        refuses(kinds, change, "mine", **given, words=why)
+    for chosen in DOOR_REFUSES[why]:
+        assert "allow" not in refuses(kinds, door.add_endpoint, **{"url": URL, **chosen}, words=why)
+        change = door.rotate_secret if "secret" in chosen else door.update_endpoint
+        if chosen != {"url": None}:
+            refuses(kinds, change, "mine", **chosen, words=why)
     assert outbox.endpoints() == before
 
 
@@ -12935,35 +12934,29 @@ def test_a_customers_ping_from_a_copied_file_tells_nothing_of_the_file(wal):
     assert door.stats().refusal is None
 
 
-class WatchedOutbox(Outbox):
-    """An outbox that notes the SQL of its reads and how many steps SQLite's machine took."""
+class CountingOutbox(Outbox):
+    """An outbox that counts how many steps SQLite's machine takes in its reads."""
 
-    steps: list[None]
-    sql: list[str]
+    steps: Iterator[int]
 
     @contextlib.contextmanager
     def _reading(self, conn: Any = None) -> Iterator[sqlite3.Cursor]:
         with super()._reading(conn) as cursor:
-            cursor.connection.set_progress_handler(lambda: self.steps.append(None), 1)
-            cursor.connection.set_trace_callback(self.sql.append)
-            try:
-                yield cursor
-            finally:
-                cursor.connection.set_progress_handler(None, 0)
-                cursor.connection.set_trace_callback(None)
+            cursor.connection.set_progress_handler(lambda: next(self.steps) and None, 1)
+            yield cursor
 
 
 @pytest.mark.parametrize("analyzed", [False, True])
 def test_what_a_door_lists_costs_the_same_however_much_other_tenants_have(wal, analyzed):
     outbox, _, _, (theirs, *_) = two_customers(wal)
-    watched = WatchedOutbox(wal)
+    counting = CountingOutbox(wal)
 
-    def cost(call: str) -> tuple[int, list[str]]:
-        watched.steps, watched.sql = [], []
-        through(watched.tenant("c42"), call, "c42", theirs)
-        return len(watched.steps), watched.sql
+    def cost(call: str) -> int:
+        counting.steps = itertools.count(1)
+        through(counting.tenant("c42"), call, "c42", theirs)
+        return next(counting.steps)
 
-    before = {call: cost(call)[0] for call in DOOR_LISTS.split("|")}
+    before = {call: cost(call) for call in DOOR_LISTS.split("|")}
     with outbox.transaction() as conn:
         conn.execute(
             """INSERT INTO webhook_endpoints (id, url, tenant, secrets, created_at)
@@ -12975,13 +12968,8 @@ def test_what_a_door_lists_costs_the_same_however_much_other_tenants_have(wal, a
         conn.execute(f"{FAIL_ALL} WHERE status = 'pending'")
         if analyzed:
             conn.execute("ANALYZE")
-    scan = r"SCAN (?!one|json_each|wanted|found|value|latest|\(sub)"
-    for call, steps in before.items():
-        after, statements = cost(call)
-        assert after <= 1.3 * steps + 60, call
-        for sql in statements:
-            plan = [step for *_, step in query(wal, "EXPLAIN QUERY PLAN " + sql)]
-            assert [step for step in plan if re.match(scan, step)] == [], (sql, plan)
+    after = {call: cost(call) for call in before}
+    assert [call for call in before if after[call] > 1.3 * before[call] + 60] == []
 
 
 class Between(sqlite3.Connection):
@@ -13055,18 +13043,6 @@ def test_an_event_is_accepted_once(inbox, either):
         new = [inbox.accept(conn, id) for id in ("msg_1", "msg_2", "msg_3", "MSG_1", "'; --")]
         assert new == [False, False, True, True, True]
         assert [Inbox(either).accept(conn, id) for id in ("msg_3", "msg_1")] == [False, False]
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_request_that_was_overheard_is_handled_once(inbox, either, scheme):
-    signed, accepted = signed_by_hand(scheme), 0
-    names = ("webhook-id", "X-GitHub-Delivery", "X-GitHub-Event", "svix-id")
-    changes = [{}, {}, *({name: f"msg_{n}"} for name in names for n in range(3))]
-    for change in [*changes, {"webhook-id": "x" * 300}, {"webhook-id": ""}]:
-        with contextlib.suppress(SignatureError), receiving(either) as conn:
-            event = verify(SIGNED_BODY, {**signed, **change}, SECRET, scheme=scheme, now=SIGNED_AT)
-            accepted += inbox.accept(conn, event.id)
-    assert accepted == 1
 
 
 def test_a_handler_that_fails_leaves_no_trace(inbox, either):
@@ -13240,22 +13216,20 @@ def sick_by_a_reader(outbox: Outbox) -> sqlite3.Connection:
     return reader
 
 
+def sick_by_damage(outbox: Outbox) -> None:
+    file = pathlib.Path(outbox.path)
+    data = file.read_bytes()
+    file.write_bytes(data[:4096] + b"\xff" * (len(data) - 8192) + data[-4096:])
+
+
 def sick_by_an_owner(outbox: Outbox) -> None:
-    if os.getuid() != 0:
-        pytest.skip("only root can give files away")
     pathlib.Path(outbox.path + "-webhooks").touch()
     os.chown(outbox.path + "-webhooks", 4711, -1)
 
 
-def sick_by_damage(outbox: Outbox) -> None:
-    size = os.path.getsize(outbox.path)
-    with open(outbox.path, "r+b") as file:
-        file.seek(4096)
-        file.write(b"\xff" * (size - 8192))
-
-
 # What makes a healthy file sick, and what the doctor says. Endpoint crm refuses connections.
-DOCTOR: list[tuple[Callable[[Outbox], Any], str]] = [
+ROOT_ONLY = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+DOCTOR: list[Any] = [
     (emit, "1 deliveries are due and nobody drains; .*drain"),
     (lambda outbox: (emit(outbox), outbox.disable_endpoint("crm", "they asked")),
         r"crm is disabled \(they asked\) and 1 deliveries are held; `endpoint enable crm`"),
@@ -13270,9 +13244,13 @@ DOCTOR: list[tuple[Callable[[Outbox], Any], str]] = [
         "cannot be read to the end|row is damaged"),
     (lambda outbox: os.mkdir(outbox.path + "-webhooks"),
         "no drain can start: the lock file .*-webhooks cannot be used: Is a directory; remove"),
+    (lambda outbox: query(outbox.path, "PRAGMA journal_mode = DELETE"),
+        "not WAL but journal_mode delete.*`init --wal`"),
+    (lambda outbox: emit(make_outbox(outbox.path, clock=lambda: time.time() + 9e3), delay=9e4),
+        r"the clock says .*, the file knows of 20[-\d]+ [:\d]+Z: set the clock"),
     (sick_by_a_trigger, "the trigger webhook_failed_discard is not as webhook_outbox makes it"),
     (sick_by_a_reader, r"reader that stays open keeps \d,\d+ pages"),
-    (sick_by_an_owner, "-webhooks belongs to user 4711.*chown"),
+    pytest.param(sick_by_an_owner, "-webhooks belongs to user 4711.*chown", marks=ROOT_ONLY),
     (sick_by_damage, "damaged|cannot be read|malformed"),
 ]  # fmt: skip
 
@@ -13325,12 +13303,6 @@ def test_the_doctor_says_who_has_the_drains_lock_and_whether_deliveries_move(wal
     assert "nobody drains" in doctor_says(outbox)[0]
 
 
-def test_the_doctor_says_whether_the_file_is_in_wal_mode(database):
-    said = doctor_says(make_outbox(database))
-    assert bool(said) == ("delete" in str(query(database, "PRAGMA journal_mode")))
-    assert all("not WAL" in text and "`init --wal`" in text for text in said)
-
-
 def test_the_doctor_has_one_advice_for_a_sqlite_with_the_wal_reset_bug(database, monkeypatch):
     """Debian 12 has 3.40.1: WAL all the same, with its risk said, and no alarm for it."""
     outbox, bug = make_outbox(database), webhook_outbox._wal_reset_bug
@@ -13343,19 +13315,12 @@ def test_the_doctor_has_one_advice_for_a_sqlite_with_the_wal_reset_bug(database,
     assert not any(map(bug, ((3, 44, 6), (3, 50, 7), (3, 51, 3), (3, 53, 0), (4, 0, 0))))
 
 
-def test_the_doctor_sees_a_default_below_full_and_wrong_clocks(wal):
+def test_the_doctor_sees_a_default_below_full_and_a_clock_that_was_never_set(wal):
     with contextlib.closing(sqlite3.connect(wal)) as db:
         db.execute("PRAGMA synchronous = NORMAL")
         assert any("below FULL" in found.text for found in webhook_outbox._look_at_file(wal, db))
-    clock = Clock(1_800_000_000.0)
-    outbox = make_outbox(wal, clock=clock)
-    emit(outbox)
-    assert doctor_says(outbox) == []
-    clock.advance(-3600)
-    (said,) = doctor_says(outbox)
-    assert "the file knows of 2027-01-15 08:00:00Z: set the clock" in said
-    clock.now = 86_400.0
-    assert "1970-01-02" in doctor_says(outbox)[0]
+    (said,) = doctor_says(make_outbox(wal, clock=lambda: 86_400.0))
+    assert said.startswith("the clock says 1970-01-02 00:00:00Z: signatures made now are refused")
 
 
 def test_the_doctor_names_the_endpoint_that_holds_most_of_the_file(wal, serve):
@@ -13391,22 +13356,17 @@ def dash_held(path: str, where: str = "1") -> None:
     query(path, held, time.time() + 17.5)
 
 
-def submits(visitor: DashVisitor, verb: str, path: str = "/", **typed: Any) -> requests.Response:
-    """Send a form as it stands on a page, but for what was typed."""
-    action, fields = visitor.form(verb, path=path)
-    return visitor.post(action, {**fields, **typed})
-
-
 def events_linked(page: DashParser) -> list[str]:
     return [link.rpartition("/")[2] for link in page.links if "/event/" in link]
 
 
-def test_the_dashboard_shows_endpoints_failed_rows_and_the_timeline_of_an_event(shop, wal):
-    retry, play = RetryPolicy((0, 0)), [OK, answer(503, b"try later")]
-    _, outbox = shop.open(play, id="crm", retry=retry, description="Customers")
+def test_the_dashboard_shows_endpoints_failed_rows_and_the_timeline_of_an_event(wal, serve):
+    outbox = make_outbox(wal, retry=(0, 0))
     with visiting(outbox) as visitor:
-        page = visitor.get()
-        assert page.text.count("There are none.") == 2 and "replay" not in str(page.forms)
+        empty = visitor.get()
+        assert empty.text.count("There are none.") == 3 and not empty.forms
+        url = serve([OK, answer(503, b"try later")]).url()
+        outbox.add_endpoint(url, id="crm", description="Customers")
         outbox.add_endpoint(URL, id="off", events=["nothing"])
         outbox.disable_endpoint("off", "they moved")
         for n in range(2):
@@ -13424,12 +13384,6 @@ def test_the_dashboard_shows_endpoints_failed_rows_and_the_timeline_of_an_event(
         assert "held after" not in page.text
         dash_held(wal)  # off is off
         assert visitor.get().text.count("held after 15 failures, next probe in 18 s") == 1
-
-
-def test_an_empty_dashboard_says_so(wal):
-    with visiting(make_outbox(wal)) as visitor:
-        page = visitor.get()
-    assert page.text.count("There are none.") == 3 and not page.forms
 
 
 def test_the_dashboard_says_whose_endpoints_events_and_failed_rows_are(wal):
@@ -13468,17 +13422,15 @@ def test_attempts_before_a_replay_are_told_from_those_since(shop, cli):
 def test_the_buttons_replay_discard_disable_and_enable(wal, visitor):
     outbox = make_outbox(wal)
     first, second, third = outbox.failed()
-    visitor.press("replay", str(first.id))
-    assert statuses(outbox, first.event_id) == {"a": "pending"}
-    assert outbox.failed() == [second, third]
-    visitor.press("discard", str(second.id))
-    assert outbox.failed() == [third] and statuses(outbox, second.event_id) == {"a": "failed"}
+    for verb, row, status in (("replay", first, "pending"), ("discard", second, "failed")):
+        visitor.press(verb, str(row.id))
+        assert statuses(outbox, row.event_id) == {"a": status}
+        assert outbox.failed() == [second, third][row.id - 1 :]
     assert "disabled" in visitor.press("disable", "a").text
-    disabled = fields(outbox.endpoint("a"), "enabled disabled_reason")
-    assert disabled == (False, "on the dashboard") and outbox.endpoint("b").enabled
+    states = [fields(e, "id enabled disabled_reason") for e in outbox.endpoints()]
+    assert states == [("a", False, "on the dashboard"), ("b", True, "")]
     assert statuses(outbox, first.event_id) == {"a": "held"}
-    assert "disabled" not in visitor.press("enable", "a").text
-    assert outbox.endpoint("a").enabled
+    assert "disabled" not in visitor.press("enable", "a").text and outbox.endpoint("a").enabled
 
 
 def test_failed_rows_are_paged_filtered_by_endpoint_and_replayed_as_shown(shop):
@@ -13526,6 +13478,11 @@ def sends(
     return visitor.post(form[0], sent, **given)
 
 
+def submits(visitor: DashVisitor, verb: str, path: str = "/", **typed: Any) -> requests.Response:
+    """Send a form as it stands on a page, but for what was typed."""
+    return sends(visitor, visitor.form(verb, path=path), typed, {})
+
+
 @pytest.mark.parametrize(("change", "headers"), DASH_FOREIGN)
 def test_a_form_that_is_not_ours_changes_nothing(wal, visitor, change, headers):
     make_outbox(wal).disable_endpoint("b")
@@ -13538,13 +13495,11 @@ def test_a_form_that_is_not_ours_changes_nothing(wal, visitor, change, headers):
     assert dash_state(wal) == before
 
 
-PROXIED = {"Sec_Fetch_Site": "same-origin", "Origin": "http://proxied"}
-
-
-@pytest.mark.parametrize("headers", [{}, {"Origin": "BASE"}, PROXIED])
-def test_a_form_of_ours_is_taken_from_old_browsers_and_behind_proxies(wal, visitor, headers):
-    assert sends(visitor, visitor.form("replay"), {}, headers).status_code == 303
-    assert len(make_outbox(wal).failed()) < 3
+def test_a_form_of_ours_is_taken_from_old_browsers_and_behind_proxies(wal, visitor):
+    outbox, proxied = make_outbox(wal), {"Sec_Fetch_Site": "same-origin", "Origin": "http://x"}
+    for row, headers in zip(outbox.failed(), ({}, {"Origin": "BASE"}, proxied), strict=True):
+        assert sends(visitor, visitor.form("replay", str(row.id)), {}, headers).status_code == 303
+    assert outbox.failed() == []
 
 
 def test_the_form_cookie_is_kept_hidden_from_scripts_and_bound_to_the_mount(wal, visitor):
@@ -13616,6 +13571,17 @@ def test_a_page_may_not_be_framed_cached_or_scripted_and_head_is_get_without_it(
     assert dash_state(wal) == before
 
 
+DASH_CONTRAST = """(() => {
+  const part = x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4
+  const light = c => { const [r, g, b] = c.match(/[0-9.]+/g).map(x => part(x / 255))
+      return 0.2126 * r + 0.7152 * g + 0.0722 * b }
+  const back = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor
+      if (c != 'rgba(0, 0, 0, 0)') return c } return 'rgb(255, 255, 255)' }
+  let least = 99
+  for (const e of document.querySelectorAll('main *')) if (e.innerText && e.children.length == 0) {
+    const [a, b] = [light(getComputedStyle(e).color), light(back(e))].sort((x, y) => y - x)
+    least = Math.min(least, (a + 0.05) / (b + 0.05)) }
+  return least })()"""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
@@ -13624,8 +13590,7 @@ class Chromium:
     """A real headless browser, told what to do over its debugging pipe."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        theirs, self.to = os.pipe()
-        self.fro, theirs_too = os.pipe()
+        (theirs, self.to), (self.fro, theirs_too) = os.pipe(), os.pipe()
         code = f"import os, sys; os.dup2({theirs}, 3); os.dup2({theirs_too}, 4)"
         words = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run"
         words += f" --remote-debugging-pipe --user-data-dir={folder} about:blank"
@@ -13684,6 +13649,16 @@ class Chromium:
         self.tell("Emulation.setDeviceMetricsOverride", **size)
         scheme_of = {"name": "prefers-color-scheme", "value": scheme}
         self.tell("Emulation.setEmulatedMedia", features=[scheme_of])
+
+    def fits(self, width: int) -> str:
+        """The page is no wider than this, legible and without script; return its ground."""
+        seen = "[...document.querySelectorAll('*')].filter(e => e.checkVisibility())"
+        ends = f"...{seen}.map(e => e.getBoundingClientRect().right)"
+        most = self.ask(f"Math.max(document.documentElement.scrollWidth, {ends})")
+        assert most <= width, (self.ask("location.href"), width)
+        assert self.ask(DASH_CONTRAST) >= 4.5, self.ask("location.href")
+        assert self.ask("document.scripts.length") == 0
+        return str(self.ask("getComputedStyle(document.body).backgroundColor"))
 
     def close(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -13900,9 +13875,16 @@ def cli_running(folder: pathlib.Path, line: str, **options: Any) -> Iterator[Cal
 
 
 def test_the_dashboard_command_serves_loopback_and_refuses_other_names(wal, tmp_path):
+    """Where it is to serve every address, names are refused all the same; and any process takes a
+    form that another one made."""
     cli_fail_some(wal)
-    with cli_running(tmp_path, f"--db {wal} dashboard --port 0") as control:
+    line = f"--db {wal} dashboard --port 0"
+    with (
+        cli_running(tmp_path, line) as control,
+        cli_running(tmp_path, f"{line} --host 0.0.0.0") as every,
+    ):
         base = re.findall(r"(http://127\.0\.0\.1:\d+)/", control(seen="http://"))[0]
+        other = re.findall(r"http://0\.0\.0\.0:(\d+)/", every(seen="http://"))[0]
         port, before = int(base.rpartition(":")[2]), dash_state(wal)
         with DashVisitor(base) as visitor:
             action, fields = visitor.form("replay")
@@ -13915,8 +13897,10 @@ def test_the_dashboard_command_serves_loopback_and_refuses_other_names(wal, tmp_
             assert dash_state(wal) == before
             for host in f"localhost localhost:{port} LOCALHOST 127.0.0.1 [::1]:{port}".split():
                 assert visitor.ask(headers={"Host": host}).status_code == 200
-            visitor.press("replay")
-        assert dash_state(wal) != before
+            visitor.base = f"http://127.0.0.1:{other}"
+            for host, status in (("192.0.2.1", 200), ("evil.example", 403)):
+                assert visitor.ask(headers={"Host": host}).status_code == status
+            assert visitor.post(action, fields).status_code == 303 and dash_state(wal) != before
         with pytest.raises(OSError):
             socket.create_connection((socket.gethostbyname(socket.gethostname()), port), 1).close()
             raise OSError("this machine's name is a loopback address")
@@ -13930,34 +13914,6 @@ def test_the_dashboard_command_serves_loopback_and_refuses_other_names(wal, tmp_
     assert code in (0, 130) and err == ""
 
 
-def test_any_process_takes_a_form_that_another_one_made(wal, tmp_path):
-    cli_fail_some(wal)
-    line = f"--db {wal} dashboard --host 0.0.0.0 --port 0"
-    with cli_running(tmp_path, line) as one, cli_running(tmp_path, line) as two:
-        said = [control(seen="http://") for control in (one, two)]
-        ports = [re.findall(r"http://0\.0\.0\.0:(\d+)/", text)[0] for text in said]
-        with DashVisitor(f"http://127.0.0.1:{ports[0]}") as visitor:
-            form = visitor.form("replay")
-            visitor.base = f"http://127.0.0.1:{ports[1]}"
-            assert visitor.post(*form).status_code == 303
-            for host, status in (("192.0.2.1", 200), ("evil.example", 403)):
-                assert visitor.ask(headers={"Host": host}).status_code == status
-    assert len(make_outbox(wal).failed()) < 3
-
-
-DASH_CONTRAST = """(() => {
-  const part = x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4
-  const light = c => { const [r, g, b] = c.match(/[0-9.]+/g).map(x => part(x / 255))
-      return 0.2126 * r + 0.7152 * g + 0.0722 * b }
-  const back = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor
-      if (c != 'rgba(0, 0, 0, 0)') return c } return 'rgb(255, 255, 255)' }
-  let least = 99
-  for (const e of document.querySelectorAll('main *')) if (e.innerText && e.children.length == 0) {
-    const [a, b] = [light(getComputedStyle(e).color), light(back(e))].sort((x, y) => y - x)
-    least = Math.min(least, (a + 0.05) / (b + 0.05)) }
-  return least })()"""
-
-
 @pytest.mark.long
 def test_in_a_real_browser_no_page_is_wider_than_a_phone_and_all_is_legible(shop, chromium):
     long, seen = "eyJhbGciOiJIUzI1NiJ9" * 30, set()
@@ -13968,19 +13924,14 @@ def test_in_a_real_browser_no_page_is_wider_than_a_phone_and_all_is_legible(shop
     outbox.add_endpoint(receiver.url(), id="good", events=["order.*"])
     ids = [emit(outbox, "order." + "x" * 200, {long: [long]}, key=long[:200]) for _ in range(2)]
     outbox.drain(once=True)
-    every = "[...document.querySelectorAll('*')].map(e => e.getBoundingClientRect().right)"
     buttons = "[...document.querySelectorAll('main > * button')].map(e => e.offsetHeight)"
     with dash_served(webhook_outbox.dashboard_app(outbox)) as base:
         for width, scheme in itertools.product((320, 360, 768, 1200), ("light", "dark")):
             chromium.show(width, scheme)
-            for path in ("/", f"/event/{ids[0]}", "/nothing"):
+            for path in ("/nothing", f"/event/{ids[0]}", "/"):
                 chromium.go(base + path)
-                assert chromium.ask(f"Math.max(...{every})") <= width, (path, width)
-                assert chromium.ask("document.documentElement.scrollWidth") <= width, (path, width)
-                assert chromium.ask(DASH_CONTRAST) >= 4.5
-                seen.add((scheme, chromium.ask("getComputedStyle(document.body).backgroundColor")))
+                seen.add((scheme, chromium.fits(width)))
             if width < 500:  # a thumb finds the buttons
-                chromium.go(base)
                 assert chromium.ask(f"Math.min(...{buttons}.filter(height => height))") >= 34
     # The style passed the policy; dark is dark.
     assert len(seen) == 2 and len({color for _, color in seen}) == 2
@@ -14026,13 +13977,13 @@ def test_a_customer_adds_an_endpoint_sees_its_secret_once_tries_it_and_edits_it(
     receiver, outbox = serve(), make_outbox(wal, event_types=CATALOGUE)
     with portal_of(outbox) as visitor:
         assert "No endpoints yet" in visitor.get().text
-        action, fields_ = visitor.form("add", path="/add")
-        page = visitor.get("/add").text
+        page = visitor.get("/add")
         says = ("order.paid", "An order was paid.", "Users", "deprecated", "<b>signed</b>")
-        assert all(text in page for text in says)
-        assert "audit.login" not in page and "order.scored" not in page  # internal
+        assert all(text in page.text for text in says)
+        assert "audit.login" not in page.text and "order.scored" not in page.text  # internal
+        action, blank = page.forms[0]
         url, both = receiver.url("/in?token=canary77"), ("order.paid", "user.created")
-        typed = {**fields_, "url": url, "description": "Zoë's <CRM>", "events": both}
+        typed = {**blank, "url": url, "description": "Zoë's <CRM>", "events": both}
         secret = secret_in(visitor.post(action, typed))
         (endpoint,) = outbox.endpoints()
         assert (endpoint.tenant, endpoint.events) == ("c42", both)
@@ -14040,25 +13991,23 @@ def test_a_customer_adds_an_endpoint_sees_its_secret_once_tries_it_and_edits_it(
         assert again.status_code == 303 and again.headers["Location"].endswith(endpoint.id)
         assert outbox.endpoints() == [endpoint]
         verb = f"endpoint/{endpoint.id}"
-        for path in ("/", f"/{verb}", f"/{verb}/edit"):
-            shown = visitor.get(path)
-            assert "whsec_" not in shown.text and shown.tags <= DASH_TAGS
-        shown = visitor.get(f"/{verb}").text
-        assert "/in?..." in visitor.get().text and "canary77" not in shown
+        pages = [visitor.get(path) for path in ("/", f"/{verb}", f"/{verb}/edit")]
+        every, shown, edit = (page.text for page in pages)
+        assert "whsec_" not in every + shown + edit
+        assert "/in?..." in every and "canary77" not in every + shown
         for type in ("", "order.paid"):
             tried = submits(visitor, f"{verb}/ping", f"/{verb}", type=type)
             assert tried.status_code == 200 and "It was taken" in tried.text
         seen = [verify(r.body, r.headers, secret) for r in receiver.requests]
         assert [(e.type, e.data) for e in seen] == [("webhook.ping", {}), ("order.paid", {"id": 7})]
-        _, sent = visitor.form(f"{verb}/edit", path=f"/{verb}/edit")
+        action, sent = pages[2].forms[0]
         assert (sent["url"], sent["description"]) == (endpoint.url, "Zoë's <CRM>")
-        edited = {"description": "ERP", "events": "*"}
-        saved = submits(visitor, f"{verb}/edit", f"/{verb}/edit", **edited)
+        saved = visitor.post(action, {**sent, "description": "ERP", "events": "*"})
         assert saved.status_code == 303 and "It is saved" in visitor.get(f"/{verb}?said=saved").text
         changed = fields(outbox.endpoint(endpoint.id), "description events url")
         assert changed == ("ERP", ("*",), endpoint.url)
         assert "The old secret" in shown and "ends at once" in shown
-        assert visitor.form(f"{verb}/rotate", path=f"/{verb}")[1]["grace"] == "86400"
+        assert dict(pages[1].forms)[f"{MOUNT}/{verb}/rotate"]["grace"] == "86400"
         renewed = secret_in(submits(visitor, f"{verb}/rotate", f"/{verb}", grace="3600"))
         outbox.ping(endpoint.id)
         last = receiver.requests[-1]
@@ -14071,36 +14020,30 @@ def test_a_customer_adds_an_endpoint_sees_its_secret_once_tries_it_and_edits_it(
     assert "The endpoint is removed" in removed and outbox.endpoints() == []
 
 
-@pytest.mark.parametrize("catalogue", [CATALOGUE, None])
-def test_a_form_that_is_wrong_comes_back_with_what_was_typed_and_why(wal, catalogue):
+FAULTS = [(CATALOGUE, "order.payd", r"order.paid\?[^.]"), (None, "a b.*.c", "vent")]
+
+
+@pytest.mark.parametrize(("catalogue", "events", "why"), FAULTS)
+def test_a_form_that_is_wrong_comes_back_with_what_was_typed_and_why(wal, catalogue, events, why):
     outbox = make_outbox(wal, event_types=catalogue, allow_networks=())
     door = outbox.tenant("c42", max_endpoints=1)
     app = webhook_outbox.portal_app(outbox, lambda environ: door)
-    faults: list[tuple[dict[str, str], str]] = [
-        ({"url": "https://10.0.0.1/<x>"}, "10.0.0.1 is not a public address."),
-        ({"url": "http://example.com/"}, "plain http is refused, use https."),
-        ({"url": "call:audit"}, "write https:"),
-        ({"url": "https://me:pw@example.com/"}, "do not belong in the host; write https:"),
-        ({"url": ""}, "write https:"),
-        ({"events": "webhook.*"}, "no event type webhook"),
-        ({"events": ""}, "Choose at least one."),
-        ({"description": "two\nlines"}, "one line"),
-    ]
-    if catalogue:
-        faults += [({"events": "audit.login"}, "vent"), ({"events": "order.payd"}, r"paid\?[^.]")]
-    else:
-        faults += [({"events": "a b.*.c"}, "vent")]
     with dash_served(app) as base, DashVisitor(base) as visitor:
         action, blank = visitor.form("add", path="/add")
-        good = {**blank, "url": URL, "events": "order.paid"}
-        for change, fault in faults:
-            typed = {**good, "description": "D & D", **change}
+        good = {**blank, "url": URL, "events": "order.paid", "description": "D & D"}
+        for change, fault in (
+            ({"url": "https://10.0.0.1/<x>"}, "10.0.0.1 is not a public address."),
+            ({"url": "https://me:pw@example.com/"}, "do not belong in the host; write https:"),
+            ({"url": ""}, "write https:"), ({"events": ""}, "Choose at least one."),
+            ({"events": "webhook.*"}, "no event type webhook"), ({"events": events}, why),
+            ({"description": "two\nlines"}, "one line"),
+        ):  # fmt: skip
+            typed = {**good, **change}
             refused = visitor.post(action, typed)
             page = DashParser(refused.text)
             assert refused.status_code == 400 and re.search(fault, page.text), (change, page.text)
-            assert "allow_" not in page.text
-            kept = typed.keys() - {"token", "events"}
-            assert {name: page.forms[0][1][name] for name in kept} == {n: typed[n] for n in kept}
+            kept = {name: page.forms[0][1][name] for name in ("url", "once", "description")}
+            assert kept.items() <= typed.items() and "allow_" not in page.text
         assert outbox.endpoints() == []
         assert visitor.post(action, good).status_code == 200
         assert "as many as may be" in visitor.get().text
@@ -14321,22 +14264,16 @@ def test_in_a_real_browser_two_customers_walk_the_portal(wal, serve, chromium):
     receiver, who = serve([OK, answer(503, b"x" * 4_000), OK]), ["c42"]
     outbox = make_outbox(wal, event_types=CATALOGUE, retry=ONCE)
 
-    def fits() -> None:
-        width = chromium.ask("document.documentElement.clientWidth")
-        assert chromium.ask("document.documentElement.scrollWidth") <= width
-        assert chromium.ask(DASH_CONTRAST) >= 4.5, chromium.ask("location.href")
-        assert chromium.ask("document.scripts.length") == 0
-
     def click(selector: str) -> None:
         chromium.click(selector)
-        fits()
+        chromium.fits(width)
 
     walks = (("c42", 1200, "dark"), ("c43", 380, "light"), ("c42", 380, "dark"))
     with dash_served(webhook_outbox.portal_app(outbox, lambda environ: who[0])) as base:
         for who[0], width, scheme in walks:
             chromium.show(width, scheme)
             chromium.go(base)
-            fits()
+            chromium.fits(width)
             click("a.button")
             url = receiver.url("/" + who[0] + "/" + "long" * 60)
             for value, box in (("https://10.0.0.1/", 0), (url, 1)):
@@ -14347,7 +14284,7 @@ def test_in_a_real_browser_two_customers_walk_the_portal(wal, serve, chromium):
             chromium.click("a.button")
             at = chromium.ask("location.href")
             chromium.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
-            fits()
+            chromium.fits(width)
             click('form[action$="/ping"] button')
             emit(outbox, "order.paid", {"of": who[0]}, tenant=who[0])
             outbox.drain(once=True)

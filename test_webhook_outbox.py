@@ -8249,14 +8249,13 @@ class Mute(Exception):
         raise ValueError("no text")
 
 
-BLOCKS = "^no time left(,| after .* s,) waiting for (its (request|sender)|a connection)$"
 HOSTS_CODE: dict[str, tuple[Callable[[Any], Any], str]] = {  # what it does; the attempt's error
     "raises": (fails_with(ValueError("no\nluck")), "^ValueError: no luck$"),
     "exits": (fails_with(SystemExit(3)), "^SystemExit: 3$"),
     "cancelled": (fails_with(asyncio.CancelledError("x")), "^CancelledError: x$"),
     "interrupts": (fails_with(KeyboardInterrupt("x")), "^KeyboardInterrupt: x$"),
     "key": (lambda event: event.data["gone"], "^KeyError: 'gone'$"),
-    "blocks": (lambda event: time.sleep(2), BLOCKS),
+    "blocks": (lambda event: time.sleep(2), "^no time left(,| after .* s,) waiting for "),
 }
 PAIR, LINE = r"\(bytes, content type\)", "one line of printable ASCII"
 OF_SENDERS: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -8283,6 +8282,7 @@ OF_TRANSFORMS: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_hosts_code_that_fails_in_any_way_costs_its_own_attempts_and_ends_no_ping(wal, serve, kind):
     receiver, mended = serve(), list[Event]()
     codes = OF_SENDERS if kind == "sender" else OF_TRANSFORMS
+    waits_for, internal = ("sender",) * 2 if kind == "sender" else ("request", "internal")
     own: dict[str, Any] = {
         name: lambda event, code=code: code(event) if broken else mended.append(event) or b"1"
         for name, (code, _) in codes.items()
@@ -8299,11 +8299,12 @@ def test_hosts_code_that_fails_in_any_way_costs_its_own_attempts_and_ends_no_pin
     assert outbox.drain(until_empty=True) == DrainReport(1, count, count, 0)
     assert [request.line.split()[1] for request in receiver.requests] == ["/well"]
     for name, (_, error) in codes.items():
-        reason = {"blocks": "timeout"}.get(name, "sender" if kind == "sender" else "internal")
+        reason = "timeout" if name == "blocks" else internal
         (row,), pinged = outbox.failed(endpoint=name), outbox.ping(name)
         tried = [row, *outbox.attempts(id, name), pinged]
         assert [each.reason for each in tried] == [reason] * 4 and row.attempts == 2
         assert all(re.search(error, each.error or "") for each in tried), tried
+        assert name != "blocks" or pinged.error == f"no time left, waiting for its {waits_for}"
         assert pinged.duration < 1.5
         assert f'attempts_total{{endpoint="{name}",result="{reason}"}} 2' in outbox.metrics()
     broken = False

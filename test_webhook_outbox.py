@@ -11987,11 +11987,8 @@ def test_resend_delivers_again_whatever_became_of_it(either, serve):
 
 def what_waits(path: str) -> dict[tuple[str, str], str]:
     """Return the stored status of each delivery, by endpoint and event."""
-    rows = query(
-        path,
-        """SELECT d.endpoint_id, e.id, d.status
-             FROM webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event""",
-    )
+    of = "webhook_deliveries AS d JOIN webhook_events AS e ON e.seq = d.event"
+    rows = query(path, f"SELECT d.endpoint_id, e.id, d.status FROM {of}")
     return {(endpoint, event): status for endpoint, event, status in rows}
 
 
@@ -12228,10 +12225,7 @@ def test_an_event_that_is_erased_leaves_no_trace_and_is_never_delivered_again(
 
 
 def test_admin_calls_join_the_callers_transaction(either, serve):
-    outbox, _, receiver, rows = failing_outbox(either, serve)
-    receiver.answers["/b"] = OK
-    outbox.resend(rows[5].event_id, endpoint="b")
-    outbox.drain(once=True)
+    outbox, _, _, rows = failing_outbox(either, serve)
     dump = emit_dump(either)
 
     def everything(conn: sqlite3.Connection) -> None:
@@ -12264,10 +12258,19 @@ def test_admin_calls_join_the_callers_transaction(either, serve):
         everything(conn)
         conn.commit()
     assert [endpoint.id for endpoint in outbox.endpoints()] == ["a", "new"]
-    # What waited and failed at b went with it, and what was delivered stays.
-    assert {row.endpoint_id for row in outbox.failed()} <= {"a"}
-    assert {row.endpoint_id for row in outbox.deliveries(status="pending")} == {"a", "new"}
-    assert statuses(outbox, rows[5].event_id)["b"] == "delivered"
+
+
+def test_removing_an_endpoint_takes_its_waiting_and_failed_rows_along(either, serve):
+    outbox, _, receiver, rows = failing_outbox(either, serve)
+    receiver.answers["/b"] = OK
+    outbox.resend(rows[0].event_id, endpoint="b")
+    outbox.drain(once=True)
+    waiting = emit(outbox, key="k")
+    outbox.remove_endpoint("b")
+    assert statuses(outbox, rows[0].event_id) == {"a": "failed", "b": "delivered"}
+    assert statuses(outbox, waiting) == {"a": "pending"}
+    assert {row.endpoint_id for row in outbox.failed()} == {"a"}
+    assert outbox.drain(once=True).failed == 1
 
 
 def test_the_record_can_be_filtered_and_paged(either, serve):

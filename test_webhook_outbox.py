@@ -14599,6 +14599,7 @@ def test_failed_rows_are_listed_shown_and_discarded(cli, wal):
 
 
 def test_failed_rows_and_status_say_whose_an_endpoint_is(cli, wal, monkeypatch):
+    """An endpoint's id that is no text, of plain SQL, hides no other row."""
     outbox = two_customers(wal)[0]
     head, *rows = cli("failed list").splitlines()
     assert re.search("ENDPOINT ID +TENANT +TYPE", head)
@@ -14615,10 +14616,6 @@ def test_failed_rows_and_status_say_whose_an_endpoint_is(cli, wal, monkeypatch):
     _, head, *rows = cli("status").splitlines()
     assert head.endswith("  TENANT: LAST ERROR") and len(rows) == 4
     assert [row.split()[0] for row in rows if "tenant " not in row] == ["own"]
-
-
-def test_a_failed_row_whose_endpoint_id_is_no_text_hides_no_other(cli, wal):
-    outbox = two_customers(wal)[0]
     query(wal, "UPDATE webhook_failed SET endpoint_id = CAST(x'ff' AS TEXT) WHERE id = 1")
     count = len(outbox.failed())
     assert len(cli("failed list").splitlines()) == 1 + count and "\\udcff" in cli("failed show 1")

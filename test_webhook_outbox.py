@@ -12968,9 +12968,6 @@ def receiving(path: str, **options: Any) -> Iterator[sqlite3.Connection]:
         yield conn
 
 
-INVOICE = "INSERT INTO invoices (event) VALUES (?)"
-
-
 def test_an_event_is_accepted_once(inbox, either):
     with receiving(either) as conn:
         assert inbox.accept(conn, "msg_1") is True
@@ -12986,7 +12983,7 @@ def test_an_event_is_accepted_once(inbox, either):
 def test_a_handler_that_fails_leaves_no_trace(inbox, either):
     with pytest.raises(ZeroDivisionError), receiving(either) as conn:
         assert inbox.accept(conn, "msg_1")
-        conn.execute(INVOICE, ("msg_1",))
+        conn.execute("INSERT INTO invoices (event) VALUES ('msg_1')")
         raise ZeroDivisionError
     for table in ("webhook_inbox", "invoices"):
         assert query(either, f"SELECT * FROM {table}") == []
@@ -13099,42 +13096,6 @@ def test_the_inbox_forgets_what_is_older_than_told(inbox, either):
     assert (inbox.prune(5000), inbox.prune(500), inbox.prune(500)) == (0, 1, 0)
     with receiving(either) as conn:
         assert (inbox.accept(conn, "old"), inbox.accept(conn, "new")) == (True, False)
-
-
-def test_an_order_makes_one_invoice_however_often_it_comes(inbox, either, serve, tmp_path):
-    """Over real sockets: the first handler dies after accept, the second answer gets lost."""
-    clock, results = Clock(time.time()), list[str]()
-
-    def invoice(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        try:
-            event = verify(request.body, request.headers, SECRET)
-            with receiving(either) as conn:
-                first = inbox.accept(conn, event.id)
-                if first:
-                    conn.execute(INVOICE, (event.id,))
-                if not results:
-                    raise ZeroDivisionError
-        except (SignatureError, ZeroDivisionError) as error:
-            results.append(type(error).__name__)
-            sock.sendall(answer(400))
-            return True
-        results.append("invoice" if first else "duplicate")
-        if len(results) == 2:
-            return False  # committed, and then the connection breaks before the answer
-        sock.sendall(OK)
-        return True
-
-    url, shop = serve(invoice).url(), make_database(tmp_path / "shop.db")
-    outbox = make_outbox(shop, url, clock=clock, retry=(0, 1, 1, 1), secret=SECRET)
-    id = emit(outbox, "order.created", {"order_id": "1234", "total": 49.99})
-    retry_times(outbox, clock, id)
-    outbox.resend(id)
-    assert outbox.drain(once=True).delivered == 1
-    forged = {"webhook-id": "msg_x", "webhook-timestamp": str(int(time.time()))}
-    forged["webhook-signature"] = "v1,AAAA"
-    assert requests.post(url, data=b"{}", headers=forged, timeout=10).status_code == 400
-    assert results == "ZeroDivisionError invoice duplicate duplicate SignatureError".split()
-    assert query(either, "SELECT event FROM invoices") == [(id,)]
 
 
 # ── doctor ────────────────────────────────────────────────────────────────────────────────────────
@@ -13988,7 +13949,8 @@ def test_a_form_that_is_wrong_comes_back_with_what_was_typed_and_why(wal, catalo
         full = visitor.post(action, {**good, "once": "another"})
         assert full.status_code == 400 and "as many as may be" in full.text
         path = f"endpoint/{outbox.endpoints()[0].id}/edit"
-        assert submits(visitor, path, "/" + path, url="https://10.0.0.1/").status_code == 400
+        refused = submits(visitor, path, "/" + path, url="https://10.0.0.1/")
+        assert refused.status_code == 400 and "10.0.0.1 is not a public" in refused.text
         assert outbox.endpoints()[0].url == URL
 
 
@@ -14114,6 +14076,7 @@ def test_deliveries_are_filtered_by_status_type_and_time_and_paged(wal):
 
 def test_a_route_of_the_portal_with_an_id_of_somebody_else_is_404_and_changes_nothing(wal, serve):
     receiver, outbox = serve(), make_outbox(wal, event_types=CATALOGUE)
+    nowhere = emit(outbox, "order.paid", tenant="c42")
     for id, tenant in (("c42", "c42"), ("c43", "c43"), ("own", None), ("all", "*")):
         outbox.add_endpoint(receiver.url(), id=id, tenant=tenant)
     theirs, foreign, nobodys = (emit(outbox, "order.paid", tenant=t) for t in ("c42", "c43", None))
@@ -14122,7 +14085,7 @@ def test_a_route_of_the_portal_with_an_id_of_somebody_else_is_404_and_changes_no
     count, portal = len(receiver.requests), webhook_outbox._Portal
     routes = [(r, "GET") for r in portal.gets] + [(r, "POST") for r in portal.posts]
     endpoints = ("c42", "c43", "own", "all", "none", "%00", "c42%2F..%2Fc43")
-    events = (theirs, foreign, nobodys, "msg_" + "0" * 16, "x")
+    events = (theirs, nowhere, foreign, nobodys, "msg_" + "0" * 16, "x")
     own = {"url": URL, "events": "order.paid", "grace": "0", "description": "", "once": "a"}
     with portal_of(outbox) as visitor:
         sent = {**visitor.form("add", path="/add")[1], **own}
@@ -14164,9 +14127,8 @@ def test_the_portal_is_for_who_is_logged_in_and_its_forms_are_its_own(wal, caplo
     outbox = make_outbox(wal, URL, id="mine", tenant="c42")
     with portal_of(outbox) as visitor:
         form = visitor.form("endpoint/mine/disable", path="/endpoint/mine")
-        for change, headers in DASH_FOREIGN:
-            if "Cookie" not in headers:
-                assert sends(visitor, form, change, headers).status_code == 403
+        assert sends(visitor, form, {"token": "x" * 22}, {}).status_code == 403
+        assert sends(visitor, form, {}, {"Origin": "https://evil.example"}).status_code == 403
         visitor.session.cookies.clear()
         for path in ("/", "/add", "/endpoint/mine", "/nothing"):
             refused = visitor.ask(path)

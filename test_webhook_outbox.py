@@ -16279,7 +16279,8 @@ class CrashesStorm:
 
     def __init__(self, path: str, folder: pathlib.Path, herd: CrashesHerd, seed: int) -> None:
         self.path, self.folder, self.herd = path, folder, herd
-        self.rng, self.moody = random.Random(seed), random.Random(seed + 1)  # the nemesis', plays'
+        # The nemesis chooses by the first, the receiver's threads by the second.
+        self.rng, self.moody = random.Random(seed), random.Random(seed + 1)
         self.receipts: list[CrashesReceipt] = []
         self.quiet, self.serials = threading.Event(), itertools.count(1)
         self.cancelled: set[str] = set()

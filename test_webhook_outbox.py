@@ -6534,6 +6534,8 @@ def test_notices_of_an_endpoint_that_fails_and_answers_in_turn_come_in_one_pair_
         for outcome in [sick] * (4 if second % 100 == 0 else 1) + [well]:
             told.append(lane.learn(outcome, 1000.0 + second, float(second), ONCE))
     assert list(filter(None, told)) == ["failing", "recovered"] * 6
+    told = [lane.learn(sick, float(now), float(now), ONCE) for now in range(5_000, 8_600, 60)]
+    assert list(filter(None, told)) == ["failing"]  # once, however long it fails
 
 
 MOSTLY = "three of four attempts failed for 5 days"
@@ -6544,6 +6546,7 @@ UNSTEADY = [  # outcomes of a day's attempts, over and over; when and why the en
     ("xxxx.", (5, MOSTLY)),
     ("xxx.", (6, MOSTLY)),  # of twenty failures at least
     ("xx.", None),
+    ("xx." * 4, None),
     ("x" * 30 + "." * 10, None),  # steady again each day
     ("." * 50, None),
 ]

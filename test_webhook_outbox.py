@@ -2040,20 +2040,24 @@ def test_attempts_follow_the_schedule_entry_by_entry(policy, dice, either, shop)
     assert signed == [int(at) for at in times]
 
 
-HINTS = {  # Retry-After; how long it holds the endpoint, and when its delivery is due again
+PAUSES = {  # Retry-After; how long it holds the endpoint, and when its delivery is due again
     "later than the schedule": ("100", 100.0, 100.0),
     "earlier than the schedule": ("3", 3.0, 20.0),
     "a date": (SOON, 120.0, 120.0),
     "past": ("Tue, 14 Nov 2023 22:11:20 GMT", 0.0, 20.0),
     "on an answer that has none": ("100", 0.0, 20.0),
 }
-TRIES = [("a date", 503), ("on an answer that has none", 502), *((h, 429) for h in list(HINTS)[:4])]
+TRIES = [
+    ("a date", 503),
+    ("on an answer that has none", 502),
+    *((h, 429) for h in list(PAUSES)[:4]),
+]
 
 
 @pytest.mark.parametrize(("hint", "status"), TRIES)
 def test_retry_after_holds_the_whole_endpoint_and_no_other(hint, status, shop, serve):
     """Whichever process drains; and it means nothing but on a 429 and a 503."""
-    value, held, due = HINTS[hint]
+    value, held, due = PAUSES[hint]
     plays = [answer(status, b"", f"Retry-After: {value}"), OK]
     clock, busy, outbox = shop.timed(plays, id="busy", retry=(0, 20, 20))
     well = serve()
@@ -2159,14 +2163,14 @@ def test_overload_waits_at_least_the_overload_delay(wal, serve):
     assert {a.reason for a in outbox.attempts(id, "timeout")} == {"timeout"}
 
 
-ASKED = "the receiver asked for it (webhook-delivery: disable)"
+WHY_ASKED = "the receiver asked for it (webhook-delivery: disable)"
 
 # An answer; what its delivery and one due later become, why the endpoint was disabled, the row.
 ENDS = [
     (answer(410, b"bye"), "failed", "held", "410 Gone", ("gone", 410, "bye", 1)),
-    (answer(200, b"", "Webhook-Delivery: disable"), "delivered", "held", ASKED, None),
-    (answer(400, b"", "Webhook-Delivery: disable"), "held", "held", ASKED, None),
-    (answer(500, b"", "webhook-delivery: disable"), "held", "held", ASKED, None),
+    (answer(200, b"", "Webhook-Delivery: disable"), "delivered", "held", WHY_ASKED, None),
+    (answer(400, b"", "Webhook-Delivery: disable"), "held", "held", WHY_ASKED, None),
+    (answer(500, b"", "webhook-delivery: disable"), "held", "held", WHY_ASKED, None),
     (answer(422, b"", "webhook-delivery: abort-message"),
      "failed", "delivered", "", ("aborted", 422, None, 1)),
 ]  # fmt: skip
@@ -2203,6 +2207,13 @@ def test_a_delivery_expires_when_its_endpoint_failed_for_its_whole_window(
     rows = [fields(f, "event_id attempts reason status_code") for f in outbox.failed()]
     assert rows == ([(id, expires, "expired", 500)] if expires else [])
     assert len(receiver.requests) == (expires or 3 + break_)
+
+
+def test_a_failure_at_an_old_url_expires_nothing_of_an_endpoint_that_is_well():
+    outcome = webhook_outbox._Outcome(status_code=500, reason="status")
+    policy = RetryPolicy((0, 10, 100), jitter=0.0)
+    made = webhook_outbox._verdict(1, 0.0, None, outcome, policy, 1000.0, lambda: 1.0)
+    assert made == ("pending", 1010.0, "status")
 
 
 def test_a_schedule_without_pauses_expires_nothing(shop):

@@ -4300,23 +4300,43 @@ def test_a_connection_to_the_old_url_carries_nothing_for_the_new_one(wal, serve)
     assert came_to == [[first], [second, third]]
 
 
-class HeldLoop:
-    """A clock that holds the thread that drains, once it is armed, until it is let go."""
+def test_an_endpoint_that_disables_itself_as_a_connection_closes_stops_no_drain(shop, serve):
+    """Both become news in one round, the 410 first: the clock holds the loop until then."""
+    armed, busy, gone, go = (threading.Event() for _ in range(4))
+    sockets, here = dict[str, socket.socket](), threading.get_ident()
 
-    def __init__(self) -> None:
-        self.armed, self.busy, self.go = threading.Event(), threading.Event(), threading.Event()
-        self.main = threading.get_ident()
-
-    def __call__(self) -> float:
-        if self.armed.is_set() and threading.get_ident() != self.main:
-            self.busy.set()
-            self.go.wait(20)
+    def clock() -> float:
+        if armed.is_set() and threading.get_ident() != here:
+            busy.set()
+            go.wait(20)
         return time.time()
 
-    def arm(self, receiver: Receiver, sock: socket.socket, request: Request) -> bool:
-        self.armed.set()
-        sock.sendall(OK)
+    def play(receiver: Receiver, sock: socket.socket, request: Request) -> bool:
+        kind = json.loads(request.body)["data"]
+        sockets[kind] = sock
+        if kind == "quick":
+            eventually(lambda: "held" in sockets, within=20)
+            sock.sendall(OK)
+        else:
+            gone.wait(20)
+            sock.sendall(answer(410))
+            sockets["quick"].shutdown(socket.SHUT_RDWR)
+            go.set()
         return True
+
+    _, outbox = shop.open(play, id="leaving", events=["order.created"], clock=clock, timeout=20)
+    other = serve(says(lambda request: armed.set() or OK))
+    outbox.add_endpoint(other.url(), id="other", events=["other"])
+    held, quick = (emit(outbox, data=kind) for kind in ("held", "quick"))
+    with draining(outbox, once=True) as reports:
+        eventually(lambda: statuses(outbox, quick) == {"leaving": "delivered"})
+        last = emit(outbox, "other")
+        assert busy.wait(20)
+        gone.set()
+        eventually(lambda: reports, within=30)
+    assert fields(reports[0], "delivered failed") == (2, 1)
+    assert statuses(outbox, last) == {"other": "delivered"}
+    assert statuses(outbox, held) == {"leaving": "failed"}
 
 
 CANARY = "canary" + "5ecre7" * 4

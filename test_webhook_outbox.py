@@ -13151,6 +13151,8 @@ DOCTOR: list[Any] = [
         "crm cannot be sent to from here: the file not/there cannot be read"),
     (lambda outbox: outbox.update_endpoint("crm", headers={"X": "env:NOT_SET_HERE"}),
         "crm cannot be sent to from here: the environment variable NOT_SET_HERE"),
+    (lambda outbox: query(outbox.path, "UPDATE webhook_endpoints SET url = ?, ca = 'gone'", URL),
+        "crm cannot be sent to from here: .*gone"),
     (lambda outbox: query(outbox.path, "UPDATE webhook_endpoints SET headers = 'no json'"),
         "cannot be read to the end|row is damaged"),
     (lambda outbox: os.mkdir(outbox.path + "-webhooks"),

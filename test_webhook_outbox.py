@@ -1110,10 +1110,13 @@ def test_no_id_can_be_given_in_sql_so_none_can_carry_a_header(wal, table):
 
 def test_event_ids_are_random_behind_the_time(wal):
     """That they sort by time: see below, where keys only grow."""
-    outbox, insert = make_outbox(wal, clock=(clock := Clock())), "INSERT INTO webhook_emit"
-    ids = [emit(outbox) for _ in range(40)]
+    clock, ids = Clock(), []
+    outbox = make_outbox(wal, clock=clock)
+    for _ in range(40):
+        ids.append(emit(outbox))
+        clock.advance(0.002)
     assert len({id[-5:] for id in ids}) > 30, "twenty bits of each are chance"
-    query(wal, f"{insert} (type, data) VALUES ('a', '1')")
+    query(wal, "INSERT INTO webhook_emit (type, data) VALUES ('a', '1')")
     at = [int(id[4:], 16) / (1000 << 20) for id in (ids[0], outbox.events(limit=1)[0].id)]
     assert at == pytest.approx([clock.now, time.time()], abs=60)
 
@@ -1152,10 +1155,12 @@ STEPS = (0.0, 0.0, 5.0, -1e6, 0.0, 1e6, -1.7e9, 0.001, 2e9, -1e9)
 ])  # fmt: skip
 def test_keys_only_grow_and_do_not_run_out_whatever_the_clock_says(wal, readings):
     """It says milliseconds instead of seconds, say; keys are 63 bits."""
-    outbox, keys = make_outbox(wal, clock=(clock := Clock())), []
-    for clock.now in readings:
+    clock, keys = Clock(), []
+    outbox = make_outbox(wal, clock=clock)
+    for now in readings:
+        clock.now = now
         keys += [emit_key(outbox) for _ in range(12)]
-        if clock.now == 1.7e9 or len(readings) > 2:
+        if now == 1.7e9 or len(readings) > 2:
             query(wal, "INSERT INTO webhook_emit (type, data) VALUES ('a', '1')")
             keys += [int(outbox.events(limit=1)[0].id[4:], 16)]
     assert keys == sorted(set(keys)) and all(key < 1 << 62 | 1 << 61 for key in keys)

@@ -2224,6 +2224,76 @@ def test_a_schedule_without_pauses_expires_nothing(shop):
     assert [(f.attempts, f.reason) for f in outbox.failed()] == [(3, "status")]
 
 
+def test_what_was_never_tried_expires_with_the_window_of_an_endpoint_that_fails(shop):
+    """It would wait for a probe of its own for ever, while new events come."""
+    _, receiver, outbox = shop.timed(answer(500), retry=(0, 100, 100), max_in_flight=1)
+    for _ in range(30):
+        emit(outbox)
+    for minute in range(6):
+        shop.drain(60 if minute else 0)
+    late = emit(outbox)
+    shop.drain()
+    waiting = {d.event_id for d in outbox.deliveries(status="pending") if not d.attempts}
+    untried = [row for row in outbox.failed() if not row.attempts]
+    assert waiting == {late} and len(untried) > 15 and len(receiver.requests) < 25
+    for row in untried:
+        assert row.reason == "expired" and "its endpoint has failed since 20" in row.error
+
+
+def test_time_in_which_nobody_tried_neither_expires_nor_disables(shop):
+    """A drain that was off for a week comes back to a receiver that fails once more."""
+    plays = [*[answer(500)] * 10, OK]
+    clock, receiver, outbox = shop.timed(plays, retry=RetryPolicy(), id="crm")
+    ids = [emit(outbox) for _ in range(5)]
+    for off in (0, 7 * 86_400.0, 400):
+        assert not outbox.failed() and outbox.endpoint("crm").enabled
+        outbox = make_outbox(outbox.path, clock=clock, retry=RetryPolicy())
+        clock.advance(off)
+        report = outbox.drain(once=True)
+    assert report.delivered == 5 and len(receiver.requests) == 15
+    assert {statuses(outbox, id)["crm"] for id in ids} == {"delivered"}
+
+
+@pytest.mark.parametrize(
+    ("due", "paused", "tried", "rate", "delays", "gap"),
+    [
+        (0, 0, 0, None, (0, 1e6), 10_000), (0, 0, 7_000, None, (0, 1e6), 0),
+        (8_000, 0, 0, None, (0, 1e6), 0), (0, 6_401, 0, None, (0, 1e6), 0),
+        (0, 6_000, 0, None, (0, 1e6), 4_000), (0, 0, 1_000, 1 / 8_000, (0, 1e6), 0),
+        (0, 0, 9_940, None, (0, 100), 60), (0, 0, 9_960, None, (0, 100), 0),
+        (0, 0, 0, None, (0,), 10_000), (0, 0, 7_000, None, (0,), 0),
+    ],
+)  # fmt: skip
+def test_a_gap_of_an_hour_or_half_a_short_window_does_not_count_as_failing(
+    due, paused, tried, rate, delays, gap
+):
+    """Neither does a pause, a delivery that was not due, or the distance that a rate asks for."""
+    lane, health = webhook_outbox._Lane("a"), webhook_outbox._Health(3, -500.0, paused)
+    lane.endpoint = dataclasses.replace(lane.endpoint, rate=rate)
+    lane.health, lane.tried_at = health._replace(unsteady_since=-900.0), tried
+    lane.note_gap(due, 10_000, RetryPolicy(delays, jitter=0.0))
+    assert (lane.health.failing_since, lane.health.unsteady_since) == (gap - 500, gap - 900)
+    assert lane.health[::2] == health._replace(unsteady_since=gap - 900)[::2]
+    assert lane.tried_at == 10_000
+
+
+def test_another_url_begins_without_the_failures_of_the_old_one(shop):
+    _, _, outbox = shop.timed(answer(500), retry=RetryPolicy(), id="crm")
+    ids = [emit(outbox) for _ in range(12)]
+    shop.drain()
+    shop.drain(3_000)
+    assert outbox.endpoint("crm").failures >= 10
+    well = shop.serve()
+    outbox.update_endpoint("crm", description="same url", url=shop.receiver.url())
+    assert outbox.endpoint("crm").failures >= 10
+    assert fields(outbox.update_endpoint("crm", url=well.url()), "failures failing_since") == (
+        0,
+        None,
+    )
+    assert shop.drain(7_300).delivered == 12 and len(well.requests) == 12
+    assert {statuses(outbox, id)["crm"] for id in ids} == {"delivered"}
+
+
 @pytest.mark.parametrize("way", ["library", "plain SQL"])
 def test_what_expires_ends_in_the_failed_table_without_an_attempt(either, shop, way):
     """By emission, whatever the delay was; what is delivered before is not concerned."""
@@ -4199,6 +4269,44 @@ def test_reading_an_answer_costs_little_and_64_kib_at_most_a_byte_at_a_time_too(
             assert answer.status == whole.status and bool(answer.error) == bool(whole.error)
 
 
+EXCHANGE_DRIPPER = """if True:
+    import socket, sys, threading, time
+    data, listener = eval(sys.stdin.readline()), socket.create_server(("127.0.0.1", 0), backlog=99)
+    def serve(sock):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.recv(65536)
+        try:
+            for byte in data:
+                sock.sendall(bytes([byte]))
+                time.sleep(0.00005)
+            time.sleep(60)
+        except OSError:
+            pass
+    print(listener.getsockname()[1], flush=True)
+    while True:
+        threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["status line", "head", "chunks", "hints", "no text"])
+def test_sixty_four_answers_that_are_dear_to_read_end_in_time_and_cost_little(wal, serve, name):
+    well = serve()
+    with run_python(EXCHANGE_DRIPPER, stdin=subprocess.PIPE) as dripper:
+        url = f"http://127.0.0.1:{int(dripper.do(repr(EXCHANGE_COSTLY[name])))}/"
+        outbox = make_outbox(wal, timeout=3.0, clock=Clock())
+        for number in range(64):
+            outbox.add_endpoint(f"{url}{number}?{EXCHANGE_URL.partition('?')[2]}")
+        outbox.add_endpoint(well.url(), id="well")
+        event_id, began = emit(outbox), time.thread_time()
+        with exchange_lateness() as worst:
+            outbox.drain(once=True)
+        assert time.thread_time() - began < 0.05 * 65
+        attempts = outbox.attempts(event_id)
+        assert len(attempts) == 65 and {a.endpoint_id for a in attempts if not a.reason} == {"well"}
+        assert max(attempt.duration for attempt in attempts) < 3.0 + 0.5 + 3 * worst[0]
+
+
 def test_messages_of_tls_itself_count_against_what_an_answer_may_hold(shop, authority):
     """Session tickets by the thousand, before the answer. One read of OpenSSL's own would take all
     that have come, and go on while more come."""
@@ -4344,11 +4452,11 @@ def test_an_endpoint_that_disables_itself_as_a_connection_closes_stops_no_drain(
     assert statuses(outbox, held) == {"leaving": "failed"}
 
 
-CANARY = "canary" + "5ecre7" * 4
+EXCHANGE_CANARY = "canary" + "5ecre7" * 4
 CANARIES = {
-    "secret": "whsec_" + base64.b64encode(CANARY.encode()).decode(),
-    "env": "whsec_" + base64.b64encode(CANARY[::-1].encode()).decode(),
-    "file": "whsec_" + base64.b64encode(CANARY.swapcase().encode()).decode(),
+    "secret": "whsec_" + base64.b64encode(EXCHANGE_CANARY.encode()).decode(),
+    "env": "whsec_" + base64.b64encode(EXCHANGE_CANARY[::-1].encode()).decode(),
+    "file": "whsec_" + base64.b64encode(EXCHANGE_CANARY.swapcase().encode()).decode(),
     "query": "canary-query-é",
     "flag": "canary-flag",
     "bearer": 'canary/bearer+"<&>"==',
@@ -4457,7 +4565,10 @@ def test_no_secret_leaves_by_a_log_a_repr_an_error_a_table_or_an_echo(
     }
     assert len(outbox.failed()) == report.failed and caplog.records
     assert "redacted" in places["tables"]
-    hidden = [text.removeprefix("whsec_") for text in CANARIES.values()] + ["canary", CANARY]
+    hidden = [text.removeprefix("whsec_") for text in CANARIES.values()] + [
+        "canary",
+        EXCHANGE_CANARY,
+    ]
     hidden.append(base64.b64encode(login.encode()).decode())
     hidden.append(pathlib.Path(authority.client()).read_text().split("\n")[1])
     signatures = ("webhook-signature", "stripe-signature", "x-hub-signature-256")
@@ -5131,6 +5242,32 @@ def test_a_connection_to_another_file_is_refused_with_both_paths(tmp_path, other
     assert outbox.events() == [] and [e.id for e in outbox.endpoints() if e.enabled] == ["crm"]
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["used before", "first connection"])
+def test_a_connection_to_a_copy_of_the_file_is_refused_though_its_identity_is_the_same(
+    tmp_path, known
+):
+    """One to the file itself is taken by any name."""
+    outbox = make_outbox(make_database(tmp_path / "app.db"), URL, id="crm")
+    with outbox.transaction():
+        shutil.copy(outbox.path, tmp_path / "copy.db")
+    os.symlink(outbox.path, tmp_path / "link.db")
+    if known:
+        emit(outbox)
+    with begun(str(tmp_path / "copy.db")) as conn, begun(str(tmp_path / "link.db")) as own:
+        for act in (
+            lambda: outbox.emit(conn, "order.created", {}),
+            lambda: outbox.disable_endpoint("crm", conn=conn),
+            lambda: outbox.cancel(all=True, conn=conn),
+        ):
+            said = refuses(SchemaError, act)
+            assert f"{tmp_path}/copy.db" in said and outbox.path in said
+        conn.rollback()
+        outbox.emit(own, "order.created", {})
+        own.commit()
+    assert query(str(tmp_path / "copy.db"), "SELECT * FROM webhook_events") == []
+    assert len(outbox.events()) == 1 + known
+
+
 class HostsProxy:
     """A look-alike of a connection, as instrumentation puts around one."""
 
@@ -5182,6 +5319,10 @@ def test_only_our_insert_runs_on_the_hosts_connection(wal, mode):
     named = [f"BEGIN {mode.upper()}"] if "auto" not in mode else []
     begin = {"legacy": ["BEGIN"], "manual": []}.get(mode, named)
     assert [text.strip() for text in statements if text.startswith("BEGIN")] == begin
+    # For each connection once: is it open on a copy?
+    asks = [webhook_outbox._FILE_OF, "-- PRAGMA database_list"]
+    assert statements[:2] == asks and not set(asks) & set(statements[2:])
+    del statements[:2]
     ours = [" ".join(text.split()[:4]) for text in statements if not text.startswith("BEGIN")]
     # A statement of a trigger shows under the one that fired it.
     ours = [text for text, _ in itertools.groupby(ours)]
@@ -5904,6 +6045,35 @@ def test_a_drain_touches_the_file_no_more_once_another_sqlite_library_was_loaded
     assert query(wal, "PRAGMA integrity_check") == [("ok",)]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("library", ["apsw", "pysqlite3.dbapi2", "sqlcipher3.dbapi2"])
+def test_the_minute_that_damaged_a_file_ends_with_a_whole_one(wal, library):
+    """A write each millisecond through the other library, while all that could open the file tries
+    to: without the refusal it is malformed within eight seconds."""
+    make_outbox(wal).add_endpoint("https://example.com/", id="crm")
+    code = """
+    outbox, conn, end = Outbox(path), connect(path), time.monotonic() + 20
+    conn.execute("PRAGMA busy_timeout = 5000")
+    while time.monotonic() < end:
+        conn.execute("BEGIN IMMEDIATE")
+        conn.execute("INSERT INTO orders (total) VALUES (1)")
+        outbox.emit(conn, "order.created", {})
+        for act in (outbox.start, outbox.stats, Outbox, Inbox):
+            try:
+                act(path) if isinstance(act, type) else act()
+            except OutboxError:
+                pass
+        conn.execute("COMMIT")
+        time.sleep(0.001)
+    """
+    drains = "import sys, webhook_outbox; webhook_outbox.Outbox(sys.argv[1]).drain()"
+    with run_python(drains, wal):
+        assert other_library(library, wal, textwrap.dedent(code)) == []
+    assert query(wal, "PRAGMA integrity_check") == [("ok",)]
+    counts = "SELECT (SELECT count(*) FROM orders) = (SELECT count(*) FROM webhook_events)"
+    assert query(wal, counts) == [(1,)]
+
+
 def test_importing_the_module_imports_no_framework():
     names = ("sqlalchemy", "django", "peewee", "aiosqlite", "argparse")
     code = f"import sys, webhook_outbox; print([name for name in {names} if name in sys.modules])"
@@ -6370,12 +6540,16 @@ def test_an_endpoint_learns_from_an_outcome_what_its_next_attempts_may_be():
 
 
 @pytest.mark.parametrize("mode", ["once", "until_empty"])
-@pytest.mark.parametrize("kind", ["a sender", "a network"])
+@pytest.mark.parametrize("kind", ["a sender", "a network", "a transform"])
 def test_what_is_left_to_the_app_is_no_work_of_a_drain_at_the_command_line(wal, serve, kind, mode):
     """Neither what is due, nor what is due later, nor while another process drains."""
-    url = "call:audit" if kind == "a sender" else serve().url()
-    make_outbox(wal, url, senders={"audit": print})
-    bare, lock = make_outbox(wal, allow_networks=[]), webhook_outbox._Lock(wal)
+    url, body = "call:audit" if kind == "a sender" else serve().url(), "standard"
+    if kind == "a transform":
+        body, networks = "own", LOOPBACK
+    else:
+        networks = []
+    make_outbox(wal, url, body=body, senders={"audit": print}, transforms={"own": repr})
+    bare, lock = make_outbox(wal, allow_networks=networks), webhook_outbox._Lock(wal)
     bare._guard = dataclasses.replace(bare._guard, provisional=True)
     for delay, elsewhere in itertools.product((0.0, 86_400.0), (False, True)):
         emit(bare, delay=delay)
@@ -8210,6 +8384,7 @@ def test_who_subscribes_by_name_is_told_of_failing_recovery_disabling_and_failed
         (2, "webhook.endpoint.disabled"),
     ]
     what = {"endpoint_id": "crm", "event_id": ids[0], "reason": "status", "status_code": 500}
+    what["tenant"] = None
     for t, kind in zip(told[:2], ("failing", "gave_up"), strict=True):
         assert t["data"] == {**what, "kind": kind, "error": "HTTP 500"}
     for event in outbox.events():
@@ -8219,6 +8394,23 @@ def test_who_subscribes_by_name_is_told_of_failing_recovery_disabling_and_failed
     assert sorted(text.split()[0] for text in texts) == sorted(t["type"] for t in told)
     parts = ids[0], '"endpoint_id":"crm"', "HTTP 500"
     assert all(part in text for part in parts for text in texts[:2])
+
+
+def test_operators_events_have_no_tenant_and_name_it_in_their_data(wal, serve):
+    """A ping is nobody's event, even to an endpoint that sees all."""
+    gone, monitor, all_ = serve(answer(410)), serve(), serve()
+    outbox = make_outbox(wal, gone.url(), tenant="c42", retry=ONCE)
+    outbox.add_endpoint(monitor.url(), events=["webhook.*"])
+    outbox.add_endpoint(all_.url(), id="all", tenant="*", events=["nothing"])
+    emit(outbox, tenant="c42")
+    outbox.drain(until_empty=True)
+    bodies = [json.loads(request.body) for request in monitor.requests]
+    assert sorted(body["type"] for body in bodies) == [
+        "webhook.delivery.failed", "webhook.endpoint.disabled",
+    ]  # fmt: skip
+    assert [(body["data"]["tenant"], body.get("tenant")) for body in bodies] == [("c42", None)] * 2
+    outbox.ping("all")
+    assert set(json.loads(all_.requests[0].body)) == {"type", "timestamp", "data"}
 
 
 def test_two_monitors_that_fail_in_turn_do_not_talk_about_each_other_for_ever(wal, serve):
@@ -11070,7 +11262,6 @@ def test_an_answer_of_the_old_url_says_nothing_about_the_endpoint(
     receiver, outbox = shop.open(gate := Gate(said), retry=(0,) * tries, id="a", events=["order.*"])
     new, other = shop.serve(), outbox.add_endpoint(shop.serve().url(), events=["other"])
     query(shop.path, "UPDATE webhook_endpoints SET failures = 2, failing_since = 1.0")
-    before = fields(outbox.endpoint("a"), health := "enabled failures failing_since paused_until")
     with outbox:
         id = emit(outbox)
         eventually(lambda: gate.inside)
@@ -11080,8 +11271,9 @@ def test_an_answer_of_the_old_url_says_nothing_about_the_endpoint(
         eventually(lambda: statuses(outbox, id) == {"a": status})
     assert outbox.attempts(id)[0].reason == reason
     assert len(receiver.requests) == 1 and len(new.requests) == (tries == 2 and reason == "status")
-    assert new.requests or fields(outbox.endpoint("a"), health) == before
-    assert outbox.endpoint("a").enabled and outbox.endpoint(other.id).failures == 0
+    state = fields(outbox.endpoint("a"), "enabled failures failing_since paused_until")
+    assert state == (True, 0, None, 0.0)  # the new one has not failed
+    assert outbox.endpoint(other.id).failures == 0
 
 
 @pytest.mark.parametrize("said", [OK, answer(500), answer(410)])
@@ -14851,7 +15043,7 @@ def test_only_three_commands_show_a_secret_and_none_a_query_or_a_header(cli, wal
 # where nothing stands behind => it names the line's last option, else its last word.
 CLI_ERRORS = """
 12 drain --once --workers 0 / failed list --reason bad-luck
-12 drain --once --until-empty => until
+2 drain --once --until-empty => until
 12 failed list --after 99999999999999999999 =>
 12 listen --port 70000 => 70000
 12 listen --port -1 => -1
@@ -14862,15 +15054,15 @@ CLI_ERRORS = """
 1 emit order.created 1 --delay -1 / listen --fail -1 / listen --delay -1
 1 listen --port 0 --secret nonsense!
 1 listen --port 0 --secret env:NOT_SET_HERE => NOT_SET_HERE
-1 NETWORK status / NETWORK emit a 1 / NETWORK init --wal => 10.0.0.0/33
-1 NETWORK drain --once / NETWORK endpoint list --json => 10.0.0.0/33
+2 NETWORK status / NETWORK emit a 1 / NETWORK init --wal => 10.0.0.0/33
+2 NETWORK drain --once / NETWORK endpoint list --json => 10.0.0.0/33
 1 endpoint show nobody / endpoint disable nobody / endpoint remove nobody / endpoint rotate nobody
 1 endpoint secret nobody / endpoint ping nobody / endpoint retry nobody
 1 endpoint backfill nobody / endpoint update nobody --rate 2 => nobody
 1 events cancel --endpoint nobody => nobody
 1 events show msg_none / events cancel msg_none / events erase msg_none / resend msg_none
 1 failed show 77 / failed show 99999999999999999999
-1 failed replay / failed discard --dry-run / events cancel => all=True
+2 failed replay / failed discard --dry-run / events cancel => all=True
 1 endpoint add gopher://example.com/ => https://
 1 endpoint add https://10.0.0.1/ => 10.0.0.1
 1 endpoint add https://user:pw@example.com/ => host
@@ -14945,6 +15137,35 @@ def test_processes_end_with_the_codes_and_the_environment_names_the_file(wal):
         ended = command(f"--db {wal} {line}", input="\udcff", errors="surrogateescape")
         assert (ended.returncode, ended.stdout) == (code, "")
         assert ended.stderr.count("\n") == 1, ended.stderr
+
+
+HALF = "\udcff"  # what Python makes of a byte on the command line that is no UTF-8
+HALF_LINES = """endpoint show X|endpoint ping X|endpoint remove X|endpoint backfill X --all
+    |endpoint add https://example.com/X|endpoint add https://example.com/ --headers A:X
+    |failed list --type X|failed list --endpoint X|events list --type X|events show X
+    |failed replay --endpoint X|events cancel --key X|resend X|prune --older-than X|emit a.X 1"""
+
+
+def test_half_a_character_is_refused_in_one_line_and_by_our_errors(cli, wal):
+    outbox = make_outbox(wal)
+    for line in HALF_LINES.split("|"):
+        cli(line.strip().replace("X", HALF), code=(0, 1, 2))
+    for verb in (outbox.endpoint, outbox.ping, outbox.remove_endpoint, outbox.rotate_secret):
+        refuses(NotFound, verb, HALF)
+    refuses(UnsafeURL, outbox.add_endpoint, f"https://example.com/{HALF}")
+    for verb in (outbox.failed, outbox.deliveries):
+        refuses(PayloadError, verb, endpoint=HALF, words="no text in UTF-8")
+
+
+def test_app_and_network_may_be_said_together(cli, tmp_path, serve, monkeypatch):
+    """The network is admitted beside the app's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosted.py").write_text("import webhook_outbox as w\nout = w.Outbox('app.db')\n")
+    receiver, app = serve(), "--app hosted:out"
+    cli(f"{app} --allow-network 127.0.0.0/8 endpoint add {receiver.url()} --id crm")
+    cli(f"{app} emit order.created 1")
+    assert "delivered 1" in cli(f"{app} --allow-network 127.0.0.0/8 drain --once")
+    assert len(receiver.requests) == 1
 
 
 def cli_after(first: str, line: str, **options: Any) -> Child:
@@ -15889,6 +16110,14 @@ class OutboxMachine(RuleBasedStateMachine):
             hinted[slot] = now + MODEL_HINT
         p.paused = max(p.paused, now + pause) if pause else p.paused
 
+    def gap(self, slot: str) -> float:
+        """Return for how long nobody tried an endpoint though something was due; 0 for not long."""
+        due = [d.due for d in self.those(lambda s, _, d: s == slot and self.ready(s, d))]
+        tried = "SELECT coalesce(max(at), 0) FROM webhook_attempts WHERE endpoint_id = ?"
+        since = max(query(self.path, tried, slot)[0][0], self.endpoints[slot].paused)
+        gap = self.clock.now - max(since, min(due, default=math.inf))
+        return gap if gap > min(3600.0, sum(MODEL_DELAYS) / 2) else 0.0
+
     def attempted(self, slot: str, id: str, kind: str) -> tuple[int | None, str | None]:
         """Move the model's delivery on; return status code and reason that the attempt has."""
         d, now, since = self.deliveries[slot, id], self.clock.now, self.endpoints[slot].since
@@ -16042,11 +16271,20 @@ class OutboxMachine(RuleBasedStateMachine):
         self.forget(self.clock.now - MODEL_RETENTION)
         self.turn_back()
         beyond = {slot: 0 if self.open(slot) else 9 for slot in self.endpoints}
+        gaps = {slot: self.gap(slot) for slot in self.endpoints}
         report = drain(once=True)
         came, seen, done = self.requests_of_the_drain(), collections.Counter(), []
         hinted: dict[str, float] = {}
         columns = "e.id, a.endpoint_id, a.status_code, a.reason"
         recorded = query(self.path, f"SELECT {columns} {OF_ATTEMPTS} ORDER BY a.id")
+        untried = "SELECT endpoint_id, event_id FROM webhook_failed WHERE attempts = 0"
+        for slot, id in query(self.path, untried):
+            if (d := self.deliveries[slot, id]).status == "pending":
+                since = (self.endpoints[slot].since or 0.0) + gaps[slot]
+                assert d.queue is None and not d.attempts and self.ready(slot, d)
+                assert self.clock.now - max(since, d.due) >= sum(MODEL_DELAYS)
+                d.status, d.reason, d.ended = "failed", "expired", self.clock.now
+                done.append("failed")
         for id, slot, code, reason in recorded:
             pair = slot, id
             seen[pair] += 1
@@ -16058,6 +16296,9 @@ class OutboxMachine(RuleBasedStateMachine):
             beyond[slot] = 0 if self.open(slot) else beyond[slot] + 1
             assert beyond[slot] < MODEL_ENDPOINTS[slot]["max_in_flight"]  # under way
             kind = came.pop(pair)
+            if self.endpoints[slot].since is not None:
+                self.endpoints[slot].since += gaps[slot]
+            gaps[slot] = 0.0
             self.learn(slot, kind, hinted)
             assert (code, reason) == self.attempted(slot, id, kind)
             done.append(self.deliveries[pair].status)

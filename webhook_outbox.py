@@ -945,13 +945,14 @@ WHEN NEW.kind = 'heard' BEGIN
   SELECT RAISE(ABORT, '{_UNHEARD}')
    WHERE NEW.event <> (SELECT value FROM webhook_meta WHERE key = 'endpoints_removed');
 END""",
-    # What was worth nothing any more when its turn came: given up without an attempt. Where
-    # somebody has replayed or resent it since it was picked, expires_at is NULL, and it is left
-    # alone.
+    # What had expired when its turn came: given up without an attempt, because its own time was
+    # over or, untried, that of an endpoint that fails. Where somebody has replayed or resent it
+    # since it was picked, expires_at is NULL and due_at another one, and it is left alone.
     f"""CREATE TRIGGER webhook_record_expired INSTEAD OF INSERT ON webhook_record
 WHEN NEW.kind = 'expired' BEGIN
   UPDATE webhook_deliveries SET status = 'failed'
-   WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id AND expires_at <= NEW.at
+   WHERE event = NEW.event AND endpoint_id = NEW.endpoint_id
+     AND (expires_at <= NEW.at OR attempts = 0 AND due_at = NEW.due_at)
      AND (status = 'pending' OR status = 'queued');{_GIVE_UP}
 END""",
     # Only the delivery's part of an outcome, written ahead of the outcomes of a batch, the newest
@@ -1033,6 +1034,10 @@ class NotInTransaction(OutboxError):
 class PayloadError(OutboxError, ValueError):
     """A value cannot be used as it is: data, type, key, header or an endpoint option. Nothing was
     written."""
+
+
+class _Unclear(PayloadError):
+    """The arguments say nothing, or two things. At the command line that is a usage error."""
 
 
 class UnsafeURL(OutboxError, ValueError):
@@ -1424,7 +1429,8 @@ class Notice:
         recovered       a success after that; one such pair in ten minutes at the most
         disabled        the drain disabled its endpoint
 
-    The other fields are those of the attempt that led to it.
+    tenant is that of the endpoint, the other fields are those of the attempt that led to it. As
+    events (webhook.endpoint.failing and so on) these fields are the data.
     """
 
     kind: str
@@ -1433,6 +1439,7 @@ class Notice:
     reason: str | None = None
     status_code: int | None = None
     error: str | None = None
+    tenant: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1865,7 +1872,8 @@ class RetryPolicy:
     def window(self) -> float:
         """The most seconds that the schedule lets pass between a delivery's first attempt and its
         last. A delivery whose endpoint has failed for as long as that is given up, reason expired:
-        pauses between probes may have kept it from using up its attempts."""
+        pauses between probes may have kept it from using up its attempts, or from a first one. Time
+        in which no drain ran does not count."""
         return sum(self.delays) * (1 + self.jitter)
 
     def wait(self, attempts: int, overloaded: bool, rng: Callable[[], float]) -> float | None:
@@ -2055,8 +2063,8 @@ def _check_authority(url: str) -> str:
     """
     if not isinstance(url, str) or not 1 <= len(url) <= 2048:
         _refuse_url("it must be text of at most 2048 characters")
-    if re.search(r"[\x00-\x20\x7f-\x9f\\]", url):
-        _refuse_url("it contains a space, a control character or a backslash")
+    if re.search(r"[\x00-\x20\x7f-\x9f\\\ud800-\udfff]", url):
+        _refuse_url("it contains a space, a control character, a backslash or half a character")
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
@@ -4310,6 +4318,8 @@ def _checked_functions(option: str, given: Any) -> dict[str, Callable[[Event], A
     for name, call in given.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
             raise PayloadError(f"the name of a {kind} must be 1 to 64 letters, digits, _, . and -")
+        if kind == "transform" and name in _BODIES:
+            raise PayloadError(f"{name} is a body of its own; give the transform another name")
         _checked_function(f"the {kind} {name}", call, "event")
     return dict(given)
 
@@ -4745,6 +4755,17 @@ def _close(db: sqlite3.Connection, path: str) -> None:
 
 
 @contextlib.contextmanager
+def _texts_can_be_stored() -> Iterator[None]:
+    """Refuse a text that is not Unicode in one sentence: a file name or an argument in bytes that
+    are no UTF-8 has half characters in it, which SQLite cannot take."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        text = _one_line(ascii(error.object), 80)
+        raise PayloadError(f"{text} is no text in UTF-8; write it anew") from None
+
+
+@contextlib.contextmanager
 def _session(path: str, create: bool = False) -> Iterator[sqlite3.Connection]:
     """Yield a connection of our own, for a few reads or single statements, and close it."""
     db = _open(path, create=create)
@@ -5118,6 +5139,13 @@ def _cursor(db: Any) -> sqlite3.Cursor:
     return cursor  # type: ignore[no-any-return]
 
 
+def _changed(db: Any) -> int:
+    """Return how many rows a connection has changed since it was opened; 0 for other drivers' ones,
+    which do not say it in this way."""
+    count = getattr(db, "total_changes", 0)
+    return count if isinstance(count, int) else 0
+
+
 def _changes(cursor: sqlite3.Cursor) -> int:
     """Return how many rows the statement before changed. Not the cursor's rowcount: apsw has none,
     and under PRAGMA count_changes the driver's is wrong."""
@@ -5191,6 +5219,10 @@ def _file_id(path: str) -> tuple[int, int] | None:
         stat = os.stat(path)
         return stat.st_dev, stat.st_ino
     return None
+
+
+# The path of the file that a connection is open on, as bytes: the host may read text as it likes.
+_FILE_OF = "SELECT CAST(file AS BLOB) FROM pragma_database_list WHERE name = 'main' AND file <> ''"
 
 
 def _main_file(db: Any) -> str:
@@ -5543,6 +5575,7 @@ class _EndpointRow(NamedTuple):
     good: int = 0
     bad: int = 0
     registered: int = 0  # tells it from another endpoint that had the id before, or gets it later
+    tried_at: float | None = None  # its newest attempt, where it was not steady then
 
     @property
     def id(self) -> str:
@@ -5580,7 +5613,10 @@ def _load_endpoints(db: sqlite3.Connection, source: str, *values: Any) -> list[_
     options and secrets, so that it keeps nobody from reading the others."""
     rows = db.execute(
         f"""SELECT {_ENDPOINT_COLUMNS}, secrets, enabled, version, failures, failing_since,
-                   paused_until, unsteady_since, good, bad, registered
+                   paused_until, unsteady_since, good, bad, registered,
+                   CASE WHEN unsteady_since IS NOT NULL THEN
+                     (SELECT max(at) FROM webhook_attempts
+                       WHERE endpoint_id = webhook_endpoints.id) END
               FROM {source}""",
         values,
     )
@@ -5759,20 +5795,26 @@ def _waiting(db: sqlite3.Connection, after: str = "") -> list[_Waiting]:
     return [_Waiting._make(row) for row in rows.fetchall()]
 
 
-def _left_to_the_app(url: Any, settings: _Settings) -> str | None:
+def _left_to_the_app(url: Any, body: Any, settings: _Settings) -> str | None:
     """Return why a drain does not send to an endpoint, and leaves that to a drain of the app's own
     Outbox; None: it sends.
 
-    A drain that was started at the command line does not know the senders of the app, nor the
-    networks that it allows. If it tried, each attempt would fail, and in the end all of the
-    endpoint's deliveries. Whoever asks what a drain can send, or has left to send, asks this.
+    A drain that was started at the command line does not know the senders and transforms of the
+    app, nor the networks that it allows. If it tried, each attempt would fail, and in the end all
+    of the endpoint's deliveries. Whoever asks what a drain can send, or has left to send, asks
+    this.
     """
     if not isinstance(url, str):
         return None  # damaged: to try it tells what is wrong with it
+    what = ""
     if _is_called(url) and _sender(url, settings.senders) is None:
+        what = f"{url} is a sender"
+    elif settings.guard.provisional and body not in (*_BODIES, *settings.transforms):
+        what = f"{body} is a transform"
+    if what:
         return (
-            f"{_one_line(url)} is a sender that is not known here; its deliveries wait for a drain "
-            "of the app's own Outbox (outbox.start(), or drain with --app)"
+            f"{_one_line(what)} that is not known here; its deliveries wait for a drain of the "
+            "app's own Outbox (outbox.start(), or drain with --app)"
         )
     return _barred(url, settings.guard)
 
@@ -5790,10 +5832,10 @@ def _work_left(db: sqlite3.Connection, until: float, settings: _Settings) -> boo
         ids = [
             row.id for row in rows if row.enabled and row.due_at <= until and row.id.isprintable()
         ]
-        found = f"SELECT url FROM {_LISTED} WHERE paused_until <= ?"
-        urls = db.execute(found, (json.dumps(ids), until)).fetchall()
-        if any(_left_to_the_app(url, settings) is None for (url,) in urls):
-            return True
+        found = f"SELECT url, body FROM {_LISTED} WHERE paused_until <= ?"
+        for url, body in db.execute(found, (json.dumps(ids), until)).fetchall():
+            if _left_to_the_app(url, body, settings) is None:
+                return True
         rows = _waiting(db, rows[-1].id)
     return False
 
@@ -6495,6 +6537,7 @@ _LITTLE = 16
 # Upper bounds in seconds, from emit to success, of the histogram that metrics() prints.
 _BUCKETS = tuple(map(float, "0.01 0.05 0.1 0.5 1 5 30 60 300 3600 21600 86400 inf".split()))
 _BUCKET_NAMES = tuple(f"le {bound:g}" for bound in _BUCKETS)
+_GAP = 3_600.0  # seconds without an attempt, from which on they do not count as failing
 # Of the kinds of notices that the observer gets, those that are events too, and their types.
 _NOTICE_TYPES = {
     "gave_up": "webhook.delivery.failed",
@@ -6634,6 +6677,15 @@ class _Health(NamedTuple):
         unsteady = now if self.unsteady_since is None else min(self.unsteady_since, now)
         return _Health(failures, since, paused, hinted, unsteady, self.good, self.bad + 1)
 
+    def after_gap(self, seconds: float) -> _Health:
+        """Return the health after so many seconds in which nobody tried: no drain ran, say. They do
+        not count as failing: time alone neither expires a delivery nor disables an endpoint."""
+        since, unsteady = self.failing_since, self.unsteady_since
+        return self._replace(
+            failing_since=None if since is None else since + seconds,
+            unsteady_since=None if unsteady is None else unsteady + seconds,
+        )
+
     def failing(self, now: float) -> bool:
         """Say whether it failed so often or for so long that people want to know."""
         often, long = _FAILING
@@ -6668,6 +6720,13 @@ class _Health(NamedTuple):
 _WELL = _Health()
 
 
+def _is_over(since: float, failing_since: float | None, policy: RetryPolicy, now: float) -> bool:
+    """Say whether a delivery has expired: its endpoint has failed without a break for as long as
+    the policy's delays take in all, counted from `since`. That is the delivery's first attempt, or
+    when it was due where it had none. Time alone expires nothing: see _Health.after_gap."""
+    return failing_since is not None and 0 < policy.window <= now - max(since, failing_since)
+
+
 def _verdict(
     attempts: int,
     first_at: float,
@@ -6682,9 +6741,7 @@ def _verdict(
     1. a 2xx: delivered
     2. 410 Gone, or the receiver asked to give this one up: failed
     3. no attempt is left in the policy: failed
-    4. expired: failed. That is so when the endpoint has failed without a break for as long as the
-       policy's delays take in all, counted from this delivery's first attempt. Time alone expires
-       nothing: after a week in which no drain ran, everything is still tried.
+    4. expired: failed, see _is_over. first_at: the delivery's first attempt
     5. else pending, until the policy's delay has passed and the receiver's Retry-After
     """
     if outcome.reason is None:
@@ -6694,7 +6751,7 @@ def _verdict(
     wait = policy.wait(attempts, outcome.overloaded, rng)
     if wait is None:
         return "failed", now, outcome.reason
-    if failing_since is not None and 0 < policy.window <= now - max(first_at, failing_since):
+    if _is_over(first_at, failing_since, policy, now):
         return "failed", now, "expired"
     return "pending", now + max(wait, outcome.hint or 0.0), outcome.reason
 
@@ -6896,7 +6953,7 @@ class _Lane:
     __slots__ = (
         "active", "answered_at", "backlog", "broken", "disable", "enabled", "endpoint", "health",
         "id", "limit", "lost", "making", "next_slot", "occupies", "proven_until", "registered",
-        "round", "streak", "tell_at", "told", "usual", "wire",
+        "round", "streak", "tell_at", "told", "tried_at", "usual", "wire",
     )  # fmt: skip
 
     def __init__(self, id: str) -> None:
@@ -6918,6 +6975,7 @@ class _Lane:
         self.limit = float(_FIRST_LIMIT)
         self.round: int | None = None  # the rank in whose round it stands; None: in none
         self.next_slot = 0.0  # monotonic: from when the endpoint's rate allows an attempt
+        self.tried_at = 0.0  # wall clock: when its newest attempt began, by this drain or another
         self.proven_until = 0.0  # monotonic: until then it is known to answer; a timeout ends it
         self.occupies = 0.0  # seconds that its attempts lately held their places, on average
         self.answered_at = -math.inf  # monotonic: the last success
@@ -6947,6 +7005,21 @@ class _Lane:
             self.next_slot = min(self.next_slot or math.inf, mono + 1 / self.endpoint.rate)
         else:
             self.next_slot = 0.0
+
+    def note_gap(self, due_at: float, now: float, policy: RetryPolicy) -> None:
+        """Where nobody tried this endpoint for long, though a delivery was due at `due_at` and no
+        pause kept it back, take that time out of its health: no drain ran, the machine slept, or
+        the file was locked. Called when an attempt begins.
+
+        Long is an hour, or half of a policy that takes less than two in all: cron may start a drain
+        every few minutes, and what fails each time is failing all the time.
+        """
+        if self.health is not _WELL:
+            gap = now - max(due_at, self.health.paused_until, self.tried_at)
+            gap -= 1 / self.endpoint.rate if self.endpoint.rate else 0.0
+            if gap > min(_GAP, policy.window / 2 or _GAP):
+                self.health = self.health.after_gap(gap)
+        self.tried_at = now
 
     def is_at(self, wire: _Wire | None) -> bool:
         """Say whether requests that `wire` writes go to the endpoint's URL as it is now."""
@@ -7721,9 +7794,9 @@ class _Row(NamedTuple):
                   whose endpoint is gone   (status, due_at, attempts + 1, first_attempt_at,
                                            delivered_at); adds a row to webhook_failed, where the
                                            delivery is failed now
-        expired   a delivery that was      the delivery becomes failed and a row is added to
-                  worth nothing when its   webhook_failed, if it is pending or queued and has still
-                  turn came                expired; no attempt is counted
+        expired   a delivery that had      the delivery becomes failed and a row is added to
+                  expired when its turn    webhook_failed, if it is pending or queued and has still
+                  came                     expired; no attempt is counted
         mark      a success in a queue,    updates the delivery as its outcome will, which then
                   ahead of its outcome     adds the attempt alone: see _Ledger
         endpoint  an endpoint whose        updates the endpoint's health; where it is to be
@@ -8322,7 +8395,7 @@ class _Carrier:
         attempt.lane.making -= 1
         self.openers.busy -= 1
         if isinstance(result, BaseException):
-            self._finish(attempt, _failure(result))
+            self._finish(attempt, _failure(result, attempt.wire.hidden if attempt.wire else ()))
         else:
             attempt.request, attempt.hidden = result
             self.freed.append(attempt.lane)
@@ -8946,7 +9019,7 @@ class _Finder:
         """Say whether this drain sends to an endpoint; why it leaves one to the app is logged once,
         for the first few. A damaged row counts as ours: to try it tells what is wrong with it."""
         why = isinstance(row.endpoint, Endpoint) and _left_to_the_app(
-            row.endpoint.url, self._settings
+            row.endpoint.url, row.endpoint.body, self._settings
         )
         if why and row.id not in self._elsewhere:
             self._elsewhere.add(row.id)
@@ -8958,10 +9031,14 @@ class _Finder:
 
     def _configure(self, lane: _Lane, row: _EndpointRow, mono: float) -> None:
         """Take over an endpoint's row, for a new lane or one whose endpoint changed. The row's
-        health is taken, unless the ledger has a newer one; where the row says that a struggle ended
-        (a ping was answered, say), it is taken in any case."""
+        health is taken, unless the ledger has a newer one. It is taken in any case where the row
+        says that a struggle ended (a ping was answered, say) or has another URL."""
+        url = lane.endpoint.url
         lane.configure(row, self._settings, mono)
-        ended = row.failures == 0 and lane.health.failures >= _STRUGGLING
+        lane.tried_at = max(lane.tried_at, row.tried_at or 0.0)
+        ended = row.failures == 0 and (
+            lane.health.failures >= _STRUGGLING or url not in ("", lane.endpoint.url)
+        )
         if ended or lane.id not in self._ledger.states:
             health = _Health(
                 row.failures,
@@ -9282,11 +9359,11 @@ class _Outcomes:
         if not lane.enabled:
             self._finder.retire(lane.id)
 
-    def expire(self, lane: _Lane, picked: _Picked, expired_at: float, now: float) -> None:
-        """A delivery that is worth nothing any more goes to the failed table without an attempt.
-        Its queue goes on at once, unless the endpoint holds queues."""
-        outcome = _Outcome(None, "expired", f"it was worth nothing after {_moment(expired_at)}")
-        self._add_row(picked, lane.id, "failed", now, now, 0.0, outcome, "expired")
+    def expire(self, lane: _Lane, picked: _Picked, why: str, now: float) -> None:
+        """A delivery that has expired goes to the failed table without an attempt. Its queue goes
+        on at once, unless the endpoint holds queues."""
+        outcome = _Outcome(None, "expired", why)
+        self._add_row(picked, lane.id, "failed", picked.due_at, now, 0.0, outcome, "expired")
         self.counts.failed += 1
         self._ledger.count(lane.id, "given up")
         self._tell(["gave_up"], lane, picked, outcome, now)
@@ -9399,9 +9476,11 @@ class _Outcomes:
         row for endpoints that subscribe to webhook.* events."""
         _log_outcome(lane, picked, outcome, "gave_up" in kinds, "disabled" in kinds)
         for kind in filter(None, kinds):
-            notice = Notice(
-                kind, lane.id, picked.id, outcome.reason, outcome.status_code, outcome.error
+            said, tenant = (
+                (outcome.reason, outcome.status_code, outcome.error),
+                lane.endpoint.tenant,
             )
+            notice = Notice(kind, lane.id, picked.id, *said, tenant)
             if self._settings.observer is not None:
                 self._ledger.note(notice)
             # Events about deliveries of such events would go on for ever between two endpoints that
@@ -9849,12 +9928,37 @@ class _Drain:
         characters of data that may be read ahead, so that two thousand do not fill the memory."""
         most = 0 if lane.backlog.read else max(_LARGE, _READ_AHEAD // len(self.finder.lanes))
         picked = lane.backlog.take(self.file.db, now, most)
-        while picked is not None and picked.expires_at is not None and picked.expires_at <= now:
-            self.outcomes.expire(lane, picked, picked.expires_at, now)
+        failed_at = min(lane.tried_at, now)  # a clock may have been ahead then
+        if picked is not None:
+            lane.note_gap(picked.due_at, now, self.settings.retry)
+        while picked is not None and (why := self._expired(lane, picked, failed_at, now)):
+            self.outcomes.expire(lane, picked, why, now)
             if self.outcomes.full():
                 return None
             picked = lane.backlog.take(self.file.db, now, max(most, _LARGE))
         return picked
+
+    def _expired(self, lane: _Lane, picked: _Picked, failed_at: float, now: float) -> str:
+        """Return why a delivery has expired before an attempt; '' where it has not.
+
+        1. its own time is over
+        2. it was never tried, because the endpoint struggles and gets one probe at a time, and the
+           endpoint has failed for the whole of the policy. Without this such deliveries would wait
+           for a probe of their own for ever, while new events come. In a queue it waited for those
+           before it, and is tried
+
+        failed_at: when the endpoint's newest attempt began. For how long it has failed is counted
+        up to then and not up to now: a receiver that asks for a pause may be well after it.
+        """
+        if picked.expires_at is not None and picked.expires_at <= now:
+            return f"it was worth nothing after {_moment(picked.expires_at)}"
+        since = lane.health.failing_since
+        if since is None or lane.health.failures < _STRUGGLING:  # as most often
+            return ""
+        if picked.attempts or picked.queue is not None:
+            return ""
+        over = _is_over(picked.due_at, since, self.settings.retry, failed_at)
+        return f"its endpoint has failed since {_moment(since)}" if over else ""
 
     # Outcomes.
 
@@ -10442,7 +10546,7 @@ def _chosen(columns: Mapping[str, str], filters: Mapping[str, Any]) -> tuple[str
 def _drain_mode(once: bool, until_empty: bool) -> str:
     """Return the mode of a _Drain that two switches ask for."""
     if once and until_empty:
-        raise PayloadError("say once (--once) or until_empty (--until-empty), not both")
+        raise _Unclear("say once (--once) or until_empty (--until-empty), not both")
     return "until_empty" if until_empty else "once" if once else "forever"
 
 
@@ -10516,10 +10620,9 @@ def _histogram(labels: str, counts: Mapping[str, float]) -> Iterator[tuple[str, 
     yield "_count", labels, total
 
 
-# What an endpoint's row holds when it is enabled by hand. Its failures are forgotten: else the next
-# failed row could disable it again at once, for what was before.
-_FRESH = {
-    "disabled_reason": "",
+# What an endpoint's row holds when it gets another URL, or is enabled by hand. Its failures are
+# forgotten: else the next failed row could disable it again at once, for what was before.
+_UNTRIED = {
     "failures": 0,
     "failing_since": None,
     "paused_until": 0.0,
@@ -10527,6 +10630,7 @@ _FRESH = {
     "good": 0,
     "bad": 0,
 }
+_FRESH = {"disabled_reason": "", **_UNTRIED}
 
 
 class Outbox:
@@ -10640,6 +10744,8 @@ class Outbox:
         if _checked_switch("sqlite_only", sqlite_only):
             _PROCESS.sqlite_only.add(self.path)
         self._identity = _prepare_file(self.path, create)
+        # id() of a connection that emit was given -> how many changes it had made then.
+        self._emitted: dict[int, int] = {}
         self._forget_drains()
         _PROCESS.outboxes.add(self)
 
@@ -10773,6 +10879,11 @@ class Outbox:
         db = _host(conn)
         cursor = _cursor(db)
         with _HostErrors(db, self.path):
+            # Which file it is open on costs a third of an emit, so it is asked once for each
+            # connection. One that has made fewer changes than the one that we remember by this id()
+            # is another one, which got the id() when that was closed.
+            if self._emitted.get(id(db), 1 << 62) > _changed(db):
+                self._check_file(db)
             if self._identity is None:
                 self._identity = _check_identity(db, cursor, None, self.path)
             try:
@@ -10784,6 +10895,9 @@ class Outbox:
                     raise
                 with _without_limits(db):
                     seq = _insert_event(db, cursor, (*row, self._identity), self._seqs, now)
+        if len(self._emitted) >= 1_000:
+            self._emitted.clear()
+        self._emitted[id(db)] = _changed(db)
         self._wake()
         return _event_id(seq)
 
@@ -10815,6 +10929,18 @@ class Outbox:
 
     # What the verbs read and write with.
 
+    def _check_file(self, db: Any) -> None:
+        """Refuse a connection that is open on a copy of our file, which has the same identity.
+        Where SQLite does not tell the file, the identity alone decides."""
+        cursor, there = _cursor(db), None
+        with contextlib.suppress(Exception):  # an authorizer of the host's may forbid to ask
+            cursor.execute(_FILE_OF)
+            there = _file_id(os.fsdecode(cursor.fetchall()[0][0]))
+        if there is not None and there != (_file_id(self.path) or there):
+            cursor.execute("SELECT 1 FROM main.sqlite_master WHERE name = 'webhook_meta'")
+            if cursor.fetchall():  # else what comes next says what is wrong
+                raise _other_file(db, self.path, "another file that has webhook tables")
+
     @contextlib.contextmanager
     def _on_host(self, db: Any) -> Iterator[sqlite3.Cursor]:
         """Yield a cursor on a host's connection, once we know that it is to our file. In the block
@@ -10822,6 +10948,7 @@ class Outbox:
         connection is as the host had it."""
         with _HostErrors(db, self.path), _plain_text(db), _without_limits(db):
             cursor = _cursor(db)
+            self._check_file(db)
             self._identity = _check_identity(db, cursor, self._identity, self.path)
             yield cursor
 
@@ -10831,10 +10958,10 @@ class Outbox:
         the end of the block. Then wake the drains of this process: what they find they learn from
         the file, so to wake them for nothing, or before the host commits, does no harm."""
         if conn is None:
-            with _transaction(self.path) as db:
+            with _texts_can_be_stored(), _transaction(self.path) as db:
                 yield sqlite3.Cursor(db)
         else:
-            with _begun(conn), self._on_host(_host(conn)) as cursor:
+            with _texts_can_be_stored(), _begun(conn), self._on_host(_host(conn)) as cursor:
                 yield cursor
         self._wake()
 
@@ -10844,10 +10971,10 @@ class Outbox:
         transaction open, or on one of our own. Each statement of the latter sees the newest state
         by itself."""
         if conn is not None:
-            with self._on_host(_driver(conn)) as cursor:
+            with _texts_can_be_stored(), self._on_host(_driver(conn)) as cursor:
                 yield cursor
         else:
-            with _session(self.path) as db:
+            with _texts_can_be_stored(), _session(self.path) as db:
                 yield sqlite3.Cursor(db)
 
     @contextlib.contextmanager
@@ -10978,9 +11105,9 @@ class Outbox:
 
     def _endpoint_on(self, cursor: sqlite3.Cursor, id: str) -> Endpoint:
         """Return an endpoint as the cursor's transaction sees it; raise NotFound."""
-        cursor.execute(
-            f"SELECT {_ENDPOINT_COLUMNS} FROM main.webhook_endpoints WHERE id = ?", (id,)
-        )
+        sql = f"SELECT {_ENDPOINT_COLUMNS} FROM main.webhook_endpoints WHERE id = ?"
+        with contextlib.suppress(UnicodeEncodeError):  # such a text is no id
+            cursor.execute(sql, (id,))
         rows = cursor.fetchall()
         if not rows:
             raise self._no_endpoint(id)
@@ -11013,7 +11140,9 @@ class Outbox:
         """Change columns of an endpoint and return it; raise NotFound. To enable it forgets its
         failures. Triggers have the drain read it again. conn: a cursor of ours serves too."""
         with self._writing(conn) as cursor:
-            self._endpoint_on(cursor, id)
+            before = self._endpoint_on(cursor, id)
+            if columns.get("url", before.url) != before.url:  # another receiver, which did not fail
+                columns = {**columns, **_UNTRIED}
             columns = {**columns, **(_FRESH if columns.get("enabled") else {})}
             if columns:
                 changes = ", ".join(f"{name} = ?" for name in columns)
@@ -11300,19 +11429,10 @@ class Outbox:
         key = self._seqs.new(now)
         # A delivery that is in no table: due now, never tried, in no queue.
         picked = _Picked(
-            key,
-            now,
-            0,
-            None,
-            None,
-            type or "webhook.ping",
-            data,
-            1,
-            None,
-            None,
-            now,
-            endpoint.tenant,
-        )
+            event=key, due_at=now, attempts=0, first_attempt_at=None, queue=None,
+            type=type or "webhook.ping", data=data, valid=1, key=None, headers=None, created_at=now,
+            tenant=None if endpoint.tenant == "*" else endpoint.tenant,
+        )  # fmt: skip
         outcome = _send_once(self._settings(), endpoint, endpoint_secrets, picked)
         status, seconds = outcome.status_code, _monotonic() - started
         if outcome.reason is None:
@@ -11617,7 +11737,7 @@ class Outbox:
         how many rows it changed. statement: with places for the first and last id of a range, and
         for {where}. but: a condition of rows that are left as they are."""
         if _chosen(_OF_FAILED, filters)[0] == "1" and not all:
-            raise PayloadError(
+            raise _Unclear(
                 "say which failed rows: ids, endpoint, tenant, type, reason, since, until or --all "
                 "(all=True)"
             )
@@ -11670,7 +11790,7 @@ class Outbox:
             "until": until,
         }
         if not all and set(filters.values()) == {None}:
-            raise PayloadError(
+            raise _Unclear(
                 "say which deliveries: event_id, endpoint, tenant, key, type, since, until "
                 "or --all (all=True)"
             )
@@ -12634,7 +12754,7 @@ class Tenant:
         chosen: dict[str, Any] = {"event_id": event_id, "endpoint": endpoint, "key": key}
         chosen |= {"type": type, "since": since, "until": until}
         if not all and set(chosen.values()) == {None}:
-            raise PayloadError("say which deliveries, or all=True")
+            raise _Unclear("say which deliveries, or all=True")
         scope = {**self._scope(chosen, conn), "tenant": self.id, "_of": self.id}
         return self._outbox._change_waiting("status = 'cancelled'", scope, "1", dry_run, conn)
 
@@ -16369,16 +16489,20 @@ def _own_outbox(path: str, making: bool, networks: Sequence[str]) -> Outbox:
 def _open_outbox(options: Any) -> Outbox:
     """Return the app's own Outbox (--app), or one of the file that is named.
 
-    --app goes with --db only where both mean one file, and never with --allow-network: the app has
-    its own, and an option that is silently ignored would mislead. Raises _Usage where that, or no
-    file, is said.
+    --app goes with --db only where both mean one file; networks are admitted beside the app's own.
+    Raises _Usage where two files, or none, or what is no network is said.
     """
     making = options.run is _init
+    try:
+        more = _guard(options.allow_network, False).allow_networks
+    except PayloadError as error:
+        raise _Usage(str(error)) from None
     if options.app:
         outbox = _load_app(options.app)
-        if options.allow_network or (options.db and os.path.realpath(options.db) != outbox.path):
-            own = f"--app has its own networks and file, {outbox.path}"
-            raise _Usage(f"{own}: leave out --db and --allow-network")
+        if options.db and os.path.realpath(options.db) != outbox.path:
+            raise _Usage(f"--app has its own file, {outbox.path}: leave out --db")
+        admitted = (*outbox._guard.allow_networks, *more)
+        outbox._guard = dataclasses.replace(outbox._guard, allow_networks=admitted)
     elif path := options.db or os.environ.get("WEBHOOK_OUTBOX_DB"):
         outbox = _own_outbox(path, making, options.allow_network)
     else:
@@ -16396,10 +16520,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     has it where it is None.
 
     What is raised becomes one line on standard error and an exit code, in the order of the code:
-    _Usage is 2; SystemExit is argparse's; Ctrl-C is 130 as in a shell (`drain` has handlers of its
-    own and ends with 0 or 1); a reader of our output that is gone (`... | head`) is 1 without a
-    word; the library's errors, SQLite's and the system's are 1. Anything else is a defect, and its
-    traceback is wanted. `doctor` gets a SchemaError as what it is to speak about.
+    _Usage and _Unclear are 2; SystemExit is argparse's; Ctrl-C is 130 as in a shell (`drain` has
+    handlers of its own and ends with 0 or 1); a reader of our output that is gone (`... | head`) is
+    1 without a word; the library's errors, SQLite's and the system's are 1. Anything else is a
+    defect, and its traceback is wanted. `doctor` gets a SchemaError as what it is to speak about.
     """
     try:
         options = _command_line(sys.argv[1:] if argv is None else argv)
@@ -16411,7 +16535,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             outbox = error
         return options.run(outbox, options) or 0
-    except _Usage as error:
+    except (_Usage, _Unclear) as error:
         print(f"webhook_outbox: {error}; see --help", file=sys.stderr)
         return 2
     except SystemExit as stop:  # argparse: 2 on usage, 0 after --help

@@ -8464,8 +8464,9 @@ HOSTS_CODE: dict[str, tuple[Callable[[Any], Any], str]] = {  # what it does; the
     "cancelled": (fails_with(asyncio.CancelledError("x")), "^CancelledError: x$"),
     "interrupts": (fails_with(KeyboardInterrupt("x")), "^KeyboardInterrupt: x$"),
     "talks": (fails_with(ValueError("x" * 9_999)), "^ValueError: x{288}$"),
+    "tells": (fails_with(ValueError(SECRET)), r"^ValueError: whsec_\[redacted\]$"),
     "mute": (fails_with(Mute()), "^Mute$"),
-    "blocks": (lambda event: time.sleep(2), "^no time left(,| after .* s,) waiting for "),
+    "blocks": (lambda event: time.sleep(2), "^no time left(,| after .* s,) waiting for its "),
     # None of them is taken for a fault of the receiver.
     "slow": (fails_with(TimeoutError("db")), "^TimeoutError: db$"),
     "tls": (fails_with(ssl.SSLError(1, "db")), "^SSLError: db$"),
@@ -8475,7 +8476,6 @@ HOSTS_CODE: dict[str, tuple[Callable[[Any], Any], str]] = {  # what it does; the
 PAIR, LINE = r"\(bytes, content type\)", "one line of printable ASCII"
 OF_SENDERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     **HOSTS_CODE,
-    "tells": (fails_with(ValueError(SECRET)), r"^ValueError: whsec_\[redacted\]$"),
     "async": (too_late, "^call:async is async, and nobody awaits it; call asyncio.run"),
 }
 OF_TRANSFORMS: dict[str, tuple[Callable[[Any], Any], str]] = {

@@ -8096,6 +8096,15 @@ def _log_outcome(
         _log.warning("endpoint %s is disabled: %s", lane.id, lane.disable, extra=extra)
 
 
+# What an attempt has waited for when its time is over, by its step.
+_WAITED_FOR = {
+    "making": "its request",
+    "calling": "its sender",
+    "waiting": "a connection",
+    "exchanging": "the answer",
+}
+
+
 class _Carrier:
     """Carries attempts out: from a delivery to an outcome, with origins, openers and exchanges.
 
@@ -8501,10 +8510,9 @@ class _Carrier:
             return self._carried(connection, attempt, connection.answer.cut(), mono)
         if connection is not None:
             self.exchanges.shut(connection)
+        waited = _WAITED_FOR[attempt.step]
         self._lose_thread(attempt)
-        waited = "for a connection" if connection is None else "for the answer"
-        waited = "for its sender" if attempt.step == "calling" else waited
-        error = f"no time left after {mono - attempt.started:.1f} s, waiting {waited}"
+        error = f"no time left after {mono - attempt.started:.1f} s, waiting for {waited}"
         self._finish(attempt, _Outcome(reason="timeout", error=error))
         if attempt.origin is not None:
             self._serve(attempt.origin, mono)

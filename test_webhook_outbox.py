@@ -2609,7 +2609,7 @@ URL_TABLE = r"""
 a.space, https://a.b/\x00 https://a.b/\x1f https://a.b/\x20 https://a.b/\x7f https://a.b/\x80
     https://a.b/\x9f https://a.b/\x5c https://example.com\x5c@x/ https://example.com/\t
     https://exa\tmple.com/
-write.https://host https://[::1/ https://::1/ https://a.b:65536/ https://a.b:+443/ https://[1.2.3.4]/
+write.https://host https://[::1/ https://::1/ https://a.b:65536/ https://a.b:+443/
     https://example.com:\u0664\u0664\u0663/
 must.start.with ftp://a.b/ https:///a //a.b/ https:a.b https:// ws://a/b http:example.com file:///x
 user.names https://a@b.c/ https://:a@b.c/ https://a%2eb/ https://user:canary@example.com/
@@ -2617,6 +2617,7 @@ user.names https://a@b.c/ https://:a@b.c/ https://a%2eb/ https://user:canary@exa
 fragment https://a.b/# https://a.b/#a
 port.is.not https://a.b:/ https://a.b:000443/ https://[2606:4700::1]:/
 port.\d+. https://a.b:0/ https://example.com:22/ https://example.com:6667/ https://a.b:10080/
+write.https://host|requests.cannot https://[1.2.3.4]/
 label|requests.cannot https://{a126}aa/ https://{a63}a.b/ https://a..b/ https://.a/ https://a../
     https://xn--a\u00fc.example/ https://example.com\u2028/ https://\u2460\u2461\u2466.0.0.1/
 plain.http http://a.b/

@@ -2240,6 +2240,29 @@ def test_what_was_never_tried_expires_with_the_window_of_an_endpoint_that_fails(
         assert row.reason == "expired" and "its endpoint has failed since 20" in row.error
 
 
+STRUGGLES = "UPDATE webhook_endpoints SET failures = 12, failing_since = ?, unsteady_since = ?"
+
+
+def test_what_was_never_tried_in_a_queue_or_because_of_a_pause_is_tried(shop):
+    """A queue's next one waited for its head; a receiver that asked for a pause may be well."""
+    clock, receiver, outbox = shop.timed(answer(500), retry=(0, 100, 100), id="crm")
+    _, second = emit(outbox, key="k"), emit(outbox, key="k")
+    began = clock.now
+    shop.drain()
+    shop.drain(100)
+    query(outbox.path, STRUGGLES, began, began)
+    shop.drain(100)
+    assert [row.reason for row in outbox.failed()] == ["status"]
+    shop.drain(60)
+    assert [d.attempts for d in outbox.deliveries(event_id=second)] == [1]
+    outbox.cancel(all=True)
+    paused = emit(outbox)
+    query(outbox.path, STRUGGLES, clock.now, clock.now)
+    query(outbox.path, "UPDATE webhook_endpoints SET paused_until = ?", clock.now + 300)
+    receiver.play = OK
+    assert shop.drain(301).delivered == 1 and statuses(outbox, paused) == {"crm": "delivered"}
+
+
 def test_time_in_which_nobody_tried_neither_expires_nor_disables(shop):
     """A drain that was off for a week comes back to a receiver that fails once more."""
     plays = [*[answer(500)] * 10, OK]
@@ -8190,14 +8213,20 @@ def test_origins_that_nobody_uses_are_forgotten_when_there_are_many(wal, monkeyp
         carrier.origins.clear()
 
 
-@pytest.mark.parametrize(("unrecorded", "kept"), [(3, 3), (12, 0)])
-def test_a_hold_that_somebody_ended_is_not_brought_back_by_the_unrecorded(wal, unrecorded, kept):
-    """A drain whose last failure is not in the file yet reads the endpoint's row again."""
+@pytest.mark.parametrize(
+    ("unrecorded", "url", "kept"), [(3, "", 3), (3, URL, 3), (12, URL, 0), (3, URL + "old", 0)]
+)
+def test_a_hold_that_somebody_ended_is_not_brought_back_by_the_unrecorded(
+    wal, unrecorded, url, kept
+):
+    """A drain whose last failure, at a URL, is not in the file yet reads the endpoint's row
+    again."""
     outbox = make_outbox(wal, URL, id="crm")
     drain = webhook_outbox._Drain(outbox._settings(), "once")
     drain.run()
     lane, now = webhook_outbox._Lane("crm"), time.time()
     lane.health = webhook_outbox._Health(unrecorded, now, now + 60)
+    lane.endpoint = dataclasses.replace(lane.endpoint, url=url)
     drain.ledger.states["crm"] = lane
     with contextlib.closing(sqlite3.connect(wal)) as db:
         (row,) = webhook_outbox._load_endpoints(db, "webhook_endpoints")
